@@ -1,0 +1,137 @@
+"""The small parts that the MM-DiTs share."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+TIMESTEP_CHANNELS = 256
+"""Sinusoidal channels of a time or guidance embedding, in FLUX and SD3 alike."""
+
+
+class LoRAParam(nnx.Param):
+    """A low-rank factor: what LoRA training differentiates and saves, and nothing else is."""
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where LoRA factors are attached.
+
+    kernel `[in, out]`, bias `[out]` or None, lora_a `[in, r]`, lora_b `[r, out]` (alpha / r is folded
+    into `lora_alpha_over_rank`); parameters in `param_dtype`, computation in `dtype`. A stack of
+    layers carries a leading layer axis on each. `zero_init` starts kernel and bias at zero, as
+    adaptive-norm layers and output heads do; otherwise the kernel is Xavier-uniform and the bias zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype,
+        dtype: jnp.dtype,
+        bias: bool = True,
+        zero_init: bool = False,
+    ):
+        init = nnx.initializers.zeros if zero_init else nnx.initializers.xavier_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if bias else nnx.data(None)
+        self.lora_a: LoRAParam | None = nnx.data(None)
+        self.lora_b: LoRAParam | None = nnx.data(None)
+        self.lora_alpha_over_rank = 1.0
+        self.dtype = dtype
+
+    def __call__(
+        self, x: Float[Array, "b *s i"], lora_scale: Float[Array, " b"] | None = None
+    ) -> Float[Array, "b *s o"]:
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:
+            down = x @ self.lora_a[...].astype(self.dtype)
+            gate = lora_scale.reshape(-1, *(1,) * (x.ndim - 1)) * self.lora_alpha_over_rank
+            y = y + (down * gate.astype(self.dtype)) @ self.lora_b[...].astype(self.dtype)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, computed in float32."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, epsilon: float):
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
+    """LayerNorm without parameters, in float32."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + epsilon)
+    return y.astype(x.dtype)
+
+
+def modulate(
+    x: Float[Array, "b s d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+) -> Float[Array, "b s d"]:
+    """The adaptive norm of DiT: layer_norm(x) * (1 + scale) + shift."""
+    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:
+    """Sinusoids of a value in 0..1000: cosines, then sines, wavelengths 2 pi to 2 pi x 10000.
+
+    Always float32: in bfloat16 the phase near 1000 would be off by radians, where TACA works.
+    """
+    half = TIMESTEP_CHANNELS // 2
+    frequency = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
+    phase = value.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+
+
+class MLPEmbedder(nnx.Module):
+    """Linear, SiLU, Linear: how times, guidance and pooled text enter the modulation vector."""
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype,
+        dtype: jnp.dtype,
+    ):
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        self.linear_1 = Linear(in_features, features, **types)
+        self.linear_2 = Linear(features, features, **types)
+
+    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
+        return self.linear_2(nnx.silu(self.linear_1(x)))
+
+
+def patchify(latents: Float[Array, "b H W c"], patch: int) -> Float[Array, "b s k"]:
+    """Square patches as tokens, row by row; a token holds (channel, row, column), as FLUX packs."""
+    b, height, width, c = latents.shape
+    if height % patch or width % patch:
+        raise ValueError(f"latents are {height} x {width}; both must be multiples of {patch}")
+    x = latents.reshape(b, height // patch, patch, width // patch, patch, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, -1, c * patch * patch)
+
+
+def unpatchify(
+    tokens: Float[Array, "b s k"], patch: int, height: int, width: int
+) -> Float[Array, "b H W c"]:
+    """The inverse of `patchify` for latents of `height` x `width`."""
+    b, _, features = tokens.shape
+    x = tokens.reshape(b, height // patch, width // patch, -1, patch, patch)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, height, width, features // patch**2)
+
+

@@ -1,0 +1,41 @@
+"""Blocks of one kind as one module with a leading layer axis: created by vmap, run by scan."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+from flax import nnx
+
+Remat = Literal["none", "full"]
+"""What the backward pass recomputes: nothing, or each block from its inputs."""
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> Block:
+    """`layers` blocks of `make(rngs)`, each with its own random keys, their parameters stacked."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return make(rngs)
+
+    return create(rngs)
+
+
+def run_stack(
+    stack: Block, call: Callable[[Block, Any], Any], carry: Any, *, remat: Remat = "none"
+) -> Any:
+    """`carry = call(block, carry)` through every block, traced once whatever the depth.
+
+   
+    """
+    graph, state = nnx.split(stack)
+
+    def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        return call(nnx.merge(graph, layer), carry), None
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    carry, _ = jax.lax.scan(body, carry, state)
+    return carry
