@@ -1,0 +1,337 @@
+"""What a run is: frozen dataclasses, validated when they are made.
+
+A preset (`configs/NAME.py`) is a value of these, and the command line changes it field by field
+(`parse_cli`). Everything a run depends on stands here, and every field is read by something.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float
+
+from taca_jax.cli import parse_cli
+from taca_jax.errors import UserError
+from taca_jax.fields import difference, from_json, to_json
+from taca_jax.lora import LoRAConfig
+from taca_jax.models.flux import FluxConfig
+from taca_jax.models.t5 import T5Config
+from taca_jax.taca import TacaConfig
+
+__all__ = [
+    "DataConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "LoRAConfig",
+    "OptimizerConfig",
+    "TacaConfig",
+    "TextConfig",
+    "TrainConfig",
+    "difference",
+    "from_json",
+    "parse_cli",
+    "to_json",
+]
+
+
+def _check(right: bool, name: str, value: Any, allowed: str) -> None:
+    """Raises UserError unless `right`; NaN is never right where comparisons say so."""
+    if not right:
+        raise UserError(f"{name} is {value}; it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How captions become the transformer's text.
+
+    tokenizer: `shapes` (the words of the shapes data), `bytes` (UTF-8), or the path of a folder
+      with a Hugging Face tokenizer.
+    length: tokens per caption; longer captions are cut, shorter ones padded.
+    encoder: the text encoder's shape when it is trained from scratch with the model; none takes
+      the base's `text_encoder/`.
+    """
+
+    tokenizer: str = "bytes"
+    length: int = 64
+    encoder: T5Config | None = None
+
+    def __post_init__(self):
+        _check(bool(self.tokenizer), "text.tokenizer", "empty", "shapes, bytes or a folder")
+        _check(self.length >= 1, "text.length", self.length, "1 or more tokens")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pictures and captions come from.
+
+    source: `tfds:NAME` (`tfds:shapes`), or `folder:PATH` of pictures with `captions.jsonl` or a
+      .txt beside each.
+    batch_size: samples per forward pass, over all devices.
+    resolution: pixels per side of the square that each picture is resized and cropped to.
+    caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
+    max_bad_share: training stops when more than this share of the pictures is missing or corrupt;
+      the others are counted, named in the log and skipped.
+    seed: decides the order and the dropped captions.
+    """
+
+    source: str = "tfds:shapes"
+    batch_size: int = 64
+    resolution: int = 32
+    caption_dropout: float = 0.1
+    max_bad_share: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self):
+        kind, _, place = self.source.partition(":")
+        known = kind in ("tfds", "folder") and bool(place)
+        _check(known, "data.source", self.source or "empty", "tfds:NAME or folder:PATH")
+        _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
+        _check(self.resolution >= 8, "data.resolution", self.resolution, "8 or more pixels")
+        shares = {"caption_dropout": self.caption_dropout, "max_bad_share": self.max_bad_share}
+        for name, share in shares.items():
+            _check(0 <= share <= 1, f"data.{name}", share, "between 0 and 1")
+        _check(self.seed >= 0, "data.seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and clipping by global norm.
+
+    learning_rate: the highest, reached after warm-up.
+    warmup_steps: optimizer steps of linear rise.
+    schedule: after warm-up, `constant`, or `cosine` down to 0 at the last step.
+    weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only.
+    b1, b2: decay of Adam's first and second moment.
+    clip_norm: longest gradient, over all trained parameters; none never clips.
+    ema_decay: decay of the moving average of the trained parameters that is sampled, scored and
+      exported; 0 takes the parameters themselves.
+    """
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float | None = 1.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        rate, decay, clip = self.learning_rate, self.weight_decay, self.clip_norm
+        _check(0 < rate < math.inf, "optimizer.learning_rate", rate, "positive")
+        _check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        _check(0 <= decay < math.inf, "optimizer.weight_decay", decay, "0 or more")
+        for name, value in {"b1": self.b1, "b2": self.b2, "ema_decay": self.ema_decay}.items():
+            _check(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+        _check(clip is None or clip > 0, "optimizer.clip_norm", clip, "positive, or none")
+
+    def make(self, total_steps: int) -> optax.GradientTransformation:
+        """The optax object for a run of `total_steps` optimizer steps."""
+        clip = (
+            optax.identity()
+            if self.clip_norm is None
+            else optax.clip_by_global_norm(self.clip_norm)
+        )
+        adamw = optax.adamw(
+            lambda count: self.learning_rate_at(count, total_steps),
+            b1=self.b1,
+            b2=self.b2,
+            weight_decay=self.weight_decay,
+            mask=_is_matrix,
+        )
+        return optax.chain(clip, adamw)
+
+    def learning_rate_at(self, count: ArrayLike, total_steps: int) -> Float[Array, ""]:
+        """The learning rate of the update that follows `count` updates, float32, traceable.
+
+        Warm-up starts above 0, so that no step is spent for nothing.
+        """
+        count = jnp.asarray(count, jnp.float32)
+        warm = jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1))
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        progress = (count - self.warmup_steps) / max(total_steps - self.warmup_steps, 1)
+        return self.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+
+
+def _is_matrix(params: Any) -> Any:
+    """The tree of booleans that says which parameters weight decay acts on.
+
+    By name, not by rank: stacked blocks give biases and norms a leading layer axis.
+    """
+    names = {"kernel", "lora_a", "lora_b", "embedding"}
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        return not names.isdisjoint(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The measurement at the end of a training run on shapes.
+
+    prompts: held-out prompts per category.
+    steps: sampling steps per picture.
+    guidance: strength of classifier-free guidance; 1 is none.
+    batch_size: pictures sampled at a time.
+    """
+
+    prompts: int = 100
+    steps: int = 20
+    guidance: float = 1.0
+    batch_size: int = 50
+
+    def __post_init__(self):
+        _check(self.prompts >= 1, "evaluate.prompts", self.prompts, "1 or more per category")
+        _check(self.steps >= 1, "evaluate.steps", self.steps, "1 or more")
+        _check(self.guidance >= 1, "evaluate.guidance", self.guidance, "1 (none) or more")
+        _check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Without `lora` every parameter trains, else the LoRA alone.
+
+    name: of the run; its folder is called so.
+    steps: optimizer steps.
+    base: the model folder to start from (`transformer/`, `text_encoder/`, ...); none starts `model`
+      from random numbers.
+    model: the transformer's shape when there is no base.
+    lora: the adapter to train; none trains everything.
+    text: captions to text tokens.
+    autoencoder: `pixels` trains on the pictures themselves, a path on the latents of that
+      folder's VAE.
+    taca: with it, training draws timesteps where TACA is active, and applies it (the paper's
+      equations 11-13); none trains plainly over all timesteps.
+    data: pictures and captions.
+    optimizer: AdamW.
+    grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
+    dtype: of activations; parameters, softmax and loss are float32.
+    remat: `full` computes activations again in the backward pass, block by block, to save memory.
+    timestep_sampling: `uniform`, or `logit_normal` (more in the middle), before any truncation.
+    log_every: optimizer steps between two lines of metrics.
+    save_every: optimizer steps between two checkpoints; the last step is always saved.
+    keep_checkpoints: how many checkpoints stay.
+    sample_every: optimizer steps between two grids of samples; 0 draws none.
+    sample_prompts: the prompts of those grids.
+    seed: decides parameters, noise and timesteps.
+    out_dir: the run's folder; none is runs/NAME.
+    resume: go on from the folder's newest good checkpoint; otherwise the folder must be new.
+    evaluate: the table at the end; none makes none.
+    """
+
+    name: str
+    steps: int
+    base: str | None = None
+    model: FluxConfig | None = None
+    lora: LoRAConfig | None = None
+    text: TextConfig = field(default_factory=TextConfig)
+    autoencoder: str = "pixels"
+    taca: TacaConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grad_accumulation: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full"] = "none"
+    timestep_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    sample_every: int = 0
+    sample_prompts: tuple[str, ...] = ()
+    seed: int = 0
+    out_dir: str | None = None
+    resume: bool = False
+    evaluate: EvalConfig | None = None
+
+    def __post_init__(self):
+        plain = bool(self.name) and Path(self.name).name == self.name
+        _check(plain, "name", self.name or "empty", "a plain folder name")
+        positive = {
+            "steps": self.steps,
+            "grad_accumulation": self.grad_accumulation,
+            "log_every": self.log_every,
+            "save_every": self.save_every,
+            "keep_checkpoints": self.keep_checkpoints,
+        }
+        for name, value in positive.items():
+            _check(value >= 1, name, value, "1 or more")
+        _check(self.sample_every >= 0, "sample_every", self.sample_every, "0 (never) or more")
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
+        warmup = self.optimizer.warmup_steps
+        _check(warmup < self.steps, "optimizer.warmup_steps", warmup, f"below steps={self.steps}")
+        if self.base is None and self.model is None:
+            raise UserError(
+                "base and model are both none; give base=FOLDER, or a preset with a model"
+            )
+        if self.base is not None and self.model is not None:
+            raise UserError(
+                f"base={self.base} says what the model is; leave model out (model=none)"
+            )
+        if self.base is None and self.lora is not None:
+            raise UserError("lora adapts a trained model; give base=FOLDER, or lora=none")
+        if self.base is None and self.text.encoder is None:
+            raise UserError("without a base there is no text encoder; set text.encoder")
+        if self.sample_every and not self.sample_prompts:
+            raise UserError(
+                f"sample_every is {self.sample_every} without sample_prompts; give some"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.out_dir or Path("runs") / self.name)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One call of generate.py.
+
+    base: the model folder.
+    prompt: what to draw.
+    negative_prompt: what to stay away from, under classifier-free guidance.
+    lora: a LoRA file (ours, PEFT's or kohya's); none for the base alone.
+    taca: TACA's strength and time; none draws plainly.
+    steps: sampling steps.
+    guidance: strength; none is the model's own default.
+    height, width: of the picture, in pixels.
+    num_images: pictures, from seeds seed, seed + 1, ... .
+    seed: decides the noise.
+    compare: draw the same noise plain, with TACA, and with TACA and LoRA, side by side.
+    dtype: of parameters and activations.
+    out: the PNG to write; its settings go into its metadata.
+    """
+
+    base: str
+    prompt: str = ""
+    negative_prompt: str | None = None
+    lora: str | None = None
+    taca: TacaConfig | None = field(default_factory=TacaConfig)
+    steps: int = 30
+    guidance: float | None = None
+    height: int = 1024
+    width: int = 1024
+    num_images: int = 1
+    seed: int = 0
+    compare: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    out: str = "out.png"
+
+    def __post_init__(self):
+        positive = {"steps": self.steps, "num_images": self.num_images}
+        for name, value in positive.items():
+            _check(value >= 1, name, value, "1 or more")
+        for name, value in {"height": self.height, "width": self.width}.items():
+            _check(value >= 8, name, value, "8 or more pixels")
+        guidance = self.guidance
+        _check(guidance is None or guidance >= 0, "guidance", guidance, "0 or more, or none")
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(self.out.endswith(".png"), "out", self.out or "empty", "the name of a .png file")
+        if self.compare and self.taca is None:
+            raise UserError("compare=true compares plain with TACA; leave taca on (not taca=none)")
