@@ -1,17 +1,186 @@
-"""The shapes data set: small pictures of coloured, textured shapes with captions."""
+"""The shapes data set, on disk: a TFDS builder (array_record, without TensorFlow) and `load`.
+
+The same examples come without a disk from `GeneratedShapes`; `load` is what shows that the training
+code reads any TFDS data set.
+"""
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from taca_jax.data.shapes_captions import CATEGORIES, MAX_TOKENS, VOCABULARY, parse_caption
 from taca_jax.data.shapes_drawing import IMAGE_SIZE
 from taca_jax.data.shapes_examples import SPLITS, Example, GeneratedShapes, test_prompts
+from taca_jax.errors import UserError
 
 __all__ = [
     "CATEGORIES",
+    "DEFAULT_DATA_DIR",
     "IMAGE_SIZE",
     "MAX_TOKENS",
     "SPLITS",
     "VOCABULARY",
     "Example",
     "GeneratedShapes",
+    "Shapes",
+    "ShapesConfig",
+    "StoredShapes",
+    "load",
     "parse_caption",
     "test_prompts",
 ]
+
+DEFAULT_DATA_DIR = Path("~/.cache/taca_jax/tfds")
+_SEED = 0
+
+
+@dataclass
+class ShapesConfig(tfds.core.BuilderConfig):
+    """A size of the data set; smaller ones are the beginnings of larger ones."""
+
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """Small pictures of coloured, textured shapes with captions, in T2I-CompBench's categories."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    BUILDER_CONFIGS = [
+        ShapesConfig(
+            name="small", description="LoRA training", train=20_000, validation=1_000, test=2_000
+        ),
+        ShapesConfig(
+            name="large", description="a base model", train=300_000, validation=1_000, test=2_000
+        ),
+        ShapesConfig(name="tiny", description="tests", train=64, validation=16, test=16),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(
+                        shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="png"
+                    ),
+                    "caption": tfds.features.Text(),
+                    "category": tfds.features.Text(),
+                    "id": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=None,
+            disable_shuffling=True,  # the examples are in random order as they are drawn
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, object]]]:
+        size = getattr(self.builder_config, split)
+        for index, example in enumerate(GeneratedShapes(split, size, _SEED)):
+            yield index, {**example, "image": _png(example["image"])}
+
+
+class StoredShapes:
+    """A random-access source over one split of a built data set."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is not in 0..{len(self) - 1}")
+        record = self._source[index]
+        return {
+            "image": np.asarray(record["image"], np.uint8),
+            "caption": record["caption"].decode(),
+            "category": record["category"].decode(),
+            "id": record["id"].decode(),
+        }
+
+
+def load(
+    config: Literal["small", "large", "tiny"] = "small",
+    split: str = "train",
+    data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR,
+) -> StoredShapes:
+    """A split of the data set under `data_dir`, which is built there on first use.
+
+    Other processes wait for the one that builds; what an interrupted build left is removed. Raises
+    UserError for an unknown config or split, a folder that cannot be written and damaged files.
+    """
+    configs = {known.name for known in Shapes.BUILDER_CONFIGS}
+    if config not in configs:
+        raise UserError(f"shapes config {config!r} is not one of {', '.join(sorted(configs))}")
+    if split not in SPLITS:
+        raise UserError(f"shapes split {split!r} is not one of {', '.join(SPLITS)}")
+    root = Path(data_dir).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / "shapes.lock"):
+            builder = Shapes(data_dir=str(root), config=config, file_format="array_record")
+            if not builder.is_prepared():
+                _build(builder)
+    except OSError as error:
+        raise UserError(f"cannot build the shapes data set under {root}: {error}") from error
+    try:
+        stored = StoredShapes(builder.as_data_source(split=split))
+        expected = getattr(builder.builder_config, split)
+        if len(stored) != expected:
+            raise ValueError(f"{len(stored)} examples where {expected} were written")
+        stored[expected - 1]
+    except Exception as error:  # array_record and tfds raise many kinds
+        raise UserError(
+            f"the shapes data set is damaged: {str(error).splitlines()[0]}; "
+            f"remove {builder.data_dir} and run again to rebuild it"
+        ) from error
+    return stored
+
+
+def _build(builder: Shapes) -> None:
+    folder = Path(builder.data_dir)
+    for left in folder.parent.glob(f"*incomplete*{folder.name}*"):
+        for file in left.glob("*"):
+            file.unlink()
+        left.rmdir()
+    sizes = ", ".join(f"{getattr(builder.builder_config, split)} {split}" for split in SPLITS)
+    print(f"building the shapes data set once ({sizes} examples): {folder}", file=sys.stderr)
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(
+            compute_stats=tfds.download.ComputeStatsMode.SKIP
+        ),
+        file_format="array_record",
+    )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds the file's lock, which the system releases when the process ends, however it ends."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The language of the shapes data: objects, captions and their claims, and what training never sees.
+"""The language of the shapes data: objects, captions, claims, and what training never sees.
 
 A `Description` says what a picture must show. Its `caption` is the text that the model reads, its
 `claims` are what the scorer checks, and `parse_caption` leads from any such text back to the

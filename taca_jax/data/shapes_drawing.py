@@ -38,7 +38,7 @@ PALETTE = {
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An object with every attribute set, in the square [x, x + size) x [y, y + size), in pixels."""
+    """An object with every attribute set, in the box [x, x + size) x [y, y + size), in pixels."""
 
     object: Object
     x: int

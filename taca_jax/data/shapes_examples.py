@@ -31,9 +31,13 @@ SPLITS = ("train", "validation", "test")
 MAX_OBJECTS = 4
 _SINGLE = 0.25  # share of captions of one object, outside `test`, where a category allows them
 
-Example = TypedDict(
-    "Example", {"image": np.ndarray, "caption": str, "category": str, "id": str}
-)  # image: uint8 [40, 40, 3]
+
+class Example(TypedDict):
+    image: np.ndarray  # uint8 [40, 40, 3]
+    caption: str
+    category: str
+    id: str
+
 
 _SEEN_COLORS = {
     shape: tuple(color for color in COLORS if (color, shape) not in HELD_OUT_COLOR_SHAPES)

@@ -1,0 +1,253 @@
+"""Reads pictures of shapes back and says which of a caption's claims hold.
+
+Segmentation is by distance from the background and by hue, shapes are matched against templates of
+the drawing code by intersection over union, textures by correlation with their pattern at every
+phase. Pictures that the drawing code makes are read without an error.
+
+As in T2I-CompBench, only what the caption names is judged: other objects do not make a picture
+wrong, but a `Verdict` counts them. "a red circle" holds if there is at least one, "two red circles"
+if there are exactly two.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import ndimage
+
+from taca_jax.data.shapes_captions import (
+    SAID_TEXTURES,
+    SHAPES,
+    Claim,
+    Count,
+    Description,
+    Object,
+    Present,
+    Relation,
+    parse_caption,
+)
+from taca_jax.data.shapes_drawing import (
+    BACKGROUND,
+    PALETTE,
+    TEXTURE_PERIOD,
+    shape_mask,
+    texture_tile,
+)
+
+MIN_AREA = 30  # pixels; the smallest drawn object has 80
+MIN_IOU = 0.75  # less is no shape at all
+MAX_ASPECT = 1.5
+MIN_DISTANCE = 80  # from the background, in RGB; the palest colour lies at 163
+MIN_CONTRAST = 0.1  # of a texture, relative to the colour; drawn: 0.55
+MIN_CORRELATION = 0.6  # of a texture with its pattern
+MAX_PLAIN_DEVIATION = 0.15
+
+_COLORS = tuple(PALETTE)
+_RGB = np.array([PALETTE[color] for color in _COLORS], np.float32)
+_CHROMA = _RGB - _RGB.mean(axis=1, keepdims=True)
+_HUES = _CHROMA / np.linalg.norm(_CHROMA, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundObject:
+    """An object read from a picture; a shape or texture that fits nothing known is None."""
+
+    color: str
+    shape: str | None
+    texture: str | None
+    center: tuple[float, float]  # x, y in pixels, of the box
+    box: tuple[int, int, int, int]  # x, y, width, height in pixels
+    confidence: float  # intersection over union with the best template, 0..1
+
+    def is_a(self, thing: Object) -> bool:
+        return (
+            self.shape == thing.shape
+            and thing.color in (None, self.color)
+            and thing.texture in (None, self.texture)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a picture shows of a caption."""
+
+    claims: tuple[tuple[Claim, bool], ...]
+    found: tuple[FoundObject, ...]
+    extras: int  # objects beyond those that the caption names
+
+    @property
+    def correct(self) -> bool:
+        return all(holds for _, holds in self.claims)
+
+
+def check(description: str | Description, image: np.ndarray) -> Verdict:
+    """Which claims of a caption hold in an image, uint8 [height, width, 3].
+
+    Raises UserError for a caption that is not of the shapes language.
+    """
+    if isinstance(description, str):
+        description = parse_caption(description)
+    found = tuple(read_scene(image))
+    return Verdict(
+        tuple((claim, _holds(claim, found)) for claim in description.claims),
+        found,
+        _extras(description, found),
+    )
+
+
+def read_scene(image: np.ndarray) -> list[FoundObject]:
+    """The objects in an image, uint8 [height, width, 3], by colour and then from the top."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]"
+        )
+    pixels = image.astype(np.float32)
+    foreground = ((pixels - BACKGROUND) ** 2).sum(axis=2) > MIN_DISTANCE**2
+    chroma = (pixels - pixels.mean(axis=2, keepdims=True)) * foreground[..., None]
+    # A pixel's hue is that of its neighbourhood: one dark, noisy pixel says little.
+    hue = (ndimage.uniform_filter(chroma, size=(3, 3, 1)) @ _HUES.T).argmax(axis=2)
+    hue = np.where(foreground, hue, -1)
+    objects = []
+    for number, area in enumerate(np.bincount(hue[foreground], minlength=len(_COLORS))):
+        if area < MIN_AREA:
+            continue
+        labels, _ = ndimage.label(hue == number)
+        for label, box in enumerate(ndimage.find_objects(labels), start=1):
+            mask = labels[box] == label
+            if mask.sum() >= MIN_AREA:
+                objects.append(_read_object(number, mask, pixels[box], box))
+    return objects
+
+
+def _read_object(
+    color: int, mask: np.ndarray, pixels: np.ndarray, box: tuple[slice, slice]
+) -> FoundObject:
+    height, width = mask.shape
+    shape, confidence = _read_shape(mask)
+    top, left = box[0].start, box[1].start
+    return FoundObject(
+        _COLORS[color],
+        shape,
+        _read_texture(color, mask, pixels),
+        (left + width / 2, top + height / 2),
+        (left, top, width, height),
+        confidence,
+    )
+
+
+def _read_shape(mask: np.ndarray) -> tuple[str | None, float]:
+    height, width = mask.shape
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        return None, 0.0
+    templates, areas = _templates(height, width)
+    window = np.pad(mask, 1).ravel().astype(np.float32)
+    overlap = templates @ window
+    iou = overlap / (areas + window.sum() - overlap)
+    best = int(iou.argmax())
+    confidence = float(iou[best])
+    return (SHAPES[best * len(SHAPES) // len(iou)] if confidence >= MIN_IOU else None), confidence
+
+
+@lru_cache(maxsize=256)
+def _templates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every shape within one pixel of a box: float32 [n, pixels of the box + 1 all round], areas.
+
+    The boxes are the same for each shape, shape after shape, so that n / 5 tells the shape.
+    """
+    rows = _spans(height)
+    columns = _spans(width)
+    templates = np.zeros((len(SHAPES), len(rows), len(columns), height + 2, width + 2), np.float32)
+    for s, shape in enumerate(SHAPES):
+        for r, (top, high) in enumerate(rows):
+            for c, (left, wide) in enumerate(columns):
+                templates[s, r, c, top : top + high, left : left + wide] = shape_mask(
+                    shape, high, wide
+                )
+    templates = templates.reshape(-1, (height + 2) * (width + 2))
+    return templates, templates.sum(axis=1)
+
+
+def _spans(length: int) -> list[tuple[int, int]]:
+    """(start, length) of the spans in length + 2 pixels that are within a pixel of `length`."""
+    return [
+        (start, span)
+        for span in (length - 1, length, length + 1)
+        for start in range(length + 2 - span + 1)
+    ]
+
+
+def _read_texture(color: int, mask: np.ndarray, pixels: np.ndarray) -> str | None:
+    """The texture within the outline, where blur does not mix the colour with the background."""
+    inside = ndimage.binary_erosion(mask).ravel().astype(np.float32)
+    count = inside.sum()
+    if count < MIN_AREA / 2:
+        return None
+    shade = (pixels @ _RGB[color]).ravel() / (_RGB[color] @ _RGB[color])
+    shade = (shade - shade @ inside / count) * inside
+    deviation = np.sqrt(shade @ shade / count)
+    patterns = _patterns(*mask.shape)
+    share = patterns @ inside / count
+    spread = share * (1 - share)
+    contrast = -(patterns @ shade) / count / np.maximum(spread, 1e-6)
+    contrast = np.where(spread > 0.02, contrast, 0)  # a pattern that hardly shows fits by chance
+    correlation = contrast * np.sqrt(spread) / max(deviation, 1e-6)
+    best = int(correlation.argmax())
+    if contrast[best] >= MIN_CONTRAST and correlation[best] >= MIN_CORRELATION:
+        return _PATTERNS[best][0]
+    return "plain" if deviation <= MAX_PLAIN_DEVIATION else None
+
+
+def _distinct_patterns() -> list[tuple[str, np.ndarray]]:
+    patterns: dict[bytes, tuple[str, np.ndarray]] = {}
+    for texture in SAID_TEXTURES:
+        for dy in range(TEXTURE_PERIOD):
+            for dx in range(TEXTURE_PERIOD):
+                tile = np.roll(texture_tile(texture), (dy, dx), axis=(0, 1))
+                patterns.setdefault(tile.tobytes(), (texture, tile))
+    return list(patterns.values())
+
+
+_PATTERNS = _distinct_patterns()
+
+
+@lru_cache(maxsize=256)
+def _patterns(height: int, width: int) -> np.ndarray:
+    """float32 [n, height * width]: 1 where a pattern of `_PATTERNS` is dark."""
+    repeats = (-(-height // TEXTURE_PERIOD), -(-width // TEXTURE_PERIOD))
+    return np.stack(
+        [np.tile(tile, repeats)[:height, :width].ravel() for _, tile in _PATTERNS]
+    ).astype(np.float32)
+
+
+def _holds(claim: Claim, found: tuple[FoundObject, ...]) -> bool:
+    match claim:
+        case Present(thing):
+            return any(item.is_a(thing) for item in found)
+        case Count(thing, count):
+            return sum(item.is_a(thing) for item in found) == count
+        case Relation(subject, relation, thing):
+            return any(
+                _lies(first.center, relation, second.center)
+                for first in found
+                if first.is_a(subject)
+                for second in found
+                if second is not first and second.is_a(thing)
+            )
+
+
+def _lies(first: tuple[float, float], relation: str, second: tuple[float, float]) -> bool:
+    """Whether the first centre lies so, farther along the axis than across it."""
+    dx, dy = second[0] - first[0], second[1] - first[1]
+    along, across = (dx, dy) if relation in ("left", "right") else (dy, dx)
+    if relation in ("right", "below"):
+        along = -along
+    return along > abs(across)
+
+
+def _extras(description: Description, found: tuple[FoundObject, ...]) -> int:
+    """Objects of no phrase, and those of a phrase beyond its count."""
+    phrases = description.phrases
+    extras = sum(not any(item.is_a(phrase.object) for phrase in phrases) for item in found)
+    for phrase in phrases:
+        extras += max(0, sum(item.is_a(phrase.object) for item in found) - (phrase.count or 1))
+    return extras
