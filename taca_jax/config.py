@@ -189,7 +189,7 @@ class EvalConfig:
     def __post_init__(self):
         _check(self.prompts >= 1, "evaluate.prompts", self.prompts, "1 or more per category")
         _check(self.steps >= 1, "evaluate.steps", self.steps, "1 or more")
-        _check(self.guidance >= 1, "evaluate.guidance", self.guidance, "1 (none) or more")
+        _check(self.guidance >= 0, "evaluate.guidance", self.guidance, "0 or more")
         _check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "1 or more")
 
 

@@ -146,7 +146,10 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         listed = [show(item) for item in value]
-        return json.dumps(listed) if any("," in item for item in listed) else ",".join(listed)
+        plain = all(
+            item and item == item.strip() and not set(item) & set(",[]()") for item in listed
+        )
+        return ",".join(listed) if plain else json.dumps(listed)
     return str(value)
 
 
@@ -163,9 +166,8 @@ def _update(
         if rest:
             members.setdefault(head, {})[rest] = text
         elif (group := known[full].group) is None:
-            changes[head] = _value(
-                known[full].annotation, _tokens(known[full].annotation, text), full, text
-            )
+            expected = known[full].annotation
+            changes[head] = _value(expected, _tokens(expected, text, full), full, text)
         elif known[full].optional and text.lower() == "none":
             changes[head] = None
         else:
@@ -227,7 +229,7 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else show(value)
 
 
-def _tokens(type_: Any, text: str) -> list[str]:
+def _tokens(type_: Any, text: str, name: str) -> list[str]:
     """The elements of a comma list or JSON list for a tuple type, else the text alone."""
     if get_origin(_present(type_)) is not tuple:
         return [text]
@@ -235,7 +237,7 @@ def _tokens(type_: Any, text: str) -> list[str]:
         try:
             return [_as_text(item) for item in json.loads(text)]
         except json.JSONDecodeError:
-            return [text]  # a list that does not parse is reported as a wrong value
+            raise UserError(f"{name}={text}: expected {describe(type_)}, or a JSON list") from None
     return [item.strip() for item in text.strip("()").split(",") if item.strip()]
 
 
