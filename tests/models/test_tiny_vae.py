@@ -1,0 +1,160 @@
+"""Tiny autoencoder: against diffusers' AutoencoderTiny with the published weights of both."""
+
+import io
+import json
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from taca_jax.errors import UserError
+from taca_jax.models.tiny_vae import TAEF1, TinyVAE, TinyVAEConfig, load_taesd
+from tests.shared import shared_path
+
+SMALL = TinyVAEConfig(
+    latent_channels=4, image_channels=3, width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1)
+)
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def original(name: str):
+    """AutoencoderTiny with the published weights, whose decoder counts the clamp as a layer."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from safetensors.torch import load_file as load_torch
+
+    folder = shared_path("assets/tae")
+    model = diffusers.AutoencoderTiny(latent_channels=16).eval()
+    weights = {}
+    for key, array in load_torch(folder / f"{name}_encoder.safetensors").items():
+        weights[f"encoder.layers.{key}"] = array.float()
+    for key, array in load_torch(folder / f"{name}_decoder.safetensors").items():
+        index, rest = key.split(".", 1)
+        weights[f"decoder.layers.{int(index) - 1}.{rest}"] = array.float()
+    model.load_state_dict(weights)
+    return torch, model
+
+
+def ours(name: str, dtype=jnp.float32) -> TinyVAE:
+    folder = shared_path("assets/tae")
+    return load_taesd(
+        folder / f"{name}_encoder.safetensors", folder / f"{name}_decoder.safetensors", dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("name", ["taef1", "taesd3"])
+def test_matches_diffusers(name):
+    torch, theirs = original(name)
+    model = ours(name)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 40, 24, 3)).astype(np.float32)
+    latents = rng.normal(0, 2, (2, 5, 3, 16)).astype(np.float32)
+    with torch.no_grad():
+        nchw = torch.as_tensor(images).permute(0, 3, 1, 2)
+        encoded = theirs.encode(nchw).latents.permute(0, 2, 3, 1)
+        nchw = torch.as_tensor(latents).permute(0, 3, 1, 2)
+        decoded = theirs.decode(nchw).sample.permute(0, 2, 3, 1)
+    assert relative_error(model.encode(jnp.asarray(images)), encoded) <= 1e-5
+    assert relative_error(model.decode(jnp.asarray(latents)), decoded) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["taef1", "taesd3"])
+def test_photos_survive_and_their_latents_have_the_scale_of_the_denoiser(name):
+    """Raw FLUX latents would have a deviation of about 1 / 0.3611, raw SD3 ones 1 / 1.5305."""
+    model = ours(name)
+    images = jnp.asarray(photos(4, 128))
+    latents = model.encode(images)
+    assert latents.shape == (4, 16, 16, 16)
+    assert 0.75 < float(latents.std()) < 1.3
+    error = jnp.clip(model.decode(latents), -1, 1) - images
+    assert float(jnp.sqrt(jnp.mean(error**2))) < 0.12
+
+
+def test_bfloat16_computes_close_to_float32():
+    images = jnp.asarray(photos(4, 128))
+    latents = ours("taef1").encode(images)
+    assert relative_error(ours("taef1", jnp.bfloat16).encode(images), latents) < 0.03
+
+
+def photos(count: int, size: int) -> np.ndarray:
+    from PIL import Image
+
+    with zipfile.ZipFile(shared_path("assets/dreambooth_512.zip")) as archive:
+        names = sorted(n for n in archive.namelist() if n.endswith((".jpg", ".png", ".webp")))
+        names = names[:: len(names) // count][:count]
+        pictures = [
+            np.asarray(Image.open(io.BytesIO(archive.read(n))).convert("RGB").resize((size, size)))
+            for n in names
+        ]
+    return np.stack(pictures).astype(np.float32) / 127.5 - 1
+
+
+def files_of(config: TinyVAEConfig) -> tuple[dict, dict]:
+    """Random arrays with the keys and shapes of published files."""
+    nets = {"encoder": {}, "decoder": {}}
+    rng = np.random.default_rng(0)
+    state = nnx.state(nnx.eval_shape(lambda: TinyVAE(config, rngs=nnx.Rngs(0))))
+    for path, param in nnx.to_flat_state(state):
+        key = ".".join(str(p) for p in path[1:] if p != "layers").replace("kernel", "weight")
+        shape = param.shape
+        shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape
+        nets[path[0]][key] = rng.normal(0, 0.1, shape).astype(np.float32)
+    return nets["encoder"], nets["decoder"]
+
+
+def test_keys_are_those_of_the_published_files():
+    encoder, decoder = files_of(TAEF1)
+    folder = shared_path("assets/tae")
+    for name in ("taef1", "taesd3"):
+        for net, arrays in (("encoder", encoder), ("decoder", decoder)):
+            published = load_file(folder / f"{name}_{net}.safetensors")
+            assert {k: a.shape for k, a in arrays.items()} == {
+                k: a.shape for k, a in published.items()
+            }
+
+
+def test_all_wrong_keys_are_named_at_once():
+    encoder, decoder = files_of(SMALL)
+    del encoder["0.bias"], decoder["1.weight"]
+    encoder["9.weight"] = np.zeros(3, np.float32)
+    decoder["3.conv.2.bias"] = np.zeros(5, np.float32)
+    with pytest.raises(UserError) as error:
+        TinyVAE.from_arrays(SMALL, encoder, decoder)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "encoder/0.bias is missing" in message
+    assert "decoder/1.weight is missing" in message
+    assert "encoder/9.weight is left over" in message
+    assert "decoder/3.conv.2.bias is (5,) instead of (8,)" in message
+
+
+def test_absent_and_truncated_files_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="is not there"):
+        load_taesd(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((200).to_bytes(8, "little") + json.dumps({"a": 1}).encode())
+    with pytest.raises(UserError, match="no complete safetensors file"):
+        load_taesd(cut, cut)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    model = TinyVAE.from_arrays(SMALL, *files_of(SMALL))
+    with pytest.raises(UserError, match=r"5 x 4.*multiples of 2"):
+        model.encode(jnp.zeros((1, 5, 4, 3)))
+    with pytest.raises(UserError, match=r"uint8.*\[-1, 1\]"):
+        model.encode(jnp.zeros((1, 4, 4, 3), jnp.uint8))
+    with pytest.raises(UserError, match=r"expected \[b, h, w, 4\]"):
+        model.decode(jnp.zeros((1, 4, 2, 2)))
+
+
+def test_decoder_limits_extreme_latents():
+    model = TinyVAE.from_arrays(SMALL, *files_of(SMALL))
+    far, farther = (model.decode(jnp.full((1, 2, 2, 4), value)) for value in (1e3, 1e6))
+    np.testing.assert_allclose(far, farther, atol=1e-5)
