@@ -14,6 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from taca_jax.models.layers import RMSNorm
+
 NORM_EPSILON = 1e-6
 
 
@@ -79,10 +81,9 @@ def _linear(
     )
 
 
-def _rms_norm(dim: int, rngs: nnx.Rngs, param_dtype: DTypeLike) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        dim, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
-    )
+def _norm(config: T5Config, rngs: nnx.Rngs, param_dtype: DTypeLike) -> RMSNorm:
+    dtype = jnp.dtype(param_dtype)
+    return RMSNorm(config.dim, rngs=rngs, param_dtype=dtype, epsilon=NORM_EPSILON)
 
 
 class T5Attention(nnx.Module):
@@ -134,9 +135,9 @@ class T5Block(nnx.Module):
         self, config: T5Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
     ):
         self.dtype = dtype
-        self.attn_norm = _rms_norm(config.dim, rngs, param_dtype)
+        self.attn_norm = _norm(config, rngs, param_dtype)
         self.attn = T5Attention(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
-        self.ff_norm = _rms_norm(config.dim, rngs, param_dtype)
+        self.ff_norm = _norm(config, rngs, param_dtype)
         self.ff = T5FeedForward(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
 
     def __call__(
@@ -188,7 +189,7 @@ class T5Encoder(nnx.Module):
             return T5Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
 
         self.blocks = create_block(rngs)
-        self.final_norm = _rms_norm(config.dim, rngs, param_dtype)
+        self.final_norm = _norm(config, rngs, param_dtype)
 
     def __call__(
         self,

@@ -76,7 +76,8 @@ def load(model: T5Encoder, weights: dict[str, np.ndarray]) -> None:
         value = np.stack(arrays) if "{}" in key else arrays[0]
         assert param.get_value().shape == value.shape, path
         param.set_value(jnp.asarray(value))
-    assert not left and not flat
+    assert not left
+    assert not flat
     nnx.update(model, state)
 
 
@@ -119,7 +120,7 @@ def test_matches_transformers(pair, length, masked):
     assert relative_error(got, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (16, 32), (8, 20), (4, 3)])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (16, 32), (8, 20), (4, 3)])
 def test_buckets_match_transformers_exactly(num_buckets, max_distance):
     torch = pytest.importorskip("torch")
     from transformers.models.t5.modeling_t5 import T5Attention
