@@ -6,17 +6,21 @@ code reads any TFDS data set.
 
 import contextlib
 import fcntl
+import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from taca_jax.data.shapes_captions import CATEGORIES, MAX_TOKENS, VOCABULARY, parse_caption
 from taca_jax.data.shapes_drawing import IMAGE_SIZE
@@ -42,6 +46,7 @@ __all__ = [
 
 DEFAULT_DATA_DIR = Path("~/.cache/taca_jax/tfds")
 _SEED = 0
+_BYTES_PER_EXAMPLE = 1100  # twice what is kept: a build writes every example twice
 
 
 @dataclass
@@ -57,8 +62,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     """Small pictures of coloured, textured shapes with captions, in T2I-CompBench's categories."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
-    BUILDER_CONFIGS = [
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
+    BUILDER_CONFIGS: ClassVar = [
         ShapesConfig(
             name="small", description="LoRA training", train=20_000, validation=1_000, test=2_000
         ),
@@ -91,16 +96,20 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, object]]]:
-        size = getattr(self.builder_config, split)
-        for index, example in enumerate(GeneratedShapes(split, size, _SEED)):
+        examples = GeneratedShapes(split, getattr(self.builder_config, split), _SEED)
+        shown = track(examples, f"drawing {split}", len(examples), console=Console(stderr=True))
+        for index, example in enumerate(shown):
             yield index, {**example, "image": _png(example["image"])}
 
 
 class StoredShapes:
     """A random-access source over one split of a built data set."""
 
-    def __init__(self, source):
-        self._source = source
+    def __init__(self, builder: Shapes, split: str):
+        # The pictures stay PNG until they are asked for: TFDS's own decoding warns without OpenCV.
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        # TFDS's decorators hide the method's signature.
+        self._source = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
 
     def __len__(self) -> int:
         return len(self._source)
@@ -110,8 +119,10 @@ class StoredShapes:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is not in 0..{len(self) - 1}")
         record = self._source[index]
+        with Image.open(BytesIO(record["image"])) as image:
+            pixels = np.asarray(image, np.uint8)
         return {
-            "image": np.asarray(record["image"], np.uint8),
+            "image": pixels,
             "caption": record["caption"].decode(),
             "category": record["category"].decode(),
             "id": record["id"].decode(),
@@ -126,50 +137,75 @@ def load(
     """A split of the data set under `data_dir`, which is built there on first use.
 
     Other processes wait for the one that builds; what an interrupted build left is removed. Raises
-    UserError for an unknown config or split, a folder that cannot be written and damaged files.
+    UserError for an unknown config or split, a folder that cannot be written, a disk without the
+    room, and damaged files.
     """
-    configs = {known.name for known in Shapes.BUILDER_CONFIGS}
+    configs = [known.name for known in Shapes.BUILDER_CONFIGS]
     if config not in configs:
-        raise UserError(f"shapes config {config!r} is not one of {', '.join(sorted(configs))}")
+        raise UserError(f"shapes config {config!r} is not one of {', '.join(configs)}")
     if split not in SPLITS:
         raise UserError(f"shapes split {split!r} is not one of {', '.join(SPLITS)}")
     root = Path(data_dir).expanduser()
+    folder = root / Shapes.name / config / str(Shapes.VERSION)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / "shapes.lock"):
-            builder = Shapes(data_dir=str(root), config=config, file_format="array_record")
-            if not builder.is_prepared():
-                _build(builder)
+            if not folder.exists():
+                _build(config, root, folder)
     except OSError as error:
-        raise UserError(f"cannot build the shapes data set under {root}: {error}") from error
+        raise UserError(f"cannot build the shapes data set in {root}: {error}") from error
     try:
-        stored = StoredShapes(builder.as_data_source(split=split))
+        builder = _builder(config, root)
+        stored = StoredShapes(builder, split)
         expected = getattr(builder.builder_config, split)
         if len(stored) != expected:
             raise ValueError(f"{len(stored)} examples where {expected} were written")
         stored[expected - 1]
-    except Exception as error:  # array_record and tfds raise many kinds
+    except Exception as error:  # TFDS and array_record have no common class for what they raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the shapes data set is damaged: {str(error).splitlines()[0]}; "
-            f"remove {builder.data_dir} and run again to rebuild it"
+            f"the shapes data set is damaged ({reason}): remove {folder} and run again, "
+            "which builds it anew"
         ) from error
     return stored
 
 
-def _build(builder: Shapes) -> None:
-    folder = Path(builder.data_dir)
-    for left in folder.parent.glob(f"*incomplete*{folder.name}*"):
-        for file in left.glob("*"):
-            file.unlink()
-        left.rmdir()
-    sizes = ", ".join(f"{getattr(builder.builder_config, split)} {split}" for split in SPLITS)
-    print(f"building the shapes data set once ({sizes} examples): {folder}", file=sys.stderr)
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(
-            compute_stats=tfds.download.ComputeStatsMode.SKIP
-        ),
-        file_format="array_record",
-    )
+def _builder(config: str, root: Path) -> Shapes:
+    return Shapes(data_dir=str(root), config=config, file_format="array_record")
+
+
+def _build(config: str, root: Path, folder: Path) -> None:
+    # TFDS writes beside the folder and renames at the end: what is left there was interrupted.
+    for left in folder.parent.glob("incomplete.*"):
+        shutil.rmtree(left)
+    (sizes,) = (known for known in Shapes.BUILDER_CONFIGS if known.name == config)
+    needed = _BYTES_PER_EXAMPLE * sum(getattr(sizes, split) for split in SPLITS)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise UserError(
+            f"the shapes data set {config!r} needs {needed / 2**20:.0f} MiB in {root}, "
+            f"where {free / 2**20:.0f} MiB are free: give another data_dir"
+        )
+    counts = ", ".join(f"{getattr(sizes, split)} {split}" for split in SPLITS)
+    print(f"building the shapes data set ({counts} examples), once: {folder}", file=sys.stderr)
+    tfds.disable_progress_bar()  # its bars count shards and downloads; ours counts examples
+    try:
+        with contextlib.redirect_stdout(StringIO()), _quiet_absl():
+            _builder(config, root).download_and_prepare(file_format="array_record")
+    finally:
+        tfds.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Hides TFDS's warning that a data set not yet built is not there."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

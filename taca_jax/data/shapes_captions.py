@@ -114,8 +114,7 @@ class Description:
     def caption(self) -> str:
         words = self.phrases[0].words()
         for i, phrase in enumerate(self.phrases[1:]):
-            related = i == 0 and self.relation is not None
-            words.extend(_JOINS[self.relation] if related else ("and",))
+            words += _JOINS[self.relation] if i == 0 and self.relation is not None else ("and",)
             words += phrase.words()
         return " ".join(words)
 

@@ -128,7 +128,11 @@ def place(objects: Sequence[Object], relation: str | None, random: Random) -> li
             if box is None:
                 break
             boxes.append(box)
-            if len(boxes) == 2 and relation is not None and not _related(*boxes, relation):
+            if (
+                len(boxes) == 2
+                and relation is not None
+                and not _related(boxes[0], boxes[1], relation)
+            ):
                 break
         else:
             return [Placed(o, x, y, size) for o, (x, y, size) in zip(objects, boxes, strict=True)]

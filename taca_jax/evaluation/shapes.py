@@ -40,12 +40,13 @@ MAX_ASPECT = 1.5
 MIN_DISTANCE = 80  # from the background, in RGB; the palest colour lies at 163
 MIN_CONTRAST = 0.1  # of a texture, relative to the colour; drawn: 0.55
 MIN_CORRELATION = 0.6  # of a texture with its pattern
-MAX_PLAIN_DEVIATION = 0.15
+MAX_PLAIN_DEVIATION = 0.2  # of the shade within a plain object; a drawn texture has 0.24
 
 _COLORS = tuple(PALETTE)
 _RGB = np.array([PALETTE[color] for color in _COLORS], np.float32)
 _CHROMA = _RGB - _RGB.mean(axis=1, keepdims=True)
 _HUES = _CHROMA / np.linalg.norm(_CHROMA, axis=1, keepdims=True)
+_FOUR_NEIGHBOURS = ndimage.generate_binary_structure(2, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,30 +102,43 @@ def read_scene(image: np.ndarray) -> list[FoundObject]:
         raise ValueError(
             f"image is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]"
         )
-    pixels = image.astype(np.float32)
+    # A border of background, so that every object has pixels all round.
+    pixels = np.full((image.shape[0] + 2, image.shape[1] + 2, 3), BACKGROUND, np.float32)
+    pixels[1:-1, 1:-1] = image
+    brightness = pixels.mean(axis=2)
+    chroma = pixels - brightness[..., None]
     foreground = ((pixels - BACKGROUND) ** 2).sum(axis=2) > MIN_DISTANCE**2
-    chroma = (pixels - pixels.mean(axis=2, keepdims=True)) * foreground[..., None]
     # A pixel's hue is that of its neighbourhood: one dark, noisy pixel says little.
-    hue = (ndimage.uniform_filter(chroma, size=(3, 3, 1)) @ _HUES.T).argmax(axis=2)
-    hue = np.where(foreground, hue, -1)
+    near = ndimage.uniform_filter(chroma * foreground[..., None], size=3, axes=(0, 1))
+    hue = np.where(foreground, (near @ _HUES.T).argmax(axis=2), -1)
     objects = []
-    for number, area in enumerate(np.bincount(hue[foreground], minlength=len(_COLORS))):
+    for color, area in enumerate(np.bincount(hue[foreground], minlength=len(_COLORS))):
         if area < MIN_AREA:
             continue
-        labels, _ = ndimage.label(hue == number)
-        for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        coverage = _coverage(color, chroma, brightness)
+        labels = np.empty(hue.shape, np.int32)
+        ndimage.label((hue == color) & (coverage > 0.5), _FOUR_NEIGHBOURS, output=labels)
+        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+            top, left = rows.start - 1, columns.start - 1
+            box = slice(top, rows.stop + 1), slice(left, columns.stop + 1)
             mask = labels[box] == label
-            if mask.sum() >= MIN_AREA:
-                objects.append(_read_object(number, mask, pixels[box], box))
+            if np.count_nonzero(mask) >= MIN_AREA:
+                # One pixel of border before the image and one before the object's box cancel.
+                objects.append(_read_object(color, mask, coverage[box], pixels[box], (left, top)))
     return objects
 
 
 def _read_object(
-    color: int, mask: np.ndarray, pixels: np.ndarray, box: tuple[slice, slice]
+    color: int,
+    mask: np.ndarray,
+    coverage: np.ndarray,
+    pixels: np.ndarray,
+    corner: tuple[int, int],
 ) -> FoundObject:
-    height, width = mask.shape
-    shape, confidence = _read_shape(mask)
-    top, left = box[0].start, box[1].start
+    """The object of a mask; the arrays reach a pixel beyond its box, which starts at `corner`."""
+    left, top = corner
+    height, width = mask.shape[0] - 2, mask.shape[1] - 2
+    shape, confidence = _read_shape(mask, coverage)
     return FoundObject(
         _COLORS[color],
         shape,
@@ -135,17 +149,34 @@ def _read_object(
     )
 
 
-def _read_shape(mask: np.ndarray) -> tuple[str | None, float]:
-    height, width = mask.shape
+def _coverage(color: int, chroma: np.ndarray, brightness: np.ndarray) -> np.ndarray:
+    """The share of each pixel that an object of a colour covers, whatever its shade there.
+
+    pixel = (1 - coverage) * background + coverage * shade * colour, and the background is grey:
+    chroma alone gives coverage * shade, and what is left of the brightness is the background.
+    """
+    shade = chroma @ _CHROMA[color] / (_CHROMA[color] @ _CHROMA[color])
+    return 1 - (brightness - shade * _RGB[color].mean()) / BACKGROUND
+
+
+def _read_shape(mask: np.ndarray, coverage: np.ndarray) -> tuple[str | None, float]:
+    """The best shape by the coverage, which blur leaves right, and how well the mask fits it."""
+    height, width = mask.shape[0] - 2, mask.shape[1] - 2
     if max(height, width) > MAX_ASPECT * min(height, width):
         return None, 0.0
+    near = mask.copy()
+    near[1:] |= mask[:-1]
+    near[:-1] |= mask[1:]
+    near[:, 1:] |= mask[:, :-1]
+    near[:, :-1] |= mask[:, 1:]
+    soft = (np.clip(coverage, 0, 1) * near).ravel()
     templates, areas = _templates(height, width)
-    window = np.pad(mask, 1).ravel().astype(np.float32)
-    overlap = templates @ window
-    iou = overlap / (areas + window.sum() - overlap)
-    best = int(iou.argmax())
-    confidence = float(iou[best])
-    return (SHAPES[best * len(SHAPES) // len(iou)] if confidence >= MIN_IOU else None), confidence
+    overlap = templates @ soft
+    best = int((overlap / (areas + soft.sum() - overlap)).argmax())
+    common = float(templates[best] @ mask.ravel())
+    confidence = common / (float(areas[best]) + np.count_nonzero(mask) - common)
+    shape = SHAPES[best * len(SHAPES) // len(areas)]
+    return (shape if confidence >= MIN_IOU else None), confidence
 
 
 @lru_cache(maxsize=256)
@@ -178,7 +209,11 @@ def _spans(length: int) -> list[tuple[int, int]]:
 
 def _read_texture(color: int, mask: np.ndarray, pixels: np.ndarray) -> str | None:
     """The texture within the outline, where blur does not mix the colour with the background."""
-    inside = ndimage.binary_erosion(mask).ravel().astype(np.float32)
+    inside = np.zeros(mask.shape, np.float32)
+    inside[1:-1, 1:-1] = (
+        mask[1:-1, 1:-1] & mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
+    )
+    inside = inside.ravel()
     count = inside.sum()
     if count < MIN_AREA / 2:
         return None
