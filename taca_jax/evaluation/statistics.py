@@ -37,9 +37,7 @@ class PairedDifference:
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Share:
     """Wilson's score interval of a binomial share (Wilson, 1927). Raises ValueError if empty."""
     if total < 1 or not 0 <= successes <= total:
-        raise ValueError(
-            f"{successes} successes of {total} are no share; expected 0..{total} of 1+"
-        )
+        raise ValueError(f"{successes} successes of {total}: expected 0..{total} of at least one")
     z = _quantile(confidence)
     share = successes / total
     center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
