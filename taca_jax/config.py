@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float
 
 from taca_jax.cli import parse_cli
+from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.fields import difference, from_json, to_json
 from taca_jax.lora import LoRAConfig
@@ -62,39 +63,6 @@ class TextConfig:
     def __post_init__(self):
         _check(bool(self.tokenizer), "text.tokenizer", "empty", "shapes, bytes or a folder")
         _check(self.length >= 1, "text.length", self.length, "1 or more tokens")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where pictures and captions come from.
-
-    source: `tfds:NAME` (`tfds:shapes`), or `folder:PATH` of pictures with `captions.jsonl` or a
-      .txt beside each.
-    batch_size: samples per forward pass, over all devices.
-    resolution: pixels per side of the square that each picture is resized and cropped to.
-    caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
-    max_bad_share: training stops when more than this share of the pictures is missing or corrupt;
-      the others are counted, named in the log and skipped.
-    seed: decides the order and the dropped captions.
-    """
-
-    source: str = "tfds:shapes"
-    batch_size: int = 64
-    resolution: int = 32
-    caption_dropout: float = 0.1
-    max_bad_share: float = 0.05
-    seed: int = 0
-
-    def __post_init__(self):
-        kind, _, place = self.source.partition(":")
-        known = kind in ("tfds", "folder") and bool(place)
-        _check(known, "data.source", self.source or "empty", "tfds:NAME or folder:PATH")
-        _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
-        _check(self.resolution >= 8, "data.resolution", self.resolution, "8 or more pixels")
-        shares = {"caption_dropout": self.caption_dropout, "max_bad_share": self.max_bad_share}
-        for name, share in shares.items():
-            _check(0 <= share <= 1, f"data.{name}", share, "between 0 and 1")
-        _check(self.seed >= 0, "data.seed", self.seed, "0 or more")
 
 
 @dataclass(frozen=True)
