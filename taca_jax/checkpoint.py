@@ -1,0 +1,327 @@
+"""Model folders: `config.json` beside `params/` (Orbax) or `model.safetensors`.
+
+`config.json` holds the fields of the model's config and its `kind`. Parameters go by their dotted
+path ("double_blocks.img.qkv.q.kernel"; stacked blocks are one array with a leading layer axis).
+Orbax restores each array straight onto its devices and is what conversion writes; a safetensors
+file is what small weights are passed around in. LoRA factors are never part of a model folder.
+"""
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from taca_jax.atomic import whole_folder
+from taca_jax.errors import UserError
+from taca_jax.fields import from_json, to_json
+from taca_jax.models.flux import FluxConfig, FluxTransformer
+from taca_jax.models.layers import LoRAParam
+from taca_jax.models.stack import Remat
+from taca_jax.models.t5 import T5Config, T5Encoder
+from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from taca_jax.models.vae import AutoencoderKL, VAEConfig
+from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensors
+
+KINDS: dict[str, tuple[type, type]] = {
+    "flux": (FluxConfig, FluxTransformer),
+    "t5": (T5Config, T5Encoder),
+    "vae": (VAEConfig, AutoencoderKL),
+    "tiny_vae": (TinyVAEConfig, TinyVAE),
+}
+"""kind in config.json -> (config, module)."""
+
+Model = FluxTransformer | T5Encoder | AutoencoderKL | TinyVAE
+
+CONFIG, PARAMS, SAFETENSORS = "config.json", "params", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StreamedArray:
+    """An array that is written piece by piece: `pieces` yields (leading index, rest of the array).
+
+    A stack of layers comes layer by layer, indexed (0,), (1,), ...; any other at once, indexed ().
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
+    stacked: bool
+
+
+def save_model(
+    path: Path | str,
+    model: Model,
+    *,
+    format: Literal["orbax", "safetensors"] = "orbax",
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Writes a model folder, whole or not at all; a model folder that was there is replaced.
+
+    Parameters are stored in `dtype`, or as they are. Raises UserError when `path` holds something
+    else, or cannot be written.
+    """
+    path = Path(path)
+    _check_free(path)
+    params = flat_params(model)
+    if format == "orbax":
+        arrays = {name: _streamed(param, dtype) for name, param in params.items()}
+        return save_streamed(path, model.config, arrays)
+    tensors = {name: _on_host(param, dtype) for name, param in params.items()}
+    with whole_folder(path) as folder:
+        write_tensors(folder / SAFETENSORS, tensors)
+        (folder / CONFIG).write_text(_config_text(model.config))
+    return None
+
+
+def save_streamed(path: Path, config: Any, arrays: Mapping[str, StreamedArray]) -> None:
+    """A model folder of arrays that need not fit into memory. `arrays` goes by parameter path."""
+    with whole_folder(path) as folder:
+        _stream_orbax(folder / PARAMS, arrays)
+        (folder / CONFIG).write_text(_config_text(config))
+
+
+def load_config(path: Path | str) -> Any:
+    """The config of a model folder; its class says what model it is.
+
+    Raises UserError where config.json is missing, of an unknown kind, or not what the kind needs.
+    """
+    file = Path(path) / CONFIG
+    try:
+        tree = json.loads(file.read_text())
+    except OSError:
+        raise UserError(
+            f"{path} is no model folder: it has no readable {CONFIG}; convert the original weights "
+            "with `python -m convert`"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); write the folder again") from None
+    kind = tree.pop("kind", None) if isinstance(tree, dict) else None
+    if kind not in KINDS:
+        hint = "; original weights need `python -m convert` first" if kind is None else ""
+        raise UserError(f"{file} says kind {kind!r}; expected one of {', '.join(KINDS)}{hint}")
+    return from_json(KINDS[kind][0], json.dumps(tree), where=str(file))
+
+
+def load_model(
+    path: Path | str,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike | None = None,
+    remat: Remat = "none",
+    shardings: Mapping[str, Sharding] | None = None,
+) -> Any:
+    """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
+
+    `shardings` places each parameter by its dotted path; without it all are on the first device.
+    `remat` is FLUX's. Raises UserError that names everything missing, left over or mis-shaped, and
+    for files that are absent, truncated or damaged.
+    """
+    path = Path(path)
+    model = abstract_model(load_config(path), dtype=dtype, remat=remat)
+    wanted = {name: param.shape for name, param in flat_params(model).items()}
+    if (path / PARAMS).is_dir():
+        given, read = _open_orbax(path / PARAMS)
+    elif (path / SAFETENSORS).is_file():
+        given, read = _open_safetensors(path / SAFETENSORS)
+    else:
+        raise UserError(f"{path} has neither {PARAMS}/ nor {SAFETENSORS}; write the folder again")
+    if problems := differences(wanted, given):
+        raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
+    device = SingleDeviceSharding(jax.devices()[0])
+    placed = dict.fromkeys(wanted, device) if shardings is None else shardings
+    return filled(model, read(placed, param_dtype))
+
+
+def kind_of(config: Any) -> str:
+    """The name under which a config's models are stored: `flux`, `t5`, ... ."""
+    return next(kind for kind, (cls, _) in KINDS.items() if cls is type(config))
+
+
+def abstract_model(config: Any, *, dtype: DTypeLike, remat: Remat = "none") -> Any:
+    """The model of a config with shapes in place of parameters."""
+    module = KINDS[kind_of(config)][1]
+    options = {"remat": remat} if remat != "none" else {}
+    return nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
+
+
+def flat_params(model: nnx.Module) -> dict[str, nnx.Param]:
+    """The parameters by dotted path, LoRA factors left out."""
+    base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.OfType(LoRAParam))))
+    return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(base)}
+
+
+def filled(model: Any, arrays: Mapping[str, jax.Array]) -> Any:
+    """An abstract model with an array for every parameter."""
+    graph, state = nnx.split(model)
+    for path, param in nnx.to_flat_state(state):
+        param.set_value(arrays[".".join(map(str, path))])
+    return nnx.merge(graph, state)
+
+
+_Placed = Mapping[str, Sharding]
+_Read = Callable[[_Placed, DTypeLike | None], dict[str, jax.Array]]
+
+
+def _open_safetensors(file: Path) -> tuple[Mapping[str, Shape], _Read]:
+    tensors = open_tensors(file)
+
+    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+        arrays = {}
+        for name in tensors.shapes:
+            array = tensors.read(name)
+            array = array if dtype is None else array.astype(jnp.dtype(dtype))
+            arrays[name] = jax.device_put(array, placed[name])
+        return arrays
+
+    return tensors.shapes, read
+
+
+def _open_orbax(folder: Path) -> tuple[dict[str, Shape], _Read]:
+    # Orbax finds damage only while it reads, and then prints every read that it drops.
+    shapes = {array.name: _checked_shape(array) for array in folder.iterdir() if array.is_dir()}
+
+    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+        stored = None if dtype is None else jnp.dtype(dtype)
+        args = {
+            name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=stored)
+            for name, sharding in placed.items()
+        }
+        request = ocp.args.PyTreeRestore(restore_args=_nested(args))
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return dict(_flat(checkpointer.restore(folder.absolute(), request)))
+        except Exception as error:  # what Orbax raises, and it raises that class itself
+            raise _damaged(folder, str(error)) from error
+
+    return shapes, read
+
+
+def _checked_shape(array: Path) -> Shape:
+    """The shape of one stored array, all of whose chunks are there in full."""
+    try:
+        header = json.loads((array / ".zarray").read_text())
+        shape, chunks = header["shape"], header["chunks"]
+        itemsize = jnp.dtype(header["dtype"]).itemsize
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(array, f"its .zarray: {error}") from error
+    counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+    for index in itertools.product(*map(range, counts)):
+        chunk = array / ".".join(map(str, index))
+        size = chunk.stat().st_size if chunk.is_file() else None
+        expected = math.prod(chunks) * itemsize
+        if size != expected:
+            found = "missing" if size is None else f"{size} bytes"
+            raise _damaged(array, f"chunk {chunk.name} is {found}, expected {expected} bytes")
+    return tuple(shape)
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    first_line = reason.strip().partition("\n")[0]
+    return UserError(f"{folder} is incomplete or damaged ({first_line}); write it again")
+
+
+def _stream_orbax(folder: Path, arrays: Mapping[str, StreamedArray]) -> None:
+    registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _StreamedHandler()))
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # Orbax warns that there are no jax arrays and no OCDBT; both meant
+    try:
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(_nested(arrays)))
+    finally:
+        log.setLevel(level)
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Writes StreamedArrays as Orbax stores numpy arrays, one piece in memory at a time."""
+
+    async def serialize(
+        self,
+        values: Sequence[Any],  # StreamedArray: what the registry sends here
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list[Any]:
+        del args
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            chunks = (1, *value.shape[1:]) if value.stacked else value.shape
+            store = await ts.open(
+                {
+                    "driver": "zarr",
+                    "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
+                    "metadata": {
+                        "shape": value.shape,
+                        "chunks": chunks,
+                        "dtype": _zarr_dtype(value.dtype),
+                        "compressor": None,  # weights hardly shrink
+                    },
+                    # Zeros too: a chunk that is not there then means a damaged folder.
+                    "store_data_equal_to_fill_value": True,
+                    # The whole folder is handed to the disk at its end.
+                    "context": {"file_io_sync": False},
+                },
+                create=True,
+            )
+            for index, piece in value.pieces():
+                await store[index].write(piece)
+        return []
+
+
+def _on_host(param: nnx.Param, dtype: DTypeLike | None) -> np.ndarray:
+    array = param.get_value()
+    return np.asarray(array if dtype is None else array.astype(dtype))
+
+
+def _streamed(param: nnx.Param, dtype: DTypeLike | None) -> StreamedArray:
+    stored = param.get_value().dtype if dtype is None else jnp.dtype(dtype)
+
+    def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        yield (), _on_host(param, dtype)
+
+    return StreamedArray(param.shape, stored, pieces, stacked=False)
+
+
+def _zarr_dtype(dtype: np.dtype) -> str:
+    return "bfloat16" if dtype == jnp.bfloat16 else dtype.str
+
+
+def _config_text(config: Any) -> str:
+    return json.dumps({"kind": kind_of(config), **json.loads(to_json(config))}, indent=2) + "\n"
+
+
+def _check_free(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
+        raise UserError(f"{path} exists and is no model folder; give an empty or a new one")
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from _flat(node, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", node

@@ -1,0 +1,144 @@
+"""Safetensors files, single or sharded with an index, a tensor at a time as numpy."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from taca_jax.atomic import whole_file
+from taca_jax.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of one model's files: their shapes now, each array when it is asked for.
+
+    `where` is what the user gave. `metadata` is the header's text of a single file.
+    """
+
+    where: Path
+    files: Mapping[str, Path]
+    shapes: Mapping[str, Shape]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor; bfloat16 comes as ml_dtypes' type."""
+        # Opened anew each time: a file that stays open stays mapped, and all that was read from
+        # it counts as this process's memory.
+        with _open(self.files[name]) as file:
+            return file.get_tensor(name)
+
+
+def open_tensors(path: Path) -> TensorFiles:
+    """The safetensors at `path`: a file, an index (`*.index.json`), or a folder with one of either.
+
+    Raises UserError when nothing is there, a file is truncated or damaged, a shard is missing,
+    or the shards are not what their index says.
+    """
+    if path.is_dir():
+        path = _only(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not there; give a .safetensors file or a folder with one")
+    if path.suffix == ".json":
+        return _open_sharded(path)
+    shapes, metadata = _header(path)
+    return TensorFiles(path, dict.fromkeys(shapes, path), shapes, metadata)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with whole_file(path) as made:
+        try:
+            save_file(contiguous, made, None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def summary(
+    items: list[str], show: Callable[[str], str] = lambda item: item, limit: int = 6
+) -> str:
+    """`a, b, c`, or the first few `and 412 more`."""
+    shown = ", ".join(show(item) for item in items[:limit])
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+
+
+def differences(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
+    """What is missing, left over or mis-shaped in `given`, each in words; empty when it fits."""
+    missing = [name for name in wanted if name not in given]
+    extra = [name for name in given if name not in wanted]
+    shapes = [name for name in wanted if name in given and tuple(given[name]) != wanted[name]]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} missing: {summary(missing)}")
+    if extra:
+        found.append(f"{len(extra)} left over: {summary(extra)}")
+    if shapes:
+        listed = summary(shapes, lambda n: f"{n} is {tuple(given[n])} instead of {wanted[n]}")
+        found.append(f"{len(shapes)} of another shape: {listed}")
+    return found
+
+
+def _only(folder: Path) -> Path:
+    """The index in the folder, else its only safetensors file."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    choices = indices or sorted(folder.glob("*.safetensors"))
+    if len(choices) == 1:
+        return choices[0]
+    if not choices:
+        raise UserError(f"{folder} has no .safetensors file; give the folder of the weights")
+    names = ", ".join(choice.name for choice in choices)
+    raise UserError(f"{folder} has more than one set of weights ({names}); give one of them")
+
+
+def _open_sharded(index: Path) -> TensorFiles:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{index} is no index of shards ({error}); download it again") from None
+    shards = sorted(set(weight_map.values()))
+    absent = [name for name in shards if not (index.parent / name).is_file()]
+    if absent:
+        raise UserError(
+            f"{len(absent)} of the {len(shards)} shards that {index} names are missing: "
+            f"{summary(absent)}; download them again"
+        )
+    files: dict[str, Path] = {}
+    shapes: dict[str, Shape] = {}
+    problems = []
+    for shard in shards:
+        found, _ = _header(index.parent / shard)
+        for name, shape in found.items():
+            if name in files:
+                problems.append(f"{name} is in {files[name].name} and in {shard}")
+            elif weight_map.get(name) != shard:
+                problems.append(f"{name} is in {shard} and the index says otherwise")
+            files[name], shapes[name] = index.parent / shard, shape
+    problems += [f"{name} is in no shard" for name in weight_map if name not in files]
+    if problems:
+        raise UserError(f"{index} and its shards disagree: {summary(problems)}")
+    return TensorFiles(index, files, shapes, {})
+
+
+def _header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
+    with _open(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes, dict(file.metadata() or {})
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or damaged ({error}); download or write it again"
+        ) from error
