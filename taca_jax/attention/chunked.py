@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-MAX_SCORES = 2**24
-"""Scores held at once, over batch and heads: 64 MiB of float32. A quarter of one 4608 x 4608
-matrix per batch element and head, and large enough that small models run in one piece."""
+MAX_SCORES = 2**22
+"""Scores held at once, over batch and heads: 16 MiB of float32. Small enough to stay in a CPU's
+last cache and under what allocators return to the system at once (a page fault per 4 KiB costs
+more than the exponentials); large enough that small models run in one piece."""
 
 
 def joint_attention(
@@ -31,9 +32,7 @@ def joint_attention(
     is_text_key = jnp.arange(k.shape[2]) < text_len
     text_scale = (gamma.astype(jnp.float32) * scale)[:, None, None, None]
 
-    def attend(
-        q: Float[Array, "b c h d"], position: Int[Array, " c"]
-    ) -> Float[Array, "b c h d"]:
+    def attend(q: Float[Array, "b c h d"], position: Int[Array, " c"]) -> Float[Array, "b c h d"]:
         logits = jnp.einsum("bqhd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
         image_to_text = (position >= text_len)[:, None] & is_text_key
         logits = logits * jnp.where(image_to_text, text_scale, scale)
