@@ -12,7 +12,7 @@ class DataConfig:
     """Where pictures and captions come from.
 
     source: `tfds:shapes/small` (or `large`, `tiny`; the training split, built on first use),
-      `generated:shapes/SIZE` (the same drawn on the fly; about four million without a SIZE), or
+      `generated:shapes/SIZE` (the same drawn on the fly; a million without a SIZE), or
       `folder:PATH` of pictures with `captions.jsonl` or a .txt beside each.
     batch_size: samples per forward pass, over all devices.
     resolution: pixels per side of the square that each picture is resized and cropped to; shapes

@@ -6,8 +6,10 @@ and whether its caption is dropped, so the state of a loader is one number.
 """
 
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypedDict
@@ -22,9 +24,10 @@ from taca_jax.errors import UserError
 Tokenize = Callable[[list[str]], np.ndarray]
 
 _MAX_THREADS = 16
-_FILES_PER_CHUNK = 16
-_DRAWN_PER_CHUNK = 256
+_FILES_PER_CHUNK = 4
+_DRAWN_PER_CHUNK = 64
 _BATCHES_AHEAD = 2
+_SHUFFLE, _CAPTIONS = 0, 1  # what random numbers are for
 
 
 class Batch(TypedDict):
@@ -74,26 +77,17 @@ class Loader:
         self._batch_size = data.batch_size // process_count
         if isinstance(source, FolderSource):
             # Decoding leaves Python: small chunks spread over the cores.
-            threads, chunk_size = min(_threads(), _MAX_THREADS), _FILES_PER_CHUNK
+            threads, self._chunk_size = min(_threads(), _MAX_THREADS), _FILES_PER_CHUNK
         else:
             # Drawing is Python: a second thread would only wait for the first.
-            threads, chunk_size = 1, _DRAWN_PER_CHUNK
-        self._chunk_size = min(chunk_size, self._batch_size)
+            threads, self._chunk_size = 1, _DRAWN_PER_CHUNK
         ahead = _BATCHES_AHEAD * -(-self._batch_size // self._chunk_size)
-        shuffle_seed = int(_hash(data.seed, np.zeros(1, np.uint64))[0] >> np.uint64(32))
-        # Grain moves indices, a chunk at a time: an example at a time costs as much as drawing it.
-        chunks = (
-            grain.MapDataset.range(len(source))
-            .seed(shuffle_seed)
-            .shuffle()
-            .repeat()[process_index::process_count]
-            .batch(self._chunk_size, batch_fn=list)
-            .map_with_index(self._read)
-            .to_iter_dataset(
-                grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
-            )
-        )
-        self._chunks = iter(chunks)
+        self._order = _Order(len(source), data.seed)
+        # Grain reads ahead, by chunks: its work for an element is more than drawing one. Its own
+        # shuffle takes milliseconds an index where there are few.
+        chunks = grain.MapDataset.range(sys.maxsize // self._chunk_size).map(self._read)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
+        self._chunks = iter(chunks.to_iter_dataset(options))
         self._chunk: _Chunk | None = None
         self._offset = 0  # in the chunk
         self._position = 0
@@ -163,20 +157,20 @@ class Loader:
             self._offset = int(np.searchsorted(self._chunk.positions, self._position))
         return self._chunk
 
-    def _read(self, number: int, indices: Sequence[int]) -> _Chunk:
+    def _read(self, number: int) -> _Chunk:
         """Runs on the reading threads."""
-        positions = number * self._chunk_size + np.arange(len(indices))
+        positions = number * self._chunk_size + np.arange(self._chunk_size)
+        stream = positions * self._process_count + self._process_index
         examples, kept = [], []
-        for position, index in zip(positions, indices, strict=True):
+        for i, index in enumerate(self._order.indices(stream)):
             try:
                 examples.append(self._source[index])
             except BadExampleError:  # the source has counted and logged it
                 continue
-            kept.append(position)
+            kept.append(i)
         if not examples:
             return _Chunk(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), [])
-        positions = np.array(kept)
-        dropped = self._dropped(positions)
+        dropped = _uniform(stream[kept], self._seed, _CAPTIONS) < self._caption_dropout
         captions = [
             "" if drop else example["caption"]
             for example, drop in zip(examples, dropped, strict=True)
@@ -184,13 +178,7 @@ class Loader:
         with self._tokenize_lock:
             tokens = np.asarray(self._tokenize(captions), np.int32)
         image = np.stack([example["image"] for example in examples])
-        return _Chunk(positions, image, tokens, [example["id"] for example in examples])
-
-    def _dropped(self, positions: np.ndarray) -> np.ndarray:
-        """bool [n]: which captions are dropped, by the seed and the place in the common stream."""
-        stream = positions.astype(np.uint64) * np.uint64(self._process_count)
-        stream += np.uint64(self._process_index + 1)  # 0 is the shuffle's
-        return (_hash(self._seed, stream) >> np.uint64(11)) * 2.0**-53 < self._caption_dropout
+        return _Chunk(positions[kept], image, tokens, [example["id"] for example in examples])
 
 
 def make_loader(
@@ -217,14 +205,49 @@ def make_loader(
     return Loader(source, data, tokenize, process_index, process_count)
 
 
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class _Order:
+    """The order of the endless stream: each epoch a permutation by its own random numbers."""
+
+    def __init__(self, size: int, seed: int):
+        self._size = size
+        self._seed = seed
+        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def indices(self, stream: np.ndarray) -> list[int]:
+        """The source's index at each of some neighbouring places of the stream."""
+        epochs, within = np.divmod(stream, self._size)
+        starts = np.flatnonzero(np.diff(epochs, prepend=-1))
+        parts = np.split(within, starts[1:])
+        found = [self._epoch(int(epochs[at]))[part] for at, part in zip(starts, parts, strict=True)]
+        return np.concatenate(found).tolist()
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._epochs:
+                keys = _hash(np.arange(self._size), self._seed, _SHUFFLE, epoch)
+                self._epochs[epoch] = np.argsort(keys, kind="stable").astype(np.uint32)
+                if len(self._epochs) > 2:  # two threads may stand on either side of an end
+                    self._epochs.popitem(last=False)
+            return self._epochs[epoch]
 
 
-def _hash(seed: int, positions: np.ndarray) -> np.ndarray:
-    """uint64 [n]: random bits for each position (splitmix64, Steele et al. 2014)."""
+def _uniform(places: np.ndarray, *seed: int) -> np.ndarray:
+    """float64 [n] in [0, 1)."""
+    return (_hash(places, *seed) >> np.uint64(11)) * 2.0**-53
+
+
+def _hash(places: np.ndarray, *seed: int) -> np.ndarray:
+    """uint64 [n]: random bits for each place, the same in every version of NumPy.
+
+    splitmix64 (Steele et al., 2014).
+    """
     start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    z = start + positions * np.uint64(0x9E3779B97F4A7C15)
+    z = start + places.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

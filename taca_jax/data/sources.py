@@ -22,12 +22,12 @@ from taca_jax.data.shapes_drawing import IMAGE_SIZE
 from taca_jax.data.shapes_examples import GeneratedShapes
 from taca_jax.errors import UserError
 
-GENERATED_SIZE = 2**22
+GENERATED_SIZE = 2**20
 CAPTIONS_FILE = "captions.jsonl"
 
-_MAX_SIZE = 2**32 - 1  # grain shuffles 32-bit indices
+_MAX_SIZE = 2**24  # an epoch's order is held in memory
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP")  # MPO: the JPEGs of many phones
+_FORMATS = ("PNG", "JPEG", "WEBP")
 _FILE_KEYS = ("file", "file_name")
 _CAPTION_KEYS = ("caption", "text", "name")
 _LEAST_LOOKED = 50  # before fewer, a share says little
@@ -101,13 +101,13 @@ class BadExamples:
         self.total = total
         self.max_share = max_share
         self._listed = listed
-        self._reasons: dict[int, str] = {}
+        self._bad: set[int] = set()
         self._looked: set[int] = set()
         self._lock = threading.Lock()
 
     @property
     def count(self) -> int:
-        return self._listed + len(self._reasons)
+        return self._listed + len(self._bad)
 
     def good(self, index: int) -> None:
         """Example `index` was read."""
@@ -118,15 +118,15 @@ class BadExamples:
         """Example `index` could not be read. Raises UserError when that makes too many."""
         with self._lock:
             self._looked.add(index)
-            if index not in self._reasons:
-                self._reasons[index] = reason
+            if index not in self._bad:
+                self._bad.add(index)
                 _log.warning("skipped %s: %s (%d bad so far)", name, reason, self.count)
             self.check(name, reason)
 
     def check(self, name: str, reason: str) -> None:
         """Raises UserError, giving `name` and `reason` as an instance, when there are too many."""
         share = self.max_share
-        found, looked = len(self._reasons), len(self._looked)
+        found, looked = len(self._bad), len(self._looked)
         # Three standard deviations: of a folder below the share, hardly any beginning is so bad.
         usual = share * looked + 3 * (share * looked) ** 0.5
         if self.count > share * self.total or self.count == self.total:
