@@ -46,11 +46,15 @@ class TacaConfig:
 
     def __post_init__(self):
         if not self.gamma > 0:
-            raise UserError(f"taca.gamma is {self.gamma}; it must be positive (1 is plain attention)")
+            raise UserError(
+                f"taca.gamma is {self.gamma}; it must be positive (1 is plain attention)"
+            )
         if not 0 <= self.threshold <= MAX_TIMESTEP:
             raise UserError(f"taca.threshold is {self.threshold}; timesteps are in 0..1000")
         if self.first_steps is not None and self.first_steps < 0:
-            raise UserError(f"taca.first_steps is {self.first_steps}; it must be 0 or more, or none")
+            raise UserError(
+                f"taca.first_steps is {self.first_steps}; it must be 0 or more, or none"
+            )
 
 
 def active(

@@ -26,10 +26,7 @@ def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -
 def run_stack(
     stack: Block, call: Callable[[Block, Any], Any], carry: Any, *, remat: Remat = "none"
 ) -> Any:
-    """`carry = call(block, carry)` through every block, traced once whatever the depth.
-
-   
-    """
+    """`carry = call(block, carry)` through every block, traced once whatever the depth."""
     graph, state = nnx.split(stack)
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:

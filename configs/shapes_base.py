@@ -1,0 +1,60 @@
+"""A small FLUX and its T5, from scratch on compositional shapes: the base of `shapes_taca`.
+
+Made to train in about an hour and a half on two CPU cores. 16 text tokens stand against 100 image
+tokens, so that text is as outnumbered as in the full-size model (512 against 4096).
+"""
+
+from taca_jax.config import DataConfig, EvalConfig, OptimizerConfig, TextConfig, TrainConfig
+from taca_jax.models.flux import FluxConfig
+from taca_jax.models.t5 import T5Config
+
+CONFIG = TrainConfig(
+    name="shapes_base",
+    steps=9_000,
+    model=FluxConfig(
+        patch_size=4,
+        latent_channels=3,
+        num_heads=4,
+        head_dim=32,
+        axes_dim=(8, 12, 12),
+        theta=10_000,
+        num_double_blocks=2,
+        num_single_blocks=4,
+        mlp_ratio=4.0,
+        txt_dim=128,
+        pooled_dim=128,
+        guidance_embed=False,
+    ),
+    text=TextConfig(
+        tokenizer="shapes",
+        length=16,
+        encoder=T5Config(
+            vocab_size=33, dim=128, ff_dim=256, num_heads=4, head_dim=32, num_layers=2
+        ),
+    ),
+    data=DataConfig(source="generated:shapes", batch_size=32, resolution=40, caption_dropout=0.1),
+    optimizer=OptimizerConfig(
+        learning_rate=1.5e-3,
+        warmup_steps=200,
+        schedule="cosine",
+        weight_decay=0.01,
+        b2=0.99,
+        ema_decay=0.999,
+    ),
+    remat="full",  # on CPUs faster than moving every activation through memory
+    timestep_sampling="uniform",
+    log_every=20,
+    save_every=500,
+    sample_every=500,
+    sample_prompts=(
+        "a red circle and a blue square",
+        "a green cross above a yellow circle",
+        "three cyan triangles",
+        "a striped square and a dotted circle",
+        "a purple diamond left of a red cross",
+        "two blue squares and one green circle",
+        "a checkered yellow square right of a striped blue circle",
+        "a triangle and a square",
+    ),
+    evaluate=EvalConfig(prompts=100, steps=20, guidance=1.0, batch_size=60),
+)

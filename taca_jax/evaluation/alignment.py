@@ -1,0 +1,171 @@
+"""Does the picture show what the prompt says? Shapes models, measured on held-out prompts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from taca_jax.config import EvalConfig
+from taca_jax.data.shapes_captions import CATEGORIES
+from taca_jax.data.shapes_examples import test_prompts
+from taca_jax.evaluation.shapes import check
+from taca_jax.evaluation.statistics import paired_difference, wilson_interval
+from taca_jax.pictures import caption_grid
+from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.taca import TacaConfig
+
+PROMPT_SEED = 0
+"""The measurement's prompts are always the same ones, so that runs can be compared."""
+
+_SHOWN = 2  # prompts per category in the picture
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of sampling: TACA's settings (None: plain) and the strength of the LoRA under them."""
+
+    name: str
+    taca: TacaConfig | None
+    lora_strength: float
+
+
+def variants(taca: TacaConfig | None, *, lora: bool) -> list[Variant]:
+    """The base alone; with a LoRA also TACA without it, both, and the LoRA without TACA's gamma."""
+    base = Variant("base", None, 0.0)
+    if not lora:
+        return [base]
+    taca = taca or TacaConfig()
+    return [
+        base,
+        Variant("base + TACA", taca, 0.0),
+        Variant("TACA + LoRA", taca, 1.0),
+        Variant("LoRA alone", replace(taca, gamma=1.0), 1.0),
+    ]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What was measured: each prompt with its category, and by variant whether its picture is right."""
+
+    categories: tuple[str, ...]
+    prompts: tuple[str, ...]
+    correct: Mapping[str, np.ndarray]
+
+
+def measure(
+    pipeline: FluxPipeline, which: Sequence[Variant], evaluate: EvalConfig
+) -> tuple[Alignment, Image.Image]:
+    """Samples every held-out prompt in each variant, from the same noise, and scores the pictures.
+
+    Also returns a picture of the first prompts of each category, a column a variant.
+    """
+    categories, prompts = zip(*test_prompts(evaluate.prompts, PROMPT_SEED), strict=True)
+    shown = [
+        i for c in CATEGORIES for i in [j for j, x in enumerate(categories) if x == c][:_SHOWN]
+    ]
+    correct, seen = {}, {}
+    for variant in which:
+        images = np.concatenate(
+            [
+                _sample(pipeline, prompts, start, variant, evaluate)
+                for start in track(
+                    range(0, len(prompts), evaluate.batch_size), f"sampling {variant.name}"
+                )
+            ]
+        )
+        pictures = np.round(images * 255).astype(np.uint8)
+        correct[variant.name] = np.array(
+            [check(p, x).correct for p, x in zip(prompts, pictures, strict=True)]
+        )
+        seen[variant.name] = pictures
+    cells = [(v.name, i) for i in shown for v in which]
+    grid = caption_grid(
+        [Image.fromarray(seen[name][i]) for name, i in cells],
+        [f"{'+' if correct[name][i] else '-'} {prompts[i]}" for name, i in cells],
+        columns=len(which),
+        headings=[v.name for v in which],
+    )
+    return Alignment(categories, prompts, correct), grid
+
+
+def _sample(
+    pipeline: FluxPipeline,
+    prompts: Sequence[str],
+    start: int,
+    variant: Variant,
+    evaluate: EvalConfig,
+) -> np.ndarray:
+    # The last batch is filled up, so that every batch runs the one compiled program.
+    chosen = list(prompts[start : start + evaluate.batch_size])
+    padded = chosen + chosen[-1:] * (evaluate.batch_size - len(chosen))
+    images = pipeline(
+        padded,
+        steps=evaluate.steps,
+        guidance=evaluate.guidance,
+        seed=start,
+        taca=variant.taca,
+        lora_strength=variant.lora_strength,
+        output="array",
+    ).images
+    return np.asarray(images)[: len(chosen)]
+
+
+def summary(alignment: Alignment) -> dict:
+    """Shares with Wilson's 95 % interval by variant and category, and differences from the first
+    variant over all prompts (paired), ready for JSON."""
+    rows = {}
+    base = next(iter(alignment.correct))
+    of = np.array(alignment.categories)
+    for name, correct in alignment.correct.items():
+        groups = {c: correct[of == c] for c in dict.fromkeys(alignment.categories)} | {
+            "all": correct
+        }
+        rows[name] = {c: asdict(wilson_interval(int(x.sum()), len(x))) for c, x in groups.items()}
+        if name != base:
+            rows[name]["difference"] = asdict(paired_difference(alignment.correct[base], correct))
+    return rows
+
+
+def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """The summary as people read it: % of prompts whose picture is right, with 95 % intervals."""
+    names = list(rows)
+    out = Table(title="Held-out prompts drawn right, % (95 % interval)")
+    out.add_column("category")
+    for name in names:
+        out.add_column(name, justify="right")
+    for category in [c for c in rows[names[0]] if c != "difference"]:
+        shares = [rows[name][category] for name in names]
+        cells = [
+            f"{100 * s['value']:.1f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})" for s in shares
+        ]
+        out.add_row(f"{category}, n = {shares[0]['total']}", *cells, end_section=category == "all")
+    if len(names) > 1:
+        cells = [
+            f"{100 * d['value']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}), "
+            f"p = {d['p_value']:.2g}"
+            for d in (rows[name]["difference"] for name in names[1:])
+        ]
+        out.add_row(f"against {names[0]}, paired", "", *cells)
+    return out
+
+
+def evaluate_shapes(
+    pipeline: FluxPipeline,
+    evaluate: EvalConfig,
+    run_dir: Path,
+    *,
+    taca: TacaConfig | None,
+    lora: bool,
+) -> None:
+    """Measures, prints the table, and writes evaluation.json and evaluation.png into `run_dir`."""
+    alignment, grid = measure(pipeline, variants(taca, lora=lora), evaluate)
+    rows = summary(alignment)
+    (run_dir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
+    grid.save(run_dir / "evaluation.png")
+    Console(width=max(120, Console().width)).print(table(rows))

@@ -1,0 +1,45 @@
+"""The flow-matching objective and the timesteps that it is asked at."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+from taca_jax.taca import MAX_TIMESTEP
+
+TimestepSampling = Literal["uniform", "logit_normal"]
+
+
+def sample_timesteps(
+    rng: jax.Array, samples: int, *, sampling: TimestepSampling, above: float = 0.0
+) -> Float[Array, " b"]:
+    """Timesteps in (above, 1000], float32.
+
+    `uniform`, or `logit_normal` (the sigmoid of a standard normal, SD3's choice), restricted to
+    that range: TACA trains its LoRA on t in (t_thresh, 1000] (arXiv 2506.07986, equation 11).
+    """
+    # In (0, 1]: 1 stands for pure noise, where every sampling run starts.
+    u = 1.0 - jax.random.uniform(rng, (samples,))
+    low = above / MAX_TIMESTEP
+    if sampling == "uniform":
+        return MAX_TIMESTEP * (low + (1 - low) * u)
+    low = norm.cdf(jnp.log(low) - jnp.log1p(-low)) if low > 0 else 0.0
+    return MAX_TIMESTEP * jax.nn.sigmoid(norm.ppf(low + (1 - low) * u))
+
+
+def interpolate(
+    x0: Float[Array, "b *s"], noise: Float[Array, "b *s"], timestep: Float[Array, " b"]
+) -> Float[Array, "b *s"]:
+    """x_t = (1 - sigma) x0 + sigma noise, sigma = timestep / 1000."""
+    sigma = (timestep / MAX_TIMESTEP).reshape(-1, *(1,) * (x0.ndim - 1))
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def flow_matching_loss(
+    velocity: Float[Array, "b *s"], x0: Float[Array, "b *s"], noise: Float[Array, "b *s"]
+) -> Float[Array, ""]:
+    """Mean squared error of the predicted velocity against noise - x0, in float32."""
+    target = (noise - x0).astype(jnp.float32)
+    return jnp.mean(jnp.square(velocity.astype(jnp.float32) - target))

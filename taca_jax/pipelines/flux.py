@@ -1,0 +1,305 @@
+"""Prompt to picture with FLUX and TACA."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from PIL import Image
+
+from taca_jax.checkpoint import load_model, save_model
+from taca_jax.errors import UserError
+from taca_jax.fields import from_json, to_json
+from taca_jax.formats.lora_peft import read_lora
+from taca_jax.lora import remove_lora
+from taca_jax.models.flux import FluxTransformer
+from taca_jax.models.pixels import Pixels
+from taca_jax.models.stack import Remat
+from taca_jax.models.t5 import T5Encoder
+from taca_jax.models.tiny_vae import TinyVAE
+from taca_jax.models.vae import AutoencoderKL
+from taca_jax.sampling import Conditioning, FlowSchedule, Trajectory, denoise, make_plan
+from taca_jax.taca import TacaConfig
+from taca_jax.text import Tokenizer, encode, load_tokenizer
+
+Autoencoder = Pixels | TinyVAE | AutoencoderKL
+
+SETTINGS_FILE = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """What a pipeline folder says beside its weights.
+
+    tokenizer, text_length: as in TextConfig.
+    resolution: pixels per side that the model was trained at.
+    steps, guidance: what a call takes that names none.
+    schedule: the sampler's noise levels.
+    """
+
+    tokenizer: str
+    text_length: int
+    resolution: int
+    steps: int
+    guidance: float
+    schedule: FlowSchedule
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a pipeline call returns.
+
+    images: PIL pictures, or float32 `[b, H, W, 3]` in [0, 1], or None for output="latents".
+    latents: the last ones, float32 NHWC. trajectory: each step's latents and predicted x0, if asked.
+    """
+
+    images: list[Image.Image] | np.ndarray | None
+    latents: Float[Array, "b h w c"]
+    trajectory: Trajectory | None
+
+
+class FluxPipeline:
+    """A FLUX transformer with what it needs around it; parts may be absent where embeddings or
+    latents are given instead."""
+
+    def __init__(
+        self,
+        transformer: FluxTransformer,
+        *,
+        text_encoder: T5Encoder | None,
+        tokenizer: Tokenizer | None,
+        autoencoder: Autoencoder | None,
+        settings: PipelineSettings,
+    ):
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.autoencoder = autoencoder
+        self.settings = settings
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        *,
+        param_dtype: Literal["float32", "bfloat16"] | None = None,
+        remat: Remat = "none",
+    ) -> "FluxPipeline":
+        """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present
+        `text_encoder/` and `autoencoder/` (without one, a 3-channel model works on pixels).
+
+        `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. `remat`
+        matters to training only.
+
+        Raises UserError where the folder or a part of it is missing or damaged.
+        """
+        path = Path(path)
+        settings_file = path / SETTINGS_FILE
+        if not settings_file.is_file():
+            raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}")
+        settings = from_json(PipelineSettings, settings_file.read_text())
+        types = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(param_dtype or dtype)}
+        transformer = load_model(path / "transformer", remat=remat, **types)
+        text_encoder = tokenizer = autoencoder = None
+        if (path / "text_encoder").is_dir():
+            text_encoder = load_model(path / "text_encoder", **types)
+            tokenizer = load_tokenizer(settings.tokenizer, settings.text_length)
+        if (path / "autoencoder").is_dir():
+            autoencoder = load_model(path / "autoencoder", **types)
+        elif transformer.config.latent_channels == Pixels().config.latent_channels:
+            autoencoder = Pixels()
+        return cls(
+            transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            autoencoder=autoencoder,
+            settings=settings,
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        format: Literal["orbax", "safetensors"] = "safetensors",
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> None:
+        """Writes the folder that `from_pretrained` reads; LoRA factors are left out."""
+        path = Path(path)
+        parts = {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        if not isinstance(self.autoencoder, Pixels):
+            parts["autoencoder"] = self.autoencoder
+        path.mkdir(parents=True, exist_ok=True)
+        for name, model in parts.items():
+            if model is not None:
+                save_model(path / name, model, format=format, dtype=dtype)
+        (path / SETTINGS_FILE).write_text(to_json(self.settings) + "\n")
+
+    def load_lora(self, path: str | Path) -> str:
+        """Attaches a LoRA file in place of any other; returns a line that says what it holds.
+
+        Raises UserError for a file that is damaged or made for another model.
+        """
+        self.unload_lora()
+        return str(read_lora(path, self.transformer))
+
+    def unload_lora(self) -> None:
+        """Takes LoRA factors off; without any this does nothing."""
+        remove_lora(self.transformer)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings of prompts. Raises UserError where the pipeline has no text encoder."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise UserError(
+                "this pipeline has no text encoder; give prompt_embeds and pooled_prompt_embeds"
+            )
+        graph, state = nnx.split(self.text_encoder)
+        return _encode(graph, state, self.tokenizer(prompts), self.tokenizer.pad_id)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        taca: TacaConfig | None = None,
+        lora_strength: float = 1.0,
+        prompt_embeds: Float[Array, "b t k"] | None = None,
+        pooled_prompt_embeds: Float[Array, "b p"] | None = None,
+        negative_prompt_embeds: Float[Array, "b t k"] | None = None,
+        negative_pooled_prompt_embeds: Float[Array, "b p"] | None = None,
+        latents: Float[Array, "b h w c"] | None = None,
+        output: Literal["pil", "array", "latents"] = "pil",
+        trajectory: bool = False,
+        callback: Callable[[int, Float[Array, "b h w c"]], None] | None = None,
+    ) -> PipelineOutput:
+        """Pictures of `prompt` (one or several, each `num_images` times).
+
+        Sizes are in pixels. `guidance` is embedded where the model takes it; other models use it
+        for classifier-free guidance against `negative_prompt` ("" by default) when it is above 1.
+        A model with embedded guidance uses `negative_prompt` not at all, and says so. Picture i
+        starts from the noise of `seed` + i, or from `latents`. `taca` None is plain attention;
+        attached LoRA factors act while TACA does, at `lora_strength`. `callback(step, latents)` runs
+        after each step (and keeps the loop from being one program).
+
+        Raises UserError for input that does not fit together.
+        """
+        config = self.transformer.config
+        settings = self.settings
+        if guidance is None:
+            guidance = settings.guidance
+        positive = self._conditioning(prompt, prompt_embeds, pooled_prompt_embeds, "prompt")
+        positive = jax.tree.map(lambda x: jnp.repeat(x, num_images, axis=0), positive)
+        batch = positive.txt.shape[0]
+
+        negative = None
+        if config.guidance_embed:
+            if negative_prompt is not None or negative_prompt_embeds is not None:
+                raise UserError("this model embeds its guidance and takes no negative prompt")
+            positive = replace(positive, guidance=jnp.full(batch, guidance, jnp.float32))
+        elif guidance > 1:
+            text = negative_prompt
+            if text is None and negative_prompt_embeds is None:
+                text = ""
+            negative = self._conditioning(
+                text, negative_prompt_embeds, negative_pooled_prompt_embeds, "negative_prompt"
+            )
+            negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), negative)
+
+        latents = self._noise(latents, batch, height, width, seed)
+        tokens = latents.shape[1] * latents.shape[2] // config.patch_size**2
+        sigmas = settings.schedule.sigmas(steps or settings.steps, tokens)
+        plan = make_plan(sigmas, taca, lora_strength=lora_strength)
+
+        scale = jnp.float32(guidance)
+        seen = None
+        if callback is None:
+            latents, seen = denoise(
+                self.transformer, latents, plan, positive, negative, scale, trajectory=trajectory
+            )
+        else:
+            steps_seen = []
+            for i in range(len(plan.sigma)):
+                now = jax.tree.map(lambda x, i=i: x[i : i + 1], plan)
+                latents, one = denoise(
+                    self.transformer, latents, now, positive, negative, scale, trajectory=trajectory
+                )
+                steps_seen.append(one)
+                callback(i, latents)
+            if trajectory:
+                seen = jax.tree.map(lambda *x: jnp.concatenate(x), *steps_seen)
+        return PipelineOutput(self._pictures(latents, output), latents, seen)
+
+    def _conditioning(
+        self,
+        prompt: str | Sequence[str] | None,
+        embeds: Float[Array, "b t k"] | None,
+        pooled: Float[Array, "b p"] | None,
+        name: str,
+    ) -> Conditioning:
+        if (embeds is None) != (pooled is None) or (embeds is None) == (prompt is None):
+            raise UserError(f"give either {name}, or {name}_embeds with pooled_{name}_embeds")
+        if embeds is not None and pooled is not None:
+            return Conditioning(jnp.asarray(embeds), jnp.asarray(pooled))
+        assert prompt is not None
+        return self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt))
+
+    def _noise(
+        self,
+        latents: Float[Array, "b h w c"] | None,
+        batch: int,
+        height: int | None,
+        width: int | None,
+        seed: int,
+    ) -> Float[Array, "b h w c"]:
+        config = self.transformer.config
+        downscale = 8 if self.autoencoder is None else self.autoencoder.config.downscale
+        if latents is not None:
+            if latents.shape[0] != batch or latents.shape[-1] != config.latent_channels:
+                raise UserError(
+                    f"latents are {latents.shape}; expected {batch} of {config.latent_channels} channels"
+                )
+            return jnp.asarray(latents, jnp.float32)
+        height, width = height or self.settings.resolution, width or self.settings.resolution
+        multiple = downscale * config.patch_size
+        if height % multiple or width % multiple:
+            raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
+        shape = (height // downscale, width // downscale, config.latent_channels)
+        seeds = jnp.arange(seed, seed + batch)
+        return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
+
+    def _pictures(
+        self, latents: Float[Array, "b h w c"], output: Literal["pil", "array", "latents"]
+    ) -> list[Image.Image] | np.ndarray | None:
+        if output == "latents":
+            return None
+        if self.autoencoder is None:
+            raise UserError('this pipeline has no autoencoder; ask for output="latents"')
+        graph, state = nnx.split(self.autoencoder)
+        images = np.asarray(_decode(graph, state, latents))
+        if output == "array":
+            return images
+        return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+
+
+@jax.jit(static_argnames=("graph", "pad_id"))
+def _encode(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, pad_id: int) -> Conditioning:
+    return encode(nnx.merge(graph, state), tokens, pad_id)
+
+
+@jax.jit(static_argnames=("graph",))
+def _decode(
+    graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
+) -> Float[Array, "b H W 3"]:
+    images = nnx.merge(graph, state).decode(latents).astype(jnp.float32)
+    return jnp.clip((images + 1) / 2, 0, 1)

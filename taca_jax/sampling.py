@@ -1,0 +1,195 @@
+"""From noise to latents: the flow-matching schedule and the Euler loop, TACA's state traced.
+
+Everything that changes from step to step (time, gamma, the LoRA's strength) is an array over
+steps, so that one compiled loop serves plain sampling, every TACA schedule and every LoRA strength.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from taca_jax.errors import UserError
+from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Which noise levels a run of n steps visits.
+
+    FLUX shifts them towards noise by exp(mu), mu linear in the number of image tokens between
+    (base_tokens, base_shift) and (max_tokens, max_shift); with `shift` set instead, that constant
+    is used (schnell: 1, SD3: 3). Source: diffusers' FlowMatchEulerDiscreteScheduler.
+    """
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    shift: float | None = None
+
+    def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
+        """float32 `[steps + 1]` from 1 (noise) to 0 (data).
+
+        Raises UserError for fewer than one step.
+        """
+        if steps < 1:
+            raise UserError(f"steps is {steps}; sampling takes 1 or more")
+        factor = self.shift
+        if factor is None:
+            slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+            factor = np.exp(self.base_shift + slope * (image_tokens - self.base_tokens))
+        sigma = np.linspace(1.0, 1.0 / steps, steps)
+        sigma = factor * sigma / (1 + (factor - 1) * sigma)
+        return np.append(sigma, 0.0).astype(np.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """What each sampling step does; float32 arrays `[steps]`.
+
+    sigma, next_sigma: noise level before and after. gamma, negative_gamma: TACA's temperature for
+    the prompt and, under classifier-free guidance, for the negative prompt. lora_scale: strength of
+    attached LoRA factors.
+    """
+
+    sigma: Float[Array, " n"]
+    next_sigma: Float[Array, " n"]
+    gamma: Float[Array, " n"]
+    negative_gamma: Float[Array, " n"]
+    lora_scale: Float[Array, " n"]
+
+
+def make_plan(
+    sigmas: np.ndarray,
+    taca: TacaConfig | None,
+    *,
+    lora_strength: float = 1.0,
+) -> Plan:
+    """The plan of a run over `sigmas` with TACA, or plain where `taca` is None.
+
+    The LoRA is on, at `lora_strength`, exactly while TACA is: to see it alone, set gamma to 1; to
+    see TACA without it, set its strength to 0.
+    """
+    timestep = jnp.asarray(sigmas[:-1]) * MAX_TIMESTEP
+    step = jnp.arange(len(timestep))
+    plain = jnp.ones_like(timestep)
+    gamma = plain if taca is None else gamma_at(taca, timestep, step)
+    on = jnp.zeros_like(timestep) if taca is None else active(taca, timestep, step)
+    return Plan(
+        sigma=jnp.asarray(sigmas[:-1]),
+        next_sigma=jnp.asarray(sigmas[1:]),
+        gamma=gamma,
+        negative_gamma=plain if taca is not None and taca.cond_only else gamma,
+        lora_scale=on * jnp.float32(lora_strength),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer is told: token embeddings `[b, t, k]`, pooled `[b, p]`, guidance `[b]`.
+
+    `guidance` is the embedded guidance scale, None for models without one.
+    """
+
+    txt: Float[Array, "b t k"]
+    pooled: Float[Array, "b p"]
+    guidance: Float[Array, " b"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trajectory:
+    """Each step's latents after it and the x0 that it predicted, `[steps, b, H, W, c]`."""
+
+    latents: Float[Array, "n b H W c"]
+    x0: Float[Array, "n b H W c"]
+
+
+def denoise(
+    transformer: nnx.Module,
+    latents: Float[Array, "b H W c"],
+    plan: Plan,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    cfg_scale: float = 1.0,
+    *,
+    trajectory: bool = False,
+) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
+    """Euler steps along `plan` from noise to latents, compiled as one program.
+
+    `negative` turns classifier-free guidance on: v = v_negative + cfg_scale (v - v_negative), both
+    in one batch. The transformer is called as FluxTransformer is; latents stay float32.
+    """
+    graph, state = nnx.split(transformer)
+    return _denoise(
+        graph, state, latents, plan, positive, negative, cfg_scale, trajectory=trajectory
+    )
+
+
+@jax.jit(static_argnames=("graph", "trajectory"))
+def _denoise(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    latents: Float[Array, "b H W c"],
+    plan: Plan,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    cfg_scale: Float[Array, ""],
+    *,
+    trajectory: bool,
+) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
+    model = nnx.merge(graph, state)
+    velocity = guided_velocity(model, positive, negative, cfg_scale)
+
+    def step(x: jax.Array, now: Plan) -> tuple[jax.Array, Trajectory | None]:
+        v = velocity(x, now)
+        after = x + (now.next_sigma - now.sigma) * v
+        seen = Trajectory(latents=after, x0=x - now.sigma * v) if trajectory else None
+        return after, seen
+
+    return jax.lax.scan(step, latents.astype(jnp.float32), plan)
+
+
+def guided_velocity(
+    model: Callable[..., jax.Array],
+    positive: Conditioning,
+    negative: Conditioning | None,
+    cfg_scale: Float[Array, ""],
+) -> Callable[[jax.Array, Plan], jax.Array]:
+    """The velocity at one step of a plan (its entries scalars), guided where `negative` is given."""
+
+    def call(
+        x: jax.Array, text: Conditioning, now: Plan, gamma: Float[Array, " b"]
+    ) -> Float[Array, "b H W c"]:
+        b = x.shape[0]
+        return model(
+            x,
+            jnp.full(b, now.sigma * MAX_TIMESTEP),
+            text.txt,
+            text.pooled,
+            guidance=text.guidance,
+            gamma=gamma,
+            lora_scale=jnp.full(b, now.lora_scale),
+        )
+
+    def plain(x: jax.Array, now: Plan) -> jax.Array:
+        return call(x, positive, now, jnp.full(x.shape[0], now.gamma))
+
+    if negative is None:
+        return plain
+    both = jax.tree.map(lambda n, p: jnp.concatenate([n, p]), negative, positive)
+
+    def guided(x: jax.Array, now: Plan) -> jax.Array:
+        b = x.shape[0]
+        gamma = jnp.concatenate([jnp.full(b, now.negative_gamma), jnp.full(b, now.gamma)])
+        low, high = jnp.split(call(jnp.concatenate([x, x]), both, now, gamma), 2)
+        return low + cfg_scale * (high - low)
+
+    return guided

@@ -1,0 +1,84 @@
+"""From a configuration to the pipeline that is trained."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from flax import nnx
+
+from taca_jax.checkpoint import load_model
+from taca_jax.config import TrainConfig
+from taca_jax.errors import UserError
+from taca_jax.lora import add_lora
+from taca_jax.models.flux import FluxTransformer
+from taca_jax.models.pixels import Pixels
+from taca_jax.models.t5 import T5Encoder
+from taca_jax.pipelines.flux import Autoencoder, FluxPipeline, PipelineSettings
+from taca_jax.sampling import FlowSchedule
+from taca_jax.text import load_tokenizer
+
+DEFAULT_STEPS = 20
+
+
+def build_pipeline(config: TrainConfig) -> FluxPipeline:
+    """The pipeline to train: the base with fresh LoRA factors, or a new one from random numbers.
+
+    Trained parameters are float32, activations config.dtype. Raises UserError where parts do not fit.
+    """
+    dtype = jnp.dtype(config.dtype)
+    if config.base is not None:
+        # A frozen base may rest in the activations' precision; what is trained may not.
+        param_dtype = "float32" if config.lora is None else config.dtype
+        pipeline = FluxPipeline.from_pretrained(
+            config.base, config.dtype, param_dtype=param_dtype, remat=config.remat
+        )
+    else:
+        pipeline = _new_pipeline(config)
+    if config.autoencoder != "pixels":
+        pipeline.autoencoder = load_model(config.autoencoder, dtype=dtype, param_dtype=dtype)
+    if pipeline.autoencoder is None or pipeline.text_encoder is None:
+        raise UserError(
+            f"training from base={config.base} needs its text_encoder/ and an autoencoder "
+            "(autoencoder=FOLDER)"
+        )
+    _check_channels(pipeline.transformer, pipeline.autoencoder)
+    if config.lora is not None:
+        add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(config.seed))
+    return pipeline
+
+
+def _new_pipeline(config: TrainConfig) -> FluxPipeline:
+    assert config.model is not None  # TrainConfig saw to both
+    assert config.text.encoder is not None
+    tokenizer = load_tokenizer(config.text.tokenizer, config.text.length)
+    encoder = replace(config.text.encoder, vocab_size=tokenizer.vocab_size)
+    if encoder.dim != config.model.txt_dim or encoder.dim != config.model.pooled_dim:
+        raise UserError(
+            f"text.encoder.dim is {encoder.dim}; model.txt_dim {config.model.txt_dim} and "
+            f"model.pooled_dim {config.model.pooled_dim} must equal it"
+        )
+    types = {"param_dtype": jnp.float32, "dtype": jnp.dtype(config.dtype)}
+    rngs = nnx.Rngs(config.seed)
+    evaluate = config.evaluate
+    return FluxPipeline(
+        FluxTransformer(config.model, rngs=rngs, remat=config.remat, **types),
+        text_encoder=T5Encoder(encoder, rngs=rngs, **types),
+        tokenizer=tokenizer,
+        autoencoder=Pixels(),
+        settings=PipelineSettings(
+            tokenizer=config.text.tokenizer,
+            text_length=config.text.length,
+            resolution=config.data.resolution,
+            steps=DEFAULT_STEPS if evaluate is None else evaluate.steps,
+            guidance=1.0 if evaluate is None else evaluate.guidance,
+            schedule=FlowSchedule(),
+        ),
+    )
+
+
+def _check_channels(transformer: FluxTransformer, autoencoder: Autoencoder) -> None:
+    given, expected = autoencoder.config.latent_channels, transformer.config.latent_channels
+    if given != expected:
+        raise UserError(
+            f"the autoencoder has {given} latent channels, the transformer expects {expected}; "
+            "give the autoencoder=FOLDER that belongs to it"
+        )

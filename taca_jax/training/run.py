@@ -1,0 +1,169 @@
+"""A training run from start (or checkpoint) to exported weights and their measurement."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taca_jax.config import TrainConfig, difference, from_json, to_json
+from taca_jax.data.loader import Loader, make_loader
+from taca_jax.data.sources import open_source
+from taca_jax.errors import UserError
+from taca_jax.evaluation.alignment import evaluate_shapes
+from taca_jax.formats.lora_peft import write_lora
+from taca_jax.metrics import RunLog
+from taca_jax.pictures import caption_grid
+from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.training.build import build_pipeline
+from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
+
+# What may differ between a run and its resumption without making it another run.
+FREE_FIELDS = (
+    "resume",
+    "out_dir",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "sample_every",
+    "sample_prompts",
+    "evaluate",
+)
+
+
+def train(config: TrainConfig) -> None:
+    """Trains as configured and leaves everything in `config.run_dir`.
+
+    That folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and
+    `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
+    `.png` where asked for. Raises UserError for what the user can mend.
+    """
+    run_dir = config.run_dir
+    _claim(config, run_dir)
+    pipeline = build_pipeline(config)
+    loader = make_loader(open_source(config.data), data=config.data, tokenize=_tokenizer(pipeline))
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    trainer, state = make_trainer(
+        config, model, pipeline.autoencoder, pad_id=pipeline.tokenizer.pad_id
+    )
+    with Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints:
+        if config.resume:
+            restored = checkpoints.restore(state, warn=lambda line: print(f"warning: {line}"))
+            if restored is not None:
+                state, position = restored
+                loader.set_state(position)
+        try:
+            state = _loop(config, pipeline, trainer, state, loader, checkpoints)
+        except OSError as error:
+            raise UserError(
+                f"writing to {run_dir} failed ({error.strerror or error}); the checkpoint of step "
+                f"{checkpoints.latest} is good: make room and go on with resume=true"
+            ) from error
+    _install(pipeline, trainer.merge(state.best))
+    _export(config, pipeline, run_dir)
+    if config.evaluate is not None:
+        evaluate_shapes(
+            pipeline, config.evaluate, run_dir, taca=config.taca, lora=config.lora is not None
+        )
+
+
+def _claim(config: TrainConfig, run_dir: Path) -> None:
+    """Makes the run's folder, or checks that the one there is this run's to go on with."""
+    recorded = run_dir / "config.json"
+    if recorded.is_file():
+        if not config.resume:
+            raise UserError(
+                f"{run_dir} holds a run already; resume=true goes on with it, out_dir=... starts "
+                "another"
+            )
+        changed = [
+            name
+            for name in difference(from_json(TrainConfig, recorded.read_text()), config)
+            if name.split(".")[0] not in FREE_FIELDS
+        ]
+        if changed:
+            raise UserError(
+                f"{run_dir} was started with other values of {', '.join(changed)}; resume with the "
+                "same, or start another run with out_dir=..."
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    recorded.write_text(to_json(config) + "\n")
+
+
+def _tokenizer(pipeline: FluxPipeline) -> Any:
+    assert pipeline.tokenizer is not None  # build_pipeline saw to it
+    return pipeline.tokenizer
+
+
+def _loop(
+    config: TrainConfig,
+    pipeline: FluxPipeline,
+    trainer: Trainer,
+    state: TrainState,
+    loader: Loader,
+    checkpoints: Checkpoints,
+) -> TrainState:
+    start = int(state.step)
+    pending: tuple[int, dict[str, Any]] | None = None
+    samples = config.data.batch_size * config.grad_accumulation
+    log = RunLog(config.run_dir, start=start, steps=config.steps, samples_per_step=samples)
+    with log:
+        for step in range(start + 1, config.steps + 1):
+            batch = _next_batch(loader, config.grad_accumulation)
+            state, metrics = trainer.run(state, batch)
+            # Read the step before while this one runs, so that the device never waits for us.
+            if pending is not None:
+                _report(log, *pending)
+            due = step % config.log_every == 0 or step in (start + 1, config.steps)
+            pending = (step, metrics) if due else None
+            if step % config.save_every == 0 or step == config.steps:
+                checkpoints.save(state, loader.get_state())
+            if config.sample_every and step % config.sample_every == 0:
+                _install(pipeline, trainer.merge(state.best))
+                _sample(config, pipeline, log, step)
+        if pending is not None:
+            _report(log, *pending)
+        checkpoints.wait()
+    return state
+
+
+def _next_batch(loader: Iterator[dict[str, Any]], parts: int) -> Batch:
+    batches = [next(loader) for _ in range(parts)]
+    return Batch(
+        image=np.stack([batch["image"] for batch in batches]),
+        tokens=np.stack([batch["tokens"] for batch in batches]),
+    )
+
+
+def _report(log: RunLog, step: int, metrics: dict[str, Any]) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    if not np.isfinite(values["loss"]):
+        raise UserError(
+            f"the loss is {values['loss']} at step {step}; go on from the last checkpoint with a "
+            "lower optimizer.learning_rate or a smaller optimizer.clip_norm, in another out_dir"
+        )
+    log.write(step, values)
+
+
+def _install(pipeline: FluxPipeline, model: TextToImage) -> None:
+    pipeline.transformer, pipeline.text_encoder = model.transformer, model.text_encoder
+
+
+def _sample(config: TrainConfig, pipeline: FluxPipeline, log: RunLog, step: int) -> None:
+    prompts = list(config.sample_prompts)
+    pictures = pipeline(prompts, taca=config.taca, seed=config.seed).images
+    grid = caption_grid(pictures, prompts)
+    folder = config.run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    grid.save(folder / f"{step:07d}.png")
+    log.image(step, "samples", np.asarray(grid))
+
+
+def _export(config: TrainConfig, pipeline: FluxPipeline, run_dir: Path) -> None:
+    if config.lora is not None:
+        write_lora(run_dir / "lora.safetensors", pipeline.transformer)
+        print(f"LoRA written to {run_dir / 'lora.safetensors'}")
+    else:
+        pipeline.save(run_dir / "model", dtype="bfloat16")
+        print(f"model written to {run_dir / 'model'}")

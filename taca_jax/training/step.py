@@ -1,0 +1,184 @@
+"""One optimizer step: the flow-matching objective under TACA, its gradient, the update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from taca_jax.config import TrainConfig
+from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
+from taca_jax.models.flux import FluxTransformer
+from taca_jax.models.layers import LoRAParam
+from taca_jax.models.t5 import T5Encoder
+from taca_jax.pipelines.flux import Autoencoder
+from taca_jax.taca import active, gamma_at
+from taca_jax.text import encode
+
+
+class TextToImage(nnx.Module):
+    """What training may change: the transformer and, from scratch, the text encoder with it."""
+
+    def __init__(self, transformer: FluxTransformer, text_encoder: T5Encoder):
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Pictures and captions, leading axis grad_accumulation."""
+
+    image: UInt8[Array, "a b R R 3"]
+    tokens: Int[Array, "a b t"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and the key that decides its noise with the step's number.
+
+    rng: the key's data, uint32, as checkpoints store it. trained: the trained parameters, and nothing that is frozen. average: their moving average, or
+    None where the configuration asks for none.
+    """
+
+    step: Int[Array, ""]
+    rng: jax.Array
+    trained: nnx.State
+    optimizer: optax.OptState
+    average: nnx.State | None
+
+    @property
+    def best(self) -> nnx.State:
+        """The parameters to sample, score and export."""
+        return self.trained if self.average is None else self.average
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The jitted step and what it needs; frozen parameters stand beside the state.
+
+    step: (state, frozen, autoencoder, batch) -> (state, metrics); the state's buffers are reused.
+    """
+
+    config: TrainConfig
+    graph: nnx.GraphDef
+    frozen: nnx.State
+    autoencoder: tuple[nnx.GraphDef, nnx.State]
+    step: Callable[[TrainState, nnx.State, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]
+
+    def run(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """One optimizer step; metrics are scalars still on the device."""
+        return self.step(state, self.frozen, self.autoencoder[1], batch)
+
+    def merge(self, parameters: nnx.State) -> TextToImage:
+        """The whole model with these trained parameters."""
+        return nnx.merge(self.graph, parameters, self.frozen)
+
+
+def make_trainer(
+    config: TrainConfig, model: TextToImage, autoencoder: Autoencoder, *, pad_id: int
+) -> tuple[Trainer, TrainState]:
+    """The trainer of `model` and its first state. With config.lora only LoRA factors are trained."""
+    kind = nnx.Param if config.lora is None else LoRAParam
+    graph, trained, frozen = nnx.split(model, kind, ...)
+    ae_graph, ae_state = nnx.split(autoencoder)
+    optimizer = config.optimizer.make(config.steps)
+    decay = config.optimizer.ema_decay
+
+    def loss(
+        trained: nnx.State, frozen: nnx.State, ae: nnx.State, batch: Batch, rng: jax.Array
+    ) -> Float[Array, ""]:
+        images = batch.image.astype(jnp.float32) / 127.5 - 1
+        x0 = nnx.merge(ae_graph, ae).encode(images).astype(jnp.float32)
+        return objective(
+            nnx.merge(graph, trained, frozen), x0, batch.tokens, rng, config=config, pad_id=pad_id
+        )
+
+    def step(
+        state: TrainState, frozen: nnx.State, ae: nnx.State, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        parts = len(batch.tokens)
+
+        def accumulate(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            value = jax.value_and_grad(loss)(state.trained, frozen, ae, *part)
+            return jax.tree.map(lambda t, v: t + v / parts, total, value), None
+
+        if parts == 1:
+            first = jax.tree.map(lambda x: x[0], batch)
+            value, gradient = jax.value_and_grad(loss)(state.trained, frozen, ae, first, rng)
+        else:
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
+            keys = jax.random.split(rng, parts)
+            (value, gradient), _ = jax.lax.scan(accumulate, zero, (batch, keys))
+
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        average = state.average
+        if average is not None:
+            # A short memory at first, so that the average does not drag the random start along.
+            keep = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, trained)
+        metrics = {
+            "loss": value,
+            "gradient_norm": optax.global_norm(gradient),
+            "learning_rate": config.optimizer.learning_rate_at(state.step, config.steps),
+        }
+        state = TrainState(state.step + 1, state.rng, trained, optimizer_state, average)
+        return state, metrics
+
+    trainer = Trainer(
+        config, graph, frozen, (ae_graph, ae_state), jax.jit(step, donate_argnames="state")
+    )
+    state = TrainState(
+        step=jnp.int32(0),
+        rng=jax.random.key_data(jax.random.key(config.seed)),
+        trained=trained,
+        optimizer=optimizer.init(trained),
+        average=jax.tree.map(jnp.copy, trained) if decay else None,
+    )
+    return trainer, state
+
+
+def objective(
+    model: TextToImage,
+    x0: Float[Array, "b h w c"],
+    tokens: Int[Array, "b t"],
+    rng: jax.Array,
+    *,
+    config: TrainConfig,
+    pad_id: int,
+) -> Float[Array, ""]:
+    """The flow-matching loss on x0 at random times.
+
+    With config.taca, times are drawn above its threshold, the attention has TACA's gamma, and LoRA
+    factors are on; without it, times are drawn over all of (0, 1000] and attention is plain.
+    Source: equations 11-13 of arXiv 2506.07986.
+    """
+    taca = config.taca
+    time_rng, noise_rng = jax.random.split(rng)
+    timestep = sample_timesteps(
+        time_rng,
+        len(x0),
+        sampling=config.timestep_sampling,
+        above=0.0 if taca is None else taca.threshold,
+    )
+    noise = jax.random.normal(noise_rng, x0.shape)
+    text = encode(model.text_encoder, tokens, pad_id)
+    velocity = model.transformer(
+        interpolate(x0, noise, timestep),
+        timestep,
+        text.txt,
+        text.pooled,
+        guidance=(
+            jnp.full(len(x0), config.guidance) if model.transformer.config.guidance_embed else None
+        ),
+        gamma=None if taca is None else gamma_at(taca, timestep),
+        lora_scale=jnp.ones(len(x0)) if taca is None else active(taca, timestep) * jnp.float32(1),
+    )
+    return flow_matching_loss(velocity, x0, noise)

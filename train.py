@@ -1,0 +1,21 @@
+"""python train.py --config NAME [key=value ...]   (--help lists presets and keys)"""
+
+import sys
+
+from taca_jax.config import TrainConfig, parse_cli
+from taca_jax.errors import UserError
+from taca_jax.training import train
+
+
+def main() -> None:
+    config = parse_cli(sys.argv[1:], TrainConfig)
+    try:
+        train(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; go on with resume=true out_dir={config.run_dir}")
+
+
+if __name__ == "__main__":
+    main()
