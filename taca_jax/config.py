@@ -182,6 +182,7 @@ class TrainConfig:
     dtype: of activations; parameters, softmax and loss are float32.
     remat: `full` computes activations again in the backward pass, block by block, to save memory.
     timestep_sampling: `uniform`, or `logit_normal` (more in the middle), before any truncation.
+    guidance: the guidance scale shown to models that embed one; others do without.
     log_every: optimizer steps between two lines of metrics.
     save_every: optimizer steps between two checkpoints; the last step is always saved.
     keep_checkpoints: how many checkpoints stay.
@@ -207,6 +208,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full"] = "none"
     timestep_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
+    guidance: float = 1.0
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
@@ -259,21 +261,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """One call of generate.py.
+    """One call of generate.py; what is none is the model's own default.
 
-    base: the model folder.
+    base: the model folder, or the name of a model that comes with the package.
     prompt: what to draw.
     negative_prompt: what to stay away from, under classifier-free guidance.
-    lora: a LoRA file (ours, PEFT's or kohya's); none for the base alone.
-    taca: TACA's strength and time; none draws plainly.
+    lora: a LoRA file; none for the base alone.
+    taca: TACA's strength and time; none draws plainly, without the LoRA too.
     steps: sampling steps.
-    guidance: strength; none is the model's own default.
-    height, width: of the picture, in pixels.
+    guidance: strength of guidance.
+    height: of the picture, in pixels.
+    width: of the picture, in pixels.
     num_images: pictures, from seeds seed, seed + 1, ... .
     seed: decides the noise.
     compare: draw the same noise plain, with TACA, and with TACA and LoRA, side by side.
     dtype: of parameters and activations.
-    out: the PNG to write; its settings go into its metadata.
+    out: the PNG to write (numbered for several pictures); its settings go into its metadata.
     """
 
     base: str
@@ -281,10 +284,10 @@ class GenerateConfig:
     negative_prompt: str | None = None
     lora: str | None = None
     taca: TacaConfig | None = field(default_factory=TacaConfig)
-    steps: int = 30
+    steps: int | None = None
     guidance: float | None = None
-    height: int = 1024
-    width: int = 1024
+    height: int | None = None
+    width: int | None = None
     num_images: int = 1
     seed: int = 0
     compare: bool = False
@@ -292,11 +295,11 @@ class GenerateConfig:
     out: str = "out.png"
 
     def __post_init__(self):
-        positive = {"steps": self.steps, "num_images": self.num_images}
-        for name, value in positive.items():
-            _check(value >= 1, name, value, "1 or more")
+        counts = {"steps": self.steps, "num_images": self.num_images}
+        for name, value in counts.items():
+            _check(value is None or value >= 1, name, value, "1 or more")
         for name, value in {"height": self.height, "width": self.width}.items():
-            _check(value >= 8, name, value, "8 or more pixels")
+            _check(value is None or value >= 8, name, value, "8 or more pixels")
         guidance = self.guidance
         _check(guidance is None or guidance >= 0, "guidance", guidance, "0 or more, or none")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")

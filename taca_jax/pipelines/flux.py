@@ -15,7 +15,7 @@ from PIL import Image
 from taca_jax.checkpoint import load_model, save_model
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
-from taca_jax.formats.lora_peft import read_lora
+from taca_jax.formats.lora_files import read_lora
 from taca_jax.lora import remove_lora
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.pixels import Pixels
@@ -26,6 +26,7 @@ from taca_jax.models.vae import AutoencoderKL
 from taca_jax.sampling import Conditioning, FlowSchedule, Trajectory, denoise, make_plan
 from taca_jax.taca import TacaConfig
 from taca_jax.text import Tokenizer, encode, load_tokenizer
+from taca_jax.weights import find_weights
 
 Autoencoder = Pixels | TinyVAE | AutoencoderKL
 
@@ -94,12 +95,14 @@ class FluxPipeline:
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present
         `text_encoder/` and `autoencoder/` (without one, a 3-channel model works on pixels).
 
+        `path` may also be the name of a model that comes with the package (`shapes_base`).
+
         `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. `remat`
         matters to training only.
 
         Raises UserError where the folder or a part of it is missing or damaged.
         """
-        path = Path(path)
+        path = find_weights(path)
         settings_file = path / SETTINGS_FILE
         if not settings_file.is_file():
             raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}")
@@ -146,7 +149,7 @@ class FluxPipeline:
         Raises UserError for a file that is damaged or made for another model.
         """
         self.unload_lora()
-        return str(read_lora(path, self.transformer))
+        return str(read_lora(find_weights(path), self.transformer))
 
     def unload_lora(self) -> None:
         """Takes LoRA factors off; without any this does nothing."""

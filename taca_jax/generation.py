@@ -1,0 +1,92 @@
+"""Pictures from a prompt, written with everything that made them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from taca_jax.config import GenerateConfig, to_json
+from taca_jax.errors import UserError
+from taca_jax.pictures import caption_grid
+from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.taca import TacaConfig
+
+
+@dataclass(frozen=True)
+class _Column:
+    heading: str
+    taca: TacaConfig | None
+    lora_strength: float
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Draws as configured and returns the files written.
+
+    Raises UserError for what the user can mend.
+    """
+    if not config.prompt:
+        raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
+    out = Path(config.out)
+    if not out.parent.is_dir():
+        raise UserError(f"out={out}: the folder {out.parent} does not exist")
+    pipeline = FluxPipeline.from_pretrained(config.base, dtype=config.dtype)
+    if config.lora is not None:
+        print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    if not config.compare:
+        names = [out] if config.num_images == 1 else _numbered(out, config.num_images)
+        for name, picture in zip(names, _draw(pipeline, config, config.taca, 1.0), strict=True):
+            _write(name, picture, config)
+        return names
+
+    columns = [_Column("plain", None, 0.0), _Column(_describe(config.taca), config.taca, 0.0)]
+    if config.lora is not None:
+        columns.append(_Column("TACA + LoRA", config.taca, 1.0))
+    drawn = [_draw(pipeline, config, column.taca, column.lora_strength) for column in columns]
+    captions = [f"{config.prompt} (seed {config.seed + i})" for i in range(config.num_images)]
+    grid = caption_grid(
+        [pictures[i] for i in range(config.num_images) for pictures in drawn],
+        [caption for caption in captions for _ in columns],
+        columns=len(columns),
+        headings=[column.heading for column in columns],
+    )
+    _write(out, grid, config)
+    return [out]
+
+
+def _draw(
+    pipeline: FluxPipeline, config: GenerateConfig, taca: TacaConfig | None, lora_strength: float
+) -> Sequence[Image.Image]:
+    images = pipeline(
+        config.prompt,
+        config.negative_prompt,
+        height=config.height,
+        width=config.width,
+        steps=config.steps,
+        guidance=config.guidance,
+        seed=config.seed,
+        num_images=config.num_images,
+        taca=taca,
+        lora_strength=lora_strength,
+    ).images
+    assert isinstance(images, list)  # output="pil"
+    return images
+
+
+def _describe(taca: TacaConfig | None) -> str:
+    return "plain" if taca is None else f"TACA, gamma {taca.gamma:g}"
+
+
+def _numbered(out: Path, count: int) -> list[Path]:
+    return [out.with_stem(f"{out.stem}-{i:03d}") for i in range(count)]
+
+
+def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
+    info = PngInfo()
+    settings = {"taca_jax": version("taca-jax"), **json.loads(to_json(config))}
+    info.add_itxt("taca_jax", json.dumps(settings))
+    picture.save(path, pnginfo=info)
+    print(f"wrote {path}")
