@@ -1,11 +1,13 @@
 """Safetensors files, single or sharded with an index, a tensor at a time as numpy."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -16,16 +18,62 @@ from taca_jax.errors import UserError
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class TensorFiles:
-    """The tensors of one model's files: their shapes now, each array when it is asked for.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+}
 
-    `where` is what the user gave. `metadata` is the header's text of a single file.
+
+class Tensors(Protocol):
+    """Named tensors whose shapes are known before any of them is read.
+
+    `where` is where they are from, in words; `duplicates` are names that it has twice.
     """
 
-    where: Path
+    @property
+    def where(self) -> str: ...
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]: ...
+    @property
+    def duplicates(self) -> Sequence[str]: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class ArrayTensors:
+    """Tensors that are in memory already."""
+
+    where: str
+    arrays: Mapping[str, np.ndarray]
+    duplicates: Sequence[str] = ()
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return {name: array.shape for name, array in self.arrays.items()}
+
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]:
+        return {name: array.dtype for name, array in self.arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of one model's files. `metadata` is the text in a single file's header."""
+
+    where: str
     files: Mapping[str, Path]
     shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, np.dtype]
+    duplicates: Sequence[str]
     metadata: Mapping[str, str]
 
     def read(self, name: str) -> np.ndarray:
@@ -48,8 +96,8 @@ def open_tensors(path: Path) -> TensorFiles:
         raise UserError(f"{path} is not there; give a .safetensors file or a folder with one")
     if path.suffix == ".json":
         return _open_sharded(path)
-    shapes, metadata = _header(path)
-    return TensorFiles(path, dict.fromkeys(shapes, path), shapes, metadata)
+    kinds, metadata = _header(path)
+    return _tensor_files(path, {path: kinds}, metadata)
 
 
 def write_tensors(
@@ -65,7 +113,7 @@ def write_tensors(
 
 
 def summary(
-    items: list[str], show: Callable[[str], str] = lambda item: item, limit: int = 6
+    items: Sequence[str], show: Callable[[str], str] = lambda item: item, limit: int = 6
 ) -> str:
     """`a, b, c`, or the first few `and 412 more`."""
     shown = ", ".join(show(item) for item in items[:limit])
@@ -112,27 +160,42 @@ def _open_sharded(index: Path) -> TensorFiles:
             f"{len(absent)} of the {len(shards)} shards that {index} names are missing: "
             f"{summary(absent)}; download them again"
         )
-    files: dict[str, Path] = {}
-    shapes: dict[str, Shape] = {}
-    problems = []
-    for shard in shards:
-        found, _ = _header(index.parent / shard)
-        for name, shape in found.items():
-            if name in files:
-                problems.append(f"{name} is in {files[name].name} and in {shard}")
-            elif weight_map.get(name) != shard:
-                problems.append(f"{name} is in {shard} and the index says otherwise")
-            files[name], shapes[name] = index.parent / shard, shape
-    problems += [f"{name} is in no shard" for name in weight_map if name not in files]
-    if problems:
-        raise UserError(f"{index} and its shards disagree: {summary(problems)}")
-    return TensorFiles(index, files, shapes, {})
+    found = {index.parent / shard: _header(index.parent / shard)[0] for shard in shards}
+    held = {name for kinds in found.values() for name in kinds}
+    if lost := [name for name in weight_map if name not in held]:
+        raise UserError(
+            f"{len(lost)} tensors that {index} names are in no shard: {summary(lost)}; "
+            "download the shards again"
+        )
+    return _tensor_files(index, found, {})
 
 
-def _header(path: Path) -> tuple[dict[str, Shape], dict[str, str]]:
+_Kind = tuple[Shape, np.dtype]
+
+
+def _tensor_files(
+    where: Path, found: Mapping[Path, Mapping[str, _Kind]], metadata: Mapping[str, str]
+) -> TensorFiles:
+    files = {name: file for file, kinds in found.items() for name in kinds}
+    shapes = {name: shape for kinds in found.values() for name, (shape, _) in kinds.items()}
+    dtypes = {name: dtype for kinds in found.values() for name, (_, dtype) in kinds.items()}
+    counts = Counter(name for kinds in found.values() for name in kinds)
+    duplicates = [name for name, count in counts.items() if count > 1]
+    return TensorFiles(str(where), files, shapes, dtypes, duplicates, metadata)
+
+
+def _header(path: Path) -> tuple[dict[str, _Kind], dict[str, str]]:
+    kinds = {}
     with _open(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return shapes, dict(file.metadata() or {})
+        for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            tensor = file.get_slice(name)
+            dtype = tensor.get_dtype()
+            if dtype not in _DTYPES:
+                raise UserError(
+                    f"{path}: {name} is stored as {dtype}; expected one of {', '.join(_DTYPES)}"
+                )
+            kinds[name] = tuple(tensor.get_shape()), _DTYPES[dtype]
+        return kinds, dict(file.metadata() or {})
 
 
 def _open(path: Path) -> Any:

@@ -1,0 +1,105 @@
+"""Weights in another layout to our parameters and back: all or nothing, a tensor at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from taca_jax.checkpoint import Model, StreamedArray, abstract_model, filled, flat_params
+from taca_jax.errors import UserError
+from taca_jax.formats.table import Piece, Table
+from taca_jax.tensor_files import Shape, Tensors, differences, summary
+
+
+def match(
+    table: Table, tensors: Tensors, shapes: Mapping[str, Shape]
+) -> dict[str, tuple[Piece, ...]]:
+    """The tensors that make up each of our parameters of these `shapes`; layers in order.
+
+    Reads no tensor. Raises one UserError that names every key that is missing, left over, there
+    twice, or of another shape (theirs, as stored).
+    """
+    found: dict[str, list[Piece]] = {}
+    wanted = {}
+    for piece in table.pieces(shapes):
+        found.setdefault(piece.path, []).append(piece)
+        wanted[piece.key] = piece.shape
+    given = {key: shape for key, shape in tensors.shapes.items() if not table.is_ignored(key)}
+    problems = differences(wanted, given)
+    if tensors.duplicates:
+        problems.append(f"{len(tensors.duplicates)} there twice: {summary(tensors.duplicates)}")
+    if problems:
+        raise UserError(f"{tensors.where} is not {table.name} of this size: {'; '.join(problems)}")
+    return {path: tuple(pieces) for path, pieces in found.items()}
+
+
+def streamed(
+    table: Table, tensors: Tensors, config: Any, dtype: DTypeLike | None = None
+) -> dict[str, StreamedArray]:
+    """Our parameters of a model of `config`, read as they are written. Raises as `match` does.
+
+    In `dtype`, or as stored there.
+    """
+    wanted = _shapes(config)
+    found = match(table, tensors, wanted)
+    arrays = {}
+    for path, pieces in found.items():
+        stored = np.result_type(*(tensors.dtypes[piece.key] for piece in pieces))
+        target = stored if dtype is None else jnp.dtype(dtype)
+        arrays[path] = StreamedArray(
+            shape=wanted[path],
+            dtype=target,
+            pieces=_reader(tensors, pieces, target),
+            stacked=pieces[0].layer is not None,
+        )
+    return arrays
+
+
+def load(
+    table: Table,
+    tensors: Tensors,
+    config: Any,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike | None = None,
+) -> Any:
+    """The model of `config` with these weights, computing in `dtype`. Raises as `match` does."""
+    params = {
+        path: jnp.asarray(_whole(array))
+        for path, array in streamed(table, tensors, config, param_dtype).items()
+    }
+    return filled(abstract_model(config, dtype=dtype), params)
+
+
+def export(table: Table, model: Model) -> dict[str, np.ndarray]:
+    """The model's parameters, LoRA factors left out, in the layout of the table."""
+    params = flat_params(model)
+    tensors = {}
+    for piece in table.pieces({path: param.shape for path, param in params.items()}):
+        array = params[piece.path].get_value()
+        ours = np.asarray(array if piece.layer is None else array[piece.layer])
+        tensors[piece.key] = piece.transform.store(ours)
+    return tensors
+
+
+def _shapes(config: Any) -> dict[str, Shape]:
+    model = abstract_model(config, dtype=jnp.float32)
+    return {path: param.shape for path, param in flat_params(model).items()}
+
+
+def _reader(tensors: Tensors, pieces: Sequence[Piece], dtype: np.dtype) -> Any:
+    def read() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for piece in pieces:
+            array = piece.transform.load(tensors.read(piece.key))
+            yield () if piece.layer is None else (piece.layer,), array.astype(dtype)
+
+    return read
+
+
+def _whole(array: StreamedArray) -> np.ndarray:
+    whole = np.empty(array.shape, array.dtype)
+    for index, piece in array.pieces():
+        whole[index] = piece
+    return whole

@@ -1,0 +1,53 @@
+"""The config.json beside original weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from taca_jax.errors import UserError
+from taca_jax.fields import C, from_json
+
+
+class Settings:
+    """The fields of one config.json; a field that is missing or unusable is a UserError."""
+
+    def __init__(self, where: Path, fields: Mapping[str, Any]):
+        self.where = where
+        self.fields = fields
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.fields:
+            raise UserError(f"{self.where} has no field {name}; is it another model's?")
+        return self.fields[name]
+
+    def get(self, name: str, default: Any) -> Any:
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Raises UserError where the field is there and has none of these values."""
+        value = self.fields.get(name)
+        if value is not None and value not in allowed:
+            listed = " or ".join(repr(each) for each in allowed)
+            raise UserError(f"{self.where} says {name} {value!r}; only {listed} is supported")
+
+    def build(self, cls: type[C], values: Mapping[str, Any]) -> C:
+        """The config `cls` of `values`, each checked against its field's type."""
+        return from_json(cls, json.dumps(values), where=str(self.where))
+
+
+def read_settings(folder: Path) -> Settings:
+    """The config.json of an original model's folder."""
+    file = folder / "config.json"
+    try:
+        fields = json.loads(file.read_text())
+    except OSError:
+        raise UserError(
+            f"{file} is not there; give the folder that has the weights and their config.json"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); download it again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} holds no object; download it again")
+    return Settings(file, fields)
