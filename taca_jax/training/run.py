@@ -11,7 +11,7 @@ from taca_jax.data.loader import Loader, make_loader
 from taca_jax.data.sources import open_source
 from taca_jax.errors import UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
-from taca_jax.formats.lora_peft import write_lora
+from taca_jax.formats.lora_files import write_lora
 from taca_jax.metrics import RunLog
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.flux import FluxPipeline
