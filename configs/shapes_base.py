@@ -1,6 +1,6 @@
 """A small FLUX and its T5, from scratch on compositional shapes: the base of `shapes_taca`.
 
-Made to train in about an hour and a half on two CPU cores. 16 text tokens stand against 100 image
+Made to train in about an hour on two CPU cores. 16 text tokens stand against 100 image
 tokens, so that text is as outnumbered as in the full-size model (512 against 4096).
 """
 
@@ -10,7 +10,7 @@ from taca_jax.models.t5 import T5Config
 
 CONFIG = TrainConfig(
     name="shapes_base",
-    steps=9_000,
+    steps=6_000,
     model=FluxConfig(
         patch_size=4,
         latent_channels=3,
