@@ -67,10 +67,13 @@ class ArrayTensors:
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of one model's files. `metadata` is the text in a single file's header."""
+    """The tensors of one model's files. `metadata` is the text in a single file's header.
+
+    `places` says where each is: the file, and its name there.
+    """
 
     where: str
-    files: Mapping[str, Path]
+    places: Mapping[str, tuple[Path, str]]
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, np.dtype]
     duplicates: Sequence[str]
@@ -80,8 +83,9 @@ class TensorFiles:
         """One tensor; bfloat16 comes as ml_dtypes' type."""
         # Opened anew each time: a file that stays open stays mapped, and all that was read from
         # it counts as this process's memory.
-        with _open(self.files[name]) as file:
-            return file.get_tensor(name)
+        path, stored_name = self.places[name]
+        with _open(path) as file:
+            return file.get_tensor(stored_name)
 
 
 def open_tensors(path: Path) -> TensorFiles:
@@ -98,6 +102,19 @@ def open_tensors(path: Path) -> TensorFiles:
         return _open_sharded(path)
     kinds, metadata = _header(path)
     return _tensor_files(path, {path: kinds}, metadata)
+
+
+def joined(where: str, parts: Mapping[str, TensorFiles]) -> TensorFiles:
+    """Several files as one, names prefixed with the keys of `parts`."""
+    pairs = list(parts.items())
+    return TensorFiles(
+        where,
+        {prefix + name: place for prefix, part in pairs for name, place in part.places.items()},
+        {prefix + name: shape for prefix, part in pairs for name, shape in part.shapes.items()},
+        {prefix + name: dtype for prefix, part in pairs for name, dtype in part.dtypes.items()},
+        [prefix + name for prefix, part in pairs for name in part.duplicates],
+        {},
+    )
 
 
 def write_tensors(
@@ -176,12 +193,12 @@ _Kind = tuple[Shape, np.dtype]
 def _tensor_files(
     where: Path, found: Mapping[Path, Mapping[str, _Kind]], metadata: Mapping[str, str]
 ) -> TensorFiles:
-    files = {name: file for file, kinds in found.items() for name in kinds}
+    places = {name: (file, name) for file, kinds in found.items() for name in kinds}
     shapes = {name: shape for kinds in found.values() for name, (shape, _) in kinds.items()}
     dtypes = {name: dtype for kinds in found.values() for name, (_, dtype) in kinds.items()}
     counts = Counter(name for kinds in found.values() for name in kinds)
     duplicates = [name for name, count in counts.items() if count > 1]
-    return TensorFiles(str(where), files, shapes, dtypes, duplicates, metadata)
+    return TensorFiles(str(where), places, shapes, dtypes, duplicates, metadata)
 
 
 def _header(path: Path) -> tuple[dict[str, _Kind], dict[str, str]]:

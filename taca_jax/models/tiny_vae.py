@@ -4,19 +4,14 @@ Source: github.com/madebyollin/taesd (TAEF1 for FLUX.1, TAESD3 for Stable Diffus
 against diffusers' `AutoencoderTiny` with the published weights. Images and latents are NHWC.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from taca_jax.errors import UserError
 from taca_jax.models.vae import check_images, check_latents, upsample_nearest
 
 LATENT_LIMIT = 3.0
@@ -137,46 +132,6 @@ class TinyVAE(nnx.Module):
         self.encoder = nnx.Sequential(*encoder)
         self.decoder = nnx.Sequential(*decoder)
 
-    @classmethod
-    def from_arrays(
-        cls,
-        config: TinyVAEConfig,
-        encoder: Mapping[str, np.ndarray],
-        decoder: Mapping[str, np.ndarray],
-        *,
-        param_dtype: DTypeLike = jnp.float32,
-        dtype: DTypeLike = jnp.float32,
-    ) -> "TinyVAE":
-        """Built from the arrays of a published encoder and decoder ("3.conv.0.weight", OIHW).
-
-        Raises UserError that names every key that is missing, left over or of another shape.
-        """
-        abstract = nnx.eval_shape(
-            lambda: cls(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype)
-        )
-        definition, state = nnx.split(abstract)
-        given = {
-            f"{net}/{key}": array
-            for net, arrays in (("encoder", encoder), ("decoder", decoder))
-            for key, array in arrays.items()
-        }
-        wanted = {_published_key(path): param for path, param in nnx.to_flat_state(state)}
-        problems = [f"{key} is missing" for key in wanted if key not in given]
-        problems += [f"{key} is left over" for key in given if key not in wanted]
-        for key in wanted.keys() & given.keys():
-            array, param = given[key], wanted[key]
-            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-            if array.shape == param.shape:
-                param.set_value(jnp.asarray(array, param_dtype))
-            else:
-                problems.append(f"{key} is {array.shape} instead of {param.shape} (HWIO)")
-        if problems:
-            raise UserError(
-                f"these are not the weights of this tiny autoencoder ({config}): "
-                f"{'; '.join(sorted(problems))}"
-            )
-        return nnx.merge(definition, state)
-
     def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b H W z"]:
         """Latents for the denoiser. Raises UserError for sizes that are no multiple of 8."""
         check_images(images, self.config.image_channels, self.config.downscale)
@@ -186,36 +141,3 @@ class TinyVAE(nnx.Module):
         """Images of the denoiser's latents, about [-1, 1] and not clipped to it."""
         check_latents(latents, self.config.latent_channels)
         return self.decoder(latents).astype(jnp.float32) * 2 - 1
-
-
-def _published_key(path: Iterable[object]) -> str:
-    """("encoder", "layers", 3, "conv", "layers", 0, "kernel") -> "encoder/3.conv.0.weight"."""
-    net, *rest = [str(part) for part in path if part != "layers"]
-    return f"{net}/{'.'.join(rest)}".replace("kernel", "weight")
-
-
-def load_taesd(
-    encoder_path: Path,
-    decoder_path: Path,
-    config: TinyVAEConfig = TAEF1,
-    *,
-    param_dtype: DTypeLike = jnp.float32,
-    dtype: DTypeLike = jnp.float32,
-) -> TinyVAE:
-    """TinyVAE of the published files (taef1_encoder.safetensors, taef1_decoder.safetensors, ...).
-
-    Raises UserError where a file is absent, damaged or of another model.
-    """
-    arrays = []
-    for path in (encoder_path, decoder_path):
-        try:
-            arrays.append(load_file(path))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{path} is not there; TAEF1 and TAESD3 are at huggingface.co/madebyollin"
-            ) from error
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} is no complete safetensors file ({error}); download it again"
-            ) from error
-    return TinyVAE.from_arrays(config, *arrays, param_dtype=param_dtype, dtype=dtype)

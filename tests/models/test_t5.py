@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from taca_jax.formats import engine
+from taca_jax.formats.t5 import TABLE
 from taca_jax.models.t5 import T5_XXL, T5Config, T5Encoder, relative_position_bucket
+from taca_jax.tensor_files import ArrayTensors
 
 TINY = T5Config(
     vocab_size=97,
@@ -19,26 +22,6 @@ TINY = T5Config(
     num_layers=3,
     relative_buckets=16,
     relative_max_distance=32,
-)
-
-# (torch key, our path, transposed); {} is the layer, whose arrays are stacked.
-KEYS = (
-    ("shared.weight", "token_embed.embedding", False),
-    (
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        "relative_bias.embedding",
-        False,
-    ),
-    ("encoder.final_layer_norm.weight", "final_norm.scale", False),
-    ("encoder.block.{}.layer.0.layer_norm.weight", "blocks.attn_norm.scale", False),
-    ("encoder.block.{}.layer.0.SelfAttention.q.weight", "blocks.attn.q.kernel", True),
-    ("encoder.block.{}.layer.0.SelfAttention.k.weight", "blocks.attn.k.kernel", True),
-    ("encoder.block.{}.layer.0.SelfAttention.v.weight", "blocks.attn.v.kernel", True),
-    ("encoder.block.{}.layer.0.SelfAttention.o.weight", "blocks.attn.o.kernel", True),
-    ("encoder.block.{}.layer.1.layer_norm.weight", "blocks.ff_norm.scale", False),
-    ("encoder.block.{}.layer.1.DenseReluDense.wi_0.weight", "blocks.ff.wi_gate.kernel", True),
-    ("encoder.block.{}.layer.1.DenseReluDense.wi_1.weight", "blocks.ff.wi_value.kernel", True),
-    ("encoder.block.{}.layer.1.DenseReluDense.wo.weight", "blocks.ff.wo.kernel", True),
 )
 
 
@@ -63,24 +46,6 @@ def original(config: T5Config, device: str = "cpu"):
         ).eval()
 
 
-def load(model: T5Encoder, weights: dict[str, np.ndarray]) -> None:
-    """Set every parameter of `model` from torch names; every key is used once."""
-    left = {key: w for key, w in weights.items() if key != "encoder.embed_tokens.weight"}
-    state = nnx.state(model)
-    flat = {".".join(path): param for path, param in nnx.to_flat_state(state)}
-    for key, path, transposed in KEYS:
-        layers = range(model.config.num_layers) if "{}" in key else (0,)
-        arrays = [left.pop(key.format(i)) for i in layers]
-        arrays = [a.T if transposed else a for a in arrays]
-        param = flat.pop(path)
-        value = np.stack(arrays) if "{}" in key else arrays[0]
-        assert param.get_value().shape == value.shape, path
-        param.set_value(jnp.asarray(value))
-    assert not left
-    assert not flat
-    nnx.update(model, state)
-
-
 def relative_error(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
@@ -95,9 +60,9 @@ def pair():
     with torch.no_grad():
         for param in theirs.parameters():
             param.add_(0.3 * torch.randn(param.shape, generator=generator))
-    ours = T5Encoder(TINY, rngs=nnx.Rngs(0))
-    load(ours, {key: w.numpy() for key, w in theirs.state_dict().items()})
-    return theirs, ours
+    weights = {key: w.numpy() for key, w in theirs.state_dict().items()}
+    tensors = ArrayTensors("the original", weights)
+    return theirs, engine.load(TABLE, tensors, TINY, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("length", [1, 7, 70])

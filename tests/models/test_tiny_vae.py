@@ -1,17 +1,17 @@
 """Tiny autoencoder: against diffusers' AutoencoderTiny with the published weights of both."""
 
 import io
-import json
 import zipfile
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 from taca_jax.errors import UserError
-from taca_jax.models.tiny_vae import TAEF1, TinyVAE, TinyVAEConfig, load_taesd
+from taca_jax.formats import engine
+from taca_jax.formats.tiny_vae import TABLE, open_taesd
+from taca_jax.models.tiny_vae import TAEF1, TinyVAE, TinyVAEConfig
 from tests.shared import shared_path
 
 SMALL = TinyVAEConfig(
@@ -43,10 +43,8 @@ def original(name: str):
 
 
 def ours(name: str, dtype=jnp.float32) -> TinyVAE:
-    folder = shared_path("assets/tae")
-    return load_taesd(
-        folder / f"{name}_encoder.safetensors", folder / f"{name}_decoder.safetensors", dtype=dtype
-    )
+    tensors = open_taesd(shared_path("assets/tae") / name)
+    return engine.load(TABLE, tensors, TAEF1, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["taef1", "taesd3"])
@@ -96,56 +94,12 @@ def photos(count: int, size: int) -> np.ndarray:
     return np.stack(pictures).astype(np.float32) / 127.5 - 1
 
 
-def files_of(config: TinyVAEConfig) -> tuple[dict, dict]:
-    """Random arrays with the keys and shapes of published files."""
-    nets = {"encoder": {}, "decoder": {}}
-    rng = np.random.default_rng(0)
-    state = nnx.state(nnx.eval_shape(lambda: TinyVAE(config, rngs=nnx.Rngs(0))))
-    for path, param in nnx.to_flat_state(state):
-        key = ".".join(str(p) for p in path[1:] if p != "layers").replace("kernel", "weight")
-        shape = param.shape
-        shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape
-        nets[path[0]][key] = rng.normal(0, 0.1, shape).astype(np.float32)
-    return nets["encoder"], nets["decoder"]
-
-
-def test_keys_are_those_of_the_published_files():
-    encoder, decoder = files_of(TAEF1)
-    folder = shared_path("assets/tae")
-    for name in ("taef1", "taesd3"):
-        for net, arrays in (("encoder", encoder), ("decoder", decoder)):
-            published = load_file(folder / f"{name}_{net}.safetensors")
-            assert {k: a.shape for k, a in arrays.items()} == {
-                k: a.shape for k, a in published.items()
-            }
-
-
-def test_all_wrong_keys_are_named_at_once():
-    encoder, decoder = files_of(SMALL)
-    del encoder["0.bias"], decoder["1.weight"]
-    encoder["9.weight"] = np.zeros(3, np.float32)
-    decoder["3.conv.2.bias"] = np.zeros(5, np.float32)
-    with pytest.raises(UserError) as error:
-        TinyVAE.from_arrays(SMALL, encoder, decoder)
-    message = str(error.value)
-    assert "\n" not in message
-    assert "encoder/0.bias is missing" in message
-    assert "decoder/1.weight is missing" in message
-    assert "encoder/9.weight is left over" in message
-    assert "decoder/3.conv.2.bias is (5,) instead of (8,)" in message
-
-
-def test_absent_and_truncated_files_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="is not there"):
-        load_taesd(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes((200).to_bytes(8, "little") + json.dumps({"a": 1}).encode())
-    with pytest.raises(UserError, match="no complete safetensors file"):
-        load_taesd(cut, cut)
+def small() -> TinyVAE:
+    return TinyVAE(SMALL, rngs=nnx.Rngs(0))
 
 
 def test_arrays_that_do_not_fit_are_refused():
-    model = TinyVAE.from_arrays(SMALL, *files_of(SMALL))
+    model = small()
     with pytest.raises(UserError, match=r"5 x 4.*multiples of 2"):
         model.encode(jnp.zeros((1, 5, 4, 3)))
     with pytest.raises(UserError, match=r"uint8.*\[-1, 1\]"):
@@ -155,6 +109,6 @@ def test_arrays_that_do_not_fit_are_refused():
 
 
 def test_decoder_limits_extreme_latents():
-    model = TinyVAE.from_arrays(SMALL, *files_of(SMALL))
+    model = small()
     far, farther = (model.decode(jnp.full((1, 2, 2, 4), value)) for value in (1e3, 1e6))
     np.testing.assert_allclose(far, farther, atol=1e-5)

@@ -1,7 +1,5 @@
 """AutoencoderKL: against diffusers' outputs on a small random model with all parameters at work."""
 
-import json
-import re
 from dataclasses import replace
 from functools import partial
 
@@ -14,47 +12,19 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from taca_jax.errors import UserError
+from taca_jax.formats import engine
+from taca_jax.formats.settings import read_settings
+from taca_jax.formats.vae import TABLE, config_of
 from taca_jax.models.vae import (
     ATTENTION_CHUNK,
     FLUX_VAE,
     SD3_VAE,
     AutoencoderKL,
-    VAEConfig,
     chunked_attention,
     upsample_nearest,
 )
+from taca_jax.tensor_files import open_tensors
 from tests.shared import shared_path
-
-# (pattern of the torch key, our path), tried in this order; `weight` becomes `kernel`, or `scale`
-# in norms; convolutions go from OIHW to HWIO, matrices are transposed.
-KEYS = (
-    (r"(encoder|decoder)\.conv_norm_out", r"\1.norm_out"),
-    (r"(.*)\.downsamplers\.0\.conv", r"\1.downsample"),
-    (r"(.*)\.upsamplers\.0\.conv", r"\1.upsample"),
-    (r"(.*)\.conv_shortcut", r"\1.shortcut"),
-    (r"(.*)\.attentions\.0\.group_norm", r"\1.attention.norm"),
-    (r"(.*)\.attentions\.0\.to_(q|k|v)", r"\1.attention.\2"),
-    (r"(.*)\.attentions\.0\.to_out\.0", r"\1.attention.out"),
-    (r"(.*)", r"\1"),
-)
-
-
-def load(abstract: AutoencoderKL, weights: dict[str, np.ndarray]) -> AutoencoderKL:
-    """The model with every parameter set from torch names; every key is used once."""
-    graph, state = nnx.split(abstract)
-    flat = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
-    for key, array in weights.items():
-        module, leaf = key.rsplit(".", 1)
-        pattern, target = next(row for row in KEYS if re.fullmatch(row[0], module))
-        path = re.fullmatch(pattern, module).expand(target)
-        if leaf == "weight":
-            leaf = "scale" if array.ndim == 1 else "kernel"
-        axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim]
-        param = flat.pop(f"{path}.{leaf}")
-        assert param.shape == array.transpose(axes).shape, key
-        param.set_value(jnp.asarray(array.transpose(axes)))
-    assert not flat
-    return nnx.merge(graph, state)
 
 
 def relative_error(ours, theirs) -> float:
@@ -79,17 +49,8 @@ def nhwc(array: np.ndarray):
 
 def golden_model(family: str, dtype=jnp.float32) -> AutoencoderKL:
     folder = shared_path(f"golden/{family}/vae")
-    settings = json.loads((folder / "config.json").read_text())
-    config = VAEConfig(
-        channels=tuple(settings["block_out_channels"]),
-        layers_per_block=settings["layers_per_block"],
-        latent_channels=settings["latent_channels"],
-        groups=settings["norm_num_groups"],
-        scaling_factor=settings["scaling_factor"],
-        shift_factor=settings["shift_factor"],
-    )
-    abstract = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0), dtype=dtype))
-    return load(abstract, load_file(folder / "diffusion_pytorch_model.safetensors"))
+    config = config_of(read_settings(folder))
+    return engine.load(TABLE, open_tensors(folder), config, dtype=dtype)
 
 
 @pytest.fixture(scope="module")

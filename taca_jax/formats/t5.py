@@ -1,0 +1,49 @@
+"""T5 v1.1 encoders as transformers stores them (`T5EncoderModel`)."""
+
+from taca_jax.formats.settings import Settings
+from taca_jax.formats.table import TRANSPOSE, Rule, Table
+from taca_jax.models.t5 import T5Config
+
+_LAYER = "encoder.block.{layer}.layer"
+
+TABLE = Table(
+    "a T5 v1.1 encoder in transformers' layout",
+    (
+        Rule("shared.weight", "token_embed.embedding"),
+        Rule(
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "relative_bias.embedding",
+        ),
+        Rule("encoder.final_layer_norm.weight", "final_norm.scale"),
+        Rule(f"{_LAYER}.0.layer_norm.weight", "blocks.attn_norm.scale"),
+        *(
+            Rule(f"{_LAYER}.0.SelfAttention.{x}.weight", f"blocks.attn.{x}.kernel", TRANSPOSE)
+            for x in "qkvo"
+        ),
+        Rule(f"{_LAYER}.1.layer_norm.weight", "blocks.ff_norm.scale"),
+        Rule(f"{_LAYER}.1.DenseReluDense.wi_0.weight", "blocks.ff.wi_gate.kernel", TRANSPOSE),
+        Rule(f"{_LAYER}.1.DenseReluDense.wi_1.weight", "blocks.ff.wi_value.kernel", TRANSPOSE),
+        Rule(f"{_LAYER}.1.DenseReluDense.wo.weight", "blocks.ff.wo.kernel", TRANSPOSE),
+    ),
+    ignored=(r"encoder\.embed_tokens\.weight",),  # shared.weight again
+)
+
+
+def config_of(settings: Settings) -> T5Config:
+    """The config that transformers' config.json stands for.
+
+    Raises UserError for T5 1.0, whose feed-forward is another, and for other models.
+    """
+    settings.expect("model_type", "t5")
+    settings.expect("feed_forward_proj", "gated-gelu")
+    values = {
+        "vocab_size": settings["vocab_size"],
+        "dim": settings["d_model"],
+        "ff_dim": settings["d_ff"],
+        "num_heads": settings["num_heads"],
+        "head_dim": settings["d_kv"],
+        "num_layers": settings["num_layers"],
+        "relative_buckets": settings.get("relative_attention_num_buckets", 32),
+        "relative_max_distance": settings.get("relative_attention_max_distance", 128),
+    }
+    return settings.build(T5Config, values)
