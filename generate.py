@@ -1,4 +1,4 @@
-"""python generate.py --config NAME prompt="..." [key=value ...]   (--help lists presets and keys)"""
+"""python generate.py --config NAME prompt="..." [key=value ...]   (--help lists them)"""
 
 import sys
 

@@ -1,7 +1,7 @@
 """A small FLUX from scratch on your own pictures, in TAEF1's latents.
 
-    python -m convert tiny_vae --src TAEF1_FOLDER --dst taef1
-    python train.py --config pictures_base data.source=folder:PICTURES autoencoder=taef1
+python -m convert tiny_vae --src TAEF1_FOLDER --dst taef1
+python train.py --config pictures_base data.source=folder:PICTURES autoencoder=taef1
 """
 
 from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, TrainConfig

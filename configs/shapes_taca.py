@@ -3,7 +3,8 @@ measures base, TACA, TACA + LoRA and the LoRA alone on held-out prompts.
 
 The threshold is the paper's 970 carried over to 100 image tokens. With fewer tokens the same noise
 hides more of the composition; equal signal-to-noise per picture shifts sigma / (1 - sigma) by the
-square root of the tokens' ratio (Esser et al. 2024, equation 23): 0.97 at 4096 tokens is 0.835 here.
+square root of the tokens' ratio (Esser et al. 2024, equation 23): 0.97 at 4096 tokens is 0.835
+here.
 """
 
 from taca_jax.config import (

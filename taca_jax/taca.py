@@ -35,7 +35,7 @@ class TacaConfig:
       gamma (the authors' pipelines: 3). It says nothing about training, which has no steps.
     cond_only: under classifier-free guidance, leave the unconditional half plain (published: both).
 
-    Raises UserError for a gamma that is not positive, a threshold outside 0..1000, or first_steps < 0.
+    Raises UserError for a gamma or first_steps below 0, or a threshold outside 0..1000.
     """
 
     gamma: float = 1.2

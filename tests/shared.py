@@ -7,7 +7,7 @@ import pytest
 
 
 def shared_path(relative: str) -> Path:
-    """The file or folder `relative` of the shared assets; skips the calling test where it is absent.
+    """The file or folder `relative` of the shared assets; skips the test where it is absent.
 
     The root is `$TACA_SHARED`, or `../shared` beside the repository.
     """

@@ -47,7 +47,7 @@ def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _cudnn_serves(q: jax.Array) -> bool:
-    """cuDNN's kernels take half precision and heads of up to 128, a multiple of 8, on NVIDIA GPUs."""
+    """cuDNN's kernels take half precision and heads of up to 128, a multiple of 8, on NVIDIA."""
     return (
         jax.default_backend() == "gpu"
         and "nvidia" in jax.devices()[0].device_kind.lower()

@@ -28,7 +28,7 @@ _SHOWN = 2  # prompts per category in the picture
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of sampling: TACA's settings (None: plain) and the strength of the LoRA under them."""
+    """One way of sampling: TACA's settings (None: plain) and the LoRA's strength under them."""
 
     name: str
     taca: TacaConfig | None
@@ -51,7 +51,7 @@ def variants(taca: TacaConfig | None, *, lora: bool) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Alignment:
-    """What was measured: each prompt with its category, and by variant whether its picture is right."""
+    """Each prompt with its category, and by variant whether its picture is right."""
 
     categories: tuple[str, ...]
     prompts: tuple[str, ...]

@@ -45,12 +45,12 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where LoRA factors are attached.
+    """y = x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where factors are attached.
 
-    kernel `[in, out]`, bias `[out]` or None, lora_a `[in, r]`, lora_b `[r, out]` (alpha / r is folded
-    into `lora_alpha_over_rank`); parameters in `param_dtype`, computation in `dtype`. A stack of
-    layers carries a leading layer axis on each. `zero_init` starts kernel and bias at zero, as
-    adaptive-norm layers and output heads do; otherwise the kernel is Xavier-uniform and the bias zero.
+    kernel `[in, out]`, bias `[out]` or None, lora_a `[in, r]`, lora_b `[r, out]`, whose strength
+    alpha / r is `lora_alpha_over_rank`; parameters in `param_dtype`, computation in `dtype`. A
+    stack of layers carries a leading layer axis on each. `zero_init` starts the kernel at zero, as
+    adaptive-norm layers and output heads do, otherwise it is Xavier-uniform; the bias is zero.
     """
 
     def __init__(

@@ -56,7 +56,8 @@ class PipelineOutput:
     """What a pipeline call returns.
 
     images: PIL pictures, or float32 `[b, H, W, 3]` in [0, 1], or None for output="latents".
-    latents: the last ones, float32 NHWC. trajectory: each step's latents and predicted x0, if asked.
+    latents: the last ones, float32 NHWC. trajectory: each step's latents and predicted x0, where
+    asked for.
     """
 
     images: list[Image.Image] | np.ndarray | None
@@ -190,10 +191,10 @@ class FluxPipeline:
 
         Sizes are in pixels. `guidance` is embedded where the model takes it; other models use it
         for classifier-free guidance against `negative_prompt` ("" by default) when it is above 1.
-        A model with embedded guidance uses `negative_prompt` not at all, and says so. Picture i
-        starts from the noise of `seed` + i, or from `latents`. `taca` None is plain attention;
-        attached LoRA factors act while TACA does, at `lora_strength`. `callback(step, latents)` runs
-        after each step (and keeps the loop from being one program).
+        A model with embedded guidance refuses `negative_prompt`. Picture i starts from the noise of
+        `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
+        while TACA does, at `lora_strength`. `callback(step, latents)` runs after each step (and
+        keeps the loop from being one program).
 
         Raises UserError for input that does not fit together.
         """
@@ -270,7 +271,8 @@ class FluxPipeline:
         if latents is not None:
             if latents.shape[0] != batch or latents.shape[-1] != config.latent_channels:
                 raise UserError(
-                    f"latents are {latents.shape}; expected {batch} of {config.latent_channels} channels"
+                    f"latents are {latents.shape}; expected {batch} of {config.latent_channels} "
+                    "channels"
                 )
             return jnp.asarray(latents, jnp.float32)
         height, width = height or self.settings.resolution, width or self.settings.resolution
