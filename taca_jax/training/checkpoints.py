@@ -1,6 +1,10 @@
 """Training checkpoints: all that a run needs to go on as if it had never stopped."""
 
+import logging
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ import orbax.checkpoint as ocp
 
 from taca_jax.errors import UserError
 from taca_jax.training.step import TrainState
+
+_OVERHEAD_BYTES = 2**20  # names, shapes and indices beside the arrays
 
 
 class Checkpoints:
@@ -26,35 +32,68 @@ class Checkpoints:
                 max_to_keep=keep, create=True, cleanup_tmp_directories=True
             ),
         )
+        self._failed = False
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
-
-    @property
-    def latest(self) -> int | None:
-        """The newest checkpoint's step, or None."""
-        return self._manager.latest_step()
+        if not self._failed:
+            with self._refusals():
+                self._manager.close()
 
     def save(self, state: TrainState, data: Any) -> None:
-        """Starts writing `state` and `data` (JSON) and returns; training goes on meanwhile."""
+        """Starts writing `state` and `data` (JSON) and returns; training goes on meanwhile.
+
+        Raises UserError where this or the save before cannot be written, as on a full disk.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)), data=ocp.args.JsonSave(data)
-            ),
-        )
+        arrays = _as_dict(state)
+        with self._refusals():
+            self._manager.wait_until_finished()
+        # Asked before: a disk that fills up on the way makes Orbax print a traceback per array.
+        needed = sum(array.nbytes for array in arrays.values()) + _OVERHEAD_BYTES
+        free = shutil.disk_usage(self._dir).free
+        if free < needed:
+            raise self._refused(f"it takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+        with self._refusals():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data)
+                ),
+            )
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises what went wrong (OSError for a full disk)."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk. Raises UserError where it cannot be."""
+        with self._refusals():
+            self._manager.wait_until_finished()
 
-    def restore(self, like: TrainState, warn) -> tuple[TrainState, Any] | None:
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Makes one UserError of whatever Orbax raises, and logs, when it cannot write."""
+        with _silence("absl", "asyncio"):
+            try:
+                yield
+                return
+            except Exception as error:  # Orbax raises what its storage layers raise
+                reason = _reason(error)
+        raise self._refused(reason)
+
+    def _refused(self, reason: str) -> UserError:
+        self._failed = True
+        self._manager.reload()
+        good = self._manager.latest_step()
+        means = "there is none yet" if good is None else f"resume=true goes on from step {good}"
+        return UserError(
+            f"no checkpoint can be written to {self._dir} ({reason}); make room there: {means}"
+        )
+
+    def restore(
+        self, like: TrainState, warn: Callable[[str], None]
+    ) -> tuple[TrainState, Any] | None:
         """The newest checkpoint that reads back, in the shape of `like`, and the data's position.
 
         A damaged one is reported through `warn(line)` and passed over. None where there is none.
@@ -64,15 +103,15 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-                    ),
-                )
-            except Exception as error:  # Orbax raises whatever its storage layers raise
-                reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
-                warn(f"checkpoint {step} cannot be read ({reason}); trying the one before")
+                with _silence("absl", "asyncio"):
+                    restored = self._manager.restore(
+                        step,
+                        args=ocp.args.Composite(
+                            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                        ),
+                    )
+            except Exception as error:  # Orbax raises what its storage layers raise
+                warn(f"checkpoint {step} cannot be read ({_reason(error)}); trying the one before")
                 continue
             for newer in [s for s in steps if s > step]:
                 shutil.rmtree(self._dir / str(newer), ignore_errors=True)
@@ -80,10 +119,30 @@ class Checkpoints:
             return _from_dict(restored["state"], like), restored["data"]
         if steps:
             raise UserError(
-                f"none of the checkpoints {steps} in {self._dir} can be read for this configuration; "
-                "start anew in another out_dir"
+                f"none of the checkpoints {steps} in {self._dir} can be read for this "
+                "configuration; start anew in another out_dir"
             )
         return None
+
+
+@contextmanager
+def _silence(*loggers: str) -> Iterator[None]:
+    """Keeps these from printing a traceback for each array and thread that an error meets."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, out of tensorstore's account of where it said it."""
+    text = str(error).strip() or repr(error)
+    said = re.search(r"([^:\[\]]+) \[os_error_code=", text)
+    return said[1].strip() if said else text.splitlines()[0][:200]
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
