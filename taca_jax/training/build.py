@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from taca_jax.checkpoint import load_model
-from taca_jax.config import TrainConfig
+from taca_jax.config import TextConfig, TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.lora import add_lora
 from taca_jax.models.flux import FluxTransformer
@@ -22,10 +22,13 @@ DEFAULT_STEPS = 20
 def build_pipeline(config: TrainConfig) -> FluxPipeline:
     """The pipeline to train: the base with fresh LoRA factors, or a new one from random numbers.
 
-    Trained parameters are float32, activations config.dtype. Raises UserError where parts do not fit.
+    Trained parameters are float32, activations config.dtype. Raises UserError where parts do not
+    fit.
     """
     dtype = jnp.dtype(config.dtype)
     if config.base is not None:
+        if config.text != TextConfig():
+            raise UserError(f"base={config.base} says how text is read; leave out text.*")
         # A frozen base may rest in the activations' precision; what is trained may not.
         param_dtype = "float32" if config.lora is None else config.dtype
         pipeline = FluxPipeline.from_pretrained(
@@ -40,7 +43,7 @@ def build_pipeline(config: TrainConfig) -> FluxPipeline:
             f"training from base={config.base} needs its text_encoder/ and an autoencoder "
             "(autoencoder=FOLDER)"
         )
-    _check_channels(pipeline.transformer, pipeline.autoencoder)
+    _check_sizes(config, pipeline.transformer, pipeline.autoencoder)
     if config.lora is not None:
         add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(config.seed))
     return pipeline
@@ -75,10 +78,23 @@ def _new_pipeline(config: TrainConfig) -> FluxPipeline:
     )
 
 
-def _check_channels(transformer: FluxTransformer, autoencoder: Autoencoder) -> None:
+def _check_sizes(
+    config: TrainConfig, transformer: FluxTransformer, autoencoder: Autoencoder
+) -> None:
+    if not isinstance(autoencoder, Autoencoder):
+        raise UserError(
+            f"autoencoder={config.autoencoder} holds a {type(autoencoder).__name__}; give the "
+            "folder of an autoencoder"
+        )
     given, expected = autoencoder.config.latent_channels, transformer.config.latent_channels
     if given != expected:
         raise UserError(
             f"the autoencoder has {given} latent channels, the transformer expects {expected}; "
             "give the autoencoder=FOLDER that belongs to it"
+        )
+    resolution = config.data.resolution
+    multiple = autoencoder.config.downscale * transformer.config.patch_size
+    if resolution % multiple:
+        raise UserError(
+            f"data.resolution is {resolution}; this model takes multiples of {multiple} pixels"
         )

@@ -1,11 +1,13 @@
 """A training run from start (or checkpoint) to exported weights and their measurement."""
 
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from taca_jax.atomic import whole_file
 from taca_jax.config import TrainConfig, difference, from_json, to_json
 from taca_jax.data.loader import Loader, make_loader
 from taca_jax.data.sources import open_source
@@ -15,6 +17,7 @@ from taca_jax.formats.lora_files import write_lora
 from taca_jax.metrics import RunLog
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.text import Tokenizer
 from taca_jax.training.build import build_pipeline
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
@@ -29,7 +32,11 @@ FREE_FIELDS = (
     "sample_every",
     "sample_prompts",
     "evaluate",
+    "data.max_bad_share",
 )
+
+RECORD = "config.json"
+"""What a run's folder says of the run."""
 
 
 def train(config: TrainConfig) -> None:
@@ -40,58 +47,77 @@ def train(config: TrainConfig) -> None:
     `.png` where asked for. Raises UserError for what the user can mend.
     """
     run_dir = config.run_dir
-    _claim(config, run_dir)
+    _check_free(config, run_dir)
     pipeline = build_pipeline(config)
-    loader = make_loader(open_source(config.data), data=config.data, tokenize=_tokenizer(pipeline))
-    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
-    trainer, state = make_trainer(
-        config, model, pipeline.autoencoder, pad_id=pipeline.tokenizer.pad_id
-    )
-    with Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints:
-        if config.resume:
-            restored = checkpoints.restore(state, warn=lambda line: print(f"warning: {line}"))
-            if restored is not None:
-                state, position = restored
-                loader.set_state(position)
-        try:
-            state = _loop(config, pipeline, trainer, state, loader, checkpoints)
-        except OSError as error:
-            raise UserError(
-                f"writing to {run_dir} failed ({error.strerror or error}); the checkpoint of step "
-                f"{checkpoints.latest} is good: make room and go on with resume=true"
-            ) from error
-    _install(pipeline, trainer.merge(state.best))
-    _export(config, pipeline, run_dir)
-    if config.evaluate is not None:
-        evaluate_shapes(
-            pipeline, config.evaluate, run_dir, taca=config.taca, lora=config.lora is not None
+    _check_prompts(config, pipeline)
+    source = open_source(config.data)
+    # Only now: what fails before this leaves no run behind.
+    with whole_file(run_dir / RECORD) as record:
+        record.write_text(to_json(config))
+    try:
+        with make_loader(source, data=config.data, tokenize=_tokenizer(pipeline)) as loader:
+            _train(config, pipeline, loader)
+        _export(config, pipeline, run_dir)
+        if config.evaluate is not None:
+            evaluate_shapes(
+                pipeline, config.evaluate, run_dir, taca=config.taca, lora=config.lora is not None
+            )
+    except OSError as error:
+        raise UserError(
+            f"writing to {run_dir} failed ({error.strerror or error}); make room there and go on "
+            "with resume=true"
+        ) from error
+
+
+def _check_free(config: TrainConfig, run_dir: Path) -> None:
+    """Raises UserError unless the folder is new, or holds this run and is to be gone on with."""
+    record = run_dir / RECORD
+    if not record.is_file():
+        return
+    if not config.resume:
+        raise UserError(
+            f"{run_dir} holds a run already; resume=true goes on with it, out_dir=... starts "
+            "another"
+        )
+    changed = [
+        name
+        for name in difference(from_json(TrainConfig, record.read_text(), str(record)), config)
+        if name not in FREE_FIELDS and name.split(".")[0] not in FREE_FIELDS
+    ]
+    if changed:
+        raise UserError(
+            f"{run_dir} was started with other values of {', '.join(changed)}; resume with the "
+            "same, or start another run with out_dir=..."
         )
 
 
-def _claim(config: TrainConfig, run_dir: Path) -> None:
-    """Makes the run's folder, or checks that the one there is this run's to go on with."""
-    recorded = run_dir / "config.json"
-    if recorded.is_file():
-        if not config.resume:
-            raise UserError(
-                f"{run_dir} holds a run already; resume=true goes on with it, out_dir=... starts "
-                "another"
-            )
-        changed = [
-            name
-            for name in difference(from_json(TrainConfig, recorded.read_text()), config)
-            if name.split(".")[0] not in FREE_FIELDS
-        ]
-        if changed:
-            raise UserError(
-                f"{run_dir} was started with other values of {', '.join(changed)}; resume with the "
-                "same, or start another run with out_dir=..."
-            )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    recorded.write_text(to_json(config) + "\n")
+def _check_prompts(config: TrainConfig, pipeline: FluxPipeline) -> None:
+    """Finds prompts that cannot be drawn before the first of many steps, not at the first grid."""
+    if config.sample_every:
+        _tokenizer(pipeline)(config.sample_prompts)
 
 
-def _tokenizer(pipeline: FluxPipeline) -> Any:
+def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader) -> None:
+    """Runs all steps that are left, and puts what they made into `pipeline`."""
+    encoder, autoencoder = pipeline.text_encoder, pipeline.autoencoder
+    assert encoder is not None  # build_pipeline saw to both
+    assert autoencoder is not None
+    model = TextToImage(pipeline.transformer, encoder)
+    pad_id = _tokenizer(pipeline).pad_id
+    trainer, state = make_trainer(config, model, autoencoder, pad_id=pad_id)
+    with Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints:
+        if config.resume:
+            restored = checkpoints.restore(
+                state, warn=lambda line: print(f"warning: {line}", file=sys.stderr)
+            )
+            if restored is not None:
+                state, position = restored
+                loader.set_state(position)
+        state = _loop(config, pipeline, trainer, state, loader, checkpoints)
+    _install(pipeline, trainer.merge(state.best))
+
+
+def _tokenizer(pipeline: FluxPipeline) -> Tokenizer:
     assert pipeline.tokenizer is not None  # build_pipeline saw to it
     return pipeline.tokenizer
 
@@ -118,6 +144,8 @@ def _loop(
             due = step % config.log_every == 0 or step in (start + 1, config.steps)
             pending = (step, metrics) if due else None
             if step % config.save_every == 0 or step == config.steps:
+                # A checkpoint of NaNs would push the good ones out.
+                _check_finite(step, metrics)
                 checkpoints.save(state, loader.get_state())
             if config.sample_every and step % config.sample_every == 0:
                 _install(pipeline, trainer.merge(state.best))
@@ -128,22 +156,27 @@ def _loop(
     return state
 
 
-def _next_batch(loader: Iterator[dict[str, Any]], parts: int) -> Batch:
+def _next_batch(loader: Loader, parts: int) -> Batch:
     batches = [next(loader) for _ in range(parts)]
     return Batch(
-        image=np.stack([batch["image"] for batch in batches]),
-        tokens=np.stack([batch["tokens"] for batch in batches]),
+        image=jnp.asarray(np.stack([batch["image"] for batch in batches])),
+        tokens=jnp.asarray(np.stack([batch["tokens"] for batch in batches])),
     )
 
 
 def _report(log: RunLog, step: int, metrics: dict[str, Any]) -> None:
-    values = {name: float(value) for name, value in metrics.items()}
-    if not np.isfinite(values["loss"]):
-        raise UserError(
-            f"the loss is {values['loss']} at step {step}; go on from the last checkpoint with a "
-            "lower optimizer.learning_rate or a smaller optimizer.clip_norm, in another out_dir"
-        )
-    log.write(step, values)
+    _check_finite(step, metrics)
+    log.write(step, {name: float(value) for name, value in metrics.items()})
+
+
+def _check_finite(step: int, metrics: dict[str, Any]) -> None:
+    for name in ("loss", "gradient_norm"):
+        if not np.isfinite(metrics[name]):
+            raise UserError(
+                f"the {name.replace('_', ' ')} is {float(metrics[name])} at step {step}; start "
+                "another run (out_dir=...) with a lower optimizer.learning_rate or a smaller "
+                "optimizer.clip_norm"
+            )
 
 
 def _install(pipeline: FluxPipeline, model: TextToImage) -> None:
@@ -153,6 +186,7 @@ def _install(pipeline: FluxPipeline, model: TextToImage) -> None:
 def _sample(config: TrainConfig, pipeline: FluxPipeline, log: RunLog, step: int) -> None:
     prompts = list(config.sample_prompts)
     pictures = pipeline(prompts, taca=config.taca, seed=config.seed).images
+    assert isinstance(pictures, list)
     grid = caption_grid(pictures, prompts)
     folder = config.run_dir / "samples"
     folder.mkdir(exist_ok=True)

@@ -42,8 +42,9 @@ class Batch:
 class TrainState:
     """Everything that a step changes, and the key that decides its noise with the step's number.
 
-    rng: the key's data, uint32, as checkpoints store it. trained: the trained parameters, and nothing that is frozen. average: their moving average, or
-    None where the configuration asks for none.
+    rng: the key's data, uint32, as checkpoints store it. trained: the trained parameters, and
+    nothing that is frozen. average: their moving average, or None where the configuration asks for
+    none.
     """
 
     step: Int[Array, ""]
@@ -83,7 +84,10 @@ class Trainer:
 def make_trainer(
     config: TrainConfig, model: TextToImage, autoencoder: Autoencoder, *, pad_id: int
 ) -> tuple[Trainer, TrainState]:
-    """The trainer of `model` and its first state. With config.lora only LoRA factors are trained."""
+    """The trainer of `model` and its first state.
+
+    With config.lora only LoRA factors are trained.
+    """
     kind = nnx.Param if config.lora is None else LoRAParam
     graph, trained, frozen = nnx.split(model, kind, ...)
     ae_graph, ae_state = nnx.split(autoencoder)
@@ -118,7 +122,7 @@ def make_trainer(
             (value, gradient), _ = jax.lax.scan(accumulate, zero, (batch, keys))
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained = jax.tree.map(jnp.add, state.trained, updates)
         average = state.average
         if average is not None:
             # A short memory at first, so that the average does not drag the random start along.
