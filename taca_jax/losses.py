@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
@@ -20,13 +21,18 @@ def sample_timesteps(
     `uniform`, or `logit_normal` (the sigmoid of a standard normal, SD3's choice), restricted to
     that range: TACA trains its LoRA on t in (t_thresh, 1000] (arXiv 2506.07986, equation 11).
     """
-    # In (0, 1]: 1 stands for pure noise, where every sampling run starts.
+    # Of (0, 1], what is left to the range's end, which is pure noise, where every sampling starts.
     u = 1.0 - jax.random.uniform(rng, (samples,))
     low = above / MAX_TIMESTEP
     if sampling == "uniform":
-        return MAX_TIMESTEP * (low + (1 - low) * u)
-    low = norm.cdf(jnp.log(low) - jnp.log1p(-low)) if low > 0 else 0.0
-    return MAX_TIMESTEP * jax.nn.sigmoid(norm.ppf(low + (1 - low) * u))
+        sigma = low + (1 - low) * u
+    else:
+        # By the upper tail: near 1 the cumulative itself has no digits left in float32.
+        tail = norm.cdf(jnp.log1p(-low) - jnp.log(low)) if low > 0 else 1.0
+        sigma = jax.nn.sigmoid(-norm.ppf(tail * (1.0 - u)))
+    timestep = MAX_TIMESTEP * sigma
+    # Rounding may hit the open end, where TACA is the next step's affair.
+    return jnp.maximum(timestep, np.nextafter(np.float32(above), np.inf)) if above else timestep
 
 
 def interpolate(
