@@ -53,9 +53,9 @@ class FlowSchedule:
 class Plan:
     """What each sampling step does; float32 arrays `[steps]`.
 
-    sigma, next_sigma: noise level before and after. gamma, negative_gamma: TACA's temperature for
-    the prompt and, under classifier-free guidance, for the negative prompt. lora_scale: strength of
-    attached LoRA factors.
+    sigma, next_sigma: noise level before and after. gamma: TACA's temperature. lora_scale: strength
+    of attached LoRA factors. Both are for the prompt and, as negative_gamma and
+    negative_lora_scale, for the negative prompt of classifier-free guidance.
     """
 
     sigma: Float[Array, " n"]
@@ -63,6 +63,7 @@ class Plan:
     gamma: Float[Array, " n"]
     negative_gamma: Float[Array, " n"]
     lora_scale: Float[Array, " n"]
+    negative_lora_scale: Float[Array, " n"]
 
 
 def make_plan(
@@ -73,20 +74,23 @@ def make_plan(
 ) -> Plan:
     """The plan of a run over `sigmas` with TACA, or plain where `taca` is None.
 
-    The LoRA is on, at `lora_strength`, exactly while TACA is: to see it alone, set gamma to 1; to
-    see TACA without it, set its strength to 0.
+    The LoRA is on, at `lora_strength`, exactly where TACA is (`cond_only`: not for the negative
+    prompt): to see it alone, set gamma to 1; to see TACA without it, set its strength to 0.
     """
     timestep = jnp.asarray(sigmas[:-1]) * MAX_TIMESTEP
     step = jnp.arange(len(timestep))
     plain = jnp.ones_like(timestep)
     gamma = plain if taca is None else gamma_at(taca, timestep, step)
     on = jnp.zeros_like(timestep) if taca is None else active(taca, timestep, step)
+    lora_scale = on * jnp.float32(lora_strength)
+    cond_only = taca is not None and taca.cond_only
     return Plan(
         sigma=jnp.asarray(sigmas[:-1]),
         next_sigma=jnp.asarray(sigmas[1:]),
         gamma=gamma,
-        negative_gamma=plain if taca is not None and taca.cond_only else gamma,
-        lora_scale=on * jnp.float32(lora_strength),
+        negative_gamma=plain if cond_only else gamma,
+        lora_scale=lora_scale,
+        negative_lora_scale=jnp.zeros_like(lora_scale) if cond_only else lora_scale,
     )
 
 
@@ -163,33 +167,42 @@ def guided_velocity(
     negative: Conditioning | None,
     cfg_scale: Float[Array, ""],
 ) -> Callable[[jax.Array, Plan], jax.Array]:
-    """The velocity at one step of a plan (its entries scalars), guided where `negative` is given."""
+    """The velocity at one step of a plan (of scalars), guided where there is `negative`."""
 
     def call(
-        x: jax.Array, text: Conditioning, now: Plan, gamma: Float[Array, " b"]
+        x: jax.Array,
+        text: Conditioning,
+        now: Plan,
+        gamma: Float[Array, " b"],
+        lora_scale: Float[Array, " b"],
     ) -> Float[Array, "b H W c"]:
-        b = x.shape[0]
         return model(
             x,
-            jnp.full(b, now.sigma * MAX_TIMESTEP),
+            jnp.full(x.shape[0], now.sigma * MAX_TIMESTEP),
             text.txt,
             text.pooled,
             guidance=text.guidance,
             gamma=gamma,
-            lora_scale=jnp.full(b, now.lora_scale),
+            lora_scale=lora_scale,
         )
 
     def plain(x: jax.Array, now: Plan) -> jax.Array:
-        return call(x, positive, now, jnp.full(x.shape[0], now.gamma))
+        b = x.shape[0]
+        return call(x, positive, now, jnp.full(b, now.gamma), jnp.full(b, now.lora_scale))
 
     if negative is None:
         return plain
     both = jax.tree.map(lambda n, p: jnp.concatenate([n, p]), negative, positive)
 
     def guided(x: jax.Array, now: Plan) -> jax.Array:
-        b = x.shape[0]
-        gamma = jnp.concatenate([jnp.full(b, now.negative_gamma), jnp.full(b, now.gamma)])
-        low, high = jnp.split(call(jnp.concatenate([x, x]), both, now, gamma), 2)
+        gamma, lora_scale = (
+            jnp.repeat(jnp.stack(pair), x.shape[0])
+            for pair in (
+                (now.negative_gamma, now.gamma),
+                (now.negative_lora_scale, now.lora_scale),
+            )
+        )
+        low, high = jnp.split(call(jnp.concatenate([x, x]), both, now, gamma, lora_scale), 2)
         return low + cfg_scale * (high - low)
 
     return guided
