@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from taca_jax.atomic import whole_file
+
 PLAIN_LINE_SECONDS = 15.0
 """Where there is no terminal to redraw a bar on, a line at most this often."""
 
@@ -18,8 +20,8 @@ PLAIN_LINE_SECONDS = 15.0
 class RunLog:
     """Progress and metrics of a training run; a context manager.
 
-    Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. On resuming, lines of steps at or after
-    `start` are dropped first, so that each step stands there once.
+    Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. On resuming after `start` steps, lines
+    of later steps are dropped first, so that each step stands there once.
     """
 
     def __init__(self, run_dir: Path, *, start: int, steps: int, samples_per_step: int):
@@ -27,7 +29,7 @@ class RunLog:
         self._jsonl = run_dir / "metrics.jsonl"
         self._keep_before(start)
         self._file = self._jsonl.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._samples_per_step = samples_per_step
         self._steps = steps
         self._progress = Progress(
@@ -77,10 +79,12 @@ class RunLog:
             f"{record['samples_per_second']:.1f} samples/s"
         )
         self._progress.update(self._task, completed=step, numbers=numbers)
-        if not self.console.is_terminal and now - self._last_line >= PLAIN_LINE_SECONDS:
+        late = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
+        if not self.console.is_terminal and late:
             self._last_line = now
             left = (self._steps - step) * seconds
-            self.console.print(f"step {step}/{self._steps}  {numbers}  {left / 60:.1f} min left")
+            line = f"step {step}/{self._steps}  {numbers}  {left / 60:.1f} min left"
+            self.console.print(line, soft_wrap=True)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A uint8 HWC picture for TensorBoard."""
@@ -96,4 +100,5 @@ class RunLog:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # a line cut off by a kill
-        self._jsonl.write_text("".join(line + "\n" for line in kept))
+        with whole_file(self._jsonl) as file:
+            file.write_text("".join(line + "\n" for line in kept))
