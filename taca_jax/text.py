@@ -19,9 +19,10 @@ from taca_jax.sampling import Conditioning
 class Tokenizer(Protocol):
     """Captions to int32 ids `[n, length]`: cut or padded with `pad_id`, ended by the end token."""
 
-    vocab_size: int
-    pad_id: int
-
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
     def __call__(self, captions: Sequence[str]) -> np.ndarray: ...
 
 
@@ -68,7 +69,8 @@ class ByteTokenizer:
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         ids = np.full((len(captions), self.length), self.pad_id, np.int32)
         for row, caption in zip(ids, captions, strict=True):
-            tokens = [byte + 3 for byte in caption.encode()[: self.length - 1]] + [1]
+            text = caption.encode(errors="replace")  # a terminal may pass on undecodable bytes
+            tokens = [byte + 3 for byte in text[: self.length - 1]] + [1]
             row[: len(tokens)] = tokens
         return ids
 
@@ -81,12 +83,16 @@ class FolderTokenizer:
 
         if not Path(path).is_dir():
             raise UserError(
-                f"text.tokenizer {str(path)!r} is neither shapes, bytes nor a folder with a tokenizer"
+                f"text.tokenizer {str(path)!r} is neither shapes, bytes nor a folder with a "
+                "tokenizer"
             )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer could be read from {path}: {error}") from error
+        except Exception as error:  # the library raises almost anything for a damaged file
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
+        if self._tokenizer.pad_token_id is None:
+            raise UserError(f"the tokenizer in {path} has no padding token; T5's has one")
         self.length = length
         self.vocab_size = len(self._tokenizer)
         self.pad_id = self._tokenizer.pad_token_id
