@@ -1,0 +1,1 @@
+"""`python -m convert`: original weights to model folders, LoRA files from one layout to another."""

@@ -37,14 +37,14 @@ class Settings:
         return from_json(cls, json.dumps(values), where=str(self.where))
 
 
-def read_settings(folder: Path) -> Settings:
-    """The config.json of an original model's folder."""
-    file = folder / "config.json"
+def read_settings(folder: Path, name: str = "config.json") -> Settings:
+    """The config.json, or what it is called there, of an original model's folder."""
+    file = folder / name
     try:
         fields = json.loads(file.read_text())
     except OSError:
         raise UserError(
-            f"{file} is not there; give the folder that has the weights and their config.json"
+            f"{file} is not there; give the folder that holds it beside the weights"
         ) from None
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); download it again") from None

@@ -1,0 +1,120 @@
+"""The command line of `python -m convert`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from convert.models import convert_flux, convert_lora, convert_model, t5, tiny_vae, vae
+from taca_jax.errors import UserError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Flux:
+    """FLUX.1 from a diffusers folder to a pipeline folder: transformer, autoencoder, T5, sampler.
+
+    A bare transformer folder gives a bare model folder. CLIP is left out.
+    """
+
+    src: Path
+    """diffusers' pipeline folder (transformer/, vae/, ...), or a transformer folder."""
+    dst: Path
+    """The folder to make; must be new or empty."""
+    dtype: Dtype | None = None
+    """What to store parameters in; by default as they are."""
+
+    def run(self) -> list[str]:
+        return convert_flux(self.src, self.dst, self.dtype)
+
+
+@dataclass(frozen=True)
+class T5:
+    """A T5 v1.1 encoder from a transformers folder to a model folder."""
+
+    src: Path
+    """The folder with config.json and the safetensors."""
+    dst: Path
+    """The folder to make; must be new or empty."""
+    dtype: Dtype | None = None
+    """What to store parameters in; by default as they are."""
+
+    def run(self) -> list[str]:
+        return convert_model(t5, self.src, self.dst, self.dtype)
+
+
+@dataclass(frozen=True)
+class VAE:
+    """FLUX's or SD3's autoencoder from a diffusers folder to a model folder."""
+
+    src: Path
+    """The folder with config.json and the safetensors."""
+    dst: Path
+    """The folder to make; must be new or empty."""
+    dtype: Dtype | None = None
+    """What to store parameters in; by default as they are."""
+
+    def run(self) -> list[str]:
+        return convert_model(vae, self.src, self.dst, self.dtype)
+
+
+@dataclass(frozen=True)
+class TinyVAE:
+    """TAEF1 or TAESD3 from its two published files to a model folder."""
+
+    src: Path
+    """DIR/taef1 for DIR/taef1_encoder.safetensors and DIR/taef1_decoder.safetensors, or DIR if it
+    has one such pair."""
+    dst: Path
+    """The folder to make; must be new or empty."""
+    dtype: Dtype | None = None
+    """What to store parameters in; by default as they are."""
+
+    def run(self) -> list[str]:
+        return convert_model(tiny_vae, self.src, self.dst, self.dtype)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA file of FLUX from one layout to another; the layout of SRC is recognised."""
+
+    src: Path
+    """The safetensors file to read."""
+    dst: Path
+    """The safetensors file to make; must not exist."""
+    to: Literal["peft", "native"]
+    """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
+    .lora_A.weight`), read by diffusers and PEFT. native: our names, all layers of a kind in one
+    array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in both."""
+
+    def run(self) -> list[str]:
+        return convert_lora(self.src, self.dst, self.to)
+
+
+Command = (
+    Annotated[Flux, tyro.conf.subcommand("flux")]
+    | Annotated[T5, tyro.conf.subcommand("t5")]
+    | Annotated[VAE, tyro.conf.subcommand("vae")]
+    | Annotated[TinyVAE, tyro.conf.subcommand("tiny_vae")]
+    | Annotated[LoRA, tyro.conf.subcommand("lora")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one conversion and prints what was made.
+
+    Bad input prints one line, `error: ...`, on stderr and exits with status 1, nothing written; a
+    command line that is not understood exits with status 2.
+    """
+    command = tyro.cli(Command, prog="python -m convert", description=__doc__, args=argv)
+    try:
+        made = command.run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; nothing was written to {command.dst}")
+    print("\n".join(made))

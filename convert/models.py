@@ -1,0 +1,175 @@
+"""Original weights to model folders, a tensor at a time."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from taca_jax.atomic import whole_folder
+from taca_jax.checkpoint import StreamedArray, save_streamed
+from taca_jax.errors import UserError
+from taca_jax.formats import flux_diffusers
+from taca_jax.formats import t5 as t5_format
+from taca_jax.formats import tiny_vae as tiny_vae_format
+from taca_jax.formats import vae as vae_format
+from taca_jax.formats.engine import streamed
+from taca_jax.formats.lora_factors import summarise
+from taca_jax.formats.lora_files import Layout, load_adapter, save_adapter
+from taca_jax.formats.settings import read_settings
+from taca_jax.formats.table import Table
+from taca_jax.models.tiny_vae import TAEF1
+from taca_jax.tensor_files import TensorFiles, open_tensors
+
+PIPELINE_FILE = "pipeline.json"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Original weights of one model: which layout, which model, and the tensors."""
+
+    table: Table
+    config: Any
+    tensors: TensorFiles
+
+
+def flux(src: Path) -> Source:
+    """A transformer's folder in diffusers' layout."""
+    config = flux_diffusers.config_of(read_settings(src))
+    return Source(flux_diffusers.TABLE, config, open_tensors(src))
+
+
+def t5(src: Path) -> Source:
+    """A T5 encoder's folder in transformers' layout."""
+    return Source(t5_format.TABLE, t5_format.config_of(read_settings(src)), open_tensors(src))
+
+
+def vae(src: Path) -> Source:
+    """An autoencoder's folder in diffusers' layout."""
+    return Source(vae_format.TABLE, vae_format.config_of(read_settings(src)), open_tensors(src))
+
+
+def tiny_vae(src: Path) -> Source:
+    """The two files of a TAESD-style autoencoder; all published ones are of one size."""
+    return Source(tiny_vae_format.TABLE, TAEF1, tiny_vae_format.open_taesd(src))
+
+
+_PIPELINE_PARTS = (
+    ("transformer", "transformer", flux),
+    ("vae", "autoencoder", vae),
+    ("text_encoder_2", "text_encoder", t5),
+)
+"""diffusers' folder -> ours."""
+
+
+def convert_model(
+    read: Callable[[Path], Source], src: Path, dst: Path, dtype: str | None
+) -> list[str]:
+    """Makes the model folder `dst` of the original weights at `src`; returns lines that say so.
+
+    Raises UserError, with nothing at `dst`, for bad weights, and for a `dst` that holds something.
+    """
+    _check_free(dst)
+    return [_write(read(src), dst, dtype)]
+
+
+def convert_flux(src: Path, dst: Path, dtype: str | None) -> list[str]:
+    """Makes a pipeline folder of a diffusers pipeline folder, or a model folder of a transformer's.
+
+    Raises as `convert_model` does.
+    """
+    if not (src / "transformer").is_dir():
+        return convert_model(flux, src, dst, dtype)
+    _check_free(dst)
+    parts = [("transformer", "transformer", flux)]
+    parts += [
+        (name, made, read)
+        for name, made, read in (
+            ("vae", "autoencoder", vae),
+            ("text_encoder_2", "text_encoder", t5),
+        )
+        if (src / name).is_dir()
+    ]
+    # Everything is read and checked, bar the tensors themselves, before anything is written.
+    sources = {made: read(src / name) for name, made, read in parts}
+    settings = _pipeline_settings(src, sources["transformer"].config)
+    with whole_folder(dst) as folder:
+        lines = [
+            _write(source, folder / made, dtype).replace(str(folder), str(dst))
+            for made, source in sources.items()
+        ]
+        if (src / "tokenizer_2").is_dir():
+            shutil.copytree(src / "tokenizer_2", folder / TOKENIZER)
+        (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    known = {"transformer", "vae", "text_encoder_2", "tokenizer_2", "scheduler"}
+    left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
+    if left_out:
+        lines.append(f"left out: {', '.join(left_out)}")
+    return lines
+
+
+def convert_lora(src: Path, dst: Path, to: Layout) -> list[str]:
+    """Writes the LoRA file `dst` of the one at `src`. Raises UserError as `convert_model` does."""
+    if dst.exists():
+        raise UserError(f"{dst} exists; give a new name or remove it")
+    adapter = load_adapter(src)
+    save_adapter(dst, adapter, to)
+    return [f"{dst}: {summarise(adapter)}, in the {to} layout"]
+
+
+def _pipeline_settings(src: Path, config: Any) -> dict[str, Any]:
+    """What a pipeline is told beside its weights (PipelineSettings), from diffusers' folder."""
+    schedule = flux_diffusers.schedule_of(read_settings(src / "scheduler", "scheduler_config.json"))
+    call = flux_diffusers.DEV_CALL if config.guidance_embed else flux_diffusers.SCHNELL_CALL
+    return {"tokenizer": TOKENIZER, **call, "schedule": dataclasses.asdict(schedule)}
+
+
+def _write(source: Source, dst: Path, dtype: str | None) -> str:
+    arrays = streamed(source.table, source.tensors, source.config, dtype)
+    size = sum(_nbytes(array) for array in arrays.values())
+    with _progress(dst.name, size) as advance:
+        save_streamed(
+            dst, source.config, {path: _counted(array, advance) for path, array in arrays.items()}
+        )
+    count = sum(int(np.prod(array.shape)) for array in arrays.values())
+    stored = ", ".join(sorted({str(array.dtype) for array in arrays.values()}))
+    return f"{dst}: {count:,} parameters, {size / 1e6:,.1f} MB of {stored}"
+
+
+def _counted(array: StreamedArray, advance: Callable[[int], None]) -> StreamedArray:
+    def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for index, piece in array.pieces():
+            yield index, piece
+            advance(piece.nbytes)
+
+    return dataclasses.replace(array, pieces=pieces)
+
+
+def _nbytes(array: StreamedArray) -> int:
+    return int(np.prod(array.shape)) * array.dtype.itemsize
+
+
+@contextmanager
+def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=size)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def _check_free(dst: Path) -> None:
+    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
+        raise UserError(f"{dst} exists and is not empty; give a new folder or empty that one")
