@@ -1,0 +1,89 @@
+"""Models and runs that are small enough to train in a test."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, TrainConfig
+from taca_jax.models.flux import FluxConfig, FluxTransformer
+from taca_jax.models.pixels import Pixels
+from taca_jax.models.t5 import T5Config, T5Encoder
+from taca_jax.pipelines.flux import FluxPipeline, PipelineSettings
+from taca_jax.sampling import FlowSchedule
+from taca_jax.text import load_tokenizer
+
+FLUX = FluxConfig(
+    patch_size=4,
+    latent_channels=3,
+    num_heads=2,
+    head_dim=16,
+    axes_dim=(4, 6, 6),
+    theta=10_000,
+    num_double_blocks=1,
+    num_single_blocks=1,
+    mlp_ratio=2.0,
+    txt_dim=32,
+    pooled_dim=32,
+    guidance_embed=False,
+)
+T5 = T5Config(vocab_size=33, dim=32, ff_dim=32, num_heads=2, head_dim=16, num_layers=1)
+TEXT_LENGTH = 16
+
+
+def tiny_config(out_dir: Path, **changes: Any) -> TrainConfig:
+    """A base from scratch on 64 pictures of shapes, batches of 2."""
+    values = {
+        "name": "tiny",
+        "steps": 4,
+        "model": FLUX,
+        "text": TextConfig(tokenizer="shapes", length=TEXT_LENGTH, encoder=T5),
+        "data": DataConfig(source="generated:shapes/64", batch_size=2, resolution=40),
+        "optimizer": OptimizerConfig(learning_rate=3e-3, ema_decay=0.9),
+        "log_every": 1,
+        "save_every": 2,
+        "out_dir": str(out_dir),
+    }
+    return TrainConfig(**(values | changes))
+
+
+def random_weights(model: nnx.Module, seed: int = 0, scale: float = 0.1) -> None:
+    """Moves every parameter off its start, so that zero-initialised layers do something."""
+    state = nnx.state(model, nnx.Param)
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [
+        (leaf + scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    nnx.update(model, jax.tree.unflatten(structure, noisy))
+
+
+def tiny_pipeline(config: FluxConfig = FLUX, *, seed: int = 0, steps: int = 3) -> FluxPipeline:
+    """A pipeline on pixels with random weights."""
+    rngs = nnx.Rngs(seed)
+    transformer = FluxTransformer(config, rngs=rngs)
+    encoder = T5Encoder(T5, rngs=rngs)
+    random_weights(transformer, seed)
+    return FluxPipeline(
+        transformer,
+        text_encoder=encoder,
+        tokenizer=load_tokenizer("shapes", TEXT_LENGTH),
+        autoencoder=Pixels(),
+        settings=PipelineSettings(
+            tokenizer="shapes",
+            text_length=TEXT_LENGTH,
+            resolution=40,
+            steps=steps,
+            guidance=1.0,
+            schedule=FlowSchedule(),
+        ),
+    )
+
+
+def arrays(tree: Any) -> dict[str, jax.Array]:
+    """Leaves by path."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.asarray(leaf) for path, leaf in flat}
