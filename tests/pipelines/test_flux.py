@@ -269,7 +269,7 @@ def test_missing_folders_and_parts_are_named(pipeline, tmp_path):
         FluxPipeline.from_pretrained(tmp_path / "nowhere")
     pipeline.save(tmp_path / "model")
     (tmp_path / "model" / "text_encoder" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="text_encoder has neither params/ nor model.safetensors"):
+    with pytest.raises(UserError, match=r"text_encoder has neither params/ nor model\.safetensors"):
         FluxPipeline.from_pretrained(tmp_path / "model")
     for file in (tmp_path / "model" / "text_encoder").iterdir():
         file.unlink()

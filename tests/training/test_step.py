@@ -1,0 +1,242 @@
+"""One optimizer step: what it changes, what it does not, and what its gradient is of."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from taca_jax.config import OptimizerConfig
+from taca_jax.lora import LoRAConfig, add_lora
+from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
+from taca_jax.models.layers import LoRAParam
+from taca_jax.taca import TacaConfig
+from taca_jax.text import encode
+from taca_jax.training.step import Batch, TextToImage, make_trainer, objective
+from tests.training.tiny import arrays, tiny_config, tiny_pipeline
+
+TACA = TacaConfig(gamma=1.5, threshold=900)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, ema_decay=0.5)
+
+
+def make(config, *, seed=0):
+    """(trainer, state, model), all arrays its own: steps consume the state."""
+    pipeline = tiny_pipeline(seed=seed)
+    if config.lora is not None:
+        add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(1))
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    trainer, state = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+    return trainer, jax.tree.map(jnp.copy, state), model
+
+
+def make_batch(parts=1, size=2, seed=0):
+    image = jax.random.randint(jax.random.key(seed), (parts, size, 40, 40, 3), 0, 256)
+    tokens = jax.random.randint(jax.random.key(seed + 1), (parts, size, 16), 1, 33)
+    return Batch(image=image.astype(jnp.uint8), tokens=tokens)
+
+
+def config_for(**changes):
+    return tiny_config("unused", **({"optimizer": OPTIMIZER} | changes))
+
+
+def lora_config(**changes):
+    adapt = {"base": "unused", "model": None, "lora": LoRAConfig(rank=2, alpha=2), "taca": TACA}
+    return config_for(**(adapt | changes))
+
+
+@pytest.fixture(scope="module")
+def scratch():
+    return make(config_for())
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return make(lora_config())
+
+
+def own(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def run(trainer, state, batches):
+    """The state and metrics after a step on each batch; `state` stays usable."""
+    state, metrics = own(state), []
+    for batch in batches:
+        state, measured = trainer.run(state, batch)
+        metrics.append({name: float(value) for name, value in measured.items()})
+    return state, metrics
+
+
+def test_training_from_scratch_moves_every_parameter(scratch):
+    trainer, start, _ = scratch
+    end, _ = run(trainer, start, [make_batch(seed=s) for s in range(3)])
+    before, after = arrays(start.trained), arrays(end.trained)
+    assert before.keys() == after.keys()
+    still = [name for name in before if np.array_equal(before[name], after[name])]
+    assert not still
+    assert not jax.tree.leaves(trainer.frozen)
+    assert end.step == 3
+
+
+def test_lora_training_changes_lora_factors_alone(adapter):
+    trainer, start, model = adapter
+    frozen = {name: np.array(value) for name, value in arrays(trainer.frozen).items()}
+    end, metrics = run(trainer, start, [make_batch(seed=s) for s in range(4)])
+    for name, value in arrays(trainer.frozen).items():
+        assert np.array_equal(value, frozen[name]), name
+    base = arrays(nnx.state(model, nnx.Not(nnx.OfType(LoRAParam))))
+    trained = trainer.merge(end.best)
+    after = arrays(nnx.state(trained, nnx.Not(nnx.OfType(LoRAParam))))
+    assert base.keys() == after.keys()
+    assert all(np.array_equal(base[name], after[name]) for name in base)
+    before, after = arrays(start.trained), arrays(end.trained)
+    assert all("lora_" in name for name in before)
+    assert len(before) == 2 * (2 * 4 + 4)
+    assert not [name for name in before if np.array_equal(before[name], after[name])]
+    assert all(metric["gradient_norm"] > 0 for metric in metrics)
+
+
+def test_at_first_only_b_has_a_gradient(adapter):
+    trainer, start, _ = adapter
+    end, _ = run(trainer, start, [make_batch()])
+    before, after = arrays(start.trained), arrays(end.trained)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {name for name in before if "lora_b" in name}
+
+
+def test_the_objective_is_the_papers(adapter):
+    """Equations 11 to 13, put together by hand."""
+    _, _, model = adapter
+    batch, rng = make_batch(), jax.random.key(3)
+    x0 = batch.image[0].astype(jnp.float32) / 127.5 - 1
+    config = lora_config(timestep_sampling="uniform")
+    found = objective(model, x0, batch.tokens[0], rng, config=config, pad_id=0)
+    time_rng, noise_rng = jax.random.split(rng)
+    timestep = sample_timesteps(time_rng, 2, sampling="uniform", above=TACA.threshold)
+    assert (timestep > TACA.threshold).all()
+    noise = jax.random.normal(noise_rng, x0.shape)
+    text = encode(model.text_encoder, batch.tokens[0], 0)
+    velocity = model.transformer(
+        interpolate(x0, noise, timestep),
+        timestep,
+        text.txt,
+        text.pooled,
+        gamma=jnp.full(2, TACA.gamma),
+        lora_scale=jnp.ones(2),
+    )
+    np.testing.assert_allclose(found, flow_matching_loss(velocity, x0, noise), rtol=1e-5)
+    plain = objective(
+        model, x0, batch.tokens[0], rng, config=dataclasses.replace(config, taca=None), pad_id=0
+    )
+    assert abs(float(plain) - float(found)) > 1e-3
+
+
+def test_the_step_number_decides_the_noise(scratch):
+    trainer, start, _ = scratch
+    batch = make_batch()
+    _, (first,) = run(trainer, start, [batch])
+    _, (again,) = run(trainer, start, [batch])
+    later = dataclasses.replace(start, step=start.step + 1)
+    _, (other,) = run(trainer, later, [batch])
+    assert first == again
+    assert first["loss"] != other["loss"]
+
+
+def test_the_loss_falls_on_a_few_pictures(scratch):
+    trainer, start, _ = scratch
+    end, metrics = run(trainer, start, [make_batch()] * 40)
+    losses = [metric["loss"] for metric in metrics]
+    assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])
+    assert end.step == 40
+
+
+def test_two_parts_are_the_mean_of_each_with_its_key():
+    """Accumulating a parts is one step on the mean of the parts' losses, part i with key i."""
+    config = config_for(grad_accumulation=2, optimizer=OptimizerConfig(clip_norm=None))
+    trainer, start, model = make(config)
+    batch = make_batch(parts=2)
+    _, (metrics,) = run(trainer, start, [batch])
+    graph, trained = nnx.split(model)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0), 2)
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean_loss(trained):
+        losses = [
+            objective(
+                nnx.merge(graph, trained),
+                batch.image[i].astype(jnp.float32) / 127.5 - 1,
+                batch.tokens[i],
+                keys[i],
+                config=config,
+                pad_id=0,
+            )
+            for i in range(2)
+        ]
+        return (losses[0] + losses[1]) / 2
+
+    loss, gradient = mean_loss(trained)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
+
+
+def test_the_average_follows_slowly(scratch):
+    trainer, start, _ = scratch
+    assert arrays(start.best).keys() == arrays(start.trained).keys()
+    end, _ = run(trainer, start, [make_batch()])
+    # (1 + 0) / (10 + 0) of the old is kept in the first step, however long the memory is.
+    for name, value in arrays(end.average).items():
+        expected = 0.1 * arrays(start.average)[name] + 0.9 * arrays(end.trained)[name]
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+    assert end.best is end.average
+    trainer, start, _ = make(config_for(optimizer=OptimizerConfig()))
+    assert start.average is None
+    assert start.best is start.trained
+
+
+def test_recomputing_activations_changes_nothing():
+    ends = []
+    for remat in ("none", "full"):
+        pipeline = tiny_pipeline()
+        pipeline.transformer.remat = remat
+        model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+        config = config_for(remat=remat, optimizer=OptimizerConfig(learning_rate=1e-3))
+        trainer, state = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+        _, (metrics,) = run(trainer, state, [make_batch()])
+        ends.append(metrics)
+    np.testing.assert_allclose(ends[0]["loss"], ends[1]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(ends[0]["gradient_norm"], ends[1]["gradient_norm"], rtol=1e-5)
+
+
+def test_a_gradient_is_clipped_and_its_norm_reported_as_it_was():
+    clip = OptimizerConfig(learning_rate=1.0, clip_norm=1e-12, b1=0.0, b2=0.0)
+    trainer, start, _ = make(config_for(optimizer=clip))
+    end, (metrics,) = run(trainer, start, [make_batch()])
+    assert metrics["gradient_norm"] > 1e-2
+    for name, value in arrays(end.trained).items():  # against Adam's epsilon nothing is left
+        np.testing.assert_allclose(value, arrays(start.trained)[name], atol=1e-3, err_msg=name)
+
+
+def test_embedded_guidance_reaches_the_model():
+    flux = dataclasses.replace(config_for().model, guidance_embed=True)
+    pipeline = tiny_pipeline(flux)
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    batch = make_batch()
+    x0 = batch.image[0].astype(jnp.float32) / 127.5 - 1
+    losses = [
+        float(
+            objective(
+                model,
+                x0,
+                batch.tokens[0],
+                jax.random.key(0),
+                config=config_for(guidance=guidance),
+                pad_id=0,
+            )
+        )
+        for guidance in (1.0, 4.0)
+    ]
+    assert losses[0] != losses[1]
