@@ -130,7 +130,7 @@ def make_trainer(
             average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, trained)
         metrics = {
             "loss": value,
-            "gradient_norm": optax.global_norm(gradient),
+            "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": config.optimizer.learning_rate_at(state.step, config.steps),
         }
         state = TrainState(state.step + 1, state.rng, trained, optimizer_state, average)
