@@ -1,0 +1,93 @@
+"""generate.py on the small model that comes with the package: files, metadata, refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from taca_jax.config import GenerateConfig
+from taca_jax.errors import UserError
+from taca_jax.generation import generate
+from taca_jax.taca import TacaConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "a red circle and a blue square"
+
+
+def config(out: Path, **changes) -> GenerateConfig:
+    values = {
+        "base": "shapes_base",
+        "prompt": PROMPT,
+        "taca": TacaConfig(gamma=1.5, threshold=835),
+        "steps": 3,
+        "dtype": "float32",
+        "out": str(out),
+    }
+    return GenerateConfig(**{**values, **changes})
+
+
+def test_a_picture_carries_its_settings(tmp_path):
+    [path] = generate(config(tmp_path / "one.png", seed=7))
+    picture = Image.open(path)
+    assert picture.size == (40, 40)
+    settings = json.loads(picture.text["taca_jax"])
+    assert settings["prompt"] == PROMPT
+    assert settings["seed"] == 7
+    assert settings["taca"]["gamma"] == 1.5
+
+
+def test_the_same_settings_give_the_same_picture_and_taca_another(tmp_path):
+    def drawn(name: str, **changes) -> np.ndarray:
+        [path] = generate(config(tmp_path / name, **changes))
+        return np.asarray(Image.open(path))
+
+    first = drawn("a.png")
+    np.testing.assert_array_equal(first, drawn("b.png"))
+    assert (first != drawn("c.png", taca=None)).any()
+
+
+def test_several_pictures_are_numbered_and_go_on_from_the_seed(tmp_path):
+    paths = generate(config(tmp_path / "many.png", num_images=2, seed=3))
+    assert [path.name for path in paths] == ["many-000.png", "many-001.png"]
+    [single] = generate(config(tmp_path / "single.png", seed=4))
+    second, alone = (np.asarray(Image.open(p)).astype(int) for p in (paths[1], single))
+    assert abs(second - alone).max() <= 1  # other batch sizes, other rounding
+
+
+def test_compare_shows_plain_taca_and_lora(tmp_path):
+    [two] = generate(config(tmp_path / "two.png", compare=True))
+    [three] = generate(config(tmp_path / "three.png", compare=True, lora="shapes_taca.safetensors"))
+    assert Image.open(three).width > Image.open(two).width
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": "a red dragon"}, "dragon"),
+        ({"base": "nowhere"}, "no pipeline folder"),
+        ({"lora": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"height": 41}, "multiples of 4"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        generate(config(tmp_path / "x.png", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        generate(config(tmp_path / "absent" / "x.png"))
+
+
+def test_the_command_fails_in_one_line():
+    command = [sys.executable, "generate.py", "--config", "shapes_taca", "prompt=a red dragon"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
