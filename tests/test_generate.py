@@ -30,11 +30,16 @@ def config(out: Path, **changes) -> GenerateConfig:
     return GenerateConfig(**{**values, **changes})
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
 def test_a_picture_carries_its_settings(tmp_path):
     [path] = generate(config(tmp_path / "one.png", seed=7))
-    picture = Image.open(path)
-    assert picture.size == (40, 40)
-    settings = json.loads(picture.text["taca_jax"])
+    with Image.open(path) as picture:
+        assert picture.size == (40, 40)
+        settings = json.loads(picture.text["taca_jax"])
     assert settings["prompt"] == PROMPT
     assert settings["seed"] == 7
     assert settings["taca"]["gamma"] == 1.5
@@ -43,7 +48,7 @@ def test_a_picture_carries_its_settings(tmp_path):
 def test_the_same_settings_give_the_same_picture_and_taca_another(tmp_path):
     def drawn(name: str, **changes) -> np.ndarray:
         [path] = generate(config(tmp_path / name, **changes))
-        return np.asarray(Image.open(path))
+        return pixels(path)
 
     first = drawn("a.png")
     np.testing.assert_array_equal(first, drawn("b.png"))
@@ -54,14 +59,13 @@ def test_several_pictures_are_numbered_and_go_on_from_the_seed(tmp_path):
     paths = generate(config(tmp_path / "many.png", num_images=2, seed=3))
     assert [path.name for path in paths] == ["many-000.png", "many-001.png"]
     [single] = generate(config(tmp_path / "single.png", seed=4))
-    second, alone = (np.asarray(Image.open(p)).astype(int) for p in (paths[1], single))
-    assert abs(second - alone).max() <= 1  # other batch sizes, other rounding
+    assert abs(pixels(paths[1]) - pixels(single)).max() <= 1  # other batch sizes, other rounding
 
 
 def test_compare_shows_plain_taca_and_lora(tmp_path):
     [two] = generate(config(tmp_path / "two.png", compare=True))
     [three] = generate(config(tmp_path / "three.png", compare=True, lora="shapes_taca.safetensors"))
-    assert Image.open(three).width > Image.open(two).width
+    assert pixels(three).shape[1] > pixels(two).shape[1]
 
 
 @pytest.mark.parametrize(
