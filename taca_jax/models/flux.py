@@ -111,25 +111,27 @@ class FluxTransformer(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
-        types = {"param_dtype": param_dtype, "dtype": dtype}
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
         hidden = config.hidden
-        self.img_in = Linear(config.token_features, hidden, rngs=rngs, **types)
-        self.txt_in = Linear(config.txt_dim, hidden, rngs=rngs, **types)
-        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, rngs=rngs, **types)
-        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, rngs=rngs, **types)
+        self.img_in = Linear(config.token_features, hidden, **types)
+        self.txt_in = Linear(config.txt_dim, hidden, **types)
+        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types)
+        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **types)
         self.guidance_in = nnx.data(
-            MLPEmbedder(TIMESTEP_CHANNELS, hidden, rngs=rngs, **types)
-            if config.guidance_embed
-            else None
+            MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types) if config.guidance_embed else None
         )
         self.double_blocks = make_stack(
-            lambda r: DoubleBlock(config, rngs=r, **types), config.num_double_blocks, rngs
+            lambda r: DoubleBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
+            config.num_double_blocks,
+            rngs,
         )
         self.single_blocks = make_stack(
-            lambda r: SingleBlock(config, rngs=r, **types), config.num_single_blocks, rngs
+            lambda r: SingleBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
+            config.num_single_blocks,
+            rngs,
         )
-        self.final_mod = Linear(hidden, 2 * hidden, rngs=rngs, zero_init=True, **types)
-        self.final_out = Linear(hidden, config.token_features, rngs=rngs, zero_init=True, **types)
+        self.final_mod = Linear(hidden, 2 * hidden, zero_init=True, **types)
+        self.final_out = Linear(hidden, config.token_features, zero_init=True, **types)
 
     def __call__(
         self,
@@ -191,7 +193,10 @@ class FluxTransformer(nnx.Module):
         txt = self.txt_in(txt)
 
         img, txt = run_stack(
-            self.double_blocks, lambda block, x: block(*x, inputs), (img, txt), remat=self.remat
+            self.double_blocks,
+            lambda block, x: block(x[0], x[1], inputs),
+            (img, txt),
+            remat=self.remat,
         )
         joint = run_stack(
             self.single_blocks,

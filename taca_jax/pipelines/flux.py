@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -108,14 +109,16 @@ class FluxPipeline:
         if not settings_file.is_file():
             raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}")
         settings = from_json(PipelineSettings, settings_file.read_text())
-        types = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(param_dtype or dtype)}
-        transformer = load_model(path / "transformer", remat=remat, **types)
+        load = partial(
+            load_model, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype or dtype)
+        )
+        transformer = load(path / "transformer", remat=remat)
         text_encoder = tokenizer = autoencoder = None
         if (path / "text_encoder").is_dir():
-            text_encoder = load_model(path / "text_encoder", **types)
+            text_encoder = load(path / "text_encoder")
             tokenizer = load_tokenizer(settings.tokenizer, settings.text_length)
         if (path / "autoencoder").is_dir():
-            autoencoder = load_model(path / "autoencoder", **types)
+            autoencoder = load(path / "autoencoder")
         elif transformer.config.latent_channels == Pixels().config.latent_channels:
             autoencoder = Pixels()
         return cls(
