@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from taca_jax.errors import UserError
@@ -21,7 +22,8 @@ class Checkpoints:
     """The checkpoints of one run folder, by optimizer step; a context manager.
 
     Each holds the training state (trained parameters, their average, optimizer, step, rng) and the
-    data iterator's position. They are written beside the run and appear whole or not at all.
+    data iterator's position. They are written beside the run and appear whole or not at all; sums
+    of each array's bits find damage that happens to them later, which storage layers do not.
     """
 
     def __init__(self, run_dir: Path, *, keep: int):
@@ -58,11 +60,12 @@ class Checkpoints:
         free = shutil.disk_usage(self._dir).free
         if free < needed:
             raise self._refused(f"it takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+        record = {"data": data, "sums": _sums(arrays)}
         with self._refusals():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave(data)
+                    state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
                 ),
             )
 
@@ -86,9 +89,10 @@ class Checkpoints:
         self._failed = True
         self._manager.reload()
         good = self._manager.latest_step()
-        means = "there is none yet" if good is None else f"resume=true goes on from step {good}"
+        start = "begins again" if good is None else f"goes on from step {good}"
         return UserError(
-            f"no checkpoint can be written to {self._dir} ({reason}); make room there: {means}"
+            f"no checkpoint can be written to {self._dir} ({reason}); make room there, and "
+            f"resume=true {start}"
         )
 
     def restore(
@@ -107,16 +111,19 @@ class Checkpoints:
                     restored = self._manager.restore(
                         step,
                         args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
                         ),
                     )
+                arrays, record = restored["state"], restored["record"]
+                if _sums(arrays) != record["sums"]:
+                    raise ValueError("its bits are not those that were saved")
             except Exception as error:  # Orbax raises what its storage layers raise
                 warn(f"checkpoint {step} cannot be read ({_reason(error)}); trying the one before")
                 continue
             for newer in [s for s in steps if s > step]:
                 shutil.rmtree(self._dir / str(newer), ignore_errors=True)
             self._manager.reload()
-            return _from_dict(restored["state"], like), restored["data"]
+            return _from_dict(arrays, like), record["data"]
         if steps:
             raise UserError(
                 f"none of the checkpoints {steps} in {self._dir} can be read for this "
@@ -140,9 +147,24 @@ def _silence(*loggers: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """What the system said, out of tensorstore's account of where it said it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = str(error).strip() or repr(error)
     said = re.search(r"([^:\[\]]+) \[os_error_code=", text)
     return said[1].strip() if said else text.splitlines()[0][:200]
+
+
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """The sum of each array's 32-bit words modulo 2^32, the same however it is laid out."""
+    return {name: int(total) for name, total in jax.device_get(_add_words(arrays)).items()}
+
+
+@jax.jit
+def _add_words(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def add(array: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.bitcast_convert_type(array, jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(add, arrays)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
