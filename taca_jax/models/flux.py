@@ -171,9 +171,10 @@ class FluxTransformer(nnx.Module):
         height, width = latents.shape[1:3]
         text_len = txt.shape[1]
 
-        vec = self.time_in(timestep_embedding(timestep)) + self.vector_in(pooled)
+        vec = self.time_in(timestep_embedding(timestep), lora_scale)
+        vec = vec + self.vector_in(pooled, lora_scale)
         if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance * 1000))
+            vec = vec + self.guidance_in(timestep_embedding(guidance * 1000), lora_scale)
         vec = nnx.silu(vec)  # every modulation starts with it
         inputs = BlockInputs(
             vec=vec,
@@ -189,8 +190,8 @@ class FluxTransformer(nnx.Module):
             lora_scale=lora_scale,
             attention=attention,
         )
-        img = self.img_in(patchify(latents, config.patch_size))
-        txt = self.txt_in(txt)
+        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
+        txt = self.txt_in(txt, lora_scale)
 
         img, txt = run_stack(
             self.double_blocks,
@@ -204,9 +205,9 @@ class FluxTransformer(nnx.Module):
             jnp.concatenate([txt, img], axis=1),
             remat=self.remat,
         )
-        shift, scale = jnp.split(self.final_mod(vec), 2, axis=-1)
-        out = self.final_out(modulate(joint[:, text_len:], shift, scale)).astype(jnp.float32)
-        return unpatchify(out, config.patch_size, height, width)
+        shift, scale = jnp.split(self.final_mod(vec, lora_scale), 2, axis=-1)
+        out = self.final_out(modulate(joint[:, text_len:], shift, scale), lora_scale)
+        return unpatchify(out.astype(jnp.float32), config.patch_size, height, width)
 
 
 @dataclass(frozen=True)

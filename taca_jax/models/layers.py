@@ -144,8 +144,10 @@ class MLPEmbedder(nnx.Module):
         self.linear_1 = Linear(in_features, features, **types)
         self.linear_2 = Linear(features, features, **types)
 
-    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
-        return self.linear_2(nnx.silu(self.linear_1(x)))
+    def __call__(
+        self, x: Float[Array, "b i"], lora_scale: Float[Array, " b"] | None = None
+    ) -> Float[Array, "b d"]:
+        return self.linear_2(nnx.silu(self.linear_1(x, lora_scale)), lora_scale)
 
 
 def patchify(latents: Float[Array, "b H W c"], patch: int) -> Float[Array, "b s k"]:
