@@ -75,6 +75,9 @@ class ByteTokenizer:
         return ids
 
 
+_PAD = "<pad>"
+
+
 class FolderTokenizer:
     """A Hugging Face tokenizer from a local folder."""
 
@@ -91,6 +94,8 @@ class FolderTokenizer:
         except Exception as error:  # the library raises almost anything for a damaged file
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
+        if self._tokenizer.pad_token_id is None and _PAD in self._tokenizer.get_vocab():
+            self._tokenizer.pad_token = _PAD  # a tokenizer.json alone does not say what pads
         if self._tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer in {path} has no padding token; T5's has one")
         self.length = length
