@@ -418,6 +418,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow  # its interpreter's own threads write to the same stderr: not yet reliable
 def test_a_disk_that_fills_while_a_checkpoint_is_written(finished, tmp_path, compilation_cache):
     config = base_config(tmp_path / "run")
     full = run_script(FULL, config, compilation_cache, tmp_path)
