@@ -10,7 +10,9 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -259,26 +261,39 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             chunks = (1, *value.shape[1:]) if value.stacked else value.shape
-            store = await ts.open(
-                {
-                    "driver": "zarr",
-                    "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
-                    "metadata": {
-                        "shape": value.shape,
-                        "chunks": chunks,
-                        "dtype": _zarr_dtype(value.dtype),
-                        "compressor": None,  # weights hardly shrink
+            store = await _written(
+                ts.open(
+                    {
+                        "driver": "zarr",
+                        "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
+                        "metadata": {
+                            "shape": value.shape,
+                            "chunks": chunks,
+                            "dtype": _zarr_dtype(value.dtype),
+                            "compressor": None,  # weights hardly shrink
+                        },
+                        # Zeros too: a chunk that is not there then means a damaged folder.
+                        "store_data_equal_to_fill_value": True,
+                        # The whole folder is handed to the disk at its end.
+                        "context": {"file_io_sync": False},
                     },
-                    # Zeros too: a chunk that is not there then means a damaged folder.
-                    "store_data_equal_to_fill_value": True,
-                    # The whole folder is handed to the disk at its end.
-                    "context": {"file_io_sync": False},
-                },
-                create=True,
+                    create=True,
+                )
             )
             for index, piece in value.pieces():
-                await store[index].write(piece)
+                await _written(store[index].write(piece))
         return []
+
+
+async def _written(request: Awaitable[Any]) -> Any:
+    """What TensorStore answers; its refusals to write become the OSError that they report."""
+    try:
+        return await request
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _on_host(param: nnx.Param, dtype: DTypeLike | None) -> np.ndarray:

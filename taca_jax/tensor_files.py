@@ -121,7 +121,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with whole_file(path) as made:
         try:
             save_file(contiguous, made, None if metadata is None else dict(metadata))

@@ -51,7 +51,7 @@ def parse(tensors: TensorFiles, table: Table = flux_diffusers.TABLE) -> dict[Pla
         path, layer, transform = _find(table, module)
         a, b = tensors.read(keys[_A]), tensors.read(keys[_B])
         rank = a.shape[0]
-        alpha = float(tensors.read(keys[_ALPHA])) if _ALPHA in keys else config.alpha(module, rank)
+        alpha = tensors.read(keys[_ALPHA]).item() if _ALPHA in keys else config.alpha(module, rank)
         adapter[path, layer] = Factors(
             name=keys[_A].removesuffix("." + _A),
             a=a.astype(np.float32).T,
@@ -118,6 +118,8 @@ def _unusable(module: str, keys: Mapping[str, str], tensors: TensorFiles) -> lis
     a, b = tensors.shapes[keys[_A]], tensors.shapes[keys[_B]]
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         return [f"{keys[_A]} is {a} and {keys[_B]} is {b}; expected (rank, in) and (out, rank)"]
+    if _ALPHA in keys and tensors.shapes[keys[_ALPHA]] not in ((), (1,)):
+        return [f"{keys[_ALPHA]} is {tensors.shapes[keys[_ALPHA]]} instead of one number"]
     return []
 
 
