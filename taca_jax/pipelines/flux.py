@@ -116,7 +116,10 @@ class FluxPipeline:
         text_encoder = tokenizer = autoencoder = None
         if (path / "text_encoder").is_dir():
             text_encoder = load(path / "text_encoder")
-            tokenizer = load_tokenizer(settings.tokenizer, settings.text_length)
+            # Converted pipelines bring their tokenizer's folder with them.
+            inside = path / settings.tokenizer
+            name = str(inside) if inside.is_dir() else settings.tokenizer
+            tokenizer = load_tokenizer(name, settings.text_length)
         if (path / "autoencoder").is_dir():
             autoencoder = load(path / "autoencoder")
         elif transformer.config.latent_channels == Pixels().config.latent_channels:
