@@ -108,7 +108,7 @@ class FluxPipeline:
         settings_file = path / SETTINGS_FILE
         if not settings_file.is_file():
             raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}")
-        settings = from_json(PipelineSettings, settings_file.read_text())
+        settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
         load = partial(
             load_model, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype or dtype)
         )
@@ -155,8 +155,13 @@ class FluxPipeline:
 
         Raises UserError for a file that is damaged or made for another model.
         """
+        before = nnx.split(self.transformer)
         self.unload_lora()
-        return str(read_lora(find_weights(path), self.transformer))
+        try:
+            return str(read_lora(find_weights(path), self.transformer))
+        except UserError:
+            self.transformer = nnx.merge(*before)  # with the factors that it had
+            raise
 
     def unload_lora(self) -> None:
         """Takes LoRA factors off; without any this does nothing."""
@@ -208,6 +213,8 @@ class FluxPipeline:
         settings = self.settings
         if guidance is None:
             guidance = settings.guidance
+        if num_images < 1:
+            raise UserError(f"num_images is {num_images}; it must be 1 or more")
         positive = self._conditioning(prompt, prompt_embeds, pooled_prompt_embeds, "prompt")
         positive = jax.tree.map(lambda x: jnp.repeat(x, num_images, axis=0), positive)
         batch = positive.txt.shape[0]
@@ -224,11 +231,16 @@ class FluxPipeline:
             negative = self._conditioning(
                 text, negative_prompt_embeds, negative_pooled_prompt_embeds, "negative_prompt"
             )
-            negative = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), negative)
+            given = negative.txt.shape[0]
+            if batch % given:
+                raise UserError(f"{given} negative prompts for {batch} pictures; give one")
+            negative = jax.tree.map(lambda x: jnp.repeat(x, batch // given, axis=0), negative)
+        elif negative_prompt is not None or negative_prompt_embeds is not None:
+            raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
 
         latents = self._noise(latents, batch, height, width, seed)
         tokens = latents.shape[1] * latents.shape[2] // config.patch_size**2
-        sigmas = settings.schedule.sigmas(steps or settings.steps, tokens)
+        sigmas = settings.schedule.sigmas(settings.steps if steps is None else steps, tokens)
         plan = make_plan(sigmas, taca, lora_strength=lora_strength)
 
         scale = jnp.float32(guidance)
@@ -258,7 +270,8 @@ class FluxPipeline:
         name: str,
     ) -> Conditioning:
         if (embeds is None) != (pooled is None) or (embeds is None) == (prompt is None):
-            raise UserError(f"give either {name}, or {name}_embeds with pooled_{name}_embeds")
+            pooled_name = name.replace("prompt", "pooled_prompt_embeds")
+            raise UserError(f"give either {name}, or {name}_embeds with {pooled_name}")
         if embeds is not None and pooled is not None:
             return Conditioning(jnp.asarray(embeds), jnp.asarray(pooled))
         assert prompt is not None
@@ -275,15 +288,22 @@ class FluxPipeline:
         config = self.transformer.config
         downscale = 8 if self.autoencoder is None else self.autoencoder.config.downscale
         if latents is not None:
-            if latents.shape[0] != batch or latents.shape[-1] != config.latent_channels:
+            patch, channels = config.patch_size, config.latent_channels
+            if (
+                latents.ndim != 4
+                or (latents.shape[0], latents.shape[3]) != (batch, channels)
+                or latents.shape[1] % patch
+                or latents.shape[2] % patch
+            ):
                 raise UserError(
-                    f"latents are {latents.shape}; expected {batch} of {config.latent_channels} "
-                    "channels"
+                    f"latents are {latents.shape}; expected {batch} of {channels} channels, "
+                    f"height and width multiples of {patch}"
                 )
             return jnp.asarray(latents, jnp.float32)
-        height, width = height or self.settings.resolution, width or self.settings.resolution
+        height = self.settings.resolution if height is None else height
+        width = self.settings.resolution if width is None else width
         multiple = downscale * config.patch_size
-        if height % multiple or width % multiple:
+        if min(height, width) < multiple or height % multiple or width % multiple:
             raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
         shape = (height // downscale, width // downscale, config.latent_channels)
         seeds = jnp.arange(seed, seed + batch)

@@ -228,6 +228,16 @@ def test_a_model_with_embedded_guidance_takes_a_scale_and_no_negative_prompt():
         ({"prompt": "a red dog"}, "the word 'dog' is unknown to this model; it knows: "),
         ({"prompt": " ".join(["red"] * 16)}, "takes 17 tokens; this model reads 16"),
         ({"steps": -1}, "steps is -1; sampling takes 1 or more"),
+        ({"steps": 0}, "steps is 0; sampling takes 1 or more"),
+        ({"height": 0}, "0 x 40 pixels: both must be multiples of 4"),
+        ({"num_images": 0}, "num_images is 0; it must be 1 or more"),
+        ({"latents": jnp.zeros((1, 42, 40, 3))}, "height and width multiples of 4"),
+        ({"latents": jnp.zeros((40, 40, 3))}, r"latents are \(40, 40, 3\); expected 1 of 3"),
+        ({"negative_prompt": "a circle"}, "a negative prompt acts with guidance above 1; it is 1"),
+        (
+            {"guidance": 2.0, "negative_prompt_embeds": jnp.zeros((1, 16, 32))},
+            "negative_prompt_embeds with negative_pooled_prompt_embeds",
+        ),
     ],
 )
 def test_input_that_does_not_fit_is_refused_in_one_line(pipeline, options, message):
@@ -289,13 +299,17 @@ def test_a_damaged_pipeline_file_is_named(pipeline, tmp_path):
         FluxPipeline.from_pretrained(tmp_path)
 
 
-def test_a_lora_of_another_model_is_refused(pipeline, tmp_path):
+def test_a_lora_of_another_model_is_refused(pipeline, lora_file, tmp_path):
     wide = dataclasses.replace(FLUX, num_heads=4)
     other = tiny_pipeline(wide)
     add_lora(other.transformer, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
     random_weights(other.transformer)
     write_lora(tmp_path / "lora.safetensors", other.transformer)
+    pipeline.load_lora(lora_file)
+    adapted = array(pipeline, taca=TACA)
     with pytest.raises(UserError, match="is a LoRA of another model"):
         pipeline.load_lora(tmp_path / "lora.safetensors")
+    assert np.array_equal(array(pipeline, taca=TACA), adapted)  # that of before is still on
+    pipeline.unload_lora()
     with pytest.raises(UserError, match="is not there"):
         pipeline.load_lora(tmp_path / "nothing.safetensors")
