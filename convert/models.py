@@ -89,17 +89,10 @@ def convert_flux(src: Path, dst: Path, dtype: str | None) -> list[str]:
     if not (src / "transformer").is_dir():
         return convert_model(flux, src, dst, dtype)
     _check_free(dst)
-    parts = [("transformer", "transformer", flux)]
-    parts += [
-        (name, made, read)
-        for name, made, read in (
-            ("vae", "autoencoder", vae),
-            ("text_encoder_2", "text_encoder", t5),
-        )
-        if (src / name).is_dir()
-    ]
     # Everything is read and checked, bar the tensors themselves, before anything is written.
-    sources = {made: read(src / name) for name, made, read in parts}
+    sources = {
+        made: read(src / name) for name, made, read in _PIPELINE_PARTS if (src / name).is_dir()
+    }
     settings = _pipeline_settings(src, sources["transformer"].config)
     with whole_folder(dst) as folder:
         lines = [
@@ -109,7 +102,7 @@ def convert_flux(src: Path, dst: Path, dtype: str | None) -> list[str]:
         if (src / "tokenizer_2").is_dir():
             shutil.copytree(src / "tokenizer_2", folder / TOKENIZER)
         (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    known = {"transformer", "vae", "text_encoder_2", "tokenizer_2", "scheduler"}
+    known = {"tokenizer_2", "scheduler", *(name for name, _, _ in _PIPELINE_PARTS)}
     left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
