@@ -35,6 +35,7 @@ from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.models.vae import AutoencoderKL, VAEConfig
+from taca_jax.quiet import quiet
 from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensors
 
 KINDS: dict[str, tuple[type, type]] = {
@@ -237,15 +238,11 @@ def _damaged(folder: Path, reason: str) -> UserError:
 
 def _stream_orbax(folder: Path, arrays: Mapping[str, StreamedArray]) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _StreamedHandler()))
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)  # Orbax warns that there are no jax arrays and no OCDBT; both meant
-    try:
+    # Orbax warns that there are no jax arrays and no OCDBT; both are meant.
+    with quiet("absl", below=logging.ERROR):
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(_nested(arrays)))
-    finally:
-        log.setLevel(level)
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):

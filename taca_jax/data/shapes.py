@@ -26,6 +26,7 @@ from taca_jax.data.shapes_captions import CATEGORIES, MAX_TOKENS, VOCABULARY, pa
 from taca_jax.data.shapes_drawing import IMAGE_SIZE
 from taca_jax.data.shapes_examples import SPLITS, Example, GeneratedShapes, test_prompts
 from taca_jax.errors import UserError
+from taca_jax.quiet import quiet
 
 __all__ = [
     "CATEGORIES",
@@ -190,22 +191,11 @@ def _build(config: str, root: Path, folder: Path) -> None:
     print(f"building the shapes data set ({counts} examples), once: {folder}", file=sys.stderr)
     tfds.disable_progress_bar()  # its bars count shards and downloads; ours counts examples
     try:
-        with contextlib.redirect_stdout(StringIO()), _quiet_absl():
+        # TFDS warns that a data set which is not built yet is not there.
+        with contextlib.redirect_stdout(StringIO()), quiet("absl", below=logging.ERROR):
             _builder(config, root).download_and_prepare(file_format="array_record")
     finally:
         tfds.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-    """Hides TFDS's warning that a data set not yet built is not there."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

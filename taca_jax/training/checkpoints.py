@@ -4,7 +4,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from taca_jax.errors import UserError
+from taca_jax.quiet import quiet
 from taca_jax.training.step import TrainState
 
 _OVERHEAD_BYTES = 2**20  # names, shapes and indices beside the arrays
@@ -77,7 +78,7 @@ class Checkpoints:
     @contextmanager
     def _refusals(self) -> Iterator[None]:
         """Makes one UserError of whatever Orbax raises, and logs, when it cannot write."""
-        with _silence("absl", "asyncio"):
+        with _one_voice():
             try:
                 yield
                 return
@@ -107,7 +108,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                with _silence("absl", "asyncio"):
+                with _one_voice():
                     restored = self._manager.restore(
                         step,
                         args=ocp.args.Composite(
@@ -132,17 +133,9 @@ class Checkpoints:
         return None
 
 
-@contextmanager
-def _silence(*loggers: str) -> Iterator[None]:
-    """Keeps these from printing a traceback for each array and thread that an error meets."""
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    try:
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+def _one_voice() -> AbstractContextManager[None]:
+    """Keeps Orbax from logging a traceback for each array and thread that an error meets."""
+    return quiet("absl", "asyncio", below=logging.CRITICAL)
 
 
 def _reason(error: Exception) -> str:
