@@ -78,6 +78,15 @@ def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
         attach(layers[path], jnp.asarray(a), jnp.asarray(b), 1.0)
 
 
+def depths_of(adapter: Adapter) -> dict[str, int]:
+    """How many layers of each stacked path the adapter reaches."""
+    depths: dict[str, int] = {}
+    for path, layer in adapter:
+        if layer is not None:
+            depths[path] = max(depths.get(path, 0), layer + 1)
+    return depths
+
+
 def stacked(
     adapter: Adapter, depths: Mapping[str, int]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -7,7 +7,7 @@ have no factors.
 import numpy as np
 
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_factors import Adapter, Factors, Place, stacked, unstacked
+from taca_jax.formats.lora_factors import Adapter, Factors, Place, depths_of, stacked, unstacked
 from taca_jax.tensor_files import Tensors, summary
 
 A, B = ".lora_a", ".lora_b"
@@ -41,11 +41,7 @@ def parse(tensors: Tensors) -> dict[Place, Factors]:
 
 def tensors_of(adapter: Adapter) -> dict[str, np.ndarray]:
     """The adapter's arrays under our names."""
-    depths: dict[str, int] = {}
-    for path, index in adapter:
-        if index is not None:
-            depths[path] = max(depths.get(path, 0), index + 1)
     tensors = {}
-    for path, (a, b) in stacked(adapter, depths).items():
+    for path, (a, b) in stacked(adapter, depths_of(adapter)).items():
         tensors[path + A], tensors[path + B] = a, b
     return tensors

@@ -9,7 +9,7 @@ import numpy as np
 
 from taca_jax.errors import UserError
 from taca_jax.formats import flux_diffusers
-from taca_jax.formats.lora_factors import Adapter, Factors, Place
+from taca_jax.formats.lora_factors import Adapter, Factors, Place, depths_of
 from taca_jax.formats.table import Table, Transform
 from taca_jax.tensor_files import TensorFiles, summary
 
@@ -65,11 +65,13 @@ def tensors_of(
     adapter: Adapter, table: Table = flux_diffusers.TABLE
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The adapter's tensors in PEFT's names, and the file's metadata; alpha is the rank."""
+    depths = depths_of(adapter)
     modules = {
         (path, piece.layer): (piece.key.removesuffix(".weight"), piece.transform)
-        for path, depth in _depths(adapter).items()
-        for piece in table.pieces({f"{path}.kernel": (depth, 1, 1) if depth else (1, 1)})
-        for path in [piece.path.removesuffix(".kernel")]
+        for path in dict.fromkeys(path for path, _ in adapter)
+        for piece in table.pieces(
+            {f"{path}.kernel": (depths[path], 1, 1) if path in depths else (1, 1)}
+        )
     }
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -94,14 +96,6 @@ def _metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
         f"{PREFIX}alpha_pattern": others,
         f"{PREFIX}target_modules": sorted(ranks),
     }
-
-
-def _depths(adapter: Adapter) -> dict[str, int]:
-    """How many layers of each stacked path the adapter reaches; 0 for one that is not stacked."""
-    depths: dict[str, int] = {}
-    for path, layer in adapter:
-        depths[path] = max(depths.get(path, 0), 0 if layer is None else layer + 1)
-    return depths
 
 
 def _find(table: Table, module: str) -> tuple[str, int | None, Transform]:
