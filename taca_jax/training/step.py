@@ -66,15 +66,14 @@ class Trainer:
     step: (state, frozen, autoencoder, batch) -> (state, metrics); the state's buffers are reused.
     """
 
-    config: TrainConfig
     graph: nnx.GraphDef
     frozen: nnx.State
-    autoencoder: tuple[nnx.GraphDef, nnx.State]
+    autoencoder: nnx.State
     step: Callable[[TrainState, nnx.State, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]
 
     def run(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step; metrics are scalars still on the device."""
-        return self.step(state, self.frozen, self.autoencoder[1], batch)
+        return self.step(state, self.frozen, self.autoencoder, batch)
 
     def merge(self, parameters: nnx.State) -> TextToImage:
         """The whole model with these trained parameters."""
@@ -136,9 +135,7 @@ def make_trainer(
         state = TrainState(state.step + 1, state.rng, trained, optimizer_state, average)
         return state, metrics
 
-    trainer = Trainer(
-        config, graph, frozen, (ae_graph, ae_state), jax.jit(step, donate_argnames="state")
-    )
+    trainer = Trainer(graph, frozen, ae_state, jax.jit(step, donate_argnames="state"))
     state = TrainState(
         step=jnp.int32(0),
         rng=jax.random.key_data(jax.random.key(config.seed)),

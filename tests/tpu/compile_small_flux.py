@@ -48,7 +48,7 @@ def compile_training(placed: Any) -> dict[str, int]:
         image=jnp.zeros((1, BATCH, SIDE, SIDE, 3), jnp.uint8),
         tokens=jnp.zeros((1, BATCH, TEXT_LENGTH), jnp.int32),
     )
-    arguments = (state, trainer.frozen, trainer.autoencoder[1], batch)
+    arguments = (state, trainer.frozen, trainer.autoencoder, batch)
     return measured(trainer.step.lower(*placed(arguments)).compile())
 
 
