@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,14 +12,8 @@ from taca_jax.config import GenerateConfig, to_json
 from taca_jax.errors import UserError
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.variants import Variant
 from taca_jax.taca import TacaConfig
-
-
-@dataclass(frozen=True)
-class _Column:
-    heading: str
-    taca: TacaConfig | None
-    lora_strength: float
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -37,28 +30,29 @@ def generate(config: GenerateConfig) -> list[Path]:
     if config.lora is not None:
         print(f"LoRA: {pipeline.load_lora(config.lora)}")
     if not config.compare:
+        drawn_as = Variant(_describe(config.taca), config.taca, 1.0)
         names = [out] if config.num_images == 1 else _numbered(out, config.num_images)
-        for name, picture in zip(names, _draw(pipeline, config, config.taca, 1.0), strict=True):
+        for name, picture in zip(names, _draw(pipeline, config, drawn_as), strict=True):
             _write(name, picture, config)
         return names
 
-    columns = [_Column("plain", None, 0.0), _Column(_describe(config.taca), config.taca, 0.0)]
+    columns = [Variant("plain", None, 0.0), Variant(_describe(config.taca), config.taca, 0.0)]
     if config.lora is not None:
-        columns.append(_Column("TACA + LoRA", config.taca, 1.0))
-    drawn = [_draw(pipeline, config, column.taca, column.lora_strength) for column in columns]
+        columns.append(Variant("TACA + LoRA", config.taca, 1.0))
+    drawn = [_draw(pipeline, config, column) for column in columns]
     captions = [f"{config.prompt} (seed {config.seed + i})" for i in range(config.num_images)]
     grid = caption_grid(
         [pictures[i] for i in range(config.num_images) for pictures in drawn],
         [caption for caption in captions for _ in columns],
         columns=len(columns),
-        headings=[column.heading for column in columns],
+        headings=[column.name for column in columns],
     )
     _write(out, grid, config)
     return [out]
 
 
 def _draw(
-    pipeline: FluxPipeline, config: GenerateConfig, taca: TacaConfig | None, lora_strength: float
+    pipeline: FluxPipeline, config: GenerateConfig, variant: Variant
 ) -> Sequence[Image.Image]:
     images = pipeline(
         config.prompt,
@@ -69,8 +63,8 @@ def _draw(
         guidance=config.guidance,
         seed=config.seed,
         num_images=config.num_images,
-        taca=taca,
-        lora_strength=lora_strength,
+        taca=variant.taca,
+        lora_strength=variant.lora_strength,
     ).images
     assert isinstance(images, list)  # output="pil"
     return images

@@ -18,21 +18,13 @@ from taca_jax.evaluation.shapes import check
 from taca_jax.evaluation.statistics import paired_difference, wilson_interval
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.variants import Variant
 from taca_jax.taca import TacaConfig
 
 PROMPT_SEED = 0
 """The measurement's prompts are always the same ones, so that runs can be compared."""
 
 _SHOWN = 2  # prompts per category in the picture
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way of sampling: TACA's settings (None: plain) and the LoRA's strength under them."""
-
-    name: str
-    taca: TacaConfig | None
-    lora_strength: float
 
 
 def variants(taca: TacaConfig | None, *, lora: bool) -> list[Variant]:
