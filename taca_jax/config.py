@@ -19,7 +19,9 @@ from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.fields import difference, from_json, to_json
 from taca_jax.lora import LoRAConfig
+from taca_jax.losses import TimestepSampling
 from taca_jax.models.flux import FluxConfig
+from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config
 from taca_jax.taca import TacaConfig
 
@@ -206,8 +208,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grad_accumulation: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full"] = "none"
-    timestep_sampling: Literal["uniform", "logit_normal"] = "logit_normal"
+    remat: Remat = "none"
+    timestep_sampling: TimestepSampling = "logit_normal"
     guidance: float = 1.0
     log_every: int = 10
     save_every: int = 500

@@ -5,7 +5,7 @@ and v are apart (as in diffusers, which LoRA files follow), blocks are stacked a
 latents go in and out as NHWC images: packing into tokens happens here and nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ FLUX_DEV = FluxConfig(
     guidance_embed=True,
 )
 FLUX_KREA = FLUX_DEV
-FLUX_SCHNELL = FluxConfig(**{**FLUX_DEV.__dict__, "guidance_embed": False})
+FLUX_SCHNELL = replace(FLUX_DEV, guidance_embed=False)
 
 
 class FluxTransformer(nnx.Module):
