@@ -31,6 +31,7 @@ from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.models.flux import FluxConfig, FluxTransformer
 from taca_jax.models.layers import LoRAParam
+from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
@@ -43,10 +44,11 @@ KINDS: dict[str, tuple[type, type]] = {
     "t5": (T5Config, T5Encoder),
     "vae": (VAEConfig, AutoencoderKL),
     "tiny_vae": (TinyVAEConfig, TinyVAE),
+    "pixels": (PixelsConfig, Pixels),
 }
 """kind in config.json -> (config, module)."""
 
-Model = FluxTransformer | T5Encoder | AutoencoderKL | TinyVAE
+Model = FluxTransformer | T5Encoder | AutoencoderKL | TinyVAE | Pixels
 
 CONFIG, PARAMS, SAFETENSORS = "config.json", "params", "model.safetensors"
 
@@ -79,12 +81,13 @@ def save_model(
     path = Path(path)
     _check_free(path)
     params = flat_params(model)
-    if format == "orbax":
+    if format == "orbax" and params:
         arrays = {name: _streamed(param, dtype) for name, param in params.items()}
         return save_streamed(path, model.config, arrays)
     tensors = {name: _on_host(param, dtype) for name, param in params.items()}
     with whole_folder(path) as folder:
-        write_tensors(folder / SAFETENSORS, tensors)
+        if tensors:
+            write_tensors(folder / SAFETENSORS, tensors)
         (folder / CONFIG).write_text(_config_text(model.config))
     return None
 
@@ -135,6 +138,8 @@ def load_model(
     path = Path(path)
     model = abstract_model(load_config(path), dtype=dtype, remat=remat)
     wanted = {name: param.shape for name, param in flat_params(model).items()}
+    if not wanted:
+        return model
     if (path / PARAMS).is_dir():
         given, read = _open_orbax(path / PARAMS)
     elif (path / SAFETENSORS).is_file():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float
+from optax.contrib import MuonDimensionNumbers, muon
 
 from taca_jax.cli import parse_cli
 from taca_jax.data.config import DataConfig
@@ -21,6 +22,7 @@ from taca_jax.fields import difference, from_json, to_json
 from taca_jax.lora import LoRAConfig
 from taca_jax.losses import TimestepSampling
 from taca_jax.models.flux import FluxConfig
+from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config
 from taca_jax.taca import TacaConfig
@@ -69,24 +71,30 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and clipping by global norm.
+    """AdamW or Muon with warm-up and clipping by global norm.
 
+    kind: `adamw`, or `muon`: the matrices within blocks are updated by their orthogonalised
+      momentum (Jordan et al. 2024), scaled to a root mean square of 1, so that the learning rate
+      means the same; everything else by AdamW. For training from scratch.
     learning_rate: the highest, reached after warm-up.
     warmup_steps: optimizer steps of linear rise.
     schedule: after warm-up, `constant`, or `cosine` down to 0 at the last step.
     weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only.
     b1, b2: decay of Adam's first and second moment.
+    muon_beta: decay of Muon's momentum.
     clip_norm: longest gradient, over all trained parameters; none never clips.
     ema_decay: decay of the moving average of the trained parameters that is sampled, scored and
       exported; 0 takes the parameters themselves.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
+    muon_beta: float = 0.95
     clip_norm: float | None = 1.0
     ema_decay: float = 0.0
 
@@ -95,7 +103,13 @@ class OptimizerConfig:
         _check(0 < rate < math.inf, "optimizer.learning_rate", rate, "positive")
         _check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         _check(0 <= decay < math.inf, "optimizer.weight_decay", decay, "0 or more")
-        for name, value in {"b1": self.b1, "b2": self.b2, "ema_decay": self.ema_decay}.items():
+        decays = {
+            "b1": self.b1,
+            "b2": self.b2,
+            "muon_beta": self.muon_beta,
+            "ema_decay": self.ema_decay,
+        }
+        for name, value in decays.items():
             _check(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
         _check(clip is None or clip > 0, "optimizer.clip_norm", clip, "positive, or none")
 
@@ -106,14 +120,25 @@ class OptimizerConfig:
             if self.clip_norm is None
             else optax.clip_by_global_norm(self.clip_norm)
         )
-        adamw = optax.adamw(
-            lambda count: self.learning_rate_at(count, total_steps),
-            b1=self.b1,
-            b2=self.b2,
-            weight_decay=self.weight_decay,
-            mask=_is_matrix,
-        )
-        return optax.chain(clip, adamw)
+
+        def rate(count: ArrayLike) -> Float[Array, ""]:
+            return self.learning_rate_at(count, total_steps)
+
+        if self.kind == "muon":
+            update = muon(
+                rate,
+                beta=self.muon_beta,
+                weight_decay=self.weight_decay,
+                adam_b1=self.b1,
+                adam_b2=self.b2,
+                consistent_rms=1.0,
+                muon_weight_dimension_numbers=_muon_axes,
+            )
+        else:
+            update = optax.adamw(
+                rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, mask=_is_matrix
+            )
+        return optax.chain(clip, update)
 
     def learning_rate_at(self, count: ArrayLike, total_steps: int) -> Float[Array, ""]:
         """The learning rate of the update that follows `count` updates, float32, traceable.
@@ -126,6 +151,23 @@ class OptimizerConfig:
             return self.learning_rate * warm
         progress = (count - self.warmup_steps) / max(total_steps - self.warmup_steps, 1)
         return self.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+
+
+def _muon_axes(params: Any) -> Any:
+    """For each parameter the axes of its matrices, or None where AdamW updates it.
+
+    Muon is for matrices between hidden states; those at the model's ends, and those that make
+    modulations of one vector, are AdamW's (as in the original's advice on embeddings and heads).
+    """
+    not_hidden = {"img_in", "final_mod", "final_out", "mod"}
+
+    def axes(path: tuple[Any, ...], param: jax.Array) -> MuonDimensionNumbers | None:
+        names = {jax.tree_util.keystr((key,), simple=True) for key in path}
+        if "kernel" not in names or names & not_hidden:
+            return None
+        return MuonDimensionNumbers(reduction_axis=param.ndim - 2, output_axis=param.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _is_matrix(params: Any) -> Any:
@@ -174,12 +216,13 @@ class TrainConfig:
     model: the transformer's shape when there is no base.
     lora: the adapter to train; none trains everything.
     text: captions to text tokens.
-    autoencoder: `pixels` trains on the pictures themselves, a path on the latents of that
-      folder's VAE.
+    autoencoder: `pixels` trains on the pictures themselves (or as the base does), a path on the
+      latents of that folder's VAE.
+    pixels: how pictures become latents when a new model trains on pixels.
     taca: with it, training draws timesteps where TACA is active, and applies it (the paper's
       equations 11-13); none trains plainly over all timesteps.
     data: pictures and captions.
-    optimizer: AdamW.
+    optimizer: how gradients become updates.
     grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
     dtype: of activations; parameters, softmax and loss are float32.
     remat: `full` computes activations again in the backward pass, block by block, to save memory.
@@ -203,6 +246,7 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     text: TextConfig = field(default_factory=TextConfig)
     autoencoder: str = "pixels"
+    pixels: PixelsConfig = field(default_factory=PixelsConfig)
     taca: TacaConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -95,7 +95,7 @@ class FluxPipeline:
         remat: Remat = "none",
     ) -> "FluxPipeline":
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present
-        `text_encoder/` and `autoencoder/` (without one, a 3-channel model works on pixels).
+        `text_encoder/` and `autoencoder/`.
 
         `path` may also be the name of a model that comes with the package (`shapes_base`).
 
@@ -122,8 +122,6 @@ class FluxPipeline:
             tokenizer = load_tokenizer(name, settings.text_length)
         if (path / "autoencoder").is_dir():
             autoencoder = load(path / "autoencoder")
-        elif transformer.config.latent_channels == Pixels().config.latent_channels:
-            autoencoder = Pixels()
         return cls(
             transformer,
             text_encoder=text_encoder,
@@ -141,9 +139,11 @@ class FluxPipeline:
     ) -> None:
         """Writes the folder that `from_pretrained` reads; LoRA factors are left out."""
         path = Path(path)
-        parts = {"transformer": self.transformer, "text_encoder": self.text_encoder}
-        if not isinstance(self.autoencoder, Pixels):
-            parts["autoencoder"] = self.autoencoder
+        parts = {
+            "transformer": self.transformer,
+            "text_encoder": self.text_encoder,
+            "autoencoder": self.autoencoder,
+        }
         path.mkdir(parents=True, exist_ok=True)
         for name, model in parts.items():
             if model is not None:

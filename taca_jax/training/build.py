@@ -10,7 +10,7 @@ from taca_jax.config import TextConfig, TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.lora import add_lora
 from taca_jax.models.flux import FluxTransformer
-from taca_jax.models.pixels import Pixels
+from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.pipelines.flux import Autoencoder, FluxPipeline, PipelineSettings
 from taca_jax.sampling import FlowSchedule
@@ -29,6 +29,8 @@ def build_pipeline(config: TrainConfig) -> FluxPipeline:
     if config.base is not None:
         if config.text != TextConfig():
             raise UserError(f"base={config.base} says how text is read; leave out text.*")
+        if config.pixels != PixelsConfig():
+            raise UserError(f"base={config.base} says how pixels are read; leave out pixels.*")
         # A frozen base may rest in the activations' precision; what is trained may not.
         param_dtype = "float32" if config.lora is None else config.dtype
         pipeline = FluxPipeline.from_pretrained(
@@ -66,7 +68,7 @@ def _new_pipeline(config: TrainConfig) -> FluxPipeline:
         FluxTransformer(config.model, rngs=rngs, remat=config.remat, **types),
         text_encoder=T5Encoder(encoder, rngs=rngs, **types),
         tokenizer=tokenizer,
-        autoencoder=Pixels(),
+        autoencoder=Pixels(config.pixels),
         settings=PipelineSettings(
             tokenizer=config.text.tokenizer,
             text_length=config.text.length,
