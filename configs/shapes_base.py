@@ -33,9 +33,8 @@ CONFIG = TrainConfig(
             vocab_size=33, dim=128, ff_dim=256, num_heads=4, head_dim=32, num_layers=2
         ),
     ),
-    pixels=PixelsConfig(
-        shift_factor=0.58, scaling_factor=1 / 0.36
-    ),  # the data's mean and deviation
+    # The data's mean and deviation.
+    pixels=PixelsConfig(shift_factor=0.58, scaling_factor=1 / 0.36),
     data=DataConfig(source="generated:shapes", batch_size=32, resolution=40, caption_dropout=0.1),
     optimizer=OptimizerConfig(
         kind="muon",  # half of AdamW's steps to the same loss

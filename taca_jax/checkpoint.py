@@ -1,4 +1,5 @@
-"""Model folders: `config.json` beside `params/` (Orbax) or `model.safetensors`.
+"""Model folders: `config.json` beside `params/` (Orbax) or `model.safetensors`, or alone where a
+model has no parameters.
 
 `config.json` holds the fields of the model's config and its `kind`. Parameters go by their dotted
 path ("double_blocks.img.qkv.q.kernel"; stacked blocks are one array with a leading layer axis).
@@ -138,7 +139,7 @@ def load_model(
     path = Path(path)
     model = abstract_model(load_config(path), dtype=dtype, remat=remat)
     wanted = {name: param.shape for name, param in flat_params(model).items()}
-    if not wanted:
+    if not wanted:  # pixels: the config is all
         return model
     if (path / PARAMS).is_dir():
         given, read = _open_orbax(path / PARAMS)

@@ -71,17 +71,19 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon with warm-up and clipping by global norm.
+    """AdamW or Muon, with warm-up and clipping by global norm.
 
-    kind: `adamw`, or `muon`: the matrices within blocks are updated by their orthogonalised
-      momentum (Jordan et al. 2024), scaled to a root mean square of 1, so that the learning rate
-      means the same; everything else by AdamW. For training from scratch.
+    kind: `adamw`, or `muon` (Jordan et al. 2024), which trains from scratch in fewer steps: kernels
+      between hidden states move along their orthogonalised momentum, at a root mean square of about
+      1, as Adam's first step has, so that one learning rate serves all; the kernels of img_in, of
+      modulations and of the output, and all that is no kernel, by AdamW with Nesterov's momentum.
     learning_rate: the highest, reached after warm-up.
     warmup_steps: optimizer steps of linear rise.
     schedule: after warm-up, `constant`, or `cosine` down to 0 at the last step.
-    weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only.
+    weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only; of muon, on the
+      kernels that it orthogonalises only.
     b1, b2: decay of Adam's first and second moment.
-    muon_beta: decay of Muon's momentum.
+    muon_beta: decay of Muon's momentum; for kind=muon only.
     clip_norm: longest gradient, over all trained parameters; none never clips.
     ema_decay: decay of the moving average of the trained parameters that is sampled, scored and
       exported; 0 takes the parameters themselves.
@@ -112,6 +114,11 @@ class OptimizerConfig:
         for name, value in decays.items():
             _check(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
         _check(clip is None or clip > 0, "optimizer.clip_norm", clip, "positive, or none")
+        if self.kind != "muon" and self.muon_beta != OptimizerConfig.muon_beta:
+            raise UserError(
+                f"optimizer.muon_beta is {self.muon_beta}, which optimizer.kind={self.kind} has no "
+                "use for; leave it out, or set optimizer.kind=muon"
+            )
 
     def make(self, total_steps: int) -> optax.GradientTransformation:
         """The optax object for a run of `total_steps` optimizer steps."""
@@ -156,15 +163,16 @@ class OptimizerConfig:
 def _muon_axes(params: Any) -> Any:
     """For each parameter the axes of its matrices, or None where AdamW updates it.
 
-    Muon is for matrices between hidden states; those at the model's ends, and those that make
-    modulations of one vector, are AdamW's (as in the original's advice on embeddings and heads).
+    Muon is for matrices between hidden states. Its author leaves a model's first and last layer to
+    Adam; so do we, and the layers that make all modulations of one vector per picture.
     """
-    not_hidden = {"img_in", "final_mod", "final_out", "mod"}
+    not_hidden = {"img_in", "mod", "final_mod", "final_out"}
 
     def axes(path: tuple[Any, ...], param: jax.Array) -> MuonDimensionNumbers | None:
         names = {jax.tree_util.keystr((key,), simple=True) for key in path}
         if "kernel" not in names or names & not_hidden:
             return None
+        # Any axis before these two is that of a stack's layers.
         return MuonDimensionNumbers(reduction_axis=param.ndim - 2, output_axis=param.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(axes, params)
@@ -216,9 +224,9 @@ class TrainConfig:
     model: the transformer's shape when there is no base.
     lora: the adapter to train; none trains everything.
     text: captions to text tokens.
-    autoencoder: `pixels` trains on the pictures themselves (or as the base does), a path on the
-      latents of that folder's VAE.
-    pixels: how pictures become latents when a new model trains on pixels.
+    autoencoder: `pixels` trains a new model on the pictures themselves and a base on what it was
+      made with; a path trains on the latents of that folder's autoencoder.
+    pixels: how a new model on pixels normalises them.
     taca: with it, training draws timesteps where TACA is active, and applies it (the paper's
       equations 11-13); none trains plainly over all timesteps.
     data: pictures and captions.
@@ -294,6 +302,11 @@ class TrainConfig:
             raise UserError("lora adapts a trained model; give base=FOLDER, or lora=none")
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
+        if self.lora is not None and self.optimizer.kind != "adamw":
+            raise UserError(
+                f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, of "
+                "which lora trains none; set optimizer.kind=adamw, or lora=none"
+            )
         if self.sample_every and not self.sample_prompts:
             raise UserError(
                 f"sample_every is {self.sample_every} without sample_prompts; give some"

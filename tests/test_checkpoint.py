@@ -26,6 +26,7 @@ from taca_jax.checkpoint import (
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig, add_lora
 from taca_jax.models.flux import FluxConfig, FluxTransformer
+from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.models.vae import AutoencoderKL, VAEConfig
@@ -37,6 +38,7 @@ MODELS = {
     "t5": lambda: T5Encoder(T5Config(11, 8, 12, 2, 4, 2), rngs=nnx.Rngs(0)),
     "vae": lambda: AutoencoderKL(VAEConfig((4, 8), 1, 4, 2, 0.5, 0.1), rngs=nnx.Rngs(0)),
     "tiny_vae": lambda: TinyVAE(TinyVAEConfig(4, 3, 8, (1, 1), (1, 1)), rngs=nnx.Rngs(0)),
+    "pixels": lambda: Pixels(PixelsConfig(shift_factor=0.5, scaling_factor=4.0)),
 }
 FORMATS = ("orbax", "safetensors")
 
@@ -66,6 +68,15 @@ def test_every_kind_comes_back(tmp_path, kind, format):
     assert equal(again, model)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["kind"] == kind
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_without_parameters_is_its_config_alone(tmp_path, format):
+    save_model(tmp_path / "m", MODELS["tiny_vae"](), format=format)
+    save_model(tmp_path / "m", MODELS["pixels"](), format=format)
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["config.json"]
+    (tmp_path / "m" / "config.json").write_text('{"kind": "pixels", "scaling_factor": 0}')
+    assert "pixels.scaling_factor is 0.0; it must be positive and finite" in message(tmp_path / "m")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -127,7 +138,7 @@ def test_no_config_is_no_model(tmp_path, model):
     (tmp_path / "config.json").write_text('{"kind": "flux", ')
     assert "is not JSON" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"kind": "sdxl"}')
-    assert "says kind 'sdxl'; expected one of flux, t5, vae, tiny_vae" in message(tmp_path)
+    assert "says kind 'sdxl'; expected one of flux, t5, vae, tiny_vae, pixels" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     assert "python -m convert" in message(tmp_path)
     save_model(tmp_path / "m", model)

@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -27,12 +29,16 @@ from taca_jax.config import (
 from taca_jax.errors import UserError
 from taca_jax.fields import fields_of, update
 from taca_jax.models.flux import FLUX_DEV
+from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.t5 import T5_XXL
+from taca_jax.training.step import TextToImage
+from tests.training.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 
 ADAPT = TrainConfig(name="adapt", steps=100, base="base", lora=LoRAConfig(), taca=TacaConfig())
 SCRATCH = TrainConfig("scratch", 100, model=FLUX_DEV, text=TextConfig(encoder=T5_XXL))
+MUON = {"optimizer.kind": "muon"}
 DRAW = GenerateConfig(base="base", prompt="a red circle")
 
 
@@ -65,6 +71,12 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (ADAPT, {"optimizer.b2": "-1"}, "optimizer.b2 is -1.0; it must be at least 0 and below 1"),
         (ADAPT, {"optimizer.ema_decay": "1"}, "optimizer.ema_decay is 1.0; it must be at least 0"),
         (ADAPT, {"optimizer.clip_norm": "0"}, "optimizer.clip_norm is 0.0; it must be positive"),
+        (ADAPT, {"optimizer.muon_beta": "0.9"}, "which optimizer.kind=adamw has no use for; leave"),
+        (SCRATCH, MUON | {"optimizer.muon_beta": "1"}, "optimizer.muon_beta is 1.0; it must be"),
+        (ADAPT, MUON, "optimizer.kind=muon is for the kernels of a whole model, of which lora"),
+        (ADAPT, {"optimizer.kind": "adam"}, "optimizer.kind=adam: expected one of adamw, muon"),
+        (SCRATCH, {"pixels.scaling_factor": "0"}, "pixels.scaling_factor is 0.0; it must be posi"),
+        (SCRATCH, {"pixels.shift_factor": "nan"}, "pixels.shift_factor is nan; it must be finite"),
         (ADAPT, {"data.source": "imagenet"}, "data.source is imagenet; it must be tfds:shapes,"),
         (ADAPT, {"data.source": "folder:"}, "data.source is folder:; it must be tfds:shapes,"),
         (ADAPT, {"data.batch_size": "0"}, "data.batch_size is 0; it must be 1 or more"),
@@ -140,15 +152,9 @@ def test_weight_decay_finds_the_matrices_of_an_nnx_state():
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
     params = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param)
     params = jax.tree.map(jnp.ones_like, params)
-    updates = _first_update(config, params, jax.tree.map(jnp.zeros_like, params))
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
-    }
-    kernel = next(leaf for name, leaf in leaves.items() if "kernel" in name)
-    bias = next(leaf for name, leaf in leaves.items() if "bias" in name)
-    np.testing.assert_allclose(kernel, -0.05, rtol=1e-6)
-    np.testing.assert_array_equal(bias, 0.0)
+    updates = _by_name(_first_update(config, params, jax.tree.map(jnp.zeros_like, params)))
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0.0)
 
 
 def test_the_optimizer_is_adam_on_clipped_gradients():
@@ -163,9 +169,54 @@ def test_the_optimizer_is_adam_on_clipped_gradients():
     np.testing.assert_array_equal(squared_overflows, 0.0)
 
 
+HIDDEN = re.compile(
+    r"transformer\.(txt_in|(time|vector)_in\.linear_[12]"
+    r"|double_blocks\.(img|txt)\.(qkv\.[qkv]|out|mlp_in|mlp_out)"
+    r"|single_blocks\.(qkv\.[qkv]|mlp_in|out))\.kernel"
+    r"|text_encoder\.blocks\.(attn\.[qkvo]|ff\.(wi_gate|wi_value|wo))\.kernel"
+)
+"""What Muon updates of a FLUX and its T5."""
+
+
+def test_muon_turns_hidden_kernels_and_leaves_the_rest_to_adam():
+    rate, decay = 0.01, 0.5
+    muon = OptimizerConfig("muon", learning_rate=rate, weight_decay=decay, clip_norm=None)
+    pipeline = tiny_pipeline()
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    params = nnx.state(model, nnx.Param)
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    grads = [jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
+    grads = jax.tree.unflatten(structure, grads)
+    adam = optax.adamw(rate, weight_decay=0.0, nesterov=True)
+    by_adam, _ = jax.jit(adam.update)(grads, adam.init(params), params)
+    by_adam, before, updates = map(_by_name, (by_adam, params, _first_update(muon, params, grads)))
+
+    same = {name for name in updates if np.allclose(updates[name], by_adam[name], rtol=1e-4)}
+    assert updates.keys() - same == {name for name in updates if HIDDEN.fullmatch(name)}
+    assert len(updates.keys() - same) == 1 + 4 + 2 * 6 + 5 + 7
+    for name in updates.keys() - same:
+        step = (updates[name] + rate * decay * before[name]) / -rate  # [layers, in, out], or one
+        assert 0.7 < np.sqrt(np.mean(step**2)) < 1.2, name
+        singular = np.linalg.svd(step, compute_uv=False) / np.sqrt(max(step.shape[-2:]))
+        assert singular.max() < 1.3, name
+        if step.shape[-2] != step.shape[-1]:  # square noise has directions of hardly any length
+            assert singular.min() > 0.6, name
+
+
+def _by_name(tree) -> dict[str, np.ndarray]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): np.array(
+            leaf
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 @pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
 def test_every_field_is_documented(kind):
     own = (TrainConfig, GenerateConfig, TextConfig, DataConfig, OptimizerConfig, EvalConfig)
+    own += (PixelsConfig,)
     fields = fields_of(kind)
     for name, field in fields.items():
         parent = fields[name.rpartition(".")[0]].group if "." in name else kind

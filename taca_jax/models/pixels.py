@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -14,26 +15,27 @@ from taca_jax.errors import UserError
 class PixelsConfig:
     """How pictures in [-1, 1] become latents: (x - shift_factor) * scaling_factor.
 
-    The data's mean and the inverse of its standard deviation make latents of mean 0 and deviation
-    1, which is what timesteps drawn evenly and the sampler's schedule are made for: of pictures with
-    less contrast than the noise, most timesteps would show nothing.
+    The noise levels of training and sampling are made for latents of mean 0 and deviation 1; with
+    less contrast than that, most of them would show nothing of a picture.
+
+    shift_factor: the mean of the data's pixels.
+    scaling_factor: the inverse of their standard deviation.
+
+    Raises UserError where there is no way back from latents to pictures.
     """
+
+    latent_channels: ClassVar[int] = 3
+    downscale: ClassVar[int] = 1
 
     shift_factor: float = 0.0
     scaling_factor: float = 1.0
-    latent_channels: int = 3
 
     def __post_init__(self):
-        scale, shift = self.scaling_factor, self.shift_factor
-        if not (0 < scale < math.inf and math.isfinite(shift)):
-            raise UserError(
-                f"pixels.shift_factor is {shift} and pixels.scaling_factor {scale}; they must be "
-                "finite, and the scale positive"
-            )
-
-    @property
-    def downscale(self) -> int:
-        return 1
+        shift, scale = self.shift_factor, self.scaling_factor
+        if not math.isfinite(shift):
+            raise UserError(f"pixels.shift_factor is {shift}; it must be finite")
+        if not 0 < scale < math.inf:
+            raise UserError(f"pixels.scaling_factor is {scale}; it must be positive and finite")
 
 
 class Pixels(nnx.Module):
@@ -51,7 +53,9 @@ class Pixels(nnx.Module):
         self.config = config
 
     def encode(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+        """Latents of pictures in [-1, 1]."""
         return (images - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+        """The pictures that `encode` made latents of."""
         return latents / self.config.scaling_factor + self.config.shift_factor

@@ -39,6 +39,10 @@ def build_pipeline(config: TrainConfig) -> FluxPipeline:
     else:
         pipeline = _new_pipeline(config)
     if config.autoencoder != "pixels":
+        if config.pixels != PixelsConfig():
+            raise UserError(
+                f"autoencoder={config.autoencoder} says what latents are; leave out pixels.*"
+            )
         pipeline.autoencoder = load_model(config.autoencoder, dtype=dtype, param_dtype=dtype)
     if pipeline.autoencoder is None or pipeline.text_encoder is None:
         raise UserError(

@@ -1,6 +1,7 @@
 """The FLUX pipeline: the same input gives the same picture, and what does not fit is refused."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from taca_jax.errors import UserError
 from taca_jax.formats.lora_files import write_lora
 from taca_jax.lora import LoRAConfig, add_lora, linears
 from taca_jax.models.layers import LoRAParam
-from taca_jax.models.pixels import Pixels
+from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.taca import TacaConfig
@@ -272,6 +273,20 @@ def test_an_autoencoder_decodes_and_is_saved_with_the_rest(tmp_path):
     loaded = FluxPipeline.from_pretrained(tmp_path / "model", "float32")
     assert isinstance(loaded.autoencoder, TinyVAE)
     assert np.array_equal(array(loaded), drawn.images)
+
+
+def test_pixels_are_normalised_as_the_folder_says(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.autoencoder = Pixels(PixelsConfig(shift_factor=0.25, scaling_factor=2.0))
+    drawn = pipeline(PROMPT, output="array")
+    expected = np.clip((drawn.latents / 2.0 + 0.25 + 1) / 2, 0, 1)
+    np.testing.assert_allclose(drawn.images, expected, atol=1e-6)
+    pipeline.save(tmp_path / "model")
+    loaded = FluxPipeline.from_pretrained(tmp_path / "model", "float32")
+    assert loaded.autoencoder.config == pipeline.autoencoder.config
+    assert np.array_equal(array(loaded), drawn.images)
+    shutil.rmtree(tmp_path / "model" / "autoencoder")
+    assert FluxPipeline.from_pretrained(tmp_path / "model").autoencoder is None
 
 
 def test_missing_folders_and_parts_are_named(pipeline, tmp_path):

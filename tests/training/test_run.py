@@ -14,11 +14,13 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from taca_jax.checkpoint import load_config
 from taca_jax.config import DataConfig, EvalConfig, OptimizerConfig, TextConfig, from_json, to_json
 from taca_jax.data.loader import Loader
 from taca_jax.data.shapes_captions import CATEGORIES
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig, linears
+from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.t5 import T5Config
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.taca import TacaConfig
@@ -167,11 +169,16 @@ def test_a_lora_run_leaves_a_file_that_loads(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "bfloat16"}, {"remat": "full", "taca": TacaConfig(threshold=500)}]
+    "changes",
+    [
+        {"dtype": "bfloat16", "pixels": PixelsConfig(shift_factor=0.5, scaling_factor=2.0)},
+        {"remat": "full", "taca": TacaConfig(threshold=500)},
+    ],
 )
 def test_other_precisions_and_objectives_run(tmp_path, changes):
     config = base_config(tmp_path, steps=2, **changes)
     train(config)
+    assert load_config(tmp_path / "model" / "autoencoder") == config.pixels
     assert all(np.isfinite(line["loss"]) for line in metrics(config))
     state, _ = saved(config, 2)
     floats = {v.dtype for v in state.values() if v.dtype.kind == "f" or v.dtype.itemsize == 2}
@@ -215,13 +222,14 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(finish
     assert_same_checkpoint(finished, config, SAVE_EVERY)
 
 
-def test_accumulated_steps_resume_exactly(tmp_path, monkeypatch):
-    never = base_config(tmp_path / "never", grad_accumulation=2)
+def test_accumulated_steps_of_muon_resume_exactly(tmp_path, monkeypatch):
+    changes = {"grad_accumulation": 2, "optimizer": OptimizerConfig("muon", learning_rate=3e-3)}
+    never = base_config(tmp_path / "never", **changes)
     train(never)
     assert metrics(never)[-1]["samples_per_second"] == pytest.approx(
         4 / metrics(never)[-1]["seconds_per_step"]
     )
-    stopped = base_config(tmp_path / "stopped", grad_accumulation=2)
+    stopped = base_config(tmp_path / "stopped", **changes)
     train_until(monkeypatch, stopped, 4)
     train(dataclasses.replace(stopped, resume=True))
     assert_same_checkpoint(never, stopped)
@@ -514,6 +522,14 @@ def test_words_that_the_tokenizer_lacks_are_named(tmp_path):
         ({"text": TextConfig("nowhere", 16, T5Config(33, 32, 32, 2, 16, 1))}, "neither shapes, by"),
         ({"text": TextConfig("shapes", 16, T5Config(33, 48, 32, 2, 16, 1))}, "encoder.dim is 48"),
         ({"model": None, "base": "nowhere"}, r"base=nowhere says how text is read; leave out text"),
+        (
+            {"model": None, "base": "there", "text": TextConfig(), "pixels": PixelsConfig(0.5)},
+            r"base=there says how pixels are read; leave out pixels\.\*",
+        ),
+        (
+            {"autoencoder": "there", "pixels": PixelsConfig(0.5)},
+            r"autoencoder=there says what latents are; leave out pixels\.\*",
+        ),
         ({"sample_every": 1, "sample_prompts": ("a dog",)}, "the word 'dog' is unknown"),
         ({"data": DataConfig("generated:shapes", 2, 41)}, "data.resolution is 41; this model take"),
         ({"data": DataConfig("generated:shapes", 2, 44)}, "shapes are drawn at 40 pixels"),
