@@ -1,0 +1,186 @@
+"""TACA joint attention on TPU, backward: all gradients from one pass over the scores.
+
+A grid step takes a block of queries against all keys of its head, as forward does, and computes
+each tile's weights again from the forward pass's log-sum-exps. Gradients of keys and values are
+summed in VMEM, in float32, over the blocks of queries. Five products a tile (Dao 2023,
+arXiv 2307.08691, algorithm 2); gamma multiplies the scores of image queries and text keys once on
+the way in and their gradients once on the way out.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from taca_jax.attention.pallas_tpu.tiles import (
+    LANES,
+    MASKED,
+    NN,
+    NT,
+    TN,
+    Problem,
+    Tile,
+    dot,
+    existing_rows,
+    on_text,
+    only_head,
+    query_positions,
+    round_up,
+    row_numbers,
+    run_schedule,
+)
+
+
+def backward(
+    q: Float[Array, "b q c"],
+    k: Float[Array, "b k c"],
+    v: Float[Array, "b k c"],
+    gamma: Float[Array, " b"],
+    first_query: Int[Array, " 1"],
+    out: Float[Array, "b q c"],
+    lse: Float[Array, "b h 1 q"],
+    d_out: Float[Array, "b q c"],
+    *,
+    problem: Problem,
+    wants_gamma: bool,
+    interpret: bool,
+) -> list[jax.Array]:
+    """[dq, dk, dv] in the inputs' dtypes and, where asked for, gamma's gradient per query.
+
+    out, lse: what `forward` returned. Gamma's gradient is float32 `[b, h, 1, q]`: its sum over
+    heads and queries is the gradient of a sample's gamma.
+    """
+    batch, _, width = q.shape
+    columns = width // problem.column
+    rows = problem.query_block
+    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    query_spec = pl.BlockSpec((1, rows, problem.column), lambda b, c, i: (b, i, c))
+    key_spec = pl.BlockSpec((1, problem.padded_keys, problem.column), lambda b, c, i: (b, 0, c))
+    sums_spec = pl.BlockSpec((1, problem.group, 1, rows), lambda b, c, i: (b, c, 0, i))
+    outputs = 4 if wants_gamma else 3
+    summed = (
+        (problem.column, round_up(problem.padded_keys, LANES))
+        if problem.blocks.transposed
+        else (problem.padded_keys, problem.column)
+    )
+    return pl.pallas_call(
+        partial(_kernel, problem=problem, wants_gamma=wants_gamma),
+        grid=(batch, columns, problem.query_blocks),
+        in_specs=[
+            *(smem, smem),
+            *(query_spec, key_spec, key_spec, query_spec, query_spec, sums_spec),
+        ],
+        out_specs=[query_spec, key_spec, key_spec, sums_spec][:outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, lse)][:outputs],
+        scratch_shapes=[
+            pltpu.VMEM((problem.column, rows), jnp.float32),
+            pltpu.VMEM(summed, jnp.float32),
+            pltpu.VMEM(summed, jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=problem.vmem_limit,
+        ),
+        name="taca_attention_backward",
+        interpret=interpret,
+    )(first_query, gamma, q, k, v, out, d_out, lse)
+
+
+def _kernel(
+    first_query_ref: Any,
+    gamma_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    d_out_ref: Any,
+    lse_ref: Any,
+    *refs: Any,
+    problem: Problem,
+    wants_gamma: bool,
+) -> None:
+    *results, dq_sum, dk_sum, dv_sum = refs
+    dq_ref, dk_ref, dv_ref = results[:3]
+    block = pl.program_id(2)
+    heads = range(problem.group)
+    softmax_scale = 1 / math.sqrt(problem.head_dim)
+
+    @pl.when(block == 0)
+    def _() -> None:
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    position = query_positions(problem, block)
+    q, out, d_out = q_ref[0], out_ref[0], d_out_ref[0]
+    lse = [lse_ref[0, head] for head in heads]
+    if problem.ragged_queries:
+        first = block * problem.query_block
+        q, out, d_out = (existing_rows(x, first, problem.queries) for x in (q, out, d_out))
+        lse = [jnp.where(position < problem.queries, x, 0) for x in lse]
+    queries = [only_head(q, problem, head) for head in heads]
+    d_outs = [only_head(d_out, problem, head) for head in heads]
+    turned = (q.T, d_out.T) if problem.blocks.transposed else None
+    products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).T
+    delta = [products[problem.head_rows(head)].sum(0, keepdims=True) for head in heads]
+
+    is_image = first_query_ref[0] + position >= problem.text_len
+    gamma_row = jnp.where(is_image, gamma_ref[pl.program_id(0)], 1.0)
+    dq_sum[...] = jnp.zeros_like(dq_sum)
+    d_gamma = [jnp.zeros_like(gamma_row) for _ in heads]
+
+    def tile_of(ref: Any, tile: Tile, offset: int | Array) -> Float[Array, "k w"]:
+        x = ref[0, tile.window(offset), :]
+        return existing_rows(x, tile.start, problem.keys) if tile.stop > problem.keys else x
+
+    def prepare(tile: Tile, head: int, offset: int | Array) -> tuple[jax.Array, jax.Array]:
+        """The tile's raw scores and the gradients of its weights: all that needs no exponential."""
+        k, v = tile_of(k_ref, tile, offset), tile_of(v_ref, tile, offset)
+        return dot(k, queries[head], NT), dot(v, d_outs[head], NT)
+
+    def add(
+        tile: Tile, head: int, offset: int | Array, prepared: tuple[jax.Array, jax.Array]
+    ) -> None:
+        raw, d_weights = prepared
+        s = raw * on_text(problem, tile, gamma_row * problem.scale, problem.scale)
+        if tile.stop > problem.keys:
+            s = jnp.where(row_numbers(tile) < problem.keys, s, MASKED)
+        weights = jnp.exp2(s - lse[head])
+        d_scores = weights * (d_weights - delta[head])
+        if tile.start < problem.text_len:
+            if wants_gamma:
+                of_text = d_scores * raw * on_text(problem, tile, 1.0, 0.0)
+                d_gamma[head] += of_text.sum(0, keepdims=True)
+            d_scores = d_scores * on_text(problem, tile, gamma_row, 1.0)
+        weights, d_scores = weights.astype(v_ref.dtype), d_scores.astype(k_ref.dtype)
+        window, rows = tile.window(offset), problem.head_rows(head)
+        if turned is not None:
+            dv_sum[rows, window] += dot(turned[1][rows], weights, NT)
+            dk_sum[rows, window] += dot(turned[0][rows], d_scores, NT)
+        else:
+            dv_sum[window] += dot(weights, d_outs[head], NN)
+            dk_sum[window] += dot(d_scores, queries[head], NN)
+        k = tile_of(k_ref, tile, offset)
+        if problem.group == 1:
+            dq_sum[rows] += dot(k, d_scores, TN)
+        else:
+            dq_sum[rows] += dot(k.T[rows], d_scores, NN)
+
+    run_schedule(problem, prepare, add)
+
+    dq_ref[0] = (dq_sum[...] * softmax_scale).T.astype(dq_ref.dtype)
+    if wants_gamma:
+        for head in heads:
+            results[3][0, head] = jnp.where(is_image, d_gamma[head] * softmax_scale, 0)
+
+    @pl.when(block == problem.query_blocks - 1)
+    def _() -> None:
+        for ref, total, scale in ((dk_ref, dk_sum, softmax_scale), (dv_ref, dv_sum, 1.0)):
+            x = total[...] * scale
+            if problem.blocks.transposed:
+                x = x.T[: problem.padded_keys]
+            ref[0] = x.astype(ref.dtype)

@@ -1,0 +1,245 @@
+"""TACA joint attention on TPU, forward.
+
+One grid step takes a block of queries against all keys of its head, which stay in VMEM, tile by
+tile. Gamma is data in SMEM, so one compiled kernel serves every schedule; it enters through the
+multiplication by log2(e) / sqrt(d) that scores need anyway, on tiles of text keys only.
+
+Exponentials are taken relative to the maximum over the first tile alone, so that nothing is
+rescaled on the way. Where that overflows (a later key a hundred binary orders above all of the
+first tile's), the block is done once more with the online softmax (Milakov and Gimelshein 2018,
+arXiv 1805.02867): any finite logits are right, and the usual ones pay nothing.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from taca_jax.attention.pallas_tpu.tiles import (
+    MASKED,
+    NN,
+    NT,
+    SUBLANES,
+    TN,
+    Problem,
+    Tile,
+    dot,
+    existing_rows,
+    on_text,
+    only_head,
+    query_positions,
+    row_numbers,
+    run_schedule,
+)
+
+Sums = Literal["none", "all", "all and text"]
+SUMS: tuple[Sums, ...] = get_args(Sums)
+
+OVERFLOW = 2.0**100
+"""A denominator above this may stand beside a numerator that has overflowed, since float32 ends at
+2^128; values up to 2^27 times larger than the denominator's terms are safe below it."""
+
+
+def forward(
+    q: Float[Array, "b q c"],
+    k: Float[Array, "b k c"],
+    v: Float[Array, "b k c"],
+    gamma: Float[Array, " b"],
+    first_query: Int[Array, " 1"],
+    *,
+    problem: Problem,
+    sums: Sums,
+    interpret: bool,
+) -> list[jax.Array]:
+    """[output] in q's dtype, and as `sums` asks a log-sum-exp per query, `[b, h, 1, q]`.
+
+    c is heads x head_dim; log-sum-exps are float32, in base 2, gamma included. first_query: the
+    position of the first query in the joint sequence.
+    """
+    batch, _, width = q.shape
+    columns = width // problem.column
+    rows = problem.query_block
+    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    query_spec = pl.BlockSpec((1, rows, problem.column), lambda b, c, i: (b, i, c))
+    key_spec = pl.BlockSpec((1, problem.padded_keys, problem.column), lambda b, c, i: (b, 0, c))
+    sums_spec = pl.BlockSpec((1, problem.group, 1, rows), lambda b, c, i: (b, c, 0, i))
+    shape = (batch, columns * problem.group, 1, problem.queries)
+    outputs = 1 + SUMS.index(sums)
+    return pl.pallas_call(
+        partial(_kernel, problem=problem, outputs=outputs),
+        grid=(batch, columns, problem.query_blocks),
+        in_specs=[smem, smem, query_spec, key_spec, key_spec],
+        out_specs=[query_spec, sums_spec, sums_spec][:outputs],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ][:outputs],
+        scratch_shapes=[pltpu.VMEM((problem.column, rows), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=problem.vmem_limit,
+        ),
+        name="taca_attention_forward",
+        interpret=interpret,
+    )(first_query, gamma, q, k, v)
+
+
+@dataclass
+class _Softmax:
+    """One head's softmax under way, a value per query: float32 rows.
+
+    high: what exponents are relative to. total: sums of exponentials, in SUBLANES partial sums
+    while tiles are added. text: the part of total that is of text keys.
+    """
+
+    high: Float[Array, "1 q"]
+    total: Float[Array, "p q"]
+    text: Float[Array, "p q"]
+
+
+def _kernel(
+    first_query_ref: Any,
+    gamma_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    *refs: Any,
+    problem: Problem,
+    outputs: int,
+) -> None:
+    *out_refs, accumulator = refs
+    block = pl.program_id(2)
+    q = q_ref[0]
+    if problem.ragged_queries:
+        q = existing_rows(q, block * problem.query_block, problem.queries)
+    queries = [only_head(q, problem, head) for head in range(problem.group)]
+    is_image = first_query_ref[0] + query_positions(problem, block) >= problem.text_len
+    gamma = gamma_ref[pl.program_id(0)]
+    text_row = jnp.where(is_image, gamma * problem.scale, problem.scale)
+
+    def finish(softmaxes: list[_Softmax]) -> None:
+        """Divides, turns the queries back into rows, and writes the block."""
+        parts = []
+        for head, softmax in enumerate(softmaxes):
+            total = softmax.total.sum(0, keepdims=True)
+            parts.append(accumulator[problem.head_rows(head)] * (1 / total))
+            text = softmax.text.sum(0, keepdims=True)
+            for ref, sums in zip(out_refs[1:], (total, text), strict=False):
+                ref[0, head] = softmax.high + jnp.log2(sums)
+        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        out_refs[0][0] = out.T.astype(out_refs[0].dtype)
+
+    softmaxes = _from_first_tile(queries, k_ref, v_ref, text_row, accumulator, problem)
+    finish(softmaxes)
+    highest = jnp.max(jnp.concatenate([softmax.total for softmax in softmaxes]))
+
+    @pl.when(highest > OVERFLOW)
+    def _() -> None:
+        finish(
+            [
+                _online(head, query, k_ref, v_ref, text_row, accumulator, problem)
+                for head, query in enumerate(queries)
+            ]
+        )
+
+
+def _from_first_tile(
+    queries: list[Float[Array, "q w"]],
+    k_ref: Any,
+    v_ref: Any,
+    text_row: Float[Array, "1 q"],
+    accumulator: Any,
+    problem: Problem,
+) -> list[_Softmax]:
+    """Accumulates exp2(score - the first tile's maximum) times values, without rescaling."""
+    softmaxes: list[_Softmax] = []
+
+    def scores(tile: Tile, head: int, offset: int | Array) -> Float[Array, "k q"]:
+        s = dot(k_ref[0, tile.window(offset), :], queries[head], NT)
+        s = s * on_text(problem, tile, text_row, problem.scale)
+        if tile.stop > problem.keys:
+            s = jnp.where(row_numbers(tile) < problem.keys, s, MASKED)
+        return s
+
+    def add(tile: Tile, head: int, offset: int | Array, s: Float[Array, "k q"]) -> None:
+        first = head == len(softmaxes)
+        high = s.max(0, keepdims=True) if first else softmaxes[head].high
+        p = jnp.exp2(s - high)
+        v = v_ref[0, tile.window(offset), :]
+        if tile.stop > problem.keys:
+            v = existing_rows(v, tile.start, problem.keys)
+        rows = problem.head_rows(head)
+        if problem.group == 1:
+            out = dot(v, p.astype(v.dtype), TN)
+        else:
+            out = dot(v.T[rows], p.astype(v.dtype), NN)
+        if first:
+            accumulator[rows] = out
+            nothing = jnp.zeros((SUBLANES, p.shape[1]), jnp.float32)
+            softmaxes.append(_Softmax(high, nothing, nothing))
+        else:
+            accumulator[rows] += out
+        softmax = softmaxes[head]
+        if tile.start < problem.text_len <= tile.stop:  # the last tile with text
+            of_text = p
+            if problem.text_len < tile.stop:
+                of_text = jnp.where(row_numbers(tile) < problem.text_len, p, 0)
+            softmax.text = softmax.total + _partial_sums(of_text)
+        softmax.total += _partial_sums(p)
+
+    def carry(totals: list[Array] | None) -> list[Array]:
+        for softmax, total in zip(softmaxes, totals or [], strict=False):
+            softmax.total = total
+        return [softmax.total for softmax in softmaxes]
+
+    run_schedule(problem, scores, add, carry)
+    return softmaxes
+
+
+def _online(
+    head: int,
+    query: Float[Array, "q w"],
+    k_ref: Any,
+    v_ref: Any,
+    text_row: Float[Array, "1 q"],
+    accumulator: Any,
+    problem: Problem,
+) -> _Softmax:
+    """The same for one head with a running maximum: slower, and right for any finite logits."""
+    size = min(problem.blocks.keys, problem.padded_keys)
+    rows = problem.head_rows(head)
+    accumulator[rows] = jnp.zeros_like(accumulator[rows])
+
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        high, total, text = carry
+        # The last tile is moved back to fit; its rows of before are masked.
+        start = jnp.minimum(i * size, problem.padded_keys - size)
+        window = pl.ds(pl.multiple_of(start, SUBLANES), size)
+        row = start + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        is_text = row < problem.text_len
+        s = dot(k_ref[0, window, :], query, NT) * jnp.where(is_text, text_row, problem.scale)
+        s = jnp.where((row >= i * size) & (row < problem.keys), s, MASKED)
+        higher = jnp.maximum(high, s.max(0, keepdims=True))
+        shrink = jnp.exp2(high - higher)
+        p = jnp.exp2(s - higher)
+        v = existing_rows(v_ref[0, window, :], start, problem.keys)
+        out = dot(v.T[rows], p.astype(v.dtype), NN)
+        accumulator[rows] = accumulator[rows] * shrink + out
+        total = total * shrink + p.sum(0, keepdims=True)
+        text = text * shrink + jnp.where(is_text, p, 0).sum(0, keepdims=True)
+        return higher, total, text
+
+    nothing = jnp.zeros_like(text_row)
+    start = (jnp.full_like(text_row, MASKED), nothing, nothing)
+    return _Softmax(*jax.lax.fori_loop(0, -(-problem.padded_keys // size), body, start))
+
+
+def _partial_sums(p: Float[Array, "k q"]) -> Float[Array, "8 q"]:
+    """Sums over whole registers; the last SUBLANES to 1 wait until the block's end."""
+    return p.reshape(-1, SUBLANES, p.shape[1]).sum(0)
