@@ -19,6 +19,7 @@ from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.tensor_files import open_tensors, write_tensors
+from taca_jax.text import load_tokenizer
 from tests.shared import shared_path
 
 T5 = T5Config(11, 8, 12, 2, 4, 2)
@@ -121,6 +122,24 @@ def test_a_whole_pipeline(tmp_path, pipeline_folder, capsys):
     assert pipeline.autoencoder.config.scaling_factor == pytest.approx(0.3611)
     settings = pipeline.settings
     assert (settings.text_length, settings.steps, settings.guidance) == (512, 28, 3.5)
+
+
+def test_a_converted_pipeline_finds_its_own_tokenizer(tmp_path, monkeypatch, pipeline_folder):
+    """Wherever the folder is moved to and the program runs; another `tokenizer/` is not taken."""
+    original = shared_path("assets/t5_tokenizer")
+    shutil.rmtree(pipeline_folder / "tokenizer_2")
+    shutil.copytree(original, pipeline_folder / "tokenizer_2")
+    run("flux", "--src", pipeline_folder, "--dst", tmp_path / "dst")
+    shutil.rmtree(pipeline_folder)
+    (tmp_path / "dst").rename(tmp_path / "moved")
+    (tmp_path / "tokenizer").mkdir()
+    monkeypatch.chdir(tmp_path)
+    pipeline = FluxPipeline.from_pretrained("moved", dtype="float32")
+    prompts = ["a red circle left of a blue square", ""]
+    expected = load_tokenizer(str(original), pipeline.settings.text_length)
+    np.testing.assert_array_equal(pipeline.tokenizer(prompts), expected(prompts))
+    assert pipeline.tokenizer(prompts).shape == (2, 512)
+    assert pipeline.tokenizer.pad_id == 0
 
 
 def test_a_bare_transformer_is_a_model_folder(tmp_path):
