@@ -1,6 +1,7 @@
 """`python -m convert`: what it makes, what it says, and what it refuses without leaving a trace."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -268,7 +269,7 @@ def test_as_a_program(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """32 layers of 4 MB each, and a peak that is far from 128 MB above what an import takes."""
+    """32 layers of 4 MB each; at its peak there are only a few of them."""
     program = """
 import sys
 import numpy as np
@@ -299,6 +300,11 @@ print(max(seen) - before)
     if not Path("/proc/self/status").exists():
         pytest.skip("reads the resident memory from /proc")
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, str(tmp_path)],
+        # glibc would keep freed layers in each thread's arena, more or fewer by the system's load.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert float(done.stdout) < 48
+    assert float(done.stdout) < 16
