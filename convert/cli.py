@@ -83,7 +83,7 @@ class LoRA:
     """A LoRA file of FLUX from one layout to another; the layout of SRC is recognised."""
 
     src: Path
-    """The safetensors file to read."""
+    """The safetensors file to read, or the folder with it (PEFT's `adapter_model.safetensors`)."""
     dst: Path
     """The safetensors file to make; must not exist."""
     to: Literal["peft", "native"]

@@ -20,7 +20,8 @@ Layout = Literal["peft", "native"]
 
 
 def read_lora(path: Path | str, model: nnx.Module) -> LoRASummary:
-    """Attaches the factors of a LoRA file (PEFT's layout or ours) to a FLUX transformer.
+    """Attaches the factors of a LoRA file (PEFT's layout or ours, or its folder) to a FLUX
+    transformer.
 
     Factors become float32, strengths are folded into b. Raises UserError, and changes nothing, for
     a file that is absent, truncated, or of another model; it names keys and both sizes.

@@ -1,4 +1,8 @@
-"""LoRA files in PEFT's layout, as diffusers writes and reads them for FLUX."""
+"""LoRA files in PEFT's layout: those that diffusers writes and reads for FLUX, and PEFT's own.
+
+They differ in how names begin, and in where the strengths are: diffusers has them in the file's
+metadata, PEFT in `adapter_config.json` beside its `adapter_model.safetensors`.
+"""
 
 import json
 import re
@@ -13,28 +17,33 @@ from taca_jax.formats.lora_factors import Adapter, Factors, Place, depths_of
 from taca_jax.formats.table import Table, Transform
 from taca_jax.tensor_files import TensorFiles, summary
 
-PREFIX = "transformer."
-METADATA = "lora_adapter_metadata"
+PREFIX, PEFT_PREFIX = "transformer.", "base_model.model."
+METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
 
-_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")
+_KEY = re.compile(
+    rf"({re.escape(PREFIX)}|{re.escape(PEFT_PREFIX)})?"
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)"
+)
 _A, _B, _ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 
 
 def parse(tensors: TensorFiles, table: Table = flux_diffusers.TABLE) -> dict[Place, Factors]:
-    """The file's factors; names may begin with `transformer.` or not.
+    """The file's factors; names may begin with `transformer.`, `base_model.model.` or neither.
 
-    A layer's strength is alpha / rank; alpha is its `.alpha` tensor, else what the metadata says,
-    else the rank. Every key is used: raises one UserError that names those that are of no layer
-    of the model or have no partner, and factors whose shapes do not fit each other.
+    A layer's strength is alpha / rank; alpha is its `.alpha` tensor, else what the metadata says
+    (or, of names with PEFT's own prefix, `adapter_config.json` beside the file), else the rank.
+    Every key is used: raises one UserError that names those that are of no layer of the model or
+    have no partner, and factors whose shapes do not fit each other.
     """
     modules: dict[str, dict[str, str]] = {}
     problems = [f"{key} is there twice" for key in tensors.duplicates]
     for key in tensors.shapes:
-        match = _KEY.fullmatch(key.removeprefix(PREFIX))
+        match = _KEY.fullmatch(key)
         if match is None or table.find(f"{match['module']}.weight") is None:
             problems.append(f"{key} is unknown")
         elif match["part"] in modules.setdefault(match["module"], {}):
-            problems.append(f"{key} is there with and without {PREFIX}")
+            other = modules[match["module"]][match["part"]]
+            problems.append(f"{key} and {other} are the same factor")
         else:
             modules[match["module"]][match["part"]] = key
     for module, keys in modules.items():
@@ -118,20 +127,17 @@ def _unusable(module: str, keys: Mapping[str, str], tensors: TensorFiles) -> lis
 
 
 class _Config:
-    """What the file's metadata says about strengths: PEFT's LoraConfig, if it is there."""
+    """What is said about strengths: PEFT's LoraConfig, if there is one in or beside the file."""
 
     def __init__(self, tensors: TensorFiles):
-        text = tensors.metadata.get(METADATA, "{}")
+        where, text = _config_text(tensors)
         try:
             fields = {k.removeprefix(PREFIX): v for k, v in json.loads(text).items()}
             self._alpha = None if "lora_alpha" not in fields else float(fields["lora_alpha"])
             self._patterns = {k: float(v) for k, v in (fields.get("alpha_pattern") or {}).items()}
             self._stabilised = bool(fields.get("use_rslora", False))
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{tensors.where}: its metadata {METADATA} cannot be read ({error}); "
-                "write the file again"
-            ) from None
+            raise UserError(f"{where} cannot be read ({error}); write it again") from None
 
     def alpha(self, module: str, rank: int) -> float:
         """alpha of a layer; patterns are matched as PEFT does, at the end of the name."""
@@ -143,3 +149,14 @@ class _Config:
     def divisor(self, rank: int) -> float:
         """What alpha is divided by: the rank, or its root for rank-stabilised LoRA."""
         return rank**0.5 if self._stabilised else float(rank)
+
+
+def _config_text(tensors: TensorFiles) -> tuple[str, str]:
+    """Where the JSON of a LoraConfig is, in words, and that JSON; an empty one where it is not."""
+    if METADATA in tensors.metadata:
+        return f"{tensors.where}: its metadata {METADATA}", tensors.metadata[METADATA]
+    for name, (file, _) in tensors.places.items():
+        beside = file.with_name(PEFT_CONFIG)
+        if name.startswith(PEFT_PREFIX) and beside.is_file():
+            return str(beside), beside.read_text(errors="replace")
+    return tensors.where, "{}"

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import read_lora, write_lora
+from taca_jax.formats.lora_files import load_adapter, read_lora, write_lora
 from taca_jax.lora import LoRAConfig, add_lora, linears
 from taca_jax.models.flux import FluxConfig, FluxTransformer
 from taca_jax.tensor_files import open_tensors, write_tensors
@@ -51,7 +51,7 @@ def attached_delta(model: FluxTransformer, layer: int) -> np.ndarray:
     return np.asarray(product[layer])
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])
 def test_without_alpha_the_strength_is_one(tmp_path, model, prefix):
     tensors = factors(0, 3) | factors(1, 3)
     file = written(tmp_path, {prefix + name: array for name, array in tensors.items()})
@@ -98,6 +98,56 @@ def test_alpha_of_the_metadata(tmp_path, model, metadata, strengths):
         expected = strength * delta(tensors, layer)
         np.testing.assert_allclose(attached_delta(model, layer), expected, rtol=1e-4)
     assert model.double_blocks.img.qkv.q.lora_alpha_over_rank == 1.0
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_what_peft_saves_is_what_diffusers_saves(tmp_path, stabilised):
+    """The folder of a PeftModel, and the same factors as diffusers would name them."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q"], use_rslora=stabilised, init_lora_weights=False
+    )
+    if not stabilised:
+        config.rank_pattern, config.alpha_pattern = {"1.attn.to_q": 2}, {"1.attn.to_q": 5}
+
+    def block():
+        attn = torch.nn.ModuleDict({"to_q": torch.nn.Linear(16, 16)})
+        return torch.nn.ModuleDict({"attn": attn})
+
+    blocks = torch.nn.ModuleList([block(), block()])
+    theirs = peft.get_peft_model(torch.nn.ModuleDict({"transformer_blocks": blocks}), config)
+    theirs.save_pretrained(tmp_path / "peft")
+
+    saved = open_tensors(tmp_path / "peft")
+    names = {name: name.replace("base_model.model.", "transformer.") for name in saved.shapes}
+    assert all(ours != name for name, ours in names.items())
+    metadata = {f"transformer.{name}": value for name, value in config.to_dict().items()}
+    metadata["transformer.target_modules"] = sorted(config.target_modules)
+    tensors = {ours: saved.read(name) for name, ours in names.items()}
+    diffusers = load_adapter(written(tmp_path, tensors, metadata))
+    given = load_adapter(tmp_path / "peft")
+
+    assert [path for path, _ in given] == ["double_blocks.img.qkv.q"] * 2
+    assert given.keys() == diffusers.keys()
+    for place, each in given.items():
+        np.testing.assert_array_equal(each.a, diffusers[place].a)
+        np.testing.assert_array_equal(each.b, diffusers[place].b)
+        assert each.strength == diffusers[place].strength
+        layer = theirs.base_model.model.transformer_blocks[place[1]].attn.to_q
+        delta = layer.get_delta_weight("default").detach().numpy().T
+        np.testing.assert_allclose(each.strength * each.a @ each.b, delta, rtol=1e-4, atol=1e-6)
+
+    (tmp_path / "peft" / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
+        load_adapter(tmp_path / "peft")
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    assert {each.strength for each in load_adapter(tmp_path / "peft").values()} == {1.0}
+
+
+def test_a_config_beside_a_file_of_diffusers_is_not_its_own(tmp_path):
+    file = written(tmp_path, factors(0, 4))
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    assert [each.strength for each in load_adapter(file).values()] == [1.0]
 
 
 def test_alpha_tensors(tmp_path, model):
@@ -190,7 +240,11 @@ def test_halves_and_pairs_that_do_not_fit(tmp_path, model):
     assert "lora_A.weight is (4, 16)" in said
     assert "lora_B.weight is (16, 5)" in said
     twice = tensors | {"transformer." + name: array for name, array in tensors.items()}
-    assert "with and without transformer." in refused(written(tmp_path, twice), model)
+    said = refused(written(tmp_path, twice), model)
+    pair = (name, f"transformer.{name}")
+    assert any(
+        f"{one} and {other} are the same factor" in said for one, other in (pair, pair[::-1])
+    )
 
 
 def test_files_that_are_no_lora(tmp_path, model):
