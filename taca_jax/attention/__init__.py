@@ -1,5 +1,10 @@
 """Joint text-image attention with TACA's temperature, in several exact implementations."""
 
-from taca_jax.attention.api import Implementation, joint_attention
+from taca_jax.attention.api import (
+    Implementation,
+    joint_attention,
+    joint_attention_with_log_sums,
+)
+from taca_jax.attention.log_sums import LogSums
 
-__all__ = ["Implementation", "joint_attention"]
+__all__ = ["Implementation", "LogSums", "joint_attention", "joint_attention_with_log_sums"]

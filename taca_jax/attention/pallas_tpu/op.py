@@ -8,21 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from taca_jax.attention.log_sums import LogSums
 from taca_jax.attention.pallas_tpu.backward import backward
 from taca_jax.attention.pallas_tpu.blocks import BlockSizes, Chip, default_blocks, this_chip
 from taca_jax.attention.pallas_tpu.forward import Sums, forward
 from taca_jax.attention.pallas_tpu.tiles import LOG2_E, Blocks, Problem, heads_per_column
-
-
-class TextMass(NamedTuple):
-    """Natural log-sum-exps of each query's logits, gamma included: float32 `[b, h, q]`.
-
-    exp(text - all) is the share of its attention that a query pays to text. No gradient flows
-    through them.
-    """
-
-    all: Float[Array, "b h q"]
-    text: Float[Array, "b h q"]
 
 
 def joint_attention(
@@ -36,7 +26,7 @@ def joint_attention(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b q h d"]:
-    """As `reference.joint_attention`, on TPU; float32 softmax and sums, differentiable in gamma too.
+    """As `reference.joint_attention`, on TPU, in float32 inside; gamma has a gradient too.
 
     q may be a part of the sequence, which begins at position `first_query` of it. `blocks` are the
     kernel's sizes; None takes the chip's table. `interpret` runs it anywhere, slowly.
@@ -49,7 +39,7 @@ def joint_attention(
     return _split(static, _attention(*merged, first, static))
 
 
-def joint_attention_with_mass(
+def joint_attention_with_log_sums(
     q: Float[Array, "b q h d"],
     k: Float[Array, "b k h d"],
     v: Float[Array, "b k h d"],
@@ -59,19 +49,18 @@ def joint_attention_with_mass(
     first_query: Int[Array, ""] | int = 0,
     blocks: BlockSizes | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "b q h d"], TextMass]:
-    """`joint_attention` and, from the same pass, how much of it went to text; for analysis."""
+) -> tuple[Float[Array, "b q h d"], LogSums]:
+    """`joint_attention` and, from the same pass, the softmax's sums; without a gradient."""
     static = _static(q, k, text_len, blocks, interpret)
-    q, k, v, gamma = jax.lax.stop_gradient(_merge(static, q, k, v, gamma))
+    q, k, v, gamma = _merge(static, q, k, v, gamma)
     first = jnp.asarray(first_query, jnp.int32).reshape(1)
     out, *sums = _forward(q, k, v, gamma, first, static, "all and text")
     per_head = (x.reshape(-1, static.heads, x.shape[-1]) / LOG2_E for x in sums)
-    return _split(static, out), TextMass(*per_head)
+    return _split(static, out), LogSums(*per_head)
 
 
 class _Static(NamedTuple):
-    """What a call is compiled for. merged: whether heads lie side by side in columns of lanes;
-    where they cannot, each is a sample of its own."""
+    """What a call is compiled for."""
 
     heads: int
     head_dim: int
@@ -84,6 +73,7 @@ class _Static(NamedTuple):
 
     @property
     def group(self) -> int | None:
+        """Heads of a column of lanes; None where each head is to be a sample of its own."""
         return heads_per_column(self.heads, self.head_dim)
 
     def problem(self, blocks: Blocks) -> Problem:
