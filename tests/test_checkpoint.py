@@ -242,6 +242,8 @@ save_streamed(Path(sys.argv[1]), TAEF1, {"a": array})
     assert not (tmp_path / "m").exists()
     assert "is no model folder" in message(tmp_path / "m")
     assert all(path.name.endswith(".partial") for path in tmp_path.iterdir())
+    save_model(tmp_path / "m", MODELS["pixels"]())
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_streamed_arrays_are_the_arrays(tmp_path):
