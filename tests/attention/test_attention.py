@@ -10,10 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taca_jax.attention import chunked, joint_attention, reference
+from taca_jax.attention import (
+    chunked,
+    joint_attention,
+    joint_attention_with_log_sums,
+    reference,
+)
 
-IMPLEMENTATIONS = ("reference", "split", "chunked")
+IMPLEMENTATIONS = ("reference", "split", "chunked", "pallas_interpret")
 FAST = IMPLEMENTATIONS[1:]
+XLA = ("split", "chunked")
 
 
 def inputs(batch=2, length=13, heads=3, head_dim=8, dtype=jnp.float32, seed=0, size=1.0):
@@ -224,7 +230,7 @@ def largest_array(jaxpr: jax.extend.core.Jaxpr) -> int:
 
 
 @pytest.mark.parametrize("what", ["forward", "gradient"])
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("implementation", XLA)
 def test_the_scores_of_4608_tokens_are_never_whole(implementation, what):
     """FLUX at 1024 px: 4608 x 4608 scores in float32 would be 85 MB for each of 24 heads."""
     length, heads = 4608, 24
@@ -243,6 +249,21 @@ def test_the_scores_of_4608_tokens_are_never_whole(implementation, what):
     assert largest_array(jaxpr.jaxpr) < max(inputs_and_gradients, length * length)
     memory = jax.jit(function).lower(shape, shape, shape, gamma).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.5 * heads * length * length * 4
+
+
+@pytest.mark.parametrize("text_len", [0, 5, 13])
+@pytest.mark.parametrize("implementation", ["chunked", "pallas_interpret"])
+def test_log_sums_give_the_mass_on_text(implementation, text_len, monkeypatch):
+    """Values of 1 on text and 0 on image make the output the mass on text."""
+    monkeypatch.setattr(chunked, "MAX_SCORES", 150)
+    q, k, _, gamma = inputs()
+    v = jnp.zeros_like(q).at[:, :text_len].set(1.0)
+    call = partial(joint_attention_with_log_sums, text_len=text_len, implementation=implementation)
+    out, sums = jax.jit(call)(q, k, v, gamma=gamma)
+    np.testing.assert_allclose(sums.text_mass, out[..., 0].swapaxes(1, 2), rtol=1e-5, atol=1e-6)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5
+    text_query = jax.nn.logsumexp(logits[:, :, :text_len], axis=-1)
+    np.testing.assert_allclose(sums.whole[:, :, :text_len], text_query, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 1.3])
@@ -279,6 +300,11 @@ class TestErrors:
         q, k, v, _ = inputs()
         with pytest.raises(ValueError, match=r"shape \(2,\), one per sample; got \(3,\)"):
             joint_attention(q, k, v, text_len=5, gamma=jnp.ones(3))
+
+    def test_the_tpu_kernel_where_there_is_no_tpu(self):
+        q, k, v, _ = inputs()
+        with pytest.raises(ValueError, match="compiled for TPUs and this is 'cpu'; take 'auto'"):
+            joint_attention(q, k, v, text_len=5, implementation="pallas")
 
     def test_an_unknown_implementation(self):
         q, k, v, _ = inputs()

@@ -26,19 +26,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def memory():
-    """Bytes by program: {"train": {"arguments": .., "temporaries": .., "outputs": ..}, ..}."""
+def compile_in_a_process(module: str, *arguments: str) -> dict:
+    """What a script of this folder prints last."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tpu.compile_small_flux"],
+        [sys.executable, "-m", f"tests.tpu.{module}", *arguments],
         cwd=ROOT,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """Bytes by program: {"train": {"arguments": .., "temporaries": .., "outputs": ..}, ..}."""
+    return compile_in_a_process("compile_small_flux")
 
 
 @pytest.mark.parametrize("program", ["train", "sample"])
@@ -54,3 +59,42 @@ def test_the_training_state_is_updated_in_place(memory):
     """Donated: outputs of the state's size share its memory."""
     used = memory["train"]
     assert used["aliased"] > 0.9 * used["outputs"]
+
+
+def test_the_small_model_runs_on_the_kernel(memory):
+    """The training step holds both kernels in both kinds of block, the denoising loop one each."""
+    assert memory["train"]["kernels"] >= 4
+    assert memory["sample"]["kernels"] >= 2
+
+
+FLUX = [f"24,128,512,{image}" for image in (4096, 1024, 48 * 84)]
+SD35 = [f"24,64,333,{image}" for image in (4096, 1024, 48 * 84)]
+ODD = ["24,128,77,35", "3,64,0,100", "2,40,5,3", "24,128,512,16384"]
+
+
+def check_attention(topology: str, shapes: list[str]) -> None:
+    found = compile_in_a_process("compile_attention", topology, *shapes)
+    for shape, program in found.items():
+        heads, head_dim, text, image = map(int, shape.split(","))
+        assert program["forward_kernels"] > 0
+        assert program["backward_kernels"] > 0
+        # Attention without its score matrix: some copies of the tensors, in float32 at most.
+        tensors = 2 * heads * (text + image) * max(head_dim, 128) * 4
+        assert program["temporaries"] < 12 * tensors + 2**20, shape
+
+
+def test_attention_compiles_for_v6e():
+    check_attention("v6e:1x1", [SD35[1]])
+
+
+def test_attention_compiles_over_a_mesh():
+    """Samples over one axis and heads over another, as in a sharded model."""
+    check_attention("v5e:2x2", [FLUX[1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "v5p:2x2x1", "v5e:2x4"])
+def test_attention_compiles_at_every_size(topology):
+    """FLUX and SD3.5 at 1024 px, 512 px and 768 x 1344, FLUX at 2048 px, and odd ones."""
+    shapes = [*FLUX, *SD35] if topology == "v5e:2x4" else [*FLUX, *SD35, *ODD]
+    check_attention(topology, shapes)

@@ -43,7 +43,8 @@ def backward(
     gamma: Float[Array, " b"],
     first_query: Int[Array, " 1"],
     out: Float[Array, "b q c"],
-    lse: Float[Array, "b h 1 q"],
+    high: Float[Array, "b h 1 q"],
+    log_total: Float[Array, "b h 1 q"],
     d_out: Float[Array, "b q c"],
     *,
     problem: Problem,
@@ -52,7 +53,7 @@ def backward(
 ) -> list[jax.Array]:
     """[dq, dk, dv] in the inputs' dtypes and, where asked for, gamma's gradient per query.
 
-    out, lse: what `forward` returned. Gamma's gradient is float32 `[b, h, 1, q]`: its sum over
+    out, high, log_total: what `forward` returned. Gamma's gradient is float32 `[b, h, 1, q]`: its sum over
     heads and queries is the gradient of a sample's gamma.
     """
     batch, _, width = q.shape
@@ -73,10 +74,10 @@ def backward(
         grid=(batch, columns, problem.query_blocks),
         in_specs=[
             *(smem, smem),
-            *(query_spec, key_spec, key_spec, query_spec, query_spec, sums_spec),
+            *(query_spec, key_spec, key_spec, query_spec, query_spec, sums_spec, sums_spec),
         ],
         out_specs=[query_spec, key_spec, key_spec, sums_spec][:outputs],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, lse)][:outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, high)][:outputs],
         scratch_shapes=[
             pltpu.VMEM((problem.column, rows), jnp.float32),
             pltpu.VMEM(summed, jnp.float32),
@@ -88,7 +89,7 @@ def backward(
         ),
         name="taca_attention_backward",
         interpret=interpret,
-    )(first_query, gamma, q, k, v, out, d_out, lse)
+    )(first_query, gamma, q, k, v, out, d_out, high, log_total)
 
 
 def _kernel(
@@ -99,7 +100,8 @@ def _kernel(
     v_ref: Any,
     out_ref: Any,
     d_out_ref: Any,
-    lse_ref: Any,
+    high_ref: Any,
+    log_total_ref: Any,
     *refs: Any,
     problem: Problem,
     wants_gamma: bool,
@@ -117,11 +119,13 @@ def _kernel(
 
     position = query_positions(problem, block)
     q, out, d_out = q_ref[0], out_ref[0], d_out_ref[0]
-    lse = [lse_ref[0, head] for head in heads]
+    high = [high_ref[0, head] for head in heads]
+    log_total = [log_total_ref[0, head] for head in heads]
     if problem.ragged_queries:
         first = block * problem.query_block
         q, out, d_out = (existing_rows(x, first, problem.queries) for x in (q, out, d_out))
-        lse = [jnp.where(position < problem.queries, x, 0) for x in lse]
+        exists = position < problem.queries
+        high, log_total = ([jnp.where(exists, x, 0) for x in row] for row in (high, log_total))
     queries = [only_head(q, problem, head) for head in heads]
     d_outs = [only_head(d_out, problem, head) for head in heads]
     turned = (q.T, d_out.T) if problem.blocks.transposed else None
@@ -149,7 +153,7 @@ def _kernel(
         s = raw * on_text(problem, tile, gamma_row * problem.scale, problem.scale)
         if tile.stop > problem.keys:
             s = jnp.where(row_numbers(tile) < problem.keys, s, MASKED)
-        weights = jnp.exp2(s - lse[head])
+        weights = jnp.exp2((s - high[head]) - log_total[head])
         d_scores = weights * (d_weights - delta[head])
         if tile.start < problem.text_len:
             if wants_gamma:

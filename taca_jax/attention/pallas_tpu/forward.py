@@ -12,7 +12,7 @@ arXiv 1805.02867): any finite logits are right, and the usual ones pay nothing.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from taca_jax.attention.pallas_tpu.tiles import (
 )
 
 Sums = Literal["none", "all", "all and text"]
-SUMS: tuple[Sums, ...] = get_args(Sums)
+_OUTPUTS: dict[Sums, int] = {"none": 1, "all": 3, "all and text": 4}
 
 OVERFLOW = 2.0**100
 """A denominator above this may stand beside a numerator that has overflowed, since float32 ends at
@@ -56,10 +56,12 @@ def forward(
     sums: Sums,
     interpret: bool,
 ) -> list[jax.Array]:
-    """[output] in q's dtype, and as `sums` asks a log-sum-exp per query, `[b, h, 1, q]`.
+    """[output] in q's dtype and, as `sums` asks, what the softmax summed, `[b, h, 1, q]` each.
 
-    c is heads x head_dim; log-sum-exps are float32, in base 2, gamma included. first_query: the
-    position of the first query in the joint sequence.
+    c is heads x head_dim. The sums are float32, in base 2, gamma included: what exponents are
+    relative to, the log of the sum over all keys relative to it, and that over text keys. They stay
+    apart because together, beside logits of thousands, the logs would lose their digits.
+    first_query: the position of the first query in the joint sequence.
     """
     batch, _, width = q.shape
     columns = width // problem.column
@@ -69,17 +71,16 @@ def forward(
     key_spec = pl.BlockSpec((1, problem.padded_keys, problem.column), lambda b, c, i: (b, 0, c))
     sums_spec = pl.BlockSpec((1, problem.group, 1, rows), lambda b, c, i: (b, c, 0, i))
     shape = (batch, columns * problem.group, 1, problem.queries)
-    outputs = 1 + SUMS.index(sums)
+    outputs = _OUTPUTS[sums]
     return pl.pallas_call(
-        partial(_kernel, problem=problem, outputs=outputs),
+        partial(_kernel, problem=problem),
         grid=(batch, columns, problem.query_blocks),
         in_specs=[smem, smem, query_spec, key_spec, key_spec],
-        out_specs=[query_spec, sums_spec, sums_spec][:outputs],
+        out_specs=[query_spec, *[sums_spec] * (outputs - 1)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-        ][:outputs],
+            *[jax.ShapeDtypeStruct(shape, jnp.float32)] * (outputs - 1),
+        ],
         scratch_shapes=[pltpu.VMEM((problem.column, rows), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -111,9 +112,8 @@ def _kernel(
     v_ref: Any,
     *refs: Any,
     problem: Problem,
-    outputs: int,
 ) -> None:
-    *out_refs, accumulator = refs
+    out_ref, *sums_refs, accumulator = refs
     block = pl.program_id(2)
     q = q_ref[0]
     if problem.ragged_queries:
@@ -130,10 +130,11 @@ def _kernel(
             total = softmax.total.sum(0, keepdims=True)
             parts.append(accumulator[problem.head_rows(head)] * (1 / total))
             text = softmax.text.sum(0, keepdims=True)
-            for ref, sums in zip(out_refs[1:], (total, text), strict=False):
-                ref[0, head] = softmax.high + jnp.log2(sums)
+            sums = (softmax.high, jnp.log2(total), jnp.log2(text))
+            for ref, value in zip(sums_refs, sums, strict=False):
+                ref[0, head] = value
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        out_refs[0][0] = out.T.astype(out_refs[0].dtype)
+        out_ref[0] = out.T.astype(out_ref.dtype)
 
     softmaxes = _from_first_tile(queries, k_ref, v_ref, text_row, accumulator, problem)
     finish(softmaxes)

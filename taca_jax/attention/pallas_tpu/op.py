@@ -54,9 +54,9 @@ def joint_attention_with_log_sums(
     static = _static(q, k, text_len, blocks, interpret)
     q, k, v, gamma = _merge(static, q, k, v, gamma)
     first = jnp.asarray(first_query, jnp.int32).reshape(1)
-    out, *sums = _forward(q, k, v, gamma, first, static, "all and text")
-    per_head = (x.reshape(-1, static.heads, x.shape[-1]) / LOG2_E for x in sums)
-    return _split(static, out), LogSums(*per_head)
+    out, high, *logs = _forward(q, k, v, gamma, first, static, "all and text")
+    sums = (((high + log) / LOG2_E).reshape(-1, static.heads, static.queries) for log in logs)
+    return _split(static, out), LogSums(*sums)
 
 
 class _Static(NamedTuple):
@@ -163,23 +163,23 @@ def _attention_forward(
     q: Any, k: Any, v: Any, gamma: Any, first_query: Any, static: _Static
 ) -> tuple[jax.Array, tuple]:
     inputs = tuple(x.value for x in (q, k, v, gamma, first_query))
-    out, lse = _forward(*inputs, static, "all")
+    out, *sums = _forward(*inputs, static, "all")
     # A residual may say something static by being there or not.
     wants_gamma = () if gamma.perturbed else None
-    return out, (inputs, out, lse, wants_gamma)
+    return out, (inputs, out, sums, wants_gamma)
 
 
 def _attention_backward(static: _Static, residuals: tuple, d_out: Any) -> tuple:
-    inputs, out, lse, wants_gamma = residuals
+    inputs, out, sums, wants_gamma = residuals
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
         d_out = jnp.zeros(d_out.shape, d_out.dtype)
-    dq, dk, dv, *per_query = _backward(*inputs, out, lse, d_out, static, wants_gamma is not None)
+    dq, dk, dv, *per_query = _backward(*inputs, out, *sums, d_out, static, wants_gamma is not None)
     gamma = inputs[3]
     d_gamma = per_query[0].sum((1, 2, 3)) if per_query else jnp.zeros_like(gamma)
     return dq, dk, dv, d_gamma, np.zeros(1, jax.dtypes.float0)
 
 
-@partial(jax.jit, static_argnums=(8, 9))
+@partial(jax.jit, static_argnums=(9, 10))
 def _backward(
     q: jax.Array,
     k: jax.Array,
@@ -187,13 +187,14 @@ def _backward(
     gamma: jax.Array,
     first_query: jax.Array,
     out: jax.Array,
-    lse: jax.Array,
+    high: jax.Array,
+    log_total: jax.Array,
     d_out: jax.Array,
     static: _Static,
     wants_gamma: bool,
 ) -> list[jax.Array]:
     return backward(
-        *(q, k, v, gamma, first_query, out, lse, d_out),
+        *(q, k, v, gamma, first_query, out, high, log_total, d_out),
         problem=static.problem(static.blocks.backward),
         wants_gamma=wants_gamma,
         interpret=static.interpret,

@@ -1,0 +1,337 @@
+"""Joint attention on TPU: our kernel beside the stock ones, per chip, shape and direction.
+
+    python -m benchmarks.attention_tpu [--chips v5e v6e v5p] [--shapes flux sd35] [--json FILE]
+    python -m benchmarks.attention_tpu --search [--chips v6e] [--shapes flux]
+
+Without a TPU it compiles each kernel for one with libtpu and counts the cycles of the scheduled
+program (`benchmarks.tpu_static` says what that leaves out; differences under 3 % mean nothing).
+On a machine with a TPU it times that chip instead. `--search` tries block sizes and prints the best
+ones for `taca_jax/attention/pallas_tpu/blocks.py`.
+
+Stock kernels run plain attention, at the best of a few block sizes, on [b, h, s, d] as they take
+it; what XLA adds around a kernel is counted apart, in the column "around".
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks import tpu_static  # first: it sets what libtpu reads when it starts
+
+# isort: split
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import flash_attention as flash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
+
+from taca_jax.attention import joint_attention
+from taca_jax.attention.pallas_tpu import Blocks, BlockSizes
+from taca_jax.attention.pallas_tpu import joint_attention as kernel
+
+GAMMA = 1.2
+TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:2x2x1"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention of a model: batch 1, bfloat16."""
+
+    name: str
+    heads: int
+    head_dim: int
+    text: int
+    image: int
+
+    @property
+    def length(self) -> int:
+        return self.text + self.image
+
+    def flop(self, products: int) -> float:
+        """Of so many products over the whole score matrix: 2 forward, 5 more backward."""
+        return 2.0 * products * self.heads * self.head_dim * self.length**2
+
+
+SHAPES = {
+    "flux": Shape("FLUX 1024 px", 24, 128, 512, 4096),
+    "flux_512": Shape("FLUX 512 px", 24, 128, 512, 1024),
+    "flux_wide": Shape("FLUX 768 x 1344 px", 24, 128, 512, 48 * 84),
+    "sd35": Shape("SD3.5-Medium 1024 px", 24, 64, 333, 4096),
+}
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""q, k, v, gamma [b] -> output, in the layout of the kernel."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel at some block sizes. heads_first: it takes [b, h, s, d], not [b, s, h * d]."""
+
+    name: str
+    attend: Attend
+    heads_first: bool
+    sizes: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel costs; cycles are of the busiest core."""
+
+    chip: str
+    shape: str
+    direction: str
+    kernel: str
+    sizes: str
+    cycles: int
+    around: int
+    milliseconds: float
+    share_of_peak: float
+    spills: int
+    vmem_mib: float
+
+
+def ours(shape: Shape, blocks: BlockSizes | None = None, text: int | None = None) -> Attend:
+    """Our kernel on [b, s, h * d]; `text` 0 leaves the feature out."""
+    text = shape.text if text is None else text
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, gamma: jax.Array) -> jax.Array:
+        q, k, v = (x.reshape(1, -1, shape.heads, shape.head_dim) for x in (q, k, v))
+        if blocks is None:
+            out = joint_attention(q, k, v, text_len=text, gamma=gamma, implementation="pallas")
+        else:
+            out = kernel(q, k, v, text_len=text, gamma=gamma, blocks=blocks)
+        return out.reshape(1, -1, shape.heads * shape.head_dim)
+
+    return attend
+
+
+def flash_candidates(shape: Shape) -> Iterable[Candidate]:
+    scale = shape.head_dim**-0.5
+    for queries, keys in ((512, 512), (512, 1536), (1536, 512)):
+        if shape.length % queries or shape.length % keys:
+            continue
+        names = {
+            name: queries if "block_q" in name else keys
+            for name in flash.BlockSizes.__dataclass_fields__
+            if name != "block_b"
+        }
+        sizes = flash.BlockSizes(block_b=1, **names)
+
+        def attend(q, k, v, gamma, sizes=sizes):
+            del gamma
+            return flash.flash_attention(q, k, v, sm_scale=scale, block_sizes=sizes)
+
+        yield Candidate("jax flash_attention", attend, True, f"{queries}, {keys}")
+
+
+def splash_candidates(shape: Shape) -> Iterable[Candidate]:
+    scale = shape.head_dim**-0.5
+    full = mask.MultiHeadMask(
+        [mask.FullMask((shape.length, shape.length)) for _ in range(shape.heads)]
+    )
+    for queries, keys, compute in ((768, 768, 256), (1536, 1536, 512), (512, 512, 512)):
+        if shape.length % queries or shape.length % keys:
+            continue
+        sizes = splash.BlockSizes(
+            block_q=queries,
+            block_kv=keys,
+            block_kv_compute=compute,
+            block_q_dkv=queries,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=compute,
+            use_fused_bwd_kernel=True,
+        )
+
+        def attend(q, k, v, gamma, sizes=sizes):
+            del gamma
+            run = splash.make_splash_mha(full, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+            return jax.vmap(run)((q * scale).astype(q.dtype), k, v)
+
+        yield Candidate("jax splash_attention", attend, True, f"{queries}, {keys}, {compute}")
+
+
+def tokamax_candidates(shape: Shape) -> Iterable[Candidate]:
+    """tokamax's kernel, where it is installed; it takes [b, s, h, d]."""
+    try:
+        import tokamax
+    except ImportError:
+        return
+
+    def attend(q, k, v, gamma):
+        del gamma
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        return tokamax.dot_product_attention(q, k, v, implementation="mosaic").swapaxes(1, 2)
+
+    yield Candidate("tokamax", attend, True)
+
+
+def with_gradients(attend: Attend) -> Callable[..., tuple]:
+    """The output and the gradients of q, k and v, from a gradient of the output."""
+
+    def run(q, k, v, gamma, d_out):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, gamma), q, k, v)
+        return out, pull(d_out)
+
+    return run
+
+
+def arguments(shape: Shape, heads_first: bool) -> list[jax.ShapeDtypeStruct]:
+    """q, k, v, gamma and the output's gradient."""
+    size = (1, shape.length, shape.heads * shape.head_dim)
+    if heads_first:
+        size = (1, shape.heads, shape.length, shape.head_dim)
+    tensor = tpu_static.struct(size, "bfloat16")
+    return [tensor, tensor, tensor, tpu_static.struct((1,), "float32"), tensor]
+
+
+def counted(chip: str, shape: Shape, direction: str, candidate: Candidate) -> Row:
+    """Compiles one candidate for a chip and counts."""
+    backward = direction == "forward + backward"
+    run = with_gradients(candidate.attend) if backward else candidate.attend
+    given = arguments(shape, candidate.heads_first)
+    stats = tpu_static.measure(
+        run, *(given if backward else given[:4]), topology=TOPOLOGIES[chip], rare_branches=False
+    )
+    # XLA's own fusions and copies have no vector program of a kernel's size around a matrix unit.
+    kernels = [k for k in stats if k.unit_ops.get("MATMUL", 0)]
+    total = sum(k.cycles + k.stall for k in kernels)
+    around = sum(k.cycles + k.stall for k in stats if k not in kernels)
+    core = tpu_static.CHIPS[chip]
+    ideal = shape.flop(7 if backward else 2) / core.flop_per_cycle / core.cores
+    return Row(
+        chip=chip,
+        shape=shape.name,
+        direction=direction,
+        kernel=candidate.name,
+        sizes=candidate.sizes,
+        cycles=total,
+        around=around,
+        milliseconds=total / core.ghz * 1e-6,
+        share_of_peak=ideal / total,
+        spills=sum(k.spills for k in kernels),
+        vmem_mib=max(k.vmem for k in kernels) / 2**20,
+    )
+
+
+def timed(chip: str, shape: Shape, direction: str, candidate: Candidate) -> Row:
+    """Runs one candidate on this machine's TPU; milliseconds are the median of 20 calls."""
+    backward = direction == "forward + backward"
+    run = jax.jit(with_gradients(candidate.attend) if backward else candidate.attend)
+    given = arguments(shape, candidate.heads_first)
+    keys = jax.random.split(jax.random.key(0), len(given))
+    values = [
+        jnp.full(x.shape, GAMMA)
+        if x.dtype == jnp.float32
+        else jax.random.normal(key, x.shape, x.dtype)
+        for key, x in zip(keys, given if backward else given[:4], strict=False)
+    ]
+    jax.block_until_ready(run(*values))
+    samples = []
+    for _ in range(20):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*values))
+        samples.append((time.perf_counter() - start) * 1000)
+    milliseconds = statistics.median(samples)
+    core = tpu_static.CHIPS[chip]
+    cycles = round(milliseconds * core.ghz * 1e6)
+    ideal = shape.flop(7 if backward else 2) / core.flop_per_cycle / core.cores
+    return Row(
+        *(chip, shape.name, direction, candidate.name, candidate.sizes),
+        *(cycles, 0, milliseconds, ideal / cycles, 0, 0.0),
+    )
+
+
+def compare(chip: str, shape: Shape, direction: str) -> list[Row]:
+    """Ours, ours without the feature, and the best of each stock kernel."""
+    cost = timed if jax.default_backend() == "tpu" else counted
+    rows = [
+        cost(chip, shape, direction, Candidate("taca_jax", ours(shape), False)),
+        cost(chip, shape, direction, Candidate("taca_jax, no gamma", ours(shape, text=0), False)),
+    ]
+    for family in (flash_candidates, splash_candidates, tokamax_candidates):
+        found = []
+        for candidate in family(shape):
+            try:
+                found.append(cost(chip, shape, direction, candidate))
+            except Exception as error:  # a stock kernel that does not compile here has no row
+                reason = str(error).strip().splitlines()[0][:100]
+                print(f"  {candidate.name} ({candidate.sizes}) left out: {reason}")
+        if found:
+            rows.append(min(found, key=lambda row: row.cycles))
+    return rows
+
+
+def search(chip: str, shape: Shape) -> None:
+    """Prints every choice of block sizes with its cycles, forward and backward, best first."""
+    grid = itertools.product((256, 384, 512, 768, 1024), (128, 256, 512), (1, 2))
+    forward, backward = [], []
+    for queries, keys, prefetch in grid:
+        if shape.length < queries:
+            continue
+        plain = Blocks(queries, keys, prefetch)
+        small = Blocks(768, 256)
+        try_one = functools.partial(searched, chip, shape)
+        forward.append((try_one("forward", BlockSizes(plain, small)), plain))
+        if queries > 512 or keys > 256:
+            continue
+        for transposed in (False, True):
+            blocks = Blocks(queries, keys, prefetch, transposed=transposed)
+            both = try_one("forward + backward", BlockSizes(small, blocks))
+            backward.append((both, blocks))
+    for direction, found in (("forward", forward), ("forward + backward", backward)):
+        print(f"\n{chip}, {shape.name}, {direction}")
+        for cycles, blocks in sorted(found, key=lambda pair: pair[0])[:8]:
+            print(f"  {cycles:12,.0f}  {blocks}")
+
+
+def searched(chip: str, shape: Shape, direction: str, blocks: BlockSizes) -> float:
+    """Cycles, or infinity for sizes that do not compile."""
+    try:
+        return counted(chip, shape, direction, Candidate("", ours(shape, blocks), False)).cycles
+    except Exception as error:  # too much for VMEM, mostly
+        print(f"  {blocks}: {str(error).strip().splitlines()[0][:100]}")
+        return math.inf
+
+
+def show(rows: list[Row]) -> None:
+    first = rows[0]
+    print(f"\n{first.chip}, {first.shape}, {first.direction}")
+    print(f"{'':24}{'cycles':>12}{'ratio':>7}{'ms':>8}{'of peak':>9}", end="")
+    print(f"{'around':>10}{'spills':>11}{'VMEM MiB':>10}  sizes")
+    for row in rows:
+        print(f"{row.kernel:24}{row.cycles:12,}{row.cycles / first.cycles:7.2f}", end="")
+        print(f"{row.milliseconds:8.3f}{row.share_of_peak:9.1%}{row.around:10,}", end="")
+        print(f"{row.spills:11,}{row.vmem_mib:10.1f}  {row.sizes}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["flux", "sd35"])
+    parser.add_argument("--search", action="store_true", help="try block sizes instead")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    shapes = [SHAPES[name] for name in args.shapes]
+    if args.search:
+        for chip, shape in itertools.product(args.chips, shapes):
+            search(chip, shape)
+        return
+    rows = []
+    for chip, shape in itertools.product(args.chips, shapes):
+        for direction in ("forward", "forward + backward"):
+            found = compare(chip, shape, direction)
+            show(found)
+            rows += found
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
