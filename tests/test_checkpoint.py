@@ -27,17 +27,18 @@ from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig, add_lora
 from taca_jax.models.flux import FluxConfig, FluxTransformer
 from taca_jax.models.pixels import Pixels, PixelsConfig
-from taca_jax.models.t5 import T5Config, T5Encoder
-from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
-from taca_jax.models.vae import AutoencoderKL, VAEConfig
+from taca_jax.models.t5 import T5Config
+from taca_jax.models.tiny_vae import TinyVAEConfig
+from taca_jax.models.vae import VAEConfig
 from taca_jax.tensor_files import open_tensors, write_tensors
+from tests.random_models import random_model
 
 FLUX = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 2, 2.0, 6, 4, guidance_embed=False)
 MODELS = {
-    "flux": lambda: FluxTransformer(FLUX, rngs=nnx.Rngs(0)),
-    "t5": lambda: T5Encoder(T5Config(11, 8, 12, 2, 4, 2), rngs=nnx.Rngs(0)),
-    "vae": lambda: AutoencoderKL(VAEConfig((4, 8), 1, 4, 2, 0.5, 0.1), rngs=nnx.Rngs(0)),
-    "tiny_vae": lambda: TinyVAE(TinyVAEConfig(4, 3, 8, (1, 1), (1, 1)), rngs=nnx.Rngs(0)),
+    "flux": lambda: random_model(FLUX),
+    "t5": lambda: random_model(T5Config(11, 8, 12, 2, 4, 2)),
+    "vae": lambda: random_model(VAEConfig((4, 8), 1, 4, 2, 0.5, 0.1)),
+    "tiny_vae": lambda: random_model(TinyVAEConfig(4, 3, 8, (1, 1), (1, 1))),
     "pixels": lambda: Pixels(PixelsConfig(shift_factor=0.5, scaling_factor=4.0)),
 }
 FORMATS = ("orbax", "safetensors")
@@ -202,7 +203,7 @@ def test_a_full_disk_keeps_the_old_folder(tmp_path, format):
     """A limit on the size of files refuses a write as a full disk does."""
     old = MODELS["tiny_vae"]()
     save_model(tmp_path / "m", old, format=format)
-    large = T5Encoder(T5Config(5000, 8, 12, 2, 4, 2), rngs=nnx.Rngs(0))
+    large = random_model(T5Config(5000, 8, 12, 2, 4, 2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:

@@ -10,7 +10,8 @@ from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig, add_lora, attach, linears, remove_lora
 from taca_jax.models.flux import FLUX_DEV, FluxTransformer
 from taca_jax.models.layers import Linear, LoRAParam
-from tests.training.tiny import FLUX, arrays, random_weights
+from tests.random_models import random_model, randomise
+from tests.training.tiny import FLUX, arrays
 
 ADAPTED = {
     *(
@@ -24,9 +25,7 @@ ADAPTED = {
 
 @pytest.fixture
 def model():
-    model = FluxTransformer(FLUX, rngs=nnx.Rngs(0))
-    random_weights(model)
-    return model
+    return random_model(FLUX)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +43,9 @@ def lora_of(model):
     return nnx.state(model, LoRAParam)
 
 
-def randomise(model, seed=5):
-    factors = lora_of(model)
-    leaves, structure = jax.tree.flatten(factors)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    nnx.update(model, jax.tree.unflatten(structure, drawn))
+@nnx.jit
+def run(model, inputs, lora_scale=None):
+    return model(*inputs, lora_scale=lora_scale)
 
 
 def test_the_attention_projections_are_adapted_and_nothing_else(model):
@@ -84,19 +80,19 @@ def arrays_shapes(tree):
 
 
 def test_fresh_factors_leave_the_model_as_it_was(model, inputs):
-    before = model(*inputs)
+    before = run(model, inputs)
     add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
     for name, factor in arrays(lora_of(model)).items():
         assert np.any(factor) == ("lora_a" in name)
     for scale in (None, jnp.zeros(2), jnp.ones(2)):
-        np.testing.assert_allclose(model(*inputs, lora_scale=scale), before, atol=1e-6)
+        np.testing.assert_allclose(run(model, inputs, scale), before, atol=1e-6)
 
 
 def test_factors_act_as_a_change_of_the_kernels(model, inputs):
     add_lora(model, LoRAConfig(rank=2, alpha=3), rngs=nnx.Rngs(0))
-    randomise(model)
-    adapted = model(*inputs, lora_scale=jnp.ones(2))
-    half = model(*inputs, lora_scale=jnp.full(2, 0.5))
+    randomise(model, LoRAParam, scale=0.3)
+    adapted = run(model, inputs, jnp.ones(2))
+    half = run(model, inputs, jnp.full(2, 0.5))
     for scale, expected in ((1.0, adapted), (0.5, half)):
         merged = nnx.clone(model)
         for _, layer in linears(merged):
@@ -104,38 +100,38 @@ def test_factors_act_as_a_change_of_the_kernels(model, inputs):
                 change = layer.lora_a[...] @ layer.lora_b[...] * layer.lora_alpha_over_rank
                 layer.kernel[...] = layer.kernel[...] + scale * change
         remove_lora(merged)
-        np.testing.assert_allclose(merged(*inputs), expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(run(merged, inputs), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_strength_is_per_sample(model, inputs):
-    plain = model(*inputs)
+    plain = run(model, inputs)
     add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-    randomise(model)
-    mixed = model(*inputs, lora_scale=jnp.array([0.0, 1.0]))
-    both = model(*inputs, lora_scale=jnp.ones(2))
+    randomise(model, LoRAParam, scale=0.3)
+    mixed = run(model, inputs, jnp.array([0.0, 1.0]))
+    both = run(model, inputs, jnp.ones(2))
     np.testing.assert_allclose(mixed[0], plain[0], atol=1e-5)
     np.testing.assert_allclose(mixed[1], both[1], atol=1e-5)
     assert np.abs(both[1] - plain[1]).max() > 1e-2
 
 
 def test_off_is_the_base_to_the_last_bit(model, inputs):
-    scale = {"lora_scale": jnp.zeros(2)}
-    before = model(*inputs, **scale)
+    off = jnp.zeros(2)
+    before = run(model, inputs, off)
     add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-    randomise(model)
-    assert np.array_equal(model(*inputs, **scale), before)
-    assert np.array_equal(model(*inputs), before)
+    randomise(model, LoRAParam, scale=0.3)
+    assert np.array_equal(run(model, inputs, off), before)
+    assert np.array_equal(run(model, inputs), before)
 
 
 def test_removing_leaves_the_base(model, inputs):
     graph = nnx.graphdef(model)
-    before = model(*inputs)
+    before = run(model, inputs)
     add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-    randomise(model)
+    randomise(model, LoRAParam, scale=0.3)
     remove_lora(model)
     assert not jax.tree.leaves(lora_of(model))
     assert nnx.graphdef(model) == graph
-    assert np.array_equal(model(*inputs), before)
+    assert np.array_equal(run(model, inputs), before)
 
 
 def test_seeds_decide_the_factors(model):

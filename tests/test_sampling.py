@@ -8,11 +8,11 @@ from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig, add_lora
-from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.layers import LoRAParam
 from taca_jax.sampling import Conditioning, FlowSchedule, Plan, denoise, make_plan
 from taca_jax.taca import TacaConfig
-from tests.training.tiny import FLUX, random_weights
+from tests.random_models import random_model, randomise
+from tests.training.tiny import FLUX
 
 SIGMAS = FlowSchedule(shift=3.0).sigmas(6, 100)
 BATCH = 2
@@ -153,9 +153,9 @@ def test_guidance_runs_both_prompts_each_with_its_state():
 
 @pytest.fixture(scope="module")
 def model():
-    model = FluxTransformer(FLUX, rngs=nnx.Rngs(0))
+    model = random_model(FLUX)
     add_lora(model, LoRAConfig(rank=2, alpha=2), rngs=nnx.Rngs(1))
-    random_weights(model)
+    randomise(model, LoRAParam, scale=0.2)
     return model
 
 

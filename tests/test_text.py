@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +10,8 @@ from taca_jax.data.shapes_captions import VOCABULARY
 from taca_jax.data.shapes_examples import GeneratedShapes
 from taca_jax.data.shapes_examples import test_prompts as held_out_prompts
 from taca_jax.errors import UserError
-from taca_jax.models.t5 import T5Encoder
 from taca_jax.text import ByteTokenizer, WordTokenizer, encode, load_tokenizer
+from tests.random_models import random_model
 from tests.shared import shared_path
 from tests.training.tiny import T5
 
@@ -97,7 +96,7 @@ def test_folders_without_a_usable_tokenizer_are_named_in_one_line(tmp_path):
 
 
 def test_the_pooled_embedding_is_the_mean_over_the_words():
-    encoder = T5Encoder(T5, rngs=nnx.Rngs(0))
+    encoder = random_model(T5)
     tokens = load_tokenizer("shapes", 8)(["a red circle", ""])
     text = encode(encoder, tokens, 0)
     assert text.txt.shape == (2, 8, 32)

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from convert.cli import main
 from taca_jax.checkpoint import flat_params, load_model
@@ -21,6 +20,7 @@ from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.tensor_files import open_tensors, write_tensors
 from taca_jax.text import load_tokenizer
+from tests.random_models import random_model
 from tests.shared import shared_path
 
 T5 = T5Config(11, 8, 12, 2, 4, 2)
@@ -54,7 +54,7 @@ def refused(capsys, *words) -> str:
 def original_t5(folder: Path, shards: int = 1) -> T5Encoder:
     """A folder in transformers' layout, in one file or several with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = T5Encoder(T5, rngs=nnx.Rngs(0))
+    model = random_model(T5)
     (folder / "config.json").write_text(json.dumps(T5_SETTINGS))
     tensors = engine.export(t5.TABLE, model)
     if shards == 1:

@@ -13,6 +13,7 @@ from taca_jax.formats.lora_files import load_adapter, read_lora, write_lora
 from taca_jax.lora import LoRAConfig, add_lora, linears
 from taca_jax.models.flux import FluxConfig, FluxTransformer
 from taca_jax.tensor_files import open_tensors, write_tensors
+from tests.random_models import random_model
 
 CONFIG = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 3, 4.0, 6, 4, guidance_embed=False)
 Q = "transformer_blocks.{}.attn.to_q"
@@ -20,7 +21,7 @@ Q = "transformer_blocks.{}.attn.to_q"
 
 @pytest.fixture
 def model() -> FluxTransformer:
-    return FluxTransformer(CONFIG, rngs=nnx.Rngs(0))
+    return random_model(CONFIG)
 
 
 def factors(layer: int, rank: int, inputs: int = 16, outputs: int = 16, module: str = Q):
@@ -166,7 +167,7 @@ def test_what_is_written_acts_as_what_was_attached(tmp_path, model, layout):
     for _, layer in linears(model):
         layer.lora_b.set_value(jnp.asarray(rng.normal(size=layer.lora_b.shape), jnp.float32))
     written_summary = write_lora(tmp_path / "x.safetensors", model, layout)
-    again = FluxTransformer(CONFIG, rngs=nnx.Rngs(0))
+    again = random_model(CONFIG)
     summary = read_lora(tmp_path / "x.safetensors", again)
     assert summary == written_summary
     assert summary.strengths == (1.0,)
@@ -190,7 +191,7 @@ def test_layers_that_a_file_did_not_have_are_not_written(tmp_path, model):
     read_lora(written(tmp_path, factors(1, 2)), model)
     write_lora(tmp_path / "out.safetensors", model)
     assert all(".1." in name for name in open_tensors(tmp_path / "out.safetensors").shapes)
-    again = FluxTransformer(CONFIG, rngs=nnx.Rngs(0))
+    again = random_model(CONFIG)
     read_lora(tmp_path / "out.safetensors", again)
     np.testing.assert_allclose(attached_delta(again, 1), attached_delta(model, 1))
 

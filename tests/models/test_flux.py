@@ -15,6 +15,7 @@ from taca_jax.models import flux
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig, FluxTransformer
 from taca_jax.models.layers import LoRAParam
 from taca_jax.taca import TacaConfig, active, gamma_at
+from tests.random_models import random_model, randomise
 
 TINY = FluxConfig(
     patch_size=2,
@@ -33,30 +34,12 @@ TINY = FluxConfig(
 BATCH = 2
 
 
-def make(config: FluxConfig = TINY, seed: int = 0, **settings) -> FluxTransformer:
-    """A model with every parameter random: those that start at zero would hide what they do."""
-    model = FluxTransformer(config, rngs=nnx.Rngs(seed), **settings)
-    state = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    rng = np.random.default_rng(seed)
-    leaves = [
-        (leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
-        for leaf in leaves
-    ]
-    nnx.update(model, jax.tree.unflatten(tree, leaves))
-    return model
-
-
-def with_lora(seed: int = 0, zero: bool = False) -> FluxTransformer:
+def with_lora(zero: bool = False) -> FluxTransformer:
     """A model with a LoRA attached; B random too unless `zero`."""
-    model = make(seed=seed)
+    model = random_model(TINY)
     add_lora(model, LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(1))
     if not zero:
-        state = nnx.state(model, LoRAParam)
-        keys = jax.random.split(jax.random.key(2), len(jax.tree.leaves(state)))
-        leaves, tree = jax.tree.flatten(state)
-        leaves = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-        nnx.update(model, jax.tree.unflatten(tree, leaves))
+        randomise(model, LoRAParam, scale=0.3)
     return model
 
 
@@ -82,7 +65,7 @@ def relative_error(a, b) -> float:
 
 @pytest.fixture(scope="module")
 def base() -> FluxTransformer:
-    return make()
+    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +125,7 @@ class TestTracing:
                 return original(self, *args)
 
             monkeypatch.setattr(kind, "__call__", counted)
-        model = make(replace(TINY, num_double_blocks=5, num_single_blocks=7))
+        model = random_model(replace(TINY, num_double_blocks=5, num_single_blocks=7))
         jax.make_jaxpr(lambda: model(*inputs()))()
         assert sorted(calls) == ["DoubleBlock", "SingleBlock"]
 
@@ -178,7 +161,7 @@ class TestInputs:
             assert relative_error(out[1], reference[1]) > 1e-4, i
 
     def test_guidance_matters_where_the_model_has_it(self):
-        model = make(replace(TINY, guidance_embed=True))
+        model = random_model(replace(TINY, guidance_embed=True))
         low, high = (run(model, inputs(), guidance=jnp.full(BATCH, g)) for g in (1.0, 3.5))
         assert relative_error(low, high) > 1e-4
 
@@ -207,7 +190,7 @@ class TestInputs:
     def test_attention_implementations_agree(self, base):
         gamma = jnp.array([1.2, 1.5])
         outs = [
-            base(*inputs(), gamma=gamma, attention=name)
+            nnx.jit(partial(FluxTransformer.__call__, attention=name))(base, *inputs(), gamma=gamma)
             for name in ("reference", "split", "chunked")
         ]
         assert relative_error(outs[1], outs[0]) < 1e-5
@@ -285,7 +268,8 @@ class TestLoRA:
 
 class TestGradients:
     def grads(self, remat):
-        model = make(remat=remat)
+        model = random_model(TINY)
+        model.remat = remat
         target = jax.random.normal(jax.random.key(3), inputs()[0].shape)
 
         @nnx.jit
@@ -307,7 +291,7 @@ class TestGradients:
 
 class TestBfloat16:
     def test_it_stays_near_float32(self, base):
-        half = make(dtype=jnp.bfloat16)
+        half = random_model(TINY, dtype=jnp.bfloat16)
         out = run(half, inputs(), gamma=jnp.full(BATCH, 1.2))
         assert out.dtype == jnp.float32
         assert relative_error(out, run(base, inputs(), gamma=jnp.full(BATCH, 1.2))) < 3e-2
@@ -315,7 +299,7 @@ class TestBfloat16:
     def test_times_near_1000_stay_apart(self):
         """Two times that bfloat16 rounds to one must not give one output."""
         latents, _, txt, pooled = inputs()
-        half = make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        half = random_model(TINY, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
         times = jnp.array([979.0, 981.0])
         assert times.astype(jnp.bfloat16)[0] == times.astype(jnp.bfloat16)[1]
         same = (latents[:1].repeat(2, 0), times, txt[:1].repeat(2, 0), pooled[:1].repeat(2, 0))
@@ -345,7 +329,7 @@ class TestErrors:
 
     def test_no_guidance_for_a_model_with_it(self):
         with pytest.raises(ValueError, match="takes a guidance scale; none was given"):
-            make(replace(TINY, guidance_embed=True))(*inputs())
+            random_model(replace(TINY, guidance_embed=True))(*inputs())
 
     def test_a_gamma_of_another_batch(self, base):
         with pytest.raises(ValueError, match=r"shape \(2,\), one per sample; got \(3,\)"):

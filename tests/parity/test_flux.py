@@ -26,6 +26,7 @@ from taca_jax.models.layers import LoRAParam, patchify
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.taca import TacaConfig
 from taca_jax.tensor_files import write_tensors
+from tests.random_models import random_model, randomise
 from tests.shared import shared_path
 
 SMALL = FluxConfig(
@@ -247,17 +248,6 @@ def arguments(config: FluxConfig) -> dict:
     return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 
-def random_model(config: FluxConfig) -> FluxTransformer:
-    """Every parameter random, so that each one matters."""
-    model = FluxTransformer(config, rngs=nnx.Rngs(0))
-    state = nnx.state(model)
-    for i, leaf in enumerate(jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))):
-        noise = jax.random.normal(jax.random.key(i), leaf.shape)
-        leaf.set_value(leaf.get_value() + 0.05 * noise)
-    nnx.update(model, state)
-    return model
-
-
 def random_inputs(config: FluxConfig):
     keys = jax.random.split(jax.random.key(1), 3)
     return (
@@ -325,10 +315,7 @@ def test_a_lora_of_ours_does_the_same_in_diffusers(tmp_path):
     # alpha is not the rank. (PEFT takes the last layer's name, proj_out, for single blocks' too.)
     config = LoRAConfig(rank=4, alpha=6.0, targets=(r"(?!final_out).*",))
     add_lora(model, config, rngs=nnx.Rngs(2))
-    for _, layer in linears(model):
-        if layer.lora_b is not None:
-            noise = jax.random.normal(jax.random.key(3), layer.lora_b.shape)
-            layer.lora_b.set_value(0.1 * noise)
+    randomise(model, LoRAParam, scale=0.1)
     write_lora(tmp_path / "lora.safetensors", model)
     theirs.load_lora_adapter(tmp_path / "lora.safetensors")
     expected = diffusers_velocity(theirs, inputs, guidance)

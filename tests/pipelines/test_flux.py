@@ -18,7 +18,8 @@ from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.taca import TacaConfig
-from tests.training.tiny import FLUX, random_weights, tiny_pipeline
+from tests.random_models import random_model, randomise
+from tests.training.tiny import FLUX, tiny_pipeline
 
 PROMPT = "a red circle and a blue square"
 TACA = TacaConfig(gamma=2.0, threshold=500)
@@ -42,8 +43,7 @@ def image(pipeline):
 def lora_file(tmp_path_factory):
     other = tiny_pipeline()
     add_lora(other.transformer, LoRAConfig(rank=2, alpha=4), rngs=nnx.Rngs(3))
-    factors = nnx.state(other.transformer, LoRAParam)
-    nnx.update(other.transformer, jax.tree.map(lambda x: x + 0.2, factors))
+    randomise(other.transformer, LoRAParam, scale=0.2)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     write_lora(path, other.transformer)
     return path
@@ -263,9 +263,8 @@ def test_without_an_autoencoder_there_are_latents_only(pipeline):
 
 def test_an_autoencoder_decodes_and_is_saved_with_the_rest(tmp_path):
     small = TinyVAEConfig(4, 3, 8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
-    vae = TinyVAE(small, rngs=nnx.Rngs(0))
     pipeline = tiny_pipeline(dataclasses.replace(FLUX, latent_channels=4, patch_size=2))
-    pipeline.autoencoder = vae
+    pipeline.autoencoder = random_model(small)
     drawn = pipeline(PROMPT, output="array")
     assert drawn.latents.shape == (1, 20, 20, 4)
     assert drawn.images.shape == (1, 40, 40, 3)
@@ -318,7 +317,7 @@ def test_a_lora_of_another_model_is_refused(pipeline, lora_file, tmp_path):
     wide = dataclasses.replace(FLUX, num_heads=4)
     other = tiny_pipeline(wide)
     add_lora(other.transformer, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-    random_weights(other.transformer)
+    randomise(other.transformer, LoRAParam, scale=0.2)
     write_lora(tmp_path / "lora.safetensors", other.transformer)
     pipeline.load_lora(lora_file)
     adapted = array(pipeline, taca=TACA)

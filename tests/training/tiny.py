@@ -5,15 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, TrainConfig
-from taca_jax.models.flux import FluxConfig, FluxTransformer
+from taca_jax.models.flux import FluxConfig
 from taca_jax.models.pixels import Pixels
-from taca_jax.models.t5 import T5Config, T5Encoder
+from taca_jax.models.t5 import T5Config
 from taca_jax.pipelines.flux import FluxPipeline, PipelineSettings
 from taca_jax.sampling import FlowSchedule
 from taca_jax.text import load_tokenizer
+from tests.random_models import random_model
 
 FLUX = FluxConfig(
     patch_size=4,
@@ -49,27 +49,11 @@ def tiny_config(out_dir: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
-def random_weights(model: nnx.Module, seed: int = 0, scale: float = 0.1) -> None:
-    """Moves every parameter off its start, so that zero-initialised layers do something."""
-    state = nnx.state(model, nnx.Param)
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [
-        (leaf + scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    nnx.update(model, jax.tree.unflatten(structure, noisy))
-
-
 def tiny_pipeline(config: FluxConfig = FLUX, *, seed: int = 0, steps: int = 3) -> FluxPipeline:
     """A pipeline on pixels with random weights."""
-    rngs = nnx.Rngs(seed)
-    transformer = FluxTransformer(config, rngs=rngs)
-    encoder = T5Encoder(T5, rngs=rngs)
-    random_weights(transformer, seed)
     return FluxPipeline(
-        transformer,
-        text_encoder=encoder,
+        random_model(config, seed=seed),
+        text_encoder=random_model(T5, seed=seed),
         tokenizer=load_tokenizer("shapes", TEXT_LENGTH),
         autoencoder=Pixels(),
         settings=PipelineSettings(
