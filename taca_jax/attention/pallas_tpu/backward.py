@@ -53,8 +53,8 @@ def backward(
 ) -> list[jax.Array]:
     """[dq, dk, dv] in the inputs' dtypes and, where asked for, gamma's gradient per query.
 
-    out, high, log_total: what `forward` returned. Gamma's gradient is float32 `[b, h, 1, q]`: its sum over
-    heads and queries is the gradient of a sample's gamma.
+    out, high, log_total: what `forward` returned. Gamma's gradient is float32 `[b, h, 1, q]`: its
+    sum over heads and queries is the gradient of a sample's gamma.
     """
     batch, _, width = q.shape
     columns = width // problem.column

@@ -1,15 +1,14 @@
 """Which block sizes are fastest on which chip.
 
-The table was searched with `python -m benchmarks.attention_tpu --search`, which counts the cycles
-of the program that the TPU compiler schedules. Nothing but speed depends on it.
+Chosen by the cycles of the program that the TPU compiler schedules, as
+`python -m benchmarks.attention_tpu --search` counts them. Nothing but speed depends on them.
 """
 
 from dataclasses import dataclass
 
 import jax
-from jax.typing import DTypeLike
 
-from taca_jax.attention.pallas_tpu.tiles import Blocks
+from taca_jax.attention.pallas_tpu.tiles import LANES, Blocks
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,24 @@ _KINDS = {
 _OTHER = Chip("another TPU", 12 * 2**20)
 """Sizes that any generation has room for: v4 has 16 MiB."""
 
-_NARROW = BlockSizes(Blocks(768, 256), Blocks(256, 256))
-"""For matrix units of 128 x 128: v5e and v5p."""
+_SMALL_MATRIX_UNIT = BlockSizes(Blocks(768, 128, unroll=36), Blocks(384, 256))
+"""128 x 128: v5e and v5p, and what is not known."""
 
-_WIDE = BlockSizes(Blocks(768, 256), Blocks(256, 256, prefetch=2, transposed=True))
-"""For matrix units of 256 x 256: v6e."""
+_LARGE_MATRIX_UNIT = BlockSizes(Blocks(768, 256), Blocks(256, 256, prefetch=2, transposed=True))
+"""256 x 256: v6e."""
+
+_SMALL_MATRIX_UNIT_PAIRED = BlockSizes(Blocks(512, 256), Blocks(256, 256))
+_LARGE_MATRIX_UNIT_PAIRED = BlockSizes(
+    Blocks(768, 256), Blocks(256, 256, prefetch=2, transposed=True)
+)
+"""Heads of less than 128 share a column of lanes: the code for a tile is twice as long."""
 
 
-def default_blocks(chip: Chip, head_dim: int, dtype: DTypeLike) -> BlockSizes:
+def default_blocks(chip: Chip, head_dim: int) -> BlockSizes:
     """The table's sizes for a chip and a head size."""
-    del head_dim, dtype
-    return _WIDE if chip == V6E else _NARROW
+    if chip == V6E:
+        return _LARGE_MATRIX_UNIT if head_dim >= LANES else _LARGE_MATRIX_UNIT_PAIRED
+    return _SMALL_MATRIX_UNIT if head_dim >= LANES else _SMALL_MATRIX_UNIT_PAIRED
 
 
 def this_chip() -> Chip:

@@ -99,7 +99,7 @@ def _static(
         queries=queries,
         keys=k.shape[1],
         text_len=text_len,
-        blocks=blocks or default_blocks(chip, head_dim, q.dtype),
+        blocks=blocks or default_blocks(chip, head_dim),
         chip=chip,
         interpret=interpret,
     )
