@@ -59,8 +59,8 @@ def joint_attention_with_log_sums(
 ) -> tuple[Float[Array, "b s h d"], LogSums]:
     """`joint_attention` and how much of it each query pays to text; for analysis, not training.
 
-    On TPU both come from one pass of the kernel, elsewhere the sums take one more. No gradient
-    flows through either. Raises as `joint_attention` does.
+    On TPU both come from one pass of the kernel, on one device; elsewhere the sums take one more.
+    No gradient flows through either. Raises as `joint_attention` does.
     """
     gamma = _checked(q, k, v, text_len, gamma)
     implementation = _chosen(implementation)

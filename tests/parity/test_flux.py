@@ -110,6 +110,32 @@ def test_forward(model, golden):
     assert relative_error(ours, golden["forward.t0.7.g3.5"]) <= 1e-5
 
 
+def test_forward_on_the_tpu_kernel(model, adapted, golden, train):
+    """With the Pallas kernel, interpreted: plainly, and with a gamma per sample and the LoRA."""
+
+    @partial(jax.jit, static_argnums=0)
+    def velocity(graph, state, inputs, options):
+        return nnx.merge(graph, state)(*inputs, **options, attention="pallas_interpret")
+
+    plain = (
+        nhwc(golden["latents"]),
+        jnp.full(2, 700.0),
+        jnp.asarray(golden["prompt_embeds"]),
+        jnp.asarray(golden["pooled_prompt_embeds"]),
+    )
+    taca = {
+        "guidance": jnp.asarray(train["guidance"]),
+        "gamma": jnp.asarray(train["gamma"]),
+        "lora_scale": jnp.ones(2),
+    }
+    for which, inputs, options, theirs in (
+        (model, plain, {"guidance": jnp.full(2, 3.5)}, golden["forward.t0.7.g3.5"]),
+        (adapted, training_inputs(train), taca, train["velocity.gamma.lora"]),
+    ):
+        ours = velocity(*nnx.split(which), inputs, options)
+        assert relative_error(patchify(ours, which.config.patch_size), theirs) <= 1e-5
+
+
 def training_inputs(train):
     """The noised latents and their conditioning; t is the noise level, 0 to 1."""
     sigma = jnp.asarray(train["t"])

@@ -1,0 +1,66 @@
+"""Joint attention and its gradients on meshes of eight virtual devices; prints errors as JSON.
+
+Each error is against the same call on one device: ||a - b|| / ||b|| of the output and of the
+gradients of q, k, v and gamma.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from taca_jax.attention import joint_attention
+
+MESHES = {
+    "data": {"data": 8},
+    "data and fsdp": {"data": 2, "fsdp": 4},
+    "tensor": {"tensor": 4, "other": 2},
+    "context": {"context": 8},
+    "mixed": {"data": 2, "tensor": 2, "context": 2},
+}
+BATCH, TEXT, IMAGE, HEADS, HEAD_DIM = 8, 13, 30, 4, 32  # 43 tokens divide over nothing
+
+
+def run(q, k, v, gamma, d_out):
+    def attend(*inputs):
+        q, k, v, gamma = inputs
+        return joint_attention(
+            q, k, v, text_len=TEXT, gamma=gamma, implementation="pallas_interpret"
+        )
+
+    out, pull = jax.vjp(attend, q, k, v, gamma)
+    return [out, *pull(d_out)]
+
+
+def main() -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    size = (BATCH, TEXT + IMAGE, HEADS, HEAD_DIM)
+    q, k, v, d_out = (jax.random.normal(key, size) for key in keys)
+    inputs = (q, k, v, jnp.linspace(1.0, 2.0, BATCH), d_out)
+    whole = jax.jit(run)(*inputs)
+    found = {}
+    for name, axes in MESHES.items():
+        mesh = jax.make_mesh(
+            tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+        )
+        batch = tuple(axis for axis in axes if axis in ("data", "fsdp")) or None
+        placed = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(batch)))
+        with jax.set_mesh(mesh):
+            parts = jax.jit(run)(*placed)
+        found[name] = [
+            float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b))
+            for a, b in zip(parts, whole, strict=True)
+        ]
+    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        try:
+            jax.jit(run)(*inputs)
+        except ValueError as error:
+            found["refused"] = str(error)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
