@@ -172,7 +172,7 @@ def _attention_forward(
 def _attention_backward(static: _Static, residuals: tuple, d_out: Any) -> tuple:
     inputs, out, sums, wants_gamma = residuals
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
-        d_out = jnp.zeros(d_out.shape, d_out.dtype)
+        d_out = jnp.zeros_like(out)
     dq, dk, dv, *per_query = _backward(*inputs, out, *sums, d_out, static, wants_gamma is not None)
     gamma = inputs[3]
     d_gamma = per_query[0].sum((1, 2, 3)) if per_query else jnp.zeros_like(gamma)
