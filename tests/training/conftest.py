@@ -1,22 +1,42 @@
-"""Compiled programs are kept between tests: runs of one configuration compile once."""
+"""Compiling a training step takes far longer than running it: less of it, and only once."""
+
+import os
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """The cache's folder, shared by all workers; also for subprocesses."""
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory):
+    """Where compiled programs are kept for the session, by all its workers."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "compiled"
+    return (base.parent if base.name.startswith("popen-") else base) / "compiled"
+
+
+@pytest.fixture(scope="package", autouse=True)
+def environment(compiled_folder):
+    """Environment variables for subprocesses that are to run the very programs of these tests.
+
+    Steps of tiny models need no fast code. XLA's own passes, which fuse and reorder, stay.
+    """
     settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_compilation_cache_dir": (None, str(compiled_folder)),
+        "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
+        "jax_persistent_cache_min_entry_size_bytes": (0, -1),
+        "jax_disable_most_optimizations": (False, True),
     }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+    for name, (_, here) in settings.items():
+        jax.config.update(name, here)
+    _forget_programs()
+    yield os.environ | {name.upper(): str(here) for name, (_, here) in settings.items()}
+    for name, (default, _) in settings.items():
+        jax.config.update(name, default)
+    _forget_programs()
+
+
+def _forget_programs() -> None:
+    """Or those compiled before would be taken, whose last bits differ, and the folder not be read:
+    whether there is one is asked once."""
+    jax.clear_caches()
+    reset_cache()
