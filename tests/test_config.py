@@ -178,6 +178,7 @@ HIDDEN = re.compile(
 """What Muon updates of a FLUX and its T5."""
 
 
+@pytest.mark.usefixtures("little_optimisation")
 def test_muon_turns_hidden_kernels_and_leaves_the_rest_to_adam():
     rate, decay = 0.01, 0.5
     muon = OptimizerConfig("muon", learning_rate=rate, weight_decay=decay, clip_norm=None)

@@ -27,7 +27,7 @@ F32 = {"param_dtype": jnp.float32, "dtype": jnp.float32}
 
 
 def noise(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def adapted(seed: int = 0) -> Linear:
