@@ -1,6 +1,7 @@
 """Whole runs: what they leave, how they go on exactly, and how they end when they cannot."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import signal
@@ -327,6 +328,8 @@ def test_what_does_not_change_the_run_may_change(finished, tmp_path):
     assert from_json(type(config), recorded).data.max_bad_share == 0.9
 
 
+# Orbax drops the reads that are under way when it finds damage, to be complained of when collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "record"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys, damage):
     config = copied(finished, tmp_path)
@@ -345,6 +348,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, c
         else:
             shutil.rmtree(newest / "state")
     train(config)
+    gc.collect()
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
     assert len(warned) == 1
     assert warned[0].startswith(f"warning: checkpoint {STEPS} cannot be read (")
