@@ -235,6 +235,7 @@ class TrainConfig:
     dtype: of activations; parameters, softmax and loss are float32.
     remat: `full` computes activations again in the backward pass, block by block, to save memory.
     timestep_sampling: `uniform`, or `logit_normal` (more in the middle), before any truncation.
+    timestep_shift: above 1 draws more noise: SD3's and FLUX's shift of times, in training.
     guidance: the guidance scale shown to models that embed one; others do without.
     log_every: optimizer steps between two lines of metrics.
     save_every: optimizer steps between two checkpoints; the last step is always saved.
@@ -262,6 +263,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     timestep_sampling: TimestepSampling = "logit_normal"
+    timestep_shift: float = 1.0
     guidance: float = 1.0
     log_every: int = 10
     save_every: int = 500
@@ -285,6 +287,8 @@ class TrainConfig:
         }
         for name, value in positive.items():
             _check(value >= 1, name, value, "1 or more")
+        shift = self.timestep_shift
+        _check(0 < shift < math.inf, "timestep_shift", shift, "a number above 0")
         _check(self.sample_every >= 0, "sample_every", self.sample_every, "0 (never) or more")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
         _check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")

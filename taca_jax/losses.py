@@ -14,23 +14,31 @@ TimestepSampling = Literal["uniform", "logit_normal"]
 
 
 def sample_timesteps(
-    rng: jax.Array, samples: int, *, sampling: TimestepSampling, above: float = 0.0
+    rng: jax.Array,
+    samples: int,
+    *,
+    sampling: TimestepSampling,
+    shift: float = 1.0,
+    above: float = 0.0,
 ) -> Float[Array, " b"]:
     """Timesteps in (above, 1000], float32.
 
-    `uniform`, or `logit_normal` (the sigmoid of a standard normal, SD3's choice), restricted to
-    that range: TACA trains its LoRA on t in (t_thresh, 1000] (arXiv 2506.07986, equation 11).
+    `uniform`, or `logit_normal` (the sigmoid of a standard normal, SD3's choice), then shifted
+    towards noise, sigma <- shift sigma / (1 + (shift - 1) sigma) (equation 23 of the SD3 paper,
+    arXiv 2403.03206), all restricted to that range: TACA trains its LoRA on t in (t_thresh, 1000]
+    (arXiv 2506.07986, equation 11).
     """
     # Of (0, 1], what is left to the range's end, which is pure noise, where every sampling starts.
     u = 1.0 - jax.random.uniform(rng, (samples,))
     low = above / MAX_TIMESTEP
+    low = low / (shift - (shift - 1) * low)  # what the shift takes there
     if sampling == "uniform":
         sigma = low + (1 - low) * u
     else:
         # By the upper tail: near 1 the cumulative itself has no digits left in float32.
         tail = norm.cdf(jnp.log1p(-low) - jnp.log(low)) if low > 0 else 1.0
         sigma = jax.nn.sigmoid(-norm.ppf(tail * (1.0 - u)))
-    timestep = MAX_TIMESTEP * sigma
+    timestep = MAX_TIMESTEP * shift * sigma / (1 + (shift - 1) * sigma)
     # Rounding may hit the open end, where TACA is the next step's affair.
     return jnp.maximum(timestep, np.nextafter(np.float32(above), np.inf)) if above else timestep
 

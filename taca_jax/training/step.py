@@ -167,6 +167,7 @@ def objective(
         time_rng,
         len(x0),
         sampling=config.timestep_sampling,
+        shift=config.timestep_shift,
         above=0.0 if taca is None else taca.threshold,
     )
     noise = jax.random.normal(noise_rng, x0.shape)

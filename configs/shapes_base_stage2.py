@@ -1,0 +1,18 @@
+"""Goes on from `shapes_base` where captions are learnt: at high noise."""
+
+from dataclasses import replace
+
+from configs.shapes_base import CONFIG as STAGE1
+from taca_jax.config import TextConfig
+from taca_jax.models.pixels import PixelsConfig
+
+CONFIG = replace(
+    STAGE1,
+    name="shapes_base_stage2",
+    base="runs/shapes_base/model",
+    model=None,
+    text=TextConfig(),
+    pixels=PixelsConfig(),
+    timestep_shift=3.0,
+    seed=1,
+)
