@@ -50,6 +50,7 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (ADAPT, {"steps": "0"}, "steps is 0; it must be 1 or more"),
         (ADAPT, {"grad_accumulation": "0"}, "grad_accumulation is 0; it must be 1 or more"),
         (ADAPT, {"log_every": "-1"}, "log_every is -1; it must be 1 or more"),
+        (ADAPT, {"timestep_shift": "0"}, "timestep_shift is 0.0; it must be a number above 0"),
         (ADAPT, {"save_every": "0"}, "save_every is 0; it must be 1 or more"),
         (ADAPT, {"keep_checkpoints": "0"}, "keep_checkpoints is 0; it must be 1 or more"),
         (ADAPT, {"sample_every": "-1"}, "sample_every is -1; it must be 0 (never) or more"),
