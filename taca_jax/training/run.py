@@ -50,11 +50,11 @@ def train(config: TrainConfig) -> None:
     _check_free(config, run_dir)
     pipeline = build_pipeline(config)
     _check_prompts(config, pipeline)
-    source = open_source(config.data)
-    # Only now: what fails before this leaves no run behind.
-    with whole_file(run_dir / RECORD) as record:
-        record.write_text(to_json(config))
     try:
+        source = open_source(config.data)
+        # Only now: what fails before this leaves no run behind.
+        with whole_file(run_dir / RECORD) as record:
+            record.write_text(to_json(config))
         with make_loader(source, data=config.data, tokenize=_tokenizer(pipeline)) as loader:
             _train(config, pipeline, loader)
         _export(config, pipeline, run_dir)
@@ -64,8 +64,8 @@ def train(config: TrainConfig) -> None:
             )
     except OSError as error:
         raise UserError(
-            f"writing to {run_dir} failed ({error.strerror or error}); make room there and go on "
-            "with resume=true"
+            f"{error.filename or run_dir}: {error.strerror or error}; mend that and go on with "
+            "resume=true"
         ) from error
 
 
@@ -73,6 +73,8 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
     """Raises UserError unless the folder is new, or holds this run and is to be gone on with."""
     record = run_dir / RECORD
     if not record.is_file():
+        if config.resume:  # so that one command serves the first start and every restart
+            print(f"{run_dir} holds no run yet: starting one", file=sys.stderr)
         return
     if not config.resume:
         raise UserError(
