@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from taca_jax.atomic import whole_folder
-from taca_jax.checkpoint import StreamedArray, save_streamed
+from taca_jax.checkpoint import CONFIG, StreamedArray, save_streamed
 from taca_jax.errors import UserError
+from taca_jax.formats import clip as clip_format
 from taca_jax.formats import flux_diffusers
 from taca_jax.formats import t5 as t5_format
 from taca_jax.formats import tiny_vae as tiny_vae_format
@@ -25,6 +26,7 @@ from taca_jax.formats.lora_factors import summarise
 from taca_jax.formats.lora_files import Layout, load_adapter, save_adapter
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
+from taca_jax.models.clip import Activation
 from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.tensor_files import TensorFiles, open_tensors
 
@@ -48,8 +50,35 @@ def flux(src: Path) -> Source:
 
 
 def t5(src: Path) -> Source:
-    """A T5 encoder's folder in transformers' layout."""
-    return Source(t5_format.TABLE, t5_format.config_of(read_settings(src)), open_tensors(src))
+    """A T5 encoder in transformers' layout: its folder, or the weights alone."""
+    tensors = open_tensors(src)
+    if (src / CONFIG).is_file():
+        config = t5_format.config_of(read_settings(src))
+    else:
+        config = t5_format.inferred(tensors)
+    return Source(t5_format.TABLE, config, tensors)
+
+
+def clip(
+    src: Path, *, num_heads: int | None = None, activation: Activation | None = None
+) -> Source:
+    """A CLIP text encoder in transformers' layout: its folder, or the weights alone.
+
+    What the shapes do not tell may be given; a config.json tells it.
+    """
+    tensors = open_tensors(src)
+    if (src / CONFIG).is_file():
+        config = clip_format.config_of(read_settings(src), tensors)
+        given = {"num_heads": num_heads, "activation": activation}
+        for name, value in given.items():
+            if value not in (None, getattr(config, name)):
+                raise UserError(
+                    f"{src / CONFIG} says {name} is {getattr(config, name)}, the command line "
+                    f"{value}; leave it out there"
+                )
+    else:
+        config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
+    return Source(clip_format.table_of(tensors), config, tensors)
 
 
 def vae(src: Path) -> Source:
