@@ -18,9 +18,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Flux:
-    """FLUX.1 from a diffusers folder to a pipeline folder: transformer, autoencoder, T5, sampler.
+    """FLUX.1 from a diffusers folder to a pipeline folder: all of its models, tokenizers, sampler.
 
-    A bare transformer folder gives a bare model folder. CLIP is left out.
+    A bare transformer folder gives a bare model folder.
     """
 
     src: Path

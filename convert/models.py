@@ -31,7 +31,9 @@ from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.tensor_files import TensorFiles, open_tensors
 
 PIPELINE_FILE = "pipeline.json"
-TOKENIZER = "tokenizer"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+"""As diffusers names them, and we: what each is, its config.json says."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,17 @@ def tiny_vae(src: Path) -> Source:
     return Source(tiny_vae_format.TABLE, TAEF1, tiny_vae_format.open_taesd(src))
 
 
+def text_encoder(src: Path) -> Source:
+    """A CLIP or a T5 in transformers' layout, whichever the folder's config.json says it is."""
+    settings = read_settings(src)
+    settings.expect("model_type", "clip_text_model", "t5")
+    return t5(src) if settings["model_type"] == "t5" else clip(src)
+
+
 _PIPELINE_PARTS = (
     ("transformer", "transformer", flux),
     ("vae", "autoencoder", vae),
-    ("text_encoder_2", "text_encoder", t5),
+    *((name, name, text_encoder) for name in TEXT_ENCODERS),
 )
 """diffusers' folder -> ours."""
 
@@ -128,10 +137,11 @@ def convert_flux(src: Path, dst: Path, dtype: str | None) -> list[str]:
             _write(source, folder / made, dtype).replace(str(folder), str(dst))
             for made, source in sources.items()
         ]
-        if (src / "tokenizer_2").is_dir():
-            shutil.copytree(src / "tokenizer_2", folder / TOKENIZER)
+        for name in TOKENIZERS:
+            if (src / name).is_dir():
+                shutil.copytree(src / name, folder / name)
         (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    known = {"tokenizer_2", "scheduler", *(name for name, _, _ in _PIPELINE_PARTS)}
+    known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in _PIPELINE_PARTS)}
     left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
@@ -151,7 +161,7 @@ def _pipeline_settings(src: Path, config: Any) -> dict[str, Any]:
     """What a pipeline is told beside its weights (PipelineSettings), from diffusers' folder."""
     schedule = flux_diffusers.schedule_of(read_settings(src / "scheduler", "scheduler_config.json"))
     call = flux_diffusers.DEV_CALL if config.guidance_embed else flux_diffusers.SCHNELL_CALL
-    return {"tokenizer": TOKENIZER, **call, "schedule": dataclasses.asdict(schedule)}
+    return {"tokenizer": None, **call, "schedule": dataclasses.asdict(schedule)}
 
 
 def _write(source: Source, dst: Path, dtype: str | None) -> str:

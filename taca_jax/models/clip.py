@@ -1,7 +1,7 @@
 """CLIP's text encoders: token ids in, embeddings of every token and of the whole prompt out.
 
-Source: Radford et al. 2021 (arXiv:2103.00020); OpenAI's ViT-L/14 and OpenCLIP's ViT-bigG/14, checked
-against transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
+Source: Radford et al. 2021 (arXiv:2103.00020); OpenAI's ViT-L/14 and OpenCLIP's ViT-bigG/14,
+checked against transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
 """
 
 from dataclasses import dataclass
