@@ -57,8 +57,8 @@ def _check(right: bool, name: str, value: Any, allowed: str) -> None:
 class TextConfig:
     """How captions become the transformer's text.
 
-    tokenizer: `shapes` (the words of the shapes data), `bytes` (UTF-8), or the path of a folder
-      with a Hugging Face tokenizer.
+    tokenizer: `shapes` (the words of the shapes data), `bytes` (UTF-8), or a Hugging Face
+      tokenizer: the path of a folder, or a hub id.
     length: tokens per caption; longer captions are cut, shorter ones padded.
     encoder: the text encoder's shape when it is trained from scratch with the model; none takes
       the base's `text_encoder/`.

@@ -14,7 +14,7 @@ from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.pipelines.flux import Autoencoder, FluxPipeline, PipelineSettings
 from taca_jax.sampling import FlowSchedule
-from taca_jax.text import load_tokenizer
+from taca_jax.tokenizers import load_tokenizer
 
 DEFAULT_STEPS = 20
 
@@ -46,7 +46,7 @@ def build_pipeline(config: TrainConfig) -> FluxPipeline:
         pipeline.autoencoder = load_model(config.autoencoder, dtype=dtype, param_dtype=dtype)
     if pipeline.autoencoder is None or pipeline.text_encoder is None:
         raise UserError(
-            f"training from base={config.base} needs its text_encoder/ and an autoencoder "
+            f"training from base={config.base} needs its text encoders and an autoencoder "
             "(autoencoder=FOLDER)"
         )
     _check_sizes(config, pipeline.transformer, pipeline.autoencoder)

@@ -17,7 +17,7 @@ from taca_jax.formats.lora_files import write_lora
 from taca_jax.metrics import RunLog
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.text import Tokenizer
+from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
