@@ -122,7 +122,8 @@ def pipeline_folder(tmp_path) -> Path:
     return src
 
 
-def test_a_whole_pipeline(tmp_path, pipeline_folder, capsys):
+def test_a_whole_pipeline(tmp_path, monkeypatch, pipeline_folder, capsys):
+    """It finds its own tokenizers wherever it is moved to; another `tokenizer/` is not taken."""
     dst = tmp_path / "dst"
     run("flux", "--src", pipeline_folder, "--dst", dst)
     assert sorted(path.name for path in dst.iterdir()) == [
@@ -138,31 +139,24 @@ def test_a_whole_pipeline(tmp_path, pipeline_folder, capsys):
     for name in ("transformer", "autoencoder", "text_encoder", "text_encoder_2"):
         assert f"{dst / name}: " in said
     assert said.splitlines()[-1] == "left out: lora"
-    pipeline = FluxPipeline.from_pretrained(dst, dtype="float32")
+
+    shutil.rmtree(pipeline_folder)
+    dst.rename(tmp_path / "moved")
+    (tmp_path / "tokenizer").mkdir()
+    monkeypatch.chdir(tmp_path)
+    pipeline = FluxPipeline.from_pretrained("moved", dtype="float32")
     assert pipeline.transformer.config.guidance_embed
     assert pipeline.autoencoder.config.scaling_factor == pytest.approx(0.3611)
     assert pipeline.text_encoder.clip.config.dim == pipeline.transformer.config.pooled_dim
     assert pipeline.text_encoder.t5.config.dim == pipeline.transformer.config.txt_dim
     settings = pipeline.settings
     assert (settings.text_length, settings.steps, settings.guidance) == (512, 28, 3.5)
-
-
-def test_a_converted_pipeline_finds_its_own_tokenizers(tmp_path, monkeypatch, pipeline_folder):
-    """Wherever the folder is moved to and the program runs; another `tokenizer/` is not taken."""
-    run("flux", "--src", pipeline_folder, "--dst", tmp_path / "dst")
-    shutil.rmtree(pipeline_folder)
-    (tmp_path / "dst").rename(tmp_path / "moved")
-    (tmp_path / "tokenizer").mkdir()
-    monkeypatch.chdir(tmp_path)
-    pipeline = FluxPipeline.from_pretrained("moved", dtype="float32")
     prompts = ["a red circle left of a blue square", ""]
-    ids = pipeline.tokenizer(prompts)
     expected = [
         load_tokenizer(str(shared_path(f"assets/{name}_tokenizer")), length)(prompts)
         for name, length in (("clip", 77), ("t5", 512))
     ]
-    np.testing.assert_array_equal(ids, np.concatenate(expected, axis=1))
-    assert pipeline.tokenizer.pad_id == 0
+    np.testing.assert_array_equal(pipeline.tokenizer(prompts), np.concatenate(expected, axis=1))
 
 
 def test_a_bare_transformer_is_a_model_folder(tmp_path):
