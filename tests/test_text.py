@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from taca_jax.checkpoint import abstract_model
 from taca_jax.errors import UserError
@@ -31,19 +32,23 @@ def test_the_pooled_embedding_is_the_mean_over_the_words():
     assert np.isfinite(jax.device_get(nothing.pooled)).all()
 
 
+def shapes_of(encoder, count: int):
+    """What an abstract encoder would make of two prompts of `count` ids."""
+    graph, state = nnx.split(encoder)
+    ids = jax.ShapeDtypeStruct((2, count), jnp.int32)
+    return jax.eval_shape(lambda state, ids: nnx.merge(graph, state)(ids), state, ids)
+
+
 def test_full_size_text_of_flux_and_sd3_has_the_released_shapes():
     clip_l, clip_g, t5 = (
         abstract_model(config, dtype=jnp.bfloat16) for config in (CLIP_L, CLIP_BIGG, T5_XXL)
     )
-    ids = jax.ShapeDtypeStruct((2, 77 + 512), jnp.int32)
-    flux = jax.eval_shape(lambda ids: FluxText(clip_l, t5)(ids), ids)
+    flux = shapes_of(FluxText(clip_l, t5), 77 + 512)
     assert (flux.txt.shape, flux.pooled.shape) == ((2, 512, 4096), (2, 768))
     for encoder, count in ((t5, 256), (None, 0)):
-        sd3 = SD3Text(clip_l, clip_g, encoder, width=4096, t5_length=256)
-        ids = jax.ShapeDtypeStruct((2, 77 + 77 + count), jnp.int32)
-        text = jax.eval_shape(lambda ids, sd3=sd3: sd3(ids), ids)
-        assert (text.txt.shape, text.pooled.shape) == ((2, 77 + 256, 4096), (2, 2048))
-        assert text.txt.dtype == text.pooled.dtype == jnp.float32
+        sd3 = shapes_of(SD3Text(clip_l, clip_g, encoder, width=4096, t5_length=256), 154 + count)
+        assert (sd3.txt.shape, sd3.pooled.shape) == ((2, 77 + 256, 4096), (2, 2048))
+        assert sd3.txt.dtype == sd3.pooled.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ import pytest
 
 from convert.cli import main
 from taca_jax.checkpoint import flat_params, load_model
-from taca_jax.formats import engine, t5, vae
+from taca_jax.formats import clip, engine, t5, vae
+from taca_jax.models.clip import CLIPConfig
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.pipelines.flux import FluxPipeline
@@ -51,11 +53,11 @@ def refused(capsys, *words) -> str:
     return stop.value.code
 
 
-def original_t5(folder: Path, shards: int = 1) -> T5Encoder:
+def original_t5(folder: Path, shards: int = 1, dim: int = T5.dim) -> T5Encoder:
     """A folder in transformers' layout, in one file or several with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = random_model(T5)
-    (folder / "config.json").write_text(json.dumps(T5_SETTINGS))
+    model = random_model(replace(T5, dim=dim))
+    (folder / "config.json").write_text(json.dumps(T5_SETTINGS | {"d_model": dim}))
     tensors = engine.export(t5.TABLE, model)
     if shards == 1:
         write_tensors(folder / "model.safetensors", tensors)
@@ -69,6 +71,23 @@ def original_t5(folder: Path, shards: int = 1) -> T5Encoder:
         weight_map |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return model
+
+
+def original_clip(folder: Path, dim: int) -> None:
+    """A CLIP text encoder's folder in transformers' layout."""
+    folder.mkdir()
+    model = random_model(CLIPConfig(11, 77, dim, 12, 2, 2, "quick_gelu", None, None))
+    settings = {
+        "model_type": "clip_text_model",
+        "vocab_size": 11,
+        "hidden_size": dim,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    write_tensors(folder / "model.safetensors", engine.export(clip.TABLE, model))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -92,55 +111,52 @@ def test_dtype(tmp_path):
 
 @pytest.fixture
 def pipeline_folder(tmp_path) -> Path:
-    """The golden pipeline with a T5 encoder and a tokenizer beside it."""
+    """The golden pipeline with text encoders and tokenizers beside it."""
     src = tmp_path / "src"
     shutil.copytree(shared_path("golden/flux"), src)
-    original_t5(src / "text_encoder_2")
-    (src / "tokenizer_2").mkdir()
-    (src / "tokenizer_2" / "tokenizer.json").write_text("{}")
-    (src / "text_encoder").mkdir()
+    transformer = json.loads((src / "transformer" / "config.json").read_text())
+    original_clip(src / "text_encoder", transformer["pooled_projection_dim"])
+    original_t5(src / "text_encoder_2", dim=transformer["joint_attention_dim"])
+    shutil.copytree(shared_path("assets/clip_tokenizer"), src / "tokenizer")
+    shutil.copytree(shared_path("assets/t5_tokenizer"), src / "tokenizer_2")
     return src
 
 
-def test_a_whole_pipeline(tmp_path, pipeline_folder, capsys):
+def test_a_whole_pipeline(tmp_path, monkeypatch, pipeline_folder, capsys):
+    """It finds its own tokenizers wherever it is moved to; another `tokenizer/` is not taken."""
     dst = tmp_path / "dst"
     run("flux", "--src", pipeline_folder, "--dst", dst)
     assert sorted(path.name for path in dst.iterdir()) == [
         "autoencoder",
         "pipeline.json",
         "text_encoder",
+        "text_encoder_2",
         "tokenizer",
+        "tokenizer_2",
         "transformer",
     ]
     said = capsys.readouterr().out
-    for name in ("transformer", "autoencoder", "text_encoder"):
+    for name in ("transformer", "autoencoder", "text_encoder", "text_encoder_2"):
         assert f"{dst / name}: " in said
-    assert "left out: lora, text_encoder" in said
-    assert load_model(dst / "text_encoder", dtype=jnp.float32).config == T5
-    shutil.rmtree(dst / "text_encoder")  # its tokenizer is a stand-in
-    pipeline = FluxPipeline.from_pretrained(dst, dtype="float32")
-    assert pipeline.transformer.config.guidance_embed
-    assert pipeline.autoencoder.config.scaling_factor == pytest.approx(0.3611)
-    settings = pipeline.settings
-    assert (settings.text_length, settings.steps, settings.guidance) == (512, 28, 3.5)
+    assert said.splitlines()[-1] == "left out: lora"
 
-
-def test_a_converted_pipeline_finds_its_own_tokenizer(tmp_path, monkeypatch, pipeline_folder):
-    """Wherever the folder is moved to and the program runs; another `tokenizer/` is not taken."""
-    original = shared_path("assets/t5_tokenizer")
-    shutil.rmtree(pipeline_folder / "tokenizer_2")
-    shutil.copytree(original, pipeline_folder / "tokenizer_2")
-    run("flux", "--src", pipeline_folder, "--dst", tmp_path / "dst")
     shutil.rmtree(pipeline_folder)
-    (tmp_path / "dst").rename(tmp_path / "moved")
+    dst.rename(tmp_path / "moved")
     (tmp_path / "tokenizer").mkdir()
     monkeypatch.chdir(tmp_path)
     pipeline = FluxPipeline.from_pretrained("moved", dtype="float32")
+    assert pipeline.transformer.config.guidance_embed
+    assert pipeline.autoencoder.config.scaling_factor == pytest.approx(0.3611)
+    assert pipeline.text_encoder.clip.config.dim == pipeline.transformer.config.pooled_dim
+    assert pipeline.text_encoder.t5.config.dim == pipeline.transformer.config.txt_dim
+    settings = pipeline.settings
+    assert (settings.text_length, settings.steps, settings.guidance) == (512, 28, 3.5)
     prompts = ["a red circle left of a blue square", ""]
-    expected = load_tokenizer(str(original), pipeline.settings.text_length)
-    np.testing.assert_array_equal(pipeline.tokenizer(prompts), expected(prompts))
-    assert pipeline.tokenizer(prompts).shape == (2, 512)
-    assert pipeline.tokenizer.pad_id == 0
+    expected = [
+        load_tokenizer(str(shared_path(f"assets/{name}_tokenizer")), length)(prompts)
+        for name, length in (("clip", 77), ("t5", 512))
+    ]
+    np.testing.assert_array_equal(pipeline.tokenizer(prompts), np.concatenate(expected, axis=1))
 
 
 def test_a_bare_transformer_is_a_model_folder(tmp_path):
@@ -196,7 +212,8 @@ def test_an_empty_destination_is_used(tmp_path):
 
 def test_sources_that_are_not_there_or_of_another_model(tmp_path, capsys):
     where = ("--src", tmp_path / "src", "--dst", tmp_path / "dst")
-    assert "config.json is not there" in refused(capsys, "t5", *where)
+    for kind in ("t5", "clip"):
+        assert "src is not there; give a .safetensors file" in refused(capsys, kind, *where)
     original_t5(tmp_path / "src")
     assert "has no field in_channels" in refused(capsys, "flux", *where)
     (tmp_path / "src" / "model.safetensors").unlink()

@@ -11,11 +11,13 @@ from flax import nnx
 from taca_jax.config import OptimizerConfig
 from taca_jax.lora import LoRAConfig, add_lora
 from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
+from taca_jax.models.clip import CLIPConfig
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.layers import LoRAParam
 from taca_jax.taca import TacaConfig
-from taca_jax.text import encode
+from taca_jax.text import FluxText, encode
 from taca_jax.training.step import Batch, TextToImage, make_trainer, objective
+from tests.random_models import random_model
 from tests.training.tiny import arrays, tiny_config, tiny_pipeline
 
 TACA = TacaConfig(gamma=1.5, threshold=900)
@@ -230,3 +232,18 @@ def test_embedded_guidance_reaches_the_model():
         for guidance in (1.0, 4.0)
     ]
     assert losses[0] != losses[1]
+
+
+def test_a_model_that_reads_with_clip_and_t5_trains():
+    """Traced alone: the ids of both stand side by side, as their tokenizer joins them."""
+    pipeline = tiny_pipeline()
+    clip = CLIPConfig(33, 4, 32, 32, 2, 1, "quick_gelu", None, None)
+    text = FluxText(random_model(clip), pipeline.text_encoder)
+    graph, state = nnx.split(TextToImage(pipeline.transformer, text))
+
+    def loss(state, x0, tokens):
+        model = nnx.merge(graph, state)
+        return objective(model, x0, tokens, jax.random.key(0), config=config_for(), pad_id=0)
+
+    x0, tokens = jnp.zeros((2, 40, 40, 3)), jnp.zeros((2, 4 + 16), int)
+    assert jax.eval_shape(jax.grad(loss), state, x0, tokens) == jax.eval_shape(lambda: state)
