@@ -4,15 +4,18 @@ import sys
 
 from taca_jax.config import GenerateConfig, parse_cli
 from taca_jax.errors import UserError
-from taca_jax.generation import generate
 
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], GenerateConfig, attribute="GENERATE")
+    from taca_jax.generation import generate  # seconds of imports, as in train.py
+
     try:
         generate(config)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; pictures that were said to be written are whole")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ import sys
 
 from taca_jax.config import TrainConfig, parse_cli
 from taca_jax.errors import UserError
-from taca_jax.training import train
 
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], TrainConfig)
+    from taca_jax.training import (
+        train,
+    )  # seconds of imports, which a mistyped key need not wait for
+
     try:
         train(config)
     except UserError as error:

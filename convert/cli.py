@@ -3,22 +3,24 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from convert.models import convert_flux, convert_lora, convert_model, t5, tiny_vae, vae
+from convert.models import clip, convert_flux, convert_lora, convert_model, t5, tiny_vae, vae
 from taca_jax.errors import UserError
+from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class Flux:
-    """FLUX.1 from a diffusers folder to a pipeline folder: transformer, autoencoder, T5, sampler.
+    """FLUX.1 from a diffusers folder to a pipeline folder: all of its models, tokenizers, sampler.
 
-    A bare transformer folder gives a bare model folder. CLIP is left out.
+    A bare transformer folder gives a bare model folder.
     """
 
     src: Path
@@ -26,7 +28,7 @@ class Flux:
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
-    """What to store parameters in; by default as they are."""
+    """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
     def run(self) -> list[str]:
         return convert_flux(self.src, self.dst, self.dtype)
@@ -34,17 +36,39 @@ class Flux:
 
 @dataclass(frozen=True)
 class T5:
-    """A T5 v1.1 encoder from a transformers folder to a model folder."""
+    """A T5 v1.1 encoder from a transformers folder or a single file to a model folder."""
 
     src: Path
-    """The folder with config.json and the safetensors."""
+    """The folder with config.json and the safetensors, or the weights alone (`t5xxl_fp16
+    .safetensors`): without a config.json the sizes are read from them."""
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
-    """What to store parameters in; by default as they are."""
+    """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
     def run(self) -> list[str]:
         return convert_model(t5, self.src, self.dst, self.dtype)
+
+
+@dataclass(frozen=True)
+class CLIP:
+    """A CLIP text encoder from a transformers folder or a single file to a model folder."""
+
+    src: Path
+    """The folder with config.json and the safetensors, or the weights alone (`clip_l.safetensors`,
+    `clip_g.safetensors`): without a config.json the sizes are read from them."""
+    dst: Path
+    """The folder to make; must be new or empty."""
+    dtype: Dtype | None = None
+    """What to store parameters in; by default as they are, and bfloat16 for float8."""
+    num_heads: int | None = None
+    """Attention heads, for weights alone that are neither CLIP-L nor CLIP-bigG."""
+    activation: Activation | None = None
+    """quick_gelu for OpenAI's models, gelu for OpenCLIP's; for the same weights."""
+
+    def run(self) -> list[str]:
+        read = partial(clip, num_heads=self.num_heads, activation=self.activation)
+        return convert_model(read, self.src, self.dst, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,7 @@ class VAE:
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
-    """What to store parameters in; by default as they are."""
+    """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
     def run(self) -> list[str]:
         return convert_model(vae, self.src, self.dst, self.dtype)
@@ -72,7 +96,7 @@ class TinyVAE:
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
-    """What to store parameters in; by default as they are."""
+    """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
     def run(self) -> list[str]:
         return convert_model(tiny_vae, self.src, self.dst, self.dtype)
@@ -98,6 +122,7 @@ class LoRA:
 Command = (
     Annotated[Flux, tyro.conf.subcommand("flux")]
     | Annotated[T5, tyro.conf.subcommand("t5")]
+    | Annotated[CLIP, tyro.conf.subcommand("clip")]
     | Annotated[VAE, tyro.conf.subcommand("vae")]
     | Annotated[TinyVAE, tyro.conf.subcommand("tiny_vae")]
     | Annotated[LoRA, tyro.conf.subcommand("lora")]

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from taca_jax.atomic import whole_folder
-from taca_jax.checkpoint import StreamedArray, save_streamed
+from taca_jax.checkpoint import CONFIG, StreamedArray, save_streamed
 from taca_jax.errors import UserError
+from taca_jax.formats import clip as clip_format
 from taca_jax.formats import flux_diffusers
 from taca_jax.formats import t5 as t5_format
 from taca_jax.formats import tiny_vae as tiny_vae_format
@@ -25,11 +26,14 @@ from taca_jax.formats.lora_factors import summarise
 from taca_jax.formats.lora_files import Layout, load_adapter, save_adapter
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
+from taca_jax.models.clip import Activation
 from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.tensor_files import TensorFiles, open_tensors
 
 PIPELINE_FILE = "pipeline.json"
-TOKENIZER = "tokenizer"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+"""As diffusers names them, and we: what each is, its config.json says."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,35 @@ def flux(src: Path) -> Source:
 
 
 def t5(src: Path) -> Source:
-    """A T5 encoder's folder in transformers' layout."""
-    return Source(t5_format.TABLE, t5_format.config_of(read_settings(src)), open_tensors(src))
+    """A T5 encoder in transformers' layout: its folder, or the weights alone."""
+    tensors = open_tensors(src)
+    if (src / CONFIG).is_file():
+        config = t5_format.config_of(read_settings(src))
+    else:
+        config = t5_format.inferred(tensors)
+    return Source(t5_format.TABLE, config, tensors)
+
+
+def clip(
+    src: Path, *, num_heads: int | None = None, activation: Activation | None = None
+) -> Source:
+    """A CLIP text encoder in transformers' layout: its folder, or the weights alone.
+
+    What the shapes do not tell may be given; a config.json tells it.
+    """
+    tensors = open_tensors(src)
+    if (src / CONFIG).is_file():
+        config = clip_format.config_of(read_settings(src), tensors)
+        given = {"num_heads": num_heads, "activation": activation}
+        for name, value in given.items():
+            if value not in (None, getattr(config, name)):
+                raise UserError(
+                    f"{src / CONFIG} says {name} is {getattr(config, name)}, the command line "
+                    f"{value}; leave it out there"
+                )
+    else:
+        config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
+    return Source(clip_format.table_of(tensors), config, tensors)
 
 
 def vae(src: Path) -> Source:
@@ -62,10 +93,17 @@ def tiny_vae(src: Path) -> Source:
     return Source(tiny_vae_format.TABLE, TAEF1, tiny_vae_format.open_taesd(src))
 
 
+def text_encoder(src: Path) -> Source:
+    """A CLIP or a T5 in transformers' layout, whichever the folder's config.json says it is."""
+    settings = read_settings(src)
+    settings.expect("model_type", "clip_text_model", "t5")
+    return t5(src) if settings["model_type"] == "t5" else clip(src)
+
+
 _PIPELINE_PARTS = (
     ("transformer", "transformer", flux),
     ("vae", "autoencoder", vae),
-    ("text_encoder_2", "text_encoder", t5),
+    *((name, name, text_encoder) for name in TEXT_ENCODERS),
 )
 """diffusers' folder -> ours."""
 
@@ -99,10 +137,11 @@ def convert_flux(src: Path, dst: Path, dtype: str | None) -> list[str]:
             _write(source, folder / made, dtype).replace(str(folder), str(dst))
             for made, source in sources.items()
         ]
-        if (src / "tokenizer_2").is_dir():
-            shutil.copytree(src / "tokenizer_2", folder / TOKENIZER)
+        for name in TOKENIZERS:
+            if (src / name).is_dir():
+                shutil.copytree(src / name, folder / name)
         (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    known = {"tokenizer_2", "scheduler", *(name for name, _, _ in _PIPELINE_PARTS)}
+    known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in _PIPELINE_PARTS)}
     left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
@@ -122,7 +161,7 @@ def _pipeline_settings(src: Path, config: Any) -> dict[str, Any]:
     """What a pipeline is told beside its weights (PipelineSettings), from diffusers' folder."""
     schedule = flux_diffusers.schedule_of(read_settings(src / "scheduler", "scheduler_config.json"))
     call = flux_diffusers.DEV_CALL if config.guidance_embed else flux_diffusers.SCHNELL_CALL
-    return {"tokenizer": TOKENIZER, **call, "schedule": dataclasses.asdict(schedule)}
+    return {"tokenizer": None, **call, "schedule": dataclasses.asdict(schedule)}
 
 
 def _write(source: Source, dst: Path, dtype: str | None) -> str:

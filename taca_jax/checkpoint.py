@@ -30,6 +30,7 @@ from jax.typing import DTypeLike
 from taca_jax.atomic import whole_folder
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
+from taca_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from taca_jax.models.flux import FluxConfig, FluxTransformer
 from taca_jax.models.layers import LoRAParam
 from taca_jax.models.pixels import Pixels, PixelsConfig
@@ -43,13 +44,14 @@ from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensor
 KINDS: dict[str, tuple[type, type]] = {
     "flux": (FluxConfig, FluxTransformer),
     "t5": (T5Config, T5Encoder),
+    "clip": (CLIPConfig, CLIPTextEncoder),
     "vae": (VAEConfig, AutoencoderKL),
     "tiny_vae": (TinyVAEConfig, TinyVAE),
     "pixels": (PixelsConfig, Pixels),
 }
 """kind in config.json -> (config, module)."""
 
-Model = FluxTransformer | T5Encoder | AutoencoderKL | TinyVAE | Pixels
+Model = FluxTransformer | T5Encoder | CLIPTextEncoder | AutoencoderKL | TinyVAE | Pixels
 
 CONFIG, PARAMS, SAFETENSORS = "config.json", "params", "model.safetensors"
 

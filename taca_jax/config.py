@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 
+MAX_SEED = 2**31 - 1 - 2**16
+"""The largest seed, as int32, from which many pictures can still count on."""
+
+
 def _check(right: bool, name: str, value: Any, allowed: str) -> None:
     """Raises UserError unless `right`; NaN is never right where comparisons say so."""
     if not right:
@@ -55,8 +59,8 @@ def _check(right: bool, name: str, value: Any, allowed: str) -> None:
 class TextConfig:
     """How captions become the transformer's text.
 
-    tokenizer: `shapes` (the words of the shapes data), `bytes` (UTF-8), or the path of a folder
-      with a Hugging Face tokenizer.
+    tokenizer: `shapes` (the words of the shapes data), `bytes` (UTF-8), or a Hugging Face
+      tokenizer: the path of a folder, or a hub id.
     length: tokens per caption; longer captions are cut, shorter ones padded.
     encoder: the text encoder's shape when it is trained from scratch with the model; none takes
       the base's `text_encoder/`.
@@ -297,10 +301,18 @@ class TrainConfig:
         shift = self.timestep_shift
         _check(0 < shift < math.inf, "timestep_shift", shift, "a number above 0")
         _check(self.sample_every >= 0, "sample_every", self.sample_every, "0 (never) or more")
-        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         _check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
         warmup = self.optimizer.warmup_steps
         _check(warmup < self.steps, "optimizer.warmup_steps", warmup, f"below steps={self.steps}")
+        if self.taca is not None:
+            threshold = self.taca.threshold
+            _check(threshold < 1000, "taca.threshold", threshold, "below 1000, to train above it")
+            if self.taca.first_steps is not None:
+                raise UserError(
+                    f"taca.first_steps is {self.taca.first_steps}, and training has no steps: it "
+                    "draws times above taca.threshold; leave first_steps to generate.py"
+                )
         if self.base is None and self.model is None:
             raise UserError(
                 "base and model are both none; give base=FOLDER, or a preset with a model"
@@ -371,8 +383,9 @@ class GenerateConfig:
         for name, value in {"height": self.height, "width": self.width}.items():
             _check(value is None or value >= 8, name, value, "8 or more pixels")
         guidance = self.guidance
-        _check(guidance is None or guidance >= 0, "guidance", guidance, "0 or more, or none")
-        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        right = guidance is None or 0 <= guidance < math.inf
+        _check(right, "guidance", guidance, "0 or more, or none")
+        _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         _check(self.out.endswith(".png"), "out", self.out or "empty", "the name of a .png file")
         if self.compare and self.taca is None:
             raise UserError("compare=true compares plain with TACA; leave taca on (not taca=none)")

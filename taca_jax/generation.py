@@ -1,6 +1,7 @@
 """Pictures from a prompt, written with everything that made them."""
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from taca_jax.atomic import whole_file
 from taca_jax.config import GenerateConfig, to_json
 from taca_jax.errors import UserError
 from taca_jax.pictures import caption_grid
@@ -26,6 +28,10 @@ def generate(config: GenerateConfig) -> list[Path]:
     out = Path(config.out)
     if not out.parent.is_dir():
         raise UserError(f"out={out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; name a file in it")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
     pipeline = FluxPipeline.from_pretrained(config.base, dtype=config.dtype)
     if config.lora is not None:
         print(f"LoRA: {pipeline.load_lora(config.lora)}")
@@ -82,5 +88,6 @@ def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
     info = PngInfo()
     settings = {"taca_jax": version("taca-jax"), **json.loads(to_json(config))}
     info.add_itxt("taca_jax", json.dumps(settings))
-    picture.save(path, pnginfo=info)
+    with whole_file(path) as file:
+        picture.save(file, format="PNG", pnginfo=info)
     print(f"wrote {path}")

@@ -5,6 +5,7 @@ compiled model runs with and without them: the traced `lora_scale` argument is t
 TACA turns it on exactly while it acts. The base's own parameters never change.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class LoRAConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise UserError(f"lora.rank is {self.rank}; it must be 1 or more")
-        if not self.alpha > 0:
-            raise UserError(f"lora.alpha is {self.alpha}; it must be positive")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha is {self.alpha}; it must be positive and finite")
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:

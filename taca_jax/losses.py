@@ -38,7 +38,7 @@ def sample_timesteps(
         # By the upper tail: near 1 the cumulative itself has no digits left in float32.
         tail = norm.cdf(jnp.log1p(-low) - jnp.log(low)) if low > 0 else 1.0
         sigma = jax.nn.sigmoid(-norm.ppf(tail * (1.0 - u)))
-    timestep = MAX_TIMESTEP * shift * sigma / (1 + (shift - 1) * sigma)
+    timestep = jnp.minimum(MAX_TIMESTEP * shift * sigma / (1 + (shift - 1) * sigma), MAX_TIMESTEP)
     # Rounding may hit the open end, where TACA is the next step's affair.
     return jnp.maximum(timestep, np.nextafter(np.float32(above), np.inf)) if above else timestep
 

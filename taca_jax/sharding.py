@@ -44,9 +44,16 @@ T5: Mapping[str, tuple[Axes, Axes]] = {
     r"blocks\.(attn\.[qkv]|ff\.wi_(gate|value))": _IN,
     r"blocks\.(attn\.o|ff\.wo)": _OUT,
 }
+CLIP: Mapping[str, tuple[Axes, Axes]] = {
+    r"(token|position)_embed": (_WHOLE, _FSDP),
+    r"blocks\.(attn\.[qkv]|ff\.wi)": _IN,
+    r"blocks\.(attn\.o|ff\.wo)": _OUT,
+    r"projection": _IN,
+}
 TABLES: Mapping[str, Mapping[str, tuple[Axes, Axes]]] = {
     "flux": FLUX,
     "t5": T5,
+    "clip": CLIP,
     # Small beside a transformer, and convolutions have no side to share: whole everywhere.
     "vae": {r".*": (_WHOLE, _WHOLE)},
     "tiny_vae": {r".*": (_WHOLE, _WHOLE)},

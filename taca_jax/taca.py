@@ -7,6 +7,7 @@ attention's `text_len`: text tokens come first in all our models. This file hold
 idea: gamma as a function of time, and the gate of the LoRA that is trained under it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,10 +33,12 @@ class TacaConfig:
     schedule: `step` is gamma at once (the paper); `linear`, `cosine` and `sigmoid` rise from 1
       at the threshold to gamma at timestep 1000.
     first_steps: act on that many first sampling steps instead, whatever their timestep is, at full
-      gamma (the authors' pipelines: 3). It says nothing about training, which has no steps.
-    cond_only: under classifier-free guidance, leave the unconditional half plain (published: both).
+      gamma (the authors' pipelines: 3). Of sampling only: training has no steps, and refuses it.
+    cond_only: in sampling under classifier-free guidance, leave the unconditional half plain
+      (published: both).
 
-    Raises UserError for a gamma or first_steps below 0, or a threshold outside 0..1000.
+    Raises UserError for a gamma that is not positive and finite, first_steps below 0, or a
+    threshold outside 0..1000.
     """
 
     gamma: float = 1.2
@@ -45,9 +48,9 @@ class TacaConfig:
     cond_only: bool = False
 
     def __post_init__(self):
-        if not self.gamma > 0:
+        if not 0 < self.gamma < math.inf:
             raise UserError(
-                f"taca.gamma is {self.gamma}; it must be positive (1 is plain attention)"
+                f"taca.gamma is {self.gamma}; it must be positive and finite (1 is plain attention)"
             )
         if not 0 <= self.threshold <= MAX_TIMESTEP:
             raise UserError(f"taca.threshold is {self.threshold}; timesteps are in 0..1000")

@@ -1,6 +1,7 @@
 """Safetensors files, single or sharded with an index, a tensor at a time as numpy."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from taca_jax.errors import UserError
 
 Shape = tuple[int, ...]
 
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+"""What weights are stored in to save space; nothing computes in it here."""
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": FLOAT8,
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
 }
@@ -80,10 +84,12 @@ class TensorFiles:
     metadata: Mapping[str, str]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; bfloat16 comes as ml_dtypes' type."""
+        """One tensor; bfloat16 and float8 come as ml_dtypes' types."""
         # Opened anew each time: a file that stays open stays mapped, and all that was read from
         # it counts as this process's memory.
         path, stored_name = self.places[name]
+        if self.dtypes[name] == FLOAT8:
+            return _read_float8(path, stored_name)
         with _open(path) as file:
             return file.get_tensor(stored_name)
 
@@ -127,6 +133,25 @@ def write_tensors(
             save_file(contiguous, made, None if metadata is None else dict(metadata))
         except SafetensorError as error:
             raise OSError(str(error)) from error
+
+
+def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
+    """The shape of one tensor from which sizes are inferred.
+
+    Raises UserError where there is no such tensor, or it has another number of axes.
+    """
+    shape = tensors.shapes.get(name)
+    if shape is None:
+        raise UserError(f"{tensors.where} has no {name}; is it another model's?")
+    if len(shape) != axes:
+        raise UserError(f"{tensors.where}: {name} is {shape}; expected {axes} axes")
+    return shape
+
+
+def layers_of(tensors: Tensors, pattern: str) -> int:
+    """One more than the highest number that the pattern's group finds in whole names; 0 if none."""
+    found = (re.fullmatch(pattern, name) for name in tensors.shapes)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def summary(
@@ -189,6 +214,9 @@ def _open_sharded(index: Path) -> TensorFiles:
 
 _Kind = tuple[Shape, np.dtype]
 
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its JSON header, little-endian."""
+
 
 def _tensor_files(
     where: Path, found: Mapping[Path, Mapping[str, _Kind]], metadata: Mapping[str, str]
@@ -213,6 +241,22 @@ def _header(path: Path) -> tuple[dict[str, _Kind], dict[str, str]]:
                 )
             kinds[name] = tuple(tensor.get_shape()), _DTYPES[dtype]
         return kinds, dict(file.metadata() or {})
+
+
+def _read_float8(path: Path, name: str) -> np.ndarray:
+    """The library's numpy reader knows no float8; `_header` has had it check the file's offsets."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            entry = json.loads(file.read(size))[name]
+            start, end = entry["data_offsets"]
+            file.seek(_LENGTH_BYTES + size + start)
+            data = file.read(end - start)
+        return np.frombuffer(data, FLOAT8).reshape(entry["shape"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} is truncated or damaged ({error}); download or write it again"
+        ) from error
 
 
 def _open(path: Path) -> Any:

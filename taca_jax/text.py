@@ -1,137 +1,117 @@
-"""Captions to token ids, and token ids to what the transformer is told."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+"""Token ids to what the transformer is told of a prompt, as each family of models reads it."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from taca_jax.data.shapes_captions import VOCABULARY
 from taca_jax.errors import UserError
+from taca_jax.models.clip import CLIPTextEncoder
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.sampling import Conditioning
 
 
-class Tokenizer(Protocol):
-    """Captions to int32 ids `[n, length]`: cut or padded with `pad_id`, ended by the end token."""
+class FluxText(nnx.Module):
+    """CLIP and T5 as FLUX.1 reads prompts: T5's embedding of every token, CLIP's of the whole.
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def pad_id(self) -> int: ...
-    def __call__(self, captions: Sequence[str]) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class WordTokenizer:
-    """One token per word of the shapes data; a caption that does not fit is an error.
-
-    Raises UserError naming a word that the vocabulary lacks.
+    Source: diffusers' `FluxPipeline.encode_prompt`. T5's padding is not masked; CLIP's pooled
+    embedding is that before any projection.
     """
 
-    length: int
-    vocab_size: int = len(VOCABULARY)
-    pad_id: int = VOCABULARY.index("<pad>")
+    def __init__(self, clip: CLIPTextEncoder, t5: T5Encoder):
+        self.clip = clip
+        self.t5 = t5
 
-    def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        ids = np.full((len(captions), self.length), self.pad_id, np.int32)
-        for row, caption in zip(ids, captions, strict=True):
-            words = [*caption.lower().split(), "</s>"]
-            if len(words) > self.length:
-                raise UserError(
-                    f"{caption!r} takes {len(words)} tokens; this model reads {self.length}"
-                )
-            for column, word in enumerate(words):
-                if word not in _WORD_IDS:
-                    known = " ".join(w for w in VOCABULARY if not w.startswith("<"))
-                    raise UserError(
-                        f"the word {word!r} is unknown to this model; it knows: {known}"
-                    )
-                row[column] = _WORD_IDS[word]
-        return ids
-
-
-_WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
-
-
-@dataclass(frozen=True)
-class ByteTokenizer:
-    """UTF-8 bytes as tokens, with ByT5's ids: 0 pads, 1 ends, 2 is unused, byte + 3."""
-
-    length: int
-    vocab_size: int = 256 + 3
-    pad_id: int = 0
-
-    def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        ids = np.full((len(captions), self.length), self.pad_id, np.int32)
-        for row, caption in zip(ids, captions, strict=True):
-            text = caption.encode(errors="replace")  # a terminal may pass on undecodable bytes
-            tokens = [byte + 3 for byte in text[: self.length - 1]] + [1]
-            row[: len(tokens)] = tokens
-        return ids
-
-
-_PAD = "<pad>"
-
-
-class FolderTokenizer:
-    """A Hugging Face tokenizer from a local folder."""
-
-    def __init__(self, path: str | Path, length: int):
-        from transformers import AutoTokenizer  # slow to import, and needed only here
-
-        if not Path(path).is_dir():
-            raise UserError(
-                f"text.tokenizer {str(path)!r} is neither shapes, bytes nor a folder with a "
-                "tokenizer"
-            )
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except Exception as error:  # the library raises almost anything for a damaged file
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
-        if self._tokenizer.pad_token_id is None and _PAD in self._tokenizer.get_vocab():
-            self._tokenizer.pad_token = _PAD  # a tokenizer.json alone does not say what pads
-        if self._tokenizer.pad_token_id is None:
-            raise UserError(f"the tokenizer in {path} has no padding token; T5's has one")
-        self.length = length
-        self.vocab_size = len(self._tokenizer)
-        self.pad_id = self._tokenizer.pad_token_id
-
-    def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        encoded = self._tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=self.length,
-            return_tensors="np",
+    def __call__(self, tokens: Int[Array, "b t"]) -> Conditioning:
+        """float32 embeddings of ids: first all that CLIP has positions for, then T5's."""
+        clip_ids, t5_ids = _split(tokens, (self.clip,))
+        return Conditioning(
+            txt=self.t5(t5_ids).astype(jnp.float32),
+            pooled=self.clip(clip_ids).pooled.astype(jnp.float32),
         )
-        return encoded["input_ids"].astype(np.int32)
 
 
-def load_tokenizer(name: str, length: int) -> Tokenizer:
-    """The tokenizer called `shapes` or `bytes`, or that of a local folder.
+class SD3Text(nnx.Module):
+    """CLIP-L, CLIP-bigG and T5 as Stable Diffusion 3 reads prompts.
 
-    Raises UserError when the folder is not there or holds none.
+    The two CLIPs' penultimate hidden states side by side, with zeros up to T5's width, then T5's
+    embeddings as further tokens; pooled are both projected embeddings side by side. Nothing is
+    masked. Without a T5, `t5_length` tokens of zeros of `width` stand for its embeddings.
+    Source: diffusers' `StableDiffusion3Pipeline.encode_prompt`.
+
+    Raises UserError for a CLIP without projection, and for widths that do not fit.
     """
-    if name == "shapes":
-        return WordTokenizer(length)
-    if name == "bytes":
-        return ByteTokenizer(length)
-    return FolderTokenizer(name, length)
+
+    def __init__(
+        self,
+        clip_l: CLIPTextEncoder,
+        clip_g: CLIPTextEncoder,
+        t5: T5Encoder | None,
+        *,
+        width: int,
+        t5_length: int,
+    ):
+        for name, clip in (("first", clip_l), ("second", clip_g)):
+            if clip.config.projection_dim is None:
+                raise UserError(
+                    f"the {name} CLIP has no projection, whose embedding Stable Diffusion 3 reads; "
+                    "take the text encoder of that model"
+                )
+        both = clip_l.config.dim + clip_g.config.dim
+        if both > width:
+            raise UserError(
+                f"the two CLIPs are {both} wide together; the transformer reads {width}: they are "
+                "of another model"
+            )
+        if t5 is not None and t5.config.dim != width:
+            raise UserError(
+                f"T5 is {t5.config.dim} wide; the transformer reads {width}: it is of another model"
+            )
+        self.clip_l = clip_l
+        self.clip_g = clip_g
+        self.t5 = nnx.data(t5)
+        self.width = width
+        self.t5_length = t5_length
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Conditioning:
+        """float32 embeddings of ids: all that each CLIP has positions for, then T5's if any."""
+        first_ids, second_ids, t5_ids = _split(tokens, (self.clip_l, self.clip_g))
+        first, second = self.clip_l(first_ids), self.clip_g(second_ids)
+        assert first.projected is not None  # both seen to above
+        assert second.projected is not None
+        clip = jnp.concatenate([first.penultimate, second.penultimate], axis=-1)
+        clip = jnp.pad(clip, ((0, 0), (0, 0), (0, self.width - clip.shape[-1])))
+        if self.t5 is None:
+            t5 = jnp.zeros((len(tokens), self.t5_length, self.width))
+        else:
+            t5 = self.t5(t5_ids)
+        return Conditioning(
+            txt=jnp.concatenate([clip, t5], axis=1).astype(jnp.float32),
+            pooled=jnp.concatenate([first.projected, second.projected], -1).astype(jnp.float32),
+        )
 
 
-def encode(encoder: T5Encoder, tokens: Int[Array, "b t"], pad_id: int) -> Conditioning:
-    """Token embeddings, and their mean over what is not padding as the pooled embedding.
+def encode(encoder: T5Encoder | FluxText, tokens: Int[Array, "b t"], pad_id: int) -> Conditioning:
+    """What FLUX is told by its text encoder: CLIP and T5, or in small models a T5 alone.
 
-    As in FLUX, padding is not masked: every text token takes part in the joint attention.
+    Of a T5 alone the pooled embedding is the mean over what is not padding. As in FLUX, padding is
+    not masked: every text token takes part in the joint attention.
     """
+    if isinstance(encoder, FluxText):
+        return encoder(tokens)
     txt = encoder(tokens).astype(jnp.float32)
     return Conditioning(txt=txt, pooled=_mean(txt, tokens != pad_id))
+
+
+def _split(
+    tokens: Int[Array, "b t"], clips: tuple[CLIPTextEncoder, ...]
+) -> list[Int[Array, "b n"]]:
+    """The ids of each CLIP, which are as many as it has positions, and the rest."""
+    parts, start = [], 0
+    for clip in clips:
+        parts.append(tokens[:, start : start + clip.config.max_tokens])
+        start += clip.config.max_tokens
+    return [*parts, tokens[:, start:]]
 
 
 def _mean(txt: Float[Array, "b t k"], keep: jax.Array) -> Float[Array, "b k"]:

@@ -89,6 +89,15 @@ def test_a_missing_folder_is_refused_before_any_work(tmp_path):
         generate(config(tmp_path / "absent" / "x.png"))
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        generate(config(tmp_path / "x.png"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="cannot be written to"):
+        generate(config(tmp_path / "y.png"))
+
+
 def test_the_command_fails_in_one_line():
     command = [sys.executable, "generate.py", "--config", "shapes_taca", "prompt=a red dragon"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -23,11 +23,14 @@ def test_timesteps_are_above_and_at_most_1000(sampling, above):
     assert len(np.unique(timestep)) > 300
 
 
-@given(st.floats(0, 999, width=32), st.integers(0, 100))
-def test_no_threshold_is_met_exactly(above, seed):
+@given(st.floats(0, 999, width=32), st.floats(0.1, 10), st.integers(0, 100))
+def test_no_threshold_is_met_exactly(above, shift, seed):
     for sampling in ("uniform", "logit_normal"):
-        drawn = sample_timesteps(jax.random.key(seed), 64, sampling=sampling, above=above)
-        assert (np.asarray(drawn) > np.float32(above)).all(), sampling
+        drawn = np.asarray(
+            sample_timesteps(jax.random.key(seed), 64, sampling=sampling, shift=shift, above=above)
+        )
+        assert (drawn > np.float32(above)).all(), sampling
+        assert (drawn <= 1000).all(), sampling
 
 
 @pytest.mark.parametrize("above", [0.0, 500.0, 970.0, 999.0])
@@ -48,6 +51,20 @@ def test_logit_normal_timesteps_are_that_distribution_cut_off(above):
     # Near 1000 float32 has few timesteps, so that the logits are in steps.
     distance = stats.kstest(logit, expected.cdf).statistic
     assert distance < (0.02 if above < 999 else 0.04)
+
+
+@pytest.mark.parametrize("above", [0.0, 500.0, 970.0])
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_shifted_timesteps_are_those_of_the_whole_range_that_are_above(shift, above):
+    """The inverse of the shift makes them uniform again, between what it makes of the ends."""
+
+    def unshifted(timestep):
+        return timestep / (shift - (shift - 1) * timestep / 1000)
+
+    drawn = sample_timesteps(jax.random.key(3), MANY, sampling="uniform", shift=shift, above=above)
+    low = unshifted(above)
+    even = unshifted(np.asarray(drawn, np.float64))
+    assert stats.kstest(even, stats.uniform(low, 1000 - low).cdf).pvalue > 1e-3
 
 
 def test_timesteps_follow_the_key():

@@ -131,6 +131,7 @@ def test_a_scalar_timestep_gives_a_scalar():
         ({"gamma": 0.0}, r"taca\.gamma is 0\.0"),
         ({"gamma": -1.2}, r"taca\.gamma is -1\.2"),
         ({"gamma": float("nan")}, r"taca\.gamma is nan"),
+        ({"gamma": float("inf")}, r"taca\.gamma is inf"),
         ({"threshold": -1.0}, r"taca\.threshold is -1\.0"),
         ({"threshold": 1000.5}, r"taca\.threshold is 1000\.5"),
         ({"first_steps": -1}, r"taca\.first_steps is -1"),

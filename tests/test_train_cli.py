@@ -113,7 +113,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr("taca_jax.training.train", interrupted)
     code, err = run_here(monkeypatch, capsys, *command(out_dir=str(tmp_path)))
     assert code == 1
     assert err == f"stopped; go on with resume=true out_dir={tmp_path}\n"

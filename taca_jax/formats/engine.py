@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from taca_jax.checkpoint import Model, StreamedArray, abstract_model, filled, flat_params
 from taca_jax.errors import UserError
 from taca_jax.formats.table import Piece, Table
-from taca_jax.tensor_files import Shape, Tensors, differences, summary
+from taca_jax.tensor_files import FLOAT8, Shape, Tensors, differences, summary
 
 
 def match(
@@ -40,13 +40,13 @@ def streamed(
 ) -> dict[str, StreamedArray]:
     """Our parameters of a model of `config`, read as they are written. Raises as `match` does.
 
-    In `dtype`, or as stored there.
+    In `dtype`, or as stored there; float8 is bfloat16 then, which holds it exactly.
     """
     wanted = _shapes(config)
     found = match(table, tensors, wanted)
     arrays = {}
     for path, pieces in found.items():
-        stored = np.result_type(*(tensors.dtypes[piece.key] for piece in pieces))
+        stored = np.result_type(*(_kept(tensors.dtypes[piece.key]) for piece in pieces))
         target = stored if dtype is None else jnp.dtype(dtype)
         arrays[path] = StreamedArray(
             shape=wanted[path],
@@ -87,6 +87,10 @@ def export(table: Table, model: Model) -> dict[str, np.ndarray]:
 def _shapes(config: Any) -> dict[str, Shape]:
     model = abstract_model(config, dtype=jnp.float32)
     return {path: param.shape for path, param in flat_params(model).items()}
+
+
+def _kept(dtype: np.dtype) -> np.dtype:
+    return np.dtype(jnp.bfloat16) if dtype == FLOAT8 else dtype
 
 
 def _reader(tensors: Tensors, pieces: Sequence[Piece], dtype: np.dtype) -> Any:

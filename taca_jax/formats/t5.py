@@ -1,19 +1,19 @@
 """T5 v1.1 encoders as transformers stores them (`T5EncoderModel`)."""
 
+from taca_jax.errors import UserError
 from taca_jax.formats.settings import Settings
 from taca_jax.formats.table import TRANSPOSE, Rule, Table
 from taca_jax.models.t5 import T5Config
+from taca_jax.tensor_files import Tensors, layers_of, shape_of
 
 _LAYER = "encoder.block.{layer}.layer"
+_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 TABLE = Table(
     "a T5 v1.1 encoder in transformers' layout",
     (
         Rule("shared.weight", "token_embed.embedding"),
-        Rule(
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            "relative_bias.embedding",
-        ),
+        Rule(_BIAS, "relative_bias.embedding"),
         Rule("encoder.final_layer_norm.weight", "final_norm.scale"),
         Rule(f"{_LAYER}.0.layer_norm.weight", "blocks.attn_norm.scale"),
         *(
@@ -47,3 +47,29 @@ def config_of(settings: Settings) -> T5Config:
         "relative_max_distance": settings.get("relative_attention_max_distance", 128),
     }
     return settings.build(T5Config, values)
+
+
+def inferred(tensors: Tensors) -> T5Config:
+    """The config that the shapes stand for, where there is no config.json.
+
+    They say nothing of the distance beyond which all share a bucket: it is 128 in every T5 v1.1.
+    Raises UserError for T5 1.0 and for other models.
+    """
+    first = "encoder.block.0.layer"
+    vocab_size, dim = shape_of(tensors, "shared.weight", 2)
+    relative_buckets, num_heads = shape_of(tensors, _BIAS, 2)
+    inner, _ = shape_of(tensors, f"{first}.0.SelfAttention.q.weight", 2)
+    ff_dim, _ = shape_of(tensors, f"{first}.1.DenseReluDense.wi_0.weight", 2)
+    if not num_heads or inner % num_heads:
+        raise UserError(
+            f"{tensors.where} has {num_heads} heads over {inner} channels, which they must divide"
+        )
+    return T5Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        ff_dim=ff_dim,
+        num_heads=num_heads,
+        head_dim=inner // num_heads,
+        num_layers=layers_of(tensors, r"encoder\.block\.(\d+)\..*"),
+        relative_buckets=relative_buckets,
+    )

@@ -25,10 +25,12 @@ from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE
 from taca_jax.models.vae import AutoencoderKL
+from taca_jax.pipelines.text_folders import encoder_parts, load_flux_text, save_tokenizers
 from taca_jax.sampling import Conditioning, FlowSchedule, Trajectory, denoise, make_plan
 from taca_jax.sharding import placement
 from taca_jax.taca import TacaConfig
-from taca_jax.text import Tokenizer, encode, load_tokenizer
+from taca_jax.text import FluxText, encode
+from taca_jax.tokenizers import Tokenizer, announce_cuts
 from taca_jax.weights import find_weights
 
 Autoencoder = Pixels | TinyVAE | AutoencoderKL
@@ -40,13 +42,15 @@ SETTINGS_FILE = "pipeline.json"
 class PipelineSettings:
     """What a pipeline folder says beside its weights.
 
-    tokenizer, text_length: as in TextConfig.
+    tokenizer: T5's, as in TextConfig, or None where the pipeline's folder has it, as `tokenizer/`
+      beside `text_encoder/`, or `tokenizer_2/` beside `text_encoder_2/`.
+    text_length: tokens that T5 reads.
     resolution: pixels per side that the model was trained at.
     steps, guidance: what a call takes that names none.
     schedule: the sampler's noise levels.
     """
 
-    tokenizer: str
+    tokenizer: str | None
     text_length: int
     resolution: int
     steps: int
@@ -76,7 +80,7 @@ class FluxPipeline:
         self,
         transformer: FluxTransformer,
         *,
-        text_encoder: T5Encoder | None,
+        text_encoder: T5Encoder | FluxText | None,
         tokenizer: Tokenizer | None,
         autoencoder: Autoencoder | None,
         settings: PipelineSettings,
@@ -100,7 +104,7 @@ class FluxPipeline:
         remat: Remat = "none",
     ) -> "FluxPipeline":
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present
-        `text_encoder/` and `autoencoder/`.
+        `text_encoder/` (CLIP, or in small models T5), `text_encoder_2/` (T5) and `autoencoder/`.
 
         `path` may also be the name of a model that comes with the package (`shapes_base`).
 
@@ -123,12 +127,16 @@ class FluxPipeline:
         )
         transformer = load(path / "transformer", remat=remat)
         text_encoder = tokenizer = autoencoder = None
-        if (path / "text_encoder").is_dir():
-            text_encoder = load(path / "text_encoder")
-            # Converted pipelines bring their tokenizer's folder with them.
-            inside = path / settings.tokenizer
-            name = str(inside) if inside.is_dir() else settings.tokenizer
-            tokenizer = load_tokenizer(name, settings.text_length)
+        text = load_flux_text(
+            path,
+            load,
+            tokenizer=settings.tokenizer,
+            t5_length=settings.text_length,
+            txt_dim=transformer.config.txt_dim,
+            pooled_dim=transformer.config.pooled_dim,
+        )
+        if text is not None:
+            text_encoder, tokenizer = text
         if (path / "autoencoder").is_dir():
             autoencoder = load(path / "autoencoder")
         return cls(
@@ -151,14 +159,17 @@ class FluxPipeline:
         path = Path(path)
         parts = {
             "transformer": self.transformer,
-            "text_encoder": self.text_encoder,
+            **encoder_parts(self.text_encoder),
             "autoencoder": self.autoencoder,
         }
         path.mkdir(parents=True, exist_ok=True)
         for name, model in parts.items():
             if model is not None:
                 save_model(path / name, model, format=format, dtype=dtype)
-        (path / SETTINGS_FILE).write_text(to_json(self.settings) + "\n")
+        settings = self.settings
+        if save_tokenizers(path, self.tokenizer):
+            settings = replace(settings, tokenizer=None)
+        (path / SETTINGS_FILE).write_text(to_json(settings) + "\n")
 
     def load_lora(self, path: str | Path) -> str:
         """Attaches a LoRA file in place of any other; returns a line that says what it holds.
@@ -178,11 +189,16 @@ class FluxPipeline:
         remove_lora(self.transformer)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Text embeddings of prompts. Raises UserError where the pipeline has no text encoder."""
+        """Text embeddings of prompts; a warning says what of one is too long to be read.
+
+        Raises UserError where the pipeline lacks a text encoder.
+        """
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError(
-                "this pipeline has no text encoder; give prompt_embeds and pooled_prompt_embeds"
+                "this pipeline lacks a text encoder (FLUX.1 has CLIP and T5); give prompt_embeds "
+                "and pooled_prompt_embeds, or add it"
             )
+        announce_cuts(self.tokenizer, prompts)
         graph, state = nnx.split(self.text_encoder)
         return _encode(graph, state, self.tokenizer(prompts), self.tokenizer.pad_id)
 

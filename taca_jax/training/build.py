@@ -15,8 +15,12 @@ from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.pipelines.flux import Autoencoder, FluxPipeline, PipelineSettings
 from taca_jax.sampling import FlowSchedule
+<<<<<<< HEAD
 from taca_jax.sharding import placement
 from taca_jax.text import load_tokenizer
+=======
+from taca_jax.tokenizers import load_tokenizer
+>>>>>>> main
 
 DEFAULT_STEPS = 20
 
@@ -51,7 +55,7 @@ def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> FluxPipelin
         )
     if pipeline.autoencoder is None or pipeline.text_encoder is None:
         raise UserError(
-            f"training from base={config.base} needs its text_encoder/ and an autoencoder "
+            f"training from base={config.base} needs its text encoders and an autoencoder "
             "(autoencoder=FOLDER)"
         )
     _check_sizes(config, pipeline.transformer, pipeline.autoencoder)

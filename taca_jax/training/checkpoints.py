@@ -101,7 +101,8 @@ class Checkpoints:
     ) -> tuple[TrainState, Any] | None:
         """The newest checkpoint that reads back, in the shape of `like`, and the data's position.
 
-        A damaged one is reported through `warn(line)` and passed over. None where there is none.
+        A damaged one is reported through `warn(line)`, passed over, and kept in `damaged/` beside
+        the others. None where there is none.
         Raises UserError when there are some and none fits.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
@@ -121,9 +122,8 @@ class Checkpoints:
             except Exception as error:  # Orbax raises what its storage layers raise
                 warn(f"checkpoint {step} cannot be read ({_reason(error)}); trying the one before")
                 continue
-            for newer in [s for s in steps if s > step]:
-                shutil.rmtree(self._dir / str(newer), ignore_errors=True)
-            self._manager.reload()
+            if unread := [newer for newer in steps if newer > step]:
+                self._set_aside(unread)
             return _from_dict(arrays, like), record["data"]
         if steps:
             raise UserError(
@@ -131,6 +131,15 @@ class Checkpoints:
                 "configuration; start anew in another out_dir"
             )
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Out of the way of those to come, and not lost: what cannot be read may yet be mended."""
+        aside = self._dir.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            (self._dir / str(step)).rename(aside / str(step))
+        self._manager.reload()
 
 
 def _one_voice() -> AbstractContextManager[None]:

@@ -20,9 +20,10 @@ from taca_jax.metrics import RunLog
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.sharding import batch_sharding, make_mesh, samples_together
-from taca_jax.text import Tokenizer
+from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.plan import plan
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 
 # What may differ between a run and its resumption without making it another run.
@@ -47,11 +48,14 @@ def train(config: TrainConfig) -> None:
 
     That folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and
     `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
-    `.png` where asked for. Raises UserError for what the user can mend.
+    `.png` where asked for. With config.plan it trains nothing (`training.plan`). Raises UserError for what the user can mend.
     """
+    if config.plan is not None:
+        return plan(config)
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     with on(mesh):
         _run(config, mesh)
+    return None
 
 
 def _run(config: TrainConfig, mesh: Mesh | None) -> None:
@@ -60,11 +64,11 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     _check_batch(config, mesh)
     pipeline = build_pipeline(config, mesh)
     _check_prompts(config, pipeline)
-    source = open_source(config.data)
-    # Only now: what fails before this leaves no run behind.
-    with whole_file(run_dir / RECORD) as record:
-        record.write_text(to_json(config))
     try:
+        source = open_source(config.data)
+        # Only now: what fails before this leaves no run behind.
+        with whole_file(run_dir / RECORD) as record:
+            record.write_text(to_json(config))
         with make_loader(source, data=config.data, tokenize=_tokenizer(pipeline)) as loader:
             _train(config, pipeline, loader, mesh)
         _export(config, pipeline, run_dir)
@@ -74,8 +78,8 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
             )
     except OSError as error:
         raise UserError(
-            f"writing to {run_dir} failed ({error.strerror or error}); make room there and go on "
-            "with resume=true"
+            f"{error.filename or run_dir}: {error.strerror or error}; mend that and go on with "
+            "resume=true"
         ) from error
 
 
@@ -83,6 +87,8 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
     """Raises UserError unless the folder is new, or holds this run and is to be gone on with."""
     record = run_dir / RECORD
     if not record.is_file():
+        if config.resume:  # so that one command serves the first start and every restart
+            print(f"{run_dir} holds no run yet: starting one", file=sys.stderr)
         return
     if not config.resume:
         raise UserError(

@@ -21,13 +21,13 @@ from taca_jax.models.t5 import T5Encoder
 from taca_jax.pipelines.flux import Autoencoder
 from taca_jax.sharding import parameter_spec
 from taca_jax.taca import active, gamma_at
-from taca_jax.text import encode
+from taca_jax.text import FluxText, encode
 
 
 class TextToImage(nnx.Module):
     """What training may change: the transformer and, from scratch, the text encoder with it."""
 
-    def __init__(self, transformer: FluxTransformer, text_encoder: T5Encoder):
+    def __init__(self, transformer: FluxTransformer, text_encoder: T5Encoder | FluxText):
         self.transformer = transformer
         self.text_encoder = text_encoder
 

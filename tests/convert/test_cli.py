@@ -19,7 +19,7 @@ from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.tensor_files import open_tensors, write_tensors
-from taca_jax.text import load_tokenizer
+from taca_jax.tokenizers import load_tokenizer
 from tests.random_models import random_model
 from tests.shared import shared_path
 

@@ -9,7 +9,7 @@ import pytest
 
 from taca_jax.checkpoint import flat_params
 from taca_jax.errors import UserError
-from taca_jax.formats import engine, flux_diffusers, t5, tiny_vae, vae
+from taca_jax.formats import clip, engine, flux_diffusers, t5, tiny_vae, vae
 from taca_jax.formats.settings import Settings, read_settings
 from taca_jax.formats.table import (
     CONVOLUTION,
@@ -20,6 +20,7 @@ from taca_jax.formats.table import (
     Rule,
     Table,
 )
+from taca_jax.models.clip import CLIPConfig
 from taca_jax.models.flux import FluxConfig
 from taca_jax.models.t5 import T5Config
 from taca_jax.models.tiny_vae import TAEF1, TinyVAEConfig
@@ -33,6 +34,7 @@ FLUX = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 3, 4.0, 6, 4, guidance_embed
 CASES = {
     "flux": (flux_diffusers.TABLE, FLUX),
     "t5": (t5.TABLE, T5Config(11, 8, 12, 2, 4, 2)),
+    "clip": (clip.TABLE, CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)),
     "vae": (vae.TABLE, VAEConfig((4, 8), 1, 4, 2, 0.5, 0.1)),
     "tiny_vae": (tiny_vae.TABLE, TinyVAEConfig(4, 3, 8, (1, 2), (2, 1))),
 }

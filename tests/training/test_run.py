@@ -354,6 +354,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, c
     assert warned[0].startswith(f"warning: checkpoint {STEPS} cannot be read (")
     assert warned[0].endswith("); trying the one before")
     assert_same_checkpoint(finished, config)
+    assert [path.name for path in (config.run_dir / "damaged").iterdir()] == [str(STEPS)]
     assert [line["step"] for line in metrics(config)] == list(range(1, STEPS + 1))
 
 

@@ -12,7 +12,7 @@ from taca_jax.models.pixels import Pixels
 from taca_jax.models.t5 import T5Config
 from taca_jax.pipelines.flux import FluxPipeline, PipelineSettings
 from taca_jax.sampling import FlowSchedule
-from taca_jax.text import load_tokenizer
+from taca_jax.tokenizers import load_tokenizer
 from tests.random_models import random_model
 
 FLUX = FluxConfig(
