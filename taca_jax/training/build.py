@@ -15,12 +15,8 @@ from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.pipelines.flux import Autoencoder, FluxPipeline, PipelineSettings
 from taca_jax.sampling import FlowSchedule
-<<<<<<< HEAD
 from taca_jax.sharding import placement
-from taca_jax.text import load_tokenizer
-=======
 from taca_jax.tokenizers import load_tokenizer
->>>>>>> main
 
 DEFAULT_STEPS = 20
 
