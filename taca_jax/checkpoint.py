@@ -135,8 +135,8 @@ def load_model(
     """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
 
     `place(kind, path, shape)` says where each parameter goes (`sharding.placement`); without it all
-    are on the first device. `remat` is FLUX's. Raises UserError that names everything missing, left over or mis-shaped, and
-    for files that are absent, truncated or damaged.
+    are on the first device. `remat` is FLUX's. Raises UserError that names everything missing, left
+    over or mis-shaped, and for files that are absent, truncated or damaged.
     """
     path = Path(path)
     config = load_config(path)

@@ -24,6 +24,7 @@ _TENSOR: Axes = (TENSOR_AXIS,)
 _WHOLE: Axes = ()
 _IN = (_FSDP, _TENSOR)  # from whole channels to those of heads, of MLPs, of modulations
 _OUT = (_TENSOR, _FSDP)  # and back
+_EMBEDDING = (_WHOLE, (TENSOR_AXIS, "fsdp"))
 
 FLUX: Mapping[str, tuple[Axes, Axes]] = {
     r"(img_in|final_out)": (_WHOLE, _FSDP),
@@ -40,12 +41,13 @@ FLUX: Mapping[str, tuple[Axes, Axes]] = {
     r"final_mod": _IN,
 }
 T5: Mapping[str, tuple[Axes, Axes]] = {
-    r"(token_embed|relative_bias)": (_WHOLE, _FSDP),
+    r"token_embed": _EMBEDDING,
+    r"relative_bias": (_WHOLE, _WHOLE),
     r"blocks\.(attn\.[qkv]|ff\.wi_(gate|value))": _IN,
     r"blocks\.(attn\.o|ff\.wo)": _OUT,
 }
 CLIP: Mapping[str, tuple[Axes, Axes]] = {
-    r"(token|position)_embed": (_WHOLE, _FSDP),
+    r"(token|position)_embed": _EMBEDDING,
     r"blocks\.(attn\.[qkv]|ff\.wi)": _IN,
     r"blocks\.(attn\.o|ff\.wo)": _OUT,
     r"projection": _IN,

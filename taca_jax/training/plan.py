@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,7 +58,16 @@ CHIPS = {
     "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9),
 }
 _SIDES = {
-    "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5e": {
+        1: "1x1",
+        4: "2x2",
+        8: "2x4",
+        16: "4x4",
+        32: "4x8",
+        64: "8x8",
+        128: "8x16",
+        256: "16x16",
+    },
     "v5p": {
         4: "2x2x1",
         8: "2x2x2",
@@ -239,7 +247,9 @@ def table(plan: Plan) -> Table:
         out.add_row(name, f"{size / GB:.2f} GB")
     out.add_row("activations, gathered parameters, program", f"{plan.program / GB:.2f} GB")
     share = plan.memory / chip.memory
-    out.add_row("together", f"{plan.memory / GB:.2f} GB, {share:.0%} of its memory", end_section=True)
+    out.add_row(
+        "together", f"{plan.memory / GB:.2f} GB, {share:.0%} of its memory", end_section=True
+    )
     out.add_row("arithmetic of the step, all chips", f"{plan.flops / 1e12:,.1f} TFLOP")
     out.add_row("parameters received", f"{plan.gathered / GB:.2f} GB", end_section=True)
     for name, seconds in plan.seconds.items():
@@ -377,7 +387,7 @@ def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any) -> float:
     image, text = side * side, _txt_tokens(config)
     once = 0.0
     for path, layer in linears(transformer):
-        once += 2 * math.prod(layer.kernel[...].shape) * _tokens(path, image, text)
+        once += 2 * math.prod(layer.kernel.shape) * _tokens(path, image, text)
     layers = flux.num_double_blocks + flux.num_single_blocks
     once += layers * 4 * flux.hidden * (image + text) ** 2
     times = 2 if config.lora is not None else 3
@@ -401,5 +411,5 @@ def _tokens(path: str, image: int, text: int) -> int:
 
 def _gathered(trainer: Trainer, mesh: Mesh, *, passes: int) -> float:
     parts = mesh.shape["fsdp"]
-    own = sum(_local_bytes(x) for x in jax.tree.leaves(trainer.frozen["transformer"]))
+    own = sum(_local_bytes(x) for x in jax.tree.leaves(trainer.frozen.get("transformer", {})))
     return own * (parts - 1) * passes

@@ -48,7 +48,8 @@ def train(config: TrainConfig) -> None:
 
     That folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and
     `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
-    `.png` where asked for. With config.plan it trains nothing (`training.plan`). Raises UserError for what the user can mend.
+    `.png` where asked for. With config.plan nothing is trained (see `training.plan`). Raises
+    UserError for what the user can mend.
     """
     if config.plan is not None:
         return plan(config)
@@ -124,9 +125,7 @@ def _check_prompts(config: TrainConfig, pipeline: FluxPipeline) -> None:
         _tokenizer(pipeline)(config.sample_prompts)
 
 
-def _train(
-    config: TrainConfig, pipeline: FluxPipeline, loader: Loader, mesh: Mesh | None
-) -> None:
+def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader, mesh: Mesh | None) -> None:
     """Runs all steps that are left, and puts what they made into `pipeline`."""
     encoder, autoencoder = pipeline.text_encoder, pipeline.autoencoder
     assert encoder is not None  # build_pipeline saw to both

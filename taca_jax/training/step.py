@@ -173,7 +173,10 @@ def make_trainer(
     if mesh is None:
         compiled = jax.jit(step, donate_argnames="state")
     else:
-        kinds = {"transformer": kind_of(model.transformer.config), "text_encoder": kind_of(model.text_encoder.config)}
+        kinds = {
+            "transformer": kind_of(model.transformer.config),
+            "text_encoder": kind_of(model.text_encoder.config),
+        }
         places = state_shardings(jax.eval_shape(begin, trained), kinds, mesh)
         begin = jax.jit(begin, out_shardings=places)
         compiled = jax.jit(step, donate_argnames="state", out_shardings=(places, None))
