@@ -130,16 +130,17 @@ def load_model(
     dtype: DTypeLike,
     param_dtype: DTypeLike | None = None,
     remat: Remat = "none",
-    shardings: Mapping[str, Sharding] | None = None,
+    place: Callable[[str, str, Shape], Sharding] | None = None,
 ) -> Any:
     """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
 
-    `shardings` places each parameter by its dotted path; without it all are on the first device.
-    `remat` is FLUX's. Raises UserError that names everything missing, left over or mis-shaped, and
-    for files that are absent, truncated or damaged.
+    `place(kind, path, shape)` says where each parameter goes (`sharding.placement`); without it all
+    are on the first device. `remat` is FLUX's. Raises UserError that names everything missing, left
+    over or mis-shaped, and for files that are absent, truncated or damaged.
     """
     path = Path(path)
-    model = abstract_model(load_config(path), dtype=dtype, remat=remat)
+    config = load_config(path)
+    model = abstract_model(config, dtype=dtype, remat=remat)
     wanted = {name: param.shape for name, param in flat_params(model).items()}
     if not wanted:  # pixels: the config is all
         return model
@@ -151,8 +152,10 @@ def load_model(
         raise UserError(f"{path} has neither {PARAMS}/ nor {SAFETENSORS}; write the folder again")
     if problems := differences(wanted, given):
         raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
-    device = SingleDeviceSharding(jax.devices()[0])
-    placed = dict.fromkeys(wanted, device) if shardings is None else shardings
+    if place is None:
+        placed = dict.fromkeys(wanted, SingleDeviceSharding(jax.devices()[0]))
+    else:
+        placed = {name: place(kind_of(config), name, shape) for name, shape in wanted.items()}
     return filled(model, read(placed, param_dtype))
 
 

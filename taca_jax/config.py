@@ -25,6 +25,7 @@ from taca_jax.models.flux import FluxConfig
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config
+from taca_jax.sharding import MeshConfig
 from taca_jax.taca import TacaConfig
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "EvalConfig",
     "GenerateConfig",
     "LoRAConfig",
+    "MeshConfig",
     "OptimizerConfig",
     "TacaConfig",
     "TextConfig",
@@ -234,6 +236,7 @@ class TrainConfig:
     taca: with it, training draws timesteps where TACA is active, and applies it (the paper's
       equations 11-13); none trains plainly over all timesteps.
     data: pictures and captions.
+    mesh: how several devices share the work.
     optimizer: how gradients become updates.
     grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
     dtype: of activations; parameters, softmax and loss are float32.
@@ -248,6 +251,8 @@ class TrainConfig:
     sample_prompts: the prompts of those grids.
     seed: decides parameters, noise and timesteps.
     out_dir: the run's folder; none is runs/NAME.
+    plan: a slice of TPUs (v5e-16, v6e-8, v5p-8): compile the step for it and say what it takes,
+      instead of training; no TPU is needed.
     resume: go on from the folder's newest good checkpoint; otherwise the folder must be new.
     evaluate: the table at the end; none makes none.
     """
@@ -262,6 +267,7 @@ class TrainConfig:
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
     taca: TacaConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grad_accumulation: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -276,6 +282,7 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = ()
     seed: int = 0
     out_dir: str | None = None
+    plan: str | None = None
     resume: bool = False
     evaluate: EvalConfig | None = None
 

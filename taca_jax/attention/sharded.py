@@ -1,8 +1,8 @@
 """Joint attention on a mesh: samples and heads apart, and queries apart where images are large.
 
-XLA cannot see into a kernel, so what each device computes is said here, by the names of the mesh's
-axes (of `jax.set_mesh`): samples over `data` and `fsdp`, heads over `tensor`, the joint sequence's
-queries over `context`. Other axes' devices repeat the work of their neighbours.
+XLA cannot see into a kernel, so what each device computes is said here, by the names of the axes
+(`taca_jax.mesh`) of the mesh that is set: samples over `data` and `fsdp`, heads over `tensor`, the
+joint sequence's queries over `context`. Other axes' devices repeat the work of their neighbours.
 
 With `context`, keys and values are gathered rather than passed around a ring. A head's keys and
 values are 2.4 MB at FLUX's 4608 tokens, which VMEM holds whole (the kernel wants them so: no
@@ -14,13 +14,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-BATCH_AXES = ("data", "fsdp")
-HEAD_AXIS = "tensor"
-QUERY_AXIS = "context"
+from taca_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, dividing_axes
 
 
 def over_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -42,15 +39,15 @@ def over_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         # Within somebody's shard_map the axes are spent: this is one device's part already.
         if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return attend(q, k, v, text_len=text_len, gamma=gamma)
-        batch = _dividing_axes(mesh, q.shape[0])
-        head = HEAD_AXIS if mesh.shape.get(HEAD_AXIS, 1) > 1 else None
+        batch = dividing_axes(mesh, BATCH_AXES, q.shape[0])
+        head = TENSOR_AXIS if mesh.shape.get(TENSOR_AXIS, 1) > 1 else None
         if head and q.shape[2] % mesh.shape[head]:
             raise ValueError(
                 f"{q.shape[2]} heads do not divide over the mesh's {mesh.shape[head]} devices of "
                 f"axis {head!r}; make that axis a divisor"
             )
-        parts = mesh.shape.get(QUERY_AXIS, 1)
-        context = QUERY_AXIS if parts > 1 else None
+        parts = mesh.shape.get(CONTEXT_AXIS, 1)
+        context = CONTEXT_AXIS if parts > 1 else None
         length = q.shape[1]
         q = jnp.pad(q, ((0, 0), (0, -length % parts), (0, 0), (0, 0)))
 
@@ -69,14 +66,3 @@ def over_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         )(q, k, v, gamma)[:, :length]
 
     return joint_attention
-
-
-def _dividing_axes(mesh: AbstractMesh, batch: int) -> tuple[str, ...] | None:
-    """The batch axes that the batch divides over; a single sample is everybody's."""
-    axes: tuple[str, ...] = ()
-    for axis in BATCH_AXES:
-        size = mesh.shape.get(axis, 1)
-        if size > 1 and batch % size == 0:
-            axes += (axis,)
-            batch //= size
-    return axes or None

@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeVar
 import jax
 from flax import nnx
 
+from taca_jax.mesh import constrain_tokens
+
 Remat = Literal["none", "full"]
 """What the backward pass recomputes: nothing, or each block from its inputs."""
 
@@ -26,13 +28,16 @@ def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -
 def run_stack(
     stack: Block, call: Callable[[Block, Any], Any], carry: Any, *, remat: Remat = "none"
 ) -> Any:
-    """`carry = call(block, carry)` through every block, traced once whatever the depth."""
+    """`carry = call(block, carry)` through every block, traced once whatever the depth.
+
+    `carry` is of token arrays [b, s, d], which are kept where `taca_jax.mesh` wants them.
+    """
     graph, state = nnx.split(stack)
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
-        return call(nnx.merge(graph, layer), carry), None
+        return jax.tree.map(constrain_tokens, call(nnx.merge(graph, layer), carry)), None
 
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
-    carry, _ = jax.lax.scan(body, carry, state)
+    carry, _ = jax.lax.scan(body, jax.tree.map(constrain_tokens, carry), state)
     return carry

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
@@ -26,6 +27,7 @@ from taca_jax.models.tiny_vae import TinyVAE
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.text_folders import encoder_parts, load_flux_text, save_tokenizers
 from taca_jax.sampling import Conditioning, FlowSchedule, Trajectory, denoise, make_plan
+from taca_jax.sharding import placement
 from taca_jax.taca import TacaConfig
 from taca_jax.text import FluxText, encode
 from taca_jax.tokenizers import Tokenizer, announce_cuts
@@ -82,12 +84,14 @@ class FluxPipeline:
         tokenizer: Tokenizer | None,
         autoencoder: Autoencoder | None,
         settings: PipelineSettings,
+        mesh: Mesh | None = None,
     ):
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.autoencoder = autoencoder
         self.settings = settings
+        self.mesh = mesh
 
     @classmethod
     def from_pretrained(
@@ -96,6 +100,7 @@ class FluxPipeline:
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         *,
         param_dtype: Literal["float32", "bfloat16"] | None = None,
+        mesh: Mesh | None = None,
         remat: Remat = "none",
     ) -> "FluxPipeline":
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present
@@ -103,8 +108,9 @@ class FluxPipeline:
 
         `path` may also be the name of a model that comes with the package (`shapes_base`).
 
-        `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. `remat`
-        matters to training only.
+        `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
+        go straight to their places on `mesh` (`sharding.make_mesh`), over which the pipeline then
+        runs; without one, to the first device. `remat` matters to training only.
 
         Raises UserError where the folder or a part of it is missing or damaged.
         """
@@ -114,7 +120,10 @@ class FluxPipeline:
             raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}")
         settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
         load = partial(
-            load_model, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype or dtype)
+            load_model,
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype or dtype),
+            place=placement(mesh),
         )
         transformer = load(path / "transformer", remat=remat)
         text_encoder = tokenizer = autoencoder = None
@@ -136,6 +145,7 @@ class FluxPipeline:
             tokenizer=tokenizer,
             autoencoder=autoencoder,
             settings=settings,
+            mesh=mesh,
         )
 
     def save(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from taca_jax.checkpoint import load_model
 from taca_jax.config import TextConfig, TrainConfig
@@ -14,15 +15,17 @@ from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.pipelines.flux import Autoencoder, FluxPipeline, PipelineSettings
 from taca_jax.sampling import FlowSchedule
+from taca_jax.sharding import placement
 from taca_jax.tokenizers import load_tokenizer
 
 DEFAULT_STEPS = 20
 
 
-def build_pipeline(config: TrainConfig) -> FluxPipeline:
+def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> FluxPipeline:
     """The pipeline to train: the base with fresh LoRA factors, or a new one from random numbers.
 
-    Trained parameters are float32, activations config.dtype. Raises UserError where parts do not
+    Trained parameters are float32, activations config.dtype.
+    What is read lies on `mesh`. Raises UserError where parts do not
     fit.
     """
     dtype = jnp.dtype(config.dtype)
@@ -34,7 +37,7 @@ def build_pipeline(config: TrainConfig) -> FluxPipeline:
         # A frozen base may rest in the activations' precision; what is trained may not.
         param_dtype = "float32" if config.lora is None else config.dtype
         pipeline = FluxPipeline.from_pretrained(
-            config.base, config.dtype, param_dtype=param_dtype, remat=config.remat
+            config.base, config.dtype, param_dtype=param_dtype, mesh=mesh, remat=config.remat
         )
     else:
         pipeline = _new_pipeline(config)
@@ -43,7 +46,9 @@ def build_pipeline(config: TrainConfig) -> FluxPipeline:
             raise UserError(
                 f"autoencoder={config.autoencoder} says what latents are; leave out pixels.*"
             )
-        pipeline.autoencoder = load_model(config.autoencoder, dtype=dtype, param_dtype=dtype)
+        pipeline.autoencoder = load_model(
+            config.autoencoder, dtype=dtype, param_dtype=dtype, place=placement(mesh)
+        )
     if pipeline.autoencoder is None or pipeline.text_encoder is None:
         raise UserError(
             f"training from base={config.base} needs its text encoders and an autoencoder "

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from taca_jax.atomic import whole_file
 from taca_jax.config import TrainConfig, difference, from_json, to_json
@@ -14,12 +15,15 @@ from taca_jax.data.sources import open_source
 from taca_jax.errors import UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
 from taca_jax.formats.lora_files import write_lora
+from taca_jax.mesh import on
 from taca_jax.metrics import RunLog
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.sharding import batch_sharding, make_mesh, samples_together
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.plan import plan
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 
 # What may differ between a run and its resumption without making it another run.
@@ -44,11 +48,22 @@ def train(config: TrainConfig) -> None:
 
     That folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and
     `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
-    `.png` where asked for. Raises UserError for what the user can mend.
+    `.png` where asked for. With config.plan nothing is trained (see `training.plan`). Raises
+    UserError for what the user can mend.
     """
+    if config.plan is not None:
+        return plan(config)
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    with on(mesh):
+        _run(config, mesh)
+    return None
+
+
+def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     run_dir = config.run_dir
     _check_free(config, run_dir)
-    pipeline = build_pipeline(config)
+    _check_batch(config, mesh)
+    pipeline = build_pipeline(config, mesh)
     _check_prompts(config, pipeline)
     try:
         source = open_source(config.data)
@@ -56,7 +71,7 @@ def train(config: TrainConfig) -> None:
         with whole_file(run_dir / RECORD) as record:
             record.write_text(to_json(config))
         with make_loader(source, data=config.data, tokenize=_tokenizer(pipeline)) as loader:
-            _train(config, pipeline, loader)
+            _train(config, pipeline, loader, mesh)
         _export(config, pipeline, run_dir)
         if config.evaluate is not None:
             evaluate_shapes(
@@ -93,20 +108,32 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
         )
 
 
+def _check_batch(config: TrainConfig, mesh: Mesh | None) -> None:
+    """Raises UserError unless every device gets as many samples as every other."""
+    together = 1 if mesh is None else samples_together(mesh)
+    if config.data.batch_size % together:
+        raise UserError(
+            f"data.batch_size is {config.data.batch_size}, which {together} groups of devices "
+            f"(mesh.data x mesh.fsdp) share; give a multiple of {together}, or share tokens or "
+            "heads as well (mesh.context, mesh.tensor)"
+        )
+
+
 def _check_prompts(config: TrainConfig, pipeline: FluxPipeline) -> None:
     """Finds prompts that cannot be drawn before the first of many steps, not at the first grid."""
     if config.sample_every:
         _tokenizer(pipeline)(config.sample_prompts)
 
 
-def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader) -> None:
+def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader, mesh: Mesh | None) -> None:
     """Runs all steps that are left, and puts what they made into `pipeline`."""
     encoder, autoencoder = pipeline.text_encoder, pipeline.autoencoder
     assert encoder is not None  # build_pipeline saw to both
     assert autoencoder is not None
     model = TextToImage(pipeline.transformer, encoder)
     pad_id = _tokenizer(pipeline).pad_id
-    trainer, state = make_trainer(config, model, autoencoder, pad_id=pad_id)
+    trainer, trained = make_trainer(config, model, autoencoder, pad_id=pad_id, mesh=mesh)
+    state = trainer.begin(trained)
     with Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints:
         if config.resume:
             restored = checkpoints.restore(
@@ -115,7 +142,7 @@ def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader) -> None:
             if restored is not None:
                 state, position = restored
                 loader.set_state(position)
-        state = _loop(config, pipeline, trainer, state, loader, checkpoints)
+        state = _loop(config, pipeline, trainer, state, loader, checkpoints, mesh)
     _install(pipeline, trainer.merge(state.best))
 
 
@@ -131,6 +158,7 @@ def _loop(
     state: TrainState,
     loader: Loader,
     checkpoints: Checkpoints,
+    mesh: Mesh | None,
 ) -> TrainState:
     start = int(state.step)
     pending: tuple[int, dict[str, Any]] | None = None
@@ -138,7 +166,7 @@ def _loop(
     log = RunLog(config.run_dir, start=start, steps=config.steps, samples_per_step=samples)
     with log:
         for step in range(start + 1, config.steps + 1):
-            batch = _next_batch(loader, config.grad_accumulation)
+            batch = _next_batch(loader, config.grad_accumulation, mesh)
             state, metrics = trainer.run(state, batch)
             # Read the step before while this one runs, so that the device never waits for us.
             if pending is not None:
@@ -158,11 +186,19 @@ def _loop(
     return state
 
 
-def _next_batch(loader: Loader, parts: int) -> Batch:
+def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> Batch:
+    """Batches for every part of a step; each process brings its own share of the samples."""
     batches = [next(loader) for _ in range(parts)]
+
+    def placed(arrays: list[np.ndarray]) -> jax.Array:
+        local = np.stack(arrays)
+        if mesh is None:
+            return jax.device_put(local)
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), local)
+
     return Batch(
-        image=jnp.asarray(np.stack([batch["image"] for batch in batches])),
-        tokens=jnp.asarray(np.stack([batch["tokens"] for batch in batches])),
+        image=placed([batch["image"] for batch in batches]),
+        tokens=placed([batch["tokens"] for batch in batches]),
     )
 
 

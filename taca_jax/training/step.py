@@ -1,21 +1,25 @@
 """One optimizer step: the flow-matching objective under TACA, its gradient, the update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
+from taca_jax.checkpoint import kind_of
 from taca_jax.config import TrainConfig
 from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.layers import LoRAParam
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.pipelines.flux import Autoencoder
+from taca_jax.sharding import parameter_spec
 from taca_jax.taca import active, gamma_at
 from taca_jax.text import FluxText, encode
 
@@ -63,13 +67,28 @@ class TrainState:
 class Trainer:
     """The jitted step and what it needs; frozen parameters stand beside the state.
 
+    places: the sharding of each array of the state, or None without a mesh.
+    begin: trained parameters -> the first state, which takes them over.
     step: (state, frozen, autoencoder, batch) -> (state, metrics); the state's buffers are reused.
     """
 
     graph: nnx.GraphDef
     frozen: nnx.State
     autoencoder: nnx.State
+    places: TrainState | None
+    begin: Callable[[nnx.State], TrainState]
     step: Callable[[TrainState, nnx.State, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]
+
+    def abstract_state(self, trained: nnx.State) -> TrainState:
+        """The first state as shapes, each with its place, of parameters that may be shapes too."""
+        shapes = jax.eval_shape(self.begin, trained)
+        if self.places is None:
+            return shapes
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            self.places,
+        )
 
     def run(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step; metrics are scalars still on the device."""
@@ -81,11 +100,17 @@ class Trainer:
 
 
 def make_trainer(
-    config: TrainConfig, model: TextToImage, autoencoder: Autoencoder, *, pad_id: int
-) -> tuple[Trainer, TrainState]:
-    """The trainer of `model` and its first state.
+    config: TrainConfig,
+    model: TextToImage,
+    autoencoder: Autoencoder,
+    *,
+    pad_id: int,
+    mesh: Mesh | None = None,
+) -> tuple[Trainer, nnx.State]:
+    """The trainer of `model`, and the parameters that it trains.
 
-    With config.lora only LoRA factors are trained.
+    With config.lora only LoRA factors are trained. On a mesh, which must be set, the state lies as
+    `sharding.TABLES` say. Parameters may be shapes alone, to compile without them.
     """
     kind = nnx.Param if config.lora is None else LoRAParam
     graph, trained, frozen = nnx.split(model, kind, ...)
@@ -135,15 +160,44 @@ def make_trainer(
         state = TrainState(state.step + 1, state.rng, trained, optimizer_state, average)
         return state, metrics
 
-    trainer = Trainer(graph, frozen, ae_state, jax.jit(step, donate_argnames="state"))
-    state = TrainState(
-        step=jnp.int32(0),
-        rng=jax.random.key_data(jax.random.key(config.seed)),
-        trained=trained,
-        optimizer=optimizer.init(trained),
-        average=jax.tree.map(jnp.copy, trained) if decay else None,
-    )
-    return trainer, state
+    def begin(trained: nnx.State) -> TrainState:
+        return TrainState(
+            step=jnp.int32(0),
+            rng=jax.random.key_data(jax.random.key(config.seed)),
+            trained=trained,
+            optimizer=optimizer.init(trained),
+            average=jax.tree.map(jnp.copy, trained) if decay else None,
+        )
+
+    places = None
+    if mesh is None:
+        compiled = jax.jit(step, donate_argnames="state")
+    else:
+        kinds = {
+            "transformer": kind_of(model.transformer.config),
+            "text_encoder": kind_of(model.text_encoder.config),
+        }
+        places = state_shardings(jax.eval_shape(begin, trained), kinds, mesh)
+        begin = jax.jit(begin, out_shardings=places)
+        compiled = jax.jit(step, donate_argnames="state", out_shardings=(places, None))
+    return Trainer(graph, frozen, ae_state, places, begin, compiled), trained
+
+
+def state_shardings(state: TrainState, kinds: Mapping[str, str], mesh: Mesh) -> TrainState:
+    """Where each array of a state lies: averages and moments as the parameters that they are of.
+
+    kinds: the kind of each of the model's parts, by its name in TextToImage.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        part, *inside = [*dropwhile(lambda name: name not in kinds, names)] or [""]
+        if not inside:  # steps and counts
+            return NamedSharding(mesh, PartitionSpec())
+        spec = parameter_spec(kinds[part], ".".join(inside), leaf.shape, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def objective(

@@ -48,7 +48,8 @@ def compile_training(compiled: Any) -> dict[str, int]:
     types = {"rngs": nnx.Rngs(0), "dtype": jnp.dtype("bfloat16")}
     model = TextToImage(FluxTransformer(MODEL, **types), T5Encoder(T5, **types))
     config = tiny_config("unused", model=MODEL, dtype="bfloat16", taca=TacaConfig())
-    trainer, state = make_trainer(config, model, Pixels(), pad_id=0)
+    trainer, trained = make_trainer(config, model, Pixels(), pad_id=0)
+    state = trainer.begin(trained)
     batch = Batch(
         image=jnp.zeros((1, BATCH, SIDE, SIDE, 3), jnp.uint8),
         tokens=jnp.zeros((1, BATCH, TEXT_LENGTH), jnp.int32),

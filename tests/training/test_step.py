@@ -30,7 +30,8 @@ def make(config, *, seed=0):
     if config.lora is not None:
         add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(1))
     model = TextToImage(pipeline.transformer, pipeline.text_encoder)
-    trainer, state = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+    trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+    state = trainer.begin(trained)
     return trainer, jax.tree.map(jnp.copy, state), model
 
 
@@ -202,7 +203,8 @@ def test_recomputing_activations_changes_nothing(scratch):
     pipeline.transformer.remat = "full"
     model = TextToImage(pipeline.transformer, pipeline.text_encoder)
     config = config_for(remat="full")
-    trainer, state = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+    trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+    state = trainer.begin(trained)
     _, (again,) = run(trainer, state, [make_batch()])
     trainer, start, _ = scratch
     assert trainer.merge(start.trained).transformer.remat == "none"

@@ -1,0 +1,160 @@
+"""Which parameter lies where: a table per model, and the mesh that the tables are for.
+
+A table names layers by regular expression and says over which axes the two sides of their kernels
+are shared. The rest follows: a bias lies as its kernel's outputs, LoRA's A as the inputs and B as
+the outputs, and the layer axis of stacked blocks is never shared. `fsdp` stands where a kernel
+would otherwise be whole on each device: XLA gathers it, layer by layer, where it is used.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from taca_jax.errors import UserError
+from taca_jax.mesh import AXES, BATCH_AXES, TENSOR_AXIS, dividing_axes
+
+Axes = tuple[str, ...]
+_FSDP: Axes = ("fsdp",)
+_TENSOR: Axes = (TENSOR_AXIS,)
+_WHOLE: Axes = ()
+_IN = (_FSDP, _TENSOR)  # from whole channels to those of heads, of MLPs, of modulations
+_OUT = (_TENSOR, _FSDP)  # and back
+_EMBEDDING = (_WHOLE, (TENSOR_AXIS, "fsdp"))
+
+FLUX: Mapping[str, tuple[Axes, Axes]] = {
+    r"(img_in|final_out)": (_WHOLE, _FSDP),
+    r"txt_in": (_FSDP, _WHOLE),
+    r"(time|vector|guidance)_in\.linear_1": _IN,
+    r"(time|vector|guidance)_in\.linear_2": _OUT,
+    r"double_blocks\.(img|txt)\.mod": _IN,
+    r"double_blocks\.(img|txt)\.(qkv\.[qkv]|mlp_in)": _IN,
+    r"double_blocks\.(img|txt)\.(out|mlp_out)": _OUT,
+    r"single_blocks\.mod": _IN,
+    r"single_blocks\.(qkv\.[qkv]|mlp_in)": _IN,
+    # Its inputs are heads and MLP side by side: a device's pieces of them would not be neighbours.
+    r"single_blocks\.out": _IN,
+    r"final_mod": _IN,
+}
+T5: Mapping[str, tuple[Axes, Axes]] = {
+    r"token_embed": _EMBEDDING,
+    r"relative_bias": (_WHOLE, _WHOLE),
+    r"blocks\.(attn\.[qkv]|ff\.wi_(gate|value))": _IN,
+    r"blocks\.(attn\.o|ff\.wo)": _OUT,
+}
+CLIP: Mapping[str, tuple[Axes, Axes]] = {
+    r"(token|position)_embed": _EMBEDDING,
+    r"blocks\.(attn\.[qkv]|ff\.wi)": _IN,
+    r"blocks\.(attn\.o|ff\.wo)": _OUT,
+    r"projection": _IN,
+}
+TABLES: Mapping[str, Mapping[str, tuple[Axes, Axes]]] = {
+    "flux": FLUX,
+    "t5": T5,
+    "clip": CLIP,
+    # Small beside a transformer, and convolutions have no side to share: whole everywhere.
+    "vae": {r".*": (_WHOLE, _WHOLE)},
+    "tiny_vae": {r".*": (_WHOLE, _WHOLE)},
+    "pixels": {},
+}
+"""kind of model (as in its config.json) -> layer -> the axes of its kernel's inputs and outputs."""
+
+_NORMS = r"(.*\.)?\w*norm\w*"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work; the four numbers multiply to the number of devices.
+
+    One of them may be -1, which is as many devices as the others leave. On one device nothing is
+    shared, whatever stands here.
+
+    data: shares the samples; parameters are whole on each.
+    fsdp: shares the samples and the parameters.
+    context: shares the tokens of each sample.
+    tensor: shares heads and the MLPs' hidden channels; divides the number of heads.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the rest")
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError("only one axis of mesh may be -1, the devices that the others leave")
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Devices along each axis. Raises UserError where `devices` cannot be shared so."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        known = int(np.prod([size for size in sizes.values() if size != -1]))
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        if -1 in sizes.values():
+            if devices % known:
+                raise UserError(f"{asked}: {known} does not divide the {devices} devices")
+            return {axis: devices // known if n == -1 else n for axis, n in sizes.items()}
+        if known != devices:
+            raise UserError(f"{asked}: that is {known} devices, and there are {devices}")
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `devices` (by default all) that `config` asks for, near devices side by side.
+
+    Raises UserError as `MeshConfig.sizes` does.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def parameter_spec(kind: str, path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """Where one parameter of a model lies, by its dotted path.
+
+    Axes over which its sides do not divide evenly leave it whole. Raises LookupError for a
+    parameter that not exactly one line of the table is about: the table is wrong.
+    """
+    layer, _, name = path.rpartition(".")
+    if name == "scale" or re.fullmatch(_NORMS, layer):
+        return P()
+    matching = [axes for pattern, axes in TABLES[kind].items() if re.fullmatch(pattern, layer)]
+    if len(matching) != 1:
+        raise LookupError(f"{len(matching)} lines of the {kind} table are about {path}")
+    ((inputs, outputs),) = matching
+    sides = {
+        "kernel": (inputs, outputs),
+        "embedding": (inputs, outputs),
+        "bias": (outputs if outputs == _TENSOR else _WHOLE,),
+        "lora_a": (inputs, _WHOLE),
+        "lora_b": (_WHOLE, outputs),
+    }[name]
+    ours = shape[len(shape) - len(sides) :]
+    found = [dividing_axes(mesh, axes, size) for axes, size in zip(sides, ours, strict=True)]
+    return P(*[None] * (len(shape) - len(sides)), *found)
+
+
+def placement(mesh: Mesh | None) -> Callable[[str, str, Sequence[int]], NamedSharding] | None:
+    """`parameter_spec` on a mesh, as `checkpoint.load_model` asks; None where there is no mesh."""
+    if mesh is None:
+        return None
+    return lambda kind, path, shape: NamedSharding(mesh, parameter_spec(kind, path, shape, mesh))
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """Of arrays whose axis `leading` is that of the samples."""
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    return NamedSharding(mesh, P(*[None] * leading, axes or None))
+
+
+def samples_together(mesh: Mesh) -> int:
+    """A batch must be a multiple of this many samples."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

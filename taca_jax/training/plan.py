@@ -1,0 +1,415 @@
+"""What a run takes on a slice of TPUs, said by the TPU's compiler: no TPU is needed, nor weights.
+
+The very step that `train` would run is compiled for the slice. Memory is the compiler's own account
+of each chip; times are a roofline's, from the arithmetic that the model needs and from the bytes
+that must move, so that a real step takes longer.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from taca_jax.checkpoint import abstract_model, kind_of, load_config
+from taca_jax.config import TrainConfig
+from taca_jax.errors import UserError
+from taca_jax.lora import add_lora, linears
+from taca_jax.mesh import on
+from taca_jax.models.clip import CLIP_L
+from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL
+from taca_jax.models.layers import LoRAParam
+from taca_jax.models.t5 import T5_XXL
+from taca_jax.models.vae import FLUX_VAE
+from taca_jax.sharding import batch_sharding, make_mesh, placement, samples_together
+from taca_jax.text import FluxText
+from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
+from taca_jax.weights import find_weights
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TPU chip: bytes of memory, bf16 FLOP/s, bytes/s to its memory and to other chips.
+
+    Source: cloud.google.com/tpu/docs, system architecture of each generation.
+    """
+
+    topology: str
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    wire_bandwidth: float
+
+
+CHIPS = {
+    "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 200e9),
+    "v6e": Chip("v6e", 32 * 2**30, 918e12, 1640e9, 448e9),
+    "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9),
+}
+_SIDES = {
+    "v5e": {
+        1: "1x1",
+        4: "2x2",
+        8: "2x4",
+        16: "4x4",
+        32: "4x8",
+        64: "8x8",
+        128: "8x16",
+        256: "16x16",
+    },
+    "v5p": {
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+        256: "4x8x8",
+        512: "8x8x8",
+    },
+}
+_SIDES["v6e"] = _SIDES["v5e"]
+
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    name: {
+        "transformer": config,
+        "text_encoder": CLIP_L,
+        "text_encoder_2": T5_XXL,
+        "autoencoder": FLUX_VAE,
+    }
+    for name, config in {
+        "flux1-dev": FLUX_DEV,
+        "flux1-krea-dev": FLUX_KREA,
+        "flux1-schnell": FLUX_SCHNELL,
+    }.items()
+}
+"""The parts of models as published, by the name of the folder that the presets expect."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Chips that are rented together: `v5e-16` is 16 chips; in `v5p-8` cores are counted, two a
+    chip."""
+
+    name: str
+    chip: Chip
+    chips: int
+    topology: str
+
+    @classmethod
+    def of(cls, name: str) -> "Slice":
+        """Raises UserError for a name that is none, listing those that are."""
+        kind, _, number = name.partition("-")
+        chips = int(number) if number.isdigit() else 0
+        if kind == "v5p":
+            chips, odd = divmod(chips, 2)
+            chips = 0 if odd else chips
+        if kind not in CHIPS or chips not in _SIDES[kind]:
+            raise UserError(f"plan={name}: no such slice; there are {', '.join(slice_names())}")
+        return cls(name, CHIPS[kind], chips, f"{CHIPS[kind].topology}:{_SIDES[kind][chips]}")
+
+    def larger(self) -> Iterator["Slice"]:
+        """Those of the same generation with more chips, the smallest first."""
+        kind = self.name.partition("-")[0]
+        for name in slice_names(kind):
+            other = Slice.of(name)
+            if other.chips > self.chips:
+                yield other
+
+
+def slice_names(kind: str | None = None) -> list[str]:
+    """Every slice that can be planned for."""
+    kinds = CHIPS if kind is None else [kind]
+    return [f"{k}-{n * (2 if k == 'v5p' else 1)}" for k in kinds for n in _SIDES[k]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on a slice; bytes and seconds are of one chip.
+
+    parts: bytes of each part's arrays. program: bytes that the compiled step needs beside them,
+    activations above all. flops: of the whole step. gathered: bytes of parameters that each chip
+    receives from others.
+    """
+
+    where: Slice
+    mesh: Mesh
+    batch: int
+    resolution: int
+    parts: Mapping[str, int]
+    program: int
+    flops: float
+    gathered: float
+
+    @property
+    def memory(self) -> int:
+        return sum(self.parts.values()) + self.program
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.where.chip.memory
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The least that the step can take, by what would bound it."""
+        chip = self.where.chip
+        return {
+            "arithmetic": self.flops / self.where.chips / chip.flops,
+            "wires": self.gathered / chip.wire_bandwidth,
+        }
+
+
+def plan(config: TrainConfig) -> None:
+    """Compiles the step of `config` for the slice `config.plan` and prints what it takes.
+
+    Raises UserError where it does not fit, naming the nearest slice where it does.
+    """
+    assert config.plan is not None
+    found = make_plan(config, Slice.of(config.plan))
+    Console(width=max(100, Console().width)).print(table(found))
+    if found.fits:
+        return
+    for other in found.where.larger():
+        # More chips share more samples: as many for each as were asked for.
+        batch = config.data.batch_size * other.chips // found.where.chips
+        data = dataclasses.replace(config.data, batch_size=batch)
+        if make_plan(dataclasses.replace(config, data=data), other).fits:
+            nearest = f"plan={other.name} data.batch_size={batch} fits"
+            break
+    else:
+        nearest = "nor does any larger slice of that kind"
+    raise UserError(
+        f"{found.memory / GB:.1f} GB do not fit a chip's {found.where.chip.memory / GB:.1f} GB; "
+        f"{nearest}"
+    )
+
+
+def make_plan(config: TrainConfig, where: Slice) -> Plan:
+    """The plan of a run on a slice. Takes about a minute for a model of 12 B parameters."""
+    mesh = make_mesh(config.mesh, _devices(where.topology))
+    together = samples_together(mesh)
+    if config.data.batch_size % together:
+        raise UserError(
+            f"data.batch_size is {config.data.batch_size}, which {together} groups of chips share; "
+            f"give a multiple of {together}"
+        )
+    model, autoencoder = _abstract(config, mesh)
+    # Padding is what is left out of the pooled mean, which no published model has.
+    trainer, trained = make_trainer(config, model, autoencoder, pad_id=0, mesh=mesh)
+    with on(mesh):
+        state = trainer.abstract_state(trained)
+        batch = _batch(config, model, mesh)
+        compiled = trainer.step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
+    used = compiled.memory_analysis()
+    parts = _parts(state, trainer, batch)
+    held = sum(parts.values())
+    total = (
+        used.argument_size_in_bytes
+        + used.output_size_in_bytes
+        - used.alias_size_in_bytes
+        + used.temp_size_in_bytes
+        + used.generated_code_size_in_bytes
+    )
+    return Plan(
+        where,
+        mesh,
+        config.data.batch_size,
+        config.data.resolution,
+        parts,
+        max(total - held, 0),
+        _flops(config, model, autoencoder),
+        _gathered(trainer, mesh, passes=_passes(config)),
+    )
+
+
+def table(plan: Plan) -> Table:
+    """The plan as people read it."""
+    chip = plan.where.chip
+    axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.shape.items() if n > 1) or "one chip"
+    out = Table(
+        title=f"{plan.where.name} ({plan.where.topology}), {axes}: "
+        f"{plan.batch} pictures of {plan.resolution} px a step"
+    )
+    out.add_column("on each chip")
+    out.add_column("", justify="right")
+    for name, size in plan.parts.items():
+        out.add_row(name, f"{size / GB:.2f} GB")
+    out.add_row("activations, gathered parameters, program", f"{plan.program / GB:.2f} GB")
+    share = plan.memory / chip.memory
+    out.add_row(
+        "together", f"{plan.memory / GB:.2f} GB, {share:.0%} of its memory", end_section=True
+    )
+    out.add_row("arithmetic of the step, all chips", f"{plan.flops / 1e12:,.1f} TFLOP")
+    out.add_row("parameters received", f"{plan.gathered / GB:.2f} GB", end_section=True)
+    for name, seconds in plan.seconds.items():
+        out.add_row(f"least time for {name}", f"{seconds:.3f} s")
+    bound = max(plan.seconds, key=plan.seconds.__getitem__)
+    out.add_row("bound by", bound)
+    return out
+
+
+def _devices(topology: str) -> list[jax.Device]:
+    """Devices of a topology that is not there."""
+    # Read when libtpu is loaded: without them it asks the network where it is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # JAX raises what loading a plugin raises
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"plan needs the TPU's compiler (pip install libtpu): {reason}") from error
+
+
+def _abstract(config: TrainConfig, mesh: Mesh) -> tuple[TextToImage, Any]:
+    """The model to train and its autoencoder, of shapes with places instead of parameters."""
+    parts = _configs(config)
+    dtype = jnp.dtype(config.dtype)
+    base_dtype = dtype if config.lora is not None else jnp.dtype(jnp.float32)
+    place = placement(mesh)
+    assert place is not None
+
+    def made(part: str, **options: Any) -> Any:
+        model = abstract_model(parts[part], dtype=dtype, **options)
+        if part == "transformer" and config.lora is not None:
+            lora = config.lora
+            graph, state = nnx.split(model)
+            model = nnx.eval_shape(lambda: _with_lora(graph, state, lora))
+        kind = kind_of(parts[part])
+        graph, state = nnx.split(model)
+        for path, param in nnx.to_flat_state(state):
+            name = ".".join(map(str, path))
+            wide = jnp.float32 if isinstance(param, LoRAParam) else base_dtype
+            sharding = place(kind, name, param.shape)
+            param.set_value(jax.ShapeDtypeStruct(param.shape, wide, sharding=sharding))
+        return nnx.merge(graph, state)
+
+    transformer = made("transformer", remat=config.remat)
+    encoders = [made(part) for part in parts if part.startswith("text_encoder")]
+    encoder = encoders[0] if len(encoders) == 1 else FluxText(*encoders)
+    return TextToImage(transformer, encoder), made("autoencoder")
+
+
+def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: Any) -> nnx.Module:
+    filled = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+    model = nnx.merge(graph, filled)
+    add_lora(model, lora, rngs=nnx.Rngs(0))
+    return model
+
+
+def _configs(config: TrainConfig) -> dict[str, Any]:
+    """The config of each part: of the base's folder, of a published model, or of a new one."""
+    if config.base is None:
+        assert config.model is not None  # TrainConfig saw to both
+        assert config.text.encoder is not None
+        found = {"transformer": config.model, "text_encoder": config.text.encoder}
+        own = {"autoencoder": config.pixels}
+    else:
+        folder = find_weights(config.base)
+        names = ("transformer", "text_encoder", "text_encoder_2", "autoencoder")
+        if folder.is_dir():
+            found = {n: load_config(folder / n) for n in names if (folder / n).is_dir()}
+        elif folder.name in PUBLISHED:
+            found = dict(PUBLISHED[folder.name])
+        else:
+            raise UserError(
+                f"base={config.base} is not there; plan for {', '.join(PUBLISHED)} needs no folder"
+            )
+        own = {}
+    if config.autoencoder != "pixels":
+        own = {"autoencoder": load_config(config.autoencoder)}
+    return found | own
+
+
+def _batch(config: TrainConfig, model: TextToImage, mesh: Mesh) -> Batch:
+    sharding = batch_sharding(mesh, leading=1)
+    shape = (config.grad_accumulation, config.data.batch_size)
+    side = config.data.resolution
+    length = config.text.length if config.base is None else _text_length(config, model)
+    return Batch(
+        image=jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8, sharding=sharding),
+        tokens=jax.ShapeDtypeStruct((*shape, length), jnp.int32, sharding=sharding),
+    )
+
+
+def _text_length(config: TrainConfig, model: TextToImage) -> int:
+    encoder = model.text_encoder
+    return 512 + (encoder.clip.config.max_tokens if isinstance(encoder, FluxText) else 0)
+
+
+def _parts(state: TrainState, trainer: Trainer, batch: Batch) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.frozen)[0]:
+        name = _WORDS[str(path[0].key)]
+        parts[name] = parts.get(name, 0) + _local_bytes(leaf)
+    parts["autoencoder"] = sum(map(_local_bytes, jax.tree.leaves(trainer.autoencoder)))
+    name = "trained parameters, optimizer"
+    parts[name] = sum(map(_local_bytes, jax.tree.leaves(state)))
+    parts["batch"] = sum(map(_local_bytes, jax.tree.leaves(batch)))
+    return {name: size for name, size in parts.items() if size}
+
+
+_WORDS = {"transformer": "transformer, frozen", "text_encoder": "text encoders, frozen"}
+
+
+def _local_bytes(array: Any) -> int:
+    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+    return math.prod(shape) * array.dtype.itemsize
+
+
+def _passes(config: TrainConfig) -> int:
+    """How often a step reads every parameter of the transformer."""
+    return 3 if config.remat == "full" else 2
+
+
+def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any) -> float:
+    """Of one optimizer step: products of the transformer alone, twice a multiply-add.
+
+    Forward, the gradient of activations, and with everything trained that of weights; what
+    rematerialisation computes again is not counted.
+    """
+    transformer = model.transformer
+    flux = transformer.config
+    side = config.data.resolution // autoencoder.config.downscale // flux.patch_size
+    image, text = side * side, _txt_tokens(config)
+    once = 0.0
+    for path, layer in linears(transformer):
+        once += 2 * math.prod(layer.kernel.shape) * _tokens(path, image, text)
+    layers = flux.num_double_blocks + flux.num_single_blocks
+    once += layers * 4 * flux.hidden * (image + text) ** 2
+    times = 2 if config.lora is not None else 3
+    return once * times * config.data.batch_size * config.grad_accumulation
+
+
+def _txt_tokens(config: TrainConfig) -> int:
+    return config.text.length if config.base is None else 512
+
+
+def _tokens(path: str, image: int, text: int) -> int:
+    """On how many tokens of a sample a layer acts."""
+    if re.search(r"(mod|_in\.linear_[12])$", path):
+        return 1
+    if path.startswith("single_blocks"):
+        return image + text
+    if ".txt." in path or path == "txt_in":
+        return text
+    return image
+
+
+def _gathered(trainer: Trainer, mesh: Mesh, *, passes: int) -> float:
+    parts = mesh.shape["fsdp"]
+    own = sum(_local_bytes(x) for x in jax.tree.leaves(trainer.frozen.get("transformer", {})))
+    return own * (parts - 1) * passes

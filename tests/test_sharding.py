@@ -1,0 +1,135 @@
+"""Where parameters lie: the tables against whole models, and what meshes there are."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from taca_jax.checkpoint import KINDS, abstract_model, flat_params, kind_of
+from taca_jax.errors import UserError
+from taca_jax.mesh import AXES, dividing_axes
+from taca_jax.models.clip import CLIP_BIGG, CLIP_L
+from taca_jax.models.flux import FLUX_DEV, FLUX_SCHNELL
+from taca_jax.models.t5 import T5_XXL
+from taca_jax.models.vae import FLUX_VAE
+from taca_jax.sharding import TABLES, MeshConfig, parameter_spec
+
+FULL_SIZE = {
+    "dev": FLUX_DEV,
+    "schnell": FLUX_SCHNELL,
+    "T5-XXL": T5_XXL,
+    "CLIP-L": CLIP_L,
+    "CLIP-bigG": CLIP_BIGG,
+}
+
+
+def mesh_of(**sizes):
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+
+
+def shapes_of(config):
+    model = abstract_model(config, dtype=jnp.bfloat16)
+    return {path: param.shape for path, param in flat_params(model).items()}
+
+
+def local_size(shape, spec, mesh):
+    parts = 1
+    for axes in spec:
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            parts *= mesh.shape[axis]
+    return math.prod(shape) // parts
+
+
+def test_every_kind_of_model_has_a_table():
+    assert set(TABLES) == set(KINDS)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 4, "tensor": 4}, {"fsdp": 256}])
+def test_full_size_models_are_shared_evenly(name, sizes):
+    """All but norms, biases and what is too small to be cut: a chip holds its share, or nearly."""
+    config, mesh = FULL_SIZE[name], mesh_of(**sizes)
+    shapes = shapes_of(config)
+    held = sum(
+        local_size(shape, parameter_spec(kind_of(config), path, shape, mesh), mesh)
+        for path, shape in shapes.items()
+    )
+    everything = sum(map(math.prod, shapes.values()))
+    assert held < 1.15 * everything / mesh.size + 0.003 * everything
+
+
+def test_data_parallel_parameters_are_whole():
+    for path, shape in shapes_of(FLUX_DEV).items():
+        spec = parameter_spec("flux", path, shape, mesh_of(data=8, context=2))
+        assert not any(spec), path
+
+
+def test_the_autoencoder_is_whole_everywhere():
+    for path, shape in shapes_of(FLUX_VAE).items():
+        assert not any(parameter_spec("vae", path, shape, mesh_of(fsdp=8))), path
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("double_blocks.img.qkv.q.kernel", (19, 3072, 3072), P(None, "fsdp", "tensor")),
+        ("double_blocks.img.qkv.q.bias", (19, 3072), P(None, "tensor")),
+        ("double_blocks.img.qkv.q.lora_a", (19, 3072, 64), P(None, "fsdp", None)),
+        ("double_blocks.img.qkv.q.lora_b", (19, 64, 3072), P(None, None, "tensor")),
+        ("double_blocks.txt.out.kernel", (19, 3072, 3072), P(None, "tensor", "fsdp")),
+        ("double_blocks.txt.out.lora_a", (19, 3072, 64), P(None, "tensor", None)),
+        ("double_blocks.txt.out.bias", (19, 3072), P(None, None)),
+        ("single_blocks.qkv.q_norm.scale", (38, 128), P()),
+        ("double_blocks.img.qkv.q.kernel", (19, 3070, 3072), P(None, None, "tensor")),
+    ],
+)
+def test_what_follows_from_a_line_of_the_table(path, shape, expected):
+    assert parameter_spec("flux", path, shape, mesh_of(fsdp=8, tensor=2)) == expected
+
+
+def test_a_parameter_that_no_line_is_about_is_an_error():
+    with pytest.raises(LookupError, match="0 lines of the flux table are about triple_blocks"):
+        parameter_spec("flux", "triple_blocks.q.kernel", (4, 4), mesh_of(fsdp=2))
+
+
+def test_axes_are_taken_while_they_divide():
+    mesh = mesh_of(data=2, fsdp=4)
+    assert dividing_axes(mesh, ("data", "fsdp"), 16) == ("data", "fsdp")
+    assert dividing_axes(mesh, ("data", "fsdp"), 6) == ("data",)
+    assert dividing_axes(mesh, ("data", "fsdp"), 3) is None
+    assert dividing_axes(mesh, ("context",), 4) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MeshConfig(), {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}),
+        (MeshConfig(data=-1, fsdp=2), {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}),
+        (
+            MeshConfig(fsdp=2, tensor=2, context=2),
+            {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+        ),
+    ],
+)
+def test_the_rest_of_the_devices_goes_to_one_axis(config, expected):
+    assert config.sizes(8) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MeshConfig(data=-1), "only one axis of mesh may be -1"),
+        (lambda: MeshConfig(tensor=0), "mesh.tensor is 0; it must be 1 or more, or -1"),
+        (lambda: MeshConfig(tensor=3).sizes(8), "3 does not divide the 8 devices"),
+        (lambda: MeshConfig(fsdp=4).sizes(8), "that is 4 devices, and there are 8"),
+    ],
+)
+def test_meshes_that_cannot_be(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_one_device_needs_no_mesh():
+    assert MeshConfig().sizes(1) == dict.fromkeys(AXES, 1)

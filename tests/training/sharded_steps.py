@@ -1,0 +1,89 @@
+"""Training steps on meshes of eight virtual devices; prints their distance from one device as JSON.
+
+For each mesh: the loss and the gradient's norm of two steps, and the trained parameters after them,
+as relative errors; and how many bytes of the base the first device holds, of all.
+"""
+
+import json
+
+import jax
+import numpy as np
+from flax import nnx
+
+from taca_jax.config import DataConfig, LoRAConfig, OptimizerConfig, TextConfig
+from taca_jax.mesh import on
+from taca_jax.models.layers import LoRAParam
+from taca_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from taca_jax.taca import TacaConfig
+from taca_jax.training.build import build_pipeline
+from taca_jax.training.step import Batch, TextToImage, make_trainer
+from tests.training.tiny import arrays, tiny_config, tiny_pipeline
+
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor": MeshConfig(data=4, fsdp=1, tensor=2),
+    "context": MeshConfig(context=4, fsdp=2),
+    "mixed": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+STEPS = 2
+
+
+def main() -> None:
+    import sys
+
+    folder = sys.argv[1]
+    tiny_pipeline().save(folder)
+    config = tiny_config(
+        "unused",
+        base=folder,
+        model=None,
+        text=TextConfig(),
+        lora=LoRAConfig(rank=4),
+        taca=TacaConfig(threshold=500),
+        data=DataConfig(source="generated:shapes/64", batch_size=8, resolution=40),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (STEPS, 1, 8, 40, 40, 3), np.uint8)
+    tokens = rng.integers(3, 33, (STEPS, 1, 8, 16), np.int32)
+
+    def run(mesh):
+        pipeline = build_pipeline(config, mesh)
+        # B is zero at first, and A's gradient with it: begin where both count.
+        for _, layer in nnx.iter_graph(pipeline.transformer):
+            if getattr(layer, "lora_b", None) is not None:
+                layer.lora_b[...] = jax.random.normal(jax.random.key(1), layer.lora_b.shape) * 0.1
+        model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+        base = jax.tree.leaves(nnx.state(model.transformer, nnx.Not(nnx.OfType(LoRAParam))))
+        local = sum(x.addressable_shards[0].data.nbytes for x in base)
+        share = local / sum(x.nbytes for x in base)
+        trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0, mesh=mesh)
+        state = trainer.begin(trained)
+        seen = []
+        for i in range(STEPS):
+            batch = Batch(images[i], tokens[i])
+            if mesh is not None:
+                batch = jax.device_put(batch, batch_sharding(mesh, leading=1))
+            state, metrics = trainer.run(state, batch)
+            seen += [float(metrics["loss"]), float(metrics["gradient_norm"])]
+        return np.array(seen), jax.device_get(arrays(state.trained)), share
+
+    numbers, parameters, _ = run(None)
+    found = {}
+    for name, sizes in MESHES.items():
+        mesh = make_mesh(sizes)
+        with on(mesh):
+            again, trained, share = run(mesh)
+        difference = sum(float(((trained[k] - v) ** 2).sum()) for k, v in parameters.items())
+        norm = sum(float((v**2).sum()) for v in parameters.values())
+        found[name] = {
+            "numbers": float(np.abs(again / numbers - 1).max()),
+            "parameters": (difference / norm) ** 0.5,
+            "share": share,
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
