@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from convert.models import clip, convert_flux, convert_lora, convert_model, t5, tiny_vae, vae
+from convert.models import (
+    Latents,
+    clip,
+    convert_flux,
+    convert_lora,
+    convert_model,
+    t5,
+    tiny_vae,
+    vae,
+)
 from taca_jax.errors import UserError
 from taca_jax.models.clip import Activation
 
@@ -20,18 +29,22 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Flux:
     """FLUX.1 from a diffusers folder to a pipeline folder: all of its models, tokenizers, sampler.
 
-    A bare transformer folder gives a bare model folder.
+    A bare transformer folder, or a single file, gives a bare model folder.
     """
 
     src: Path
-    """diffusers' pipeline folder (transformer/, vae/, ...), or a transformer folder."""
+    """diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single file
+    of Black Forest Labs or ComfyUI (flux1-dev.safetensors, ae.safetensors)."""
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
     """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
+    axes_dim: tuple[int, int, int] | None = None
+    """Rotary channels of (index, row, column), for a single file whose heads are not 128 wide."""
+
     def run(self) -> list[str]:
-        return convert_flux(self.src, self.dst, self.dtype)
+        return convert_flux(self.src, self.dst, self.dtype, self.axes_dim)
 
 
 @dataclass(frozen=True)
@@ -73,17 +86,21 @@ class CLIP:
 
 @dataclass(frozen=True)
 class VAE:
-    """FLUX's or SD3's autoencoder from a diffusers folder to a model folder."""
+    """FLUX's or SD3's autoencoder from a diffusers folder or a single file to a model folder."""
 
     src: Path
-    """The folder with config.json and the safetensors."""
+    """The folder with config.json and the safetensors, or a file in the original's layout
+    (ae.safetensors, or a whole checkpoint of Stability)."""
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
     """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
+    latents: Latents | None = None
+    """Whose scale and shift the latents have, for a file that does not say."""
+
     def run(self) -> list[str]:
-        return convert_model(vae, self.src, self.dst, self.dtype)
+        return convert_model(partial(vae, latents=self.latents), self.src, self.dst, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,16 @@ def load(
 def export(table: Table, model: Model) -> dict[str, np.ndarray]:
     """The model's parameters, LoRA factors left out, in the layout of the table."""
     params = flat_params(model)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for piece in table.pieces({path: param.shape for path, param in params.items()}):
         array = params[piece.path].get_value()
         ours = np.asarray(array if piece.layer is None else array[piece.layer])
-        tensors[piece.key] = piece.transform.store(ours)
+        theirs = piece.transform.store(ours)
+        if piece.rows is not None:
+            whole = tensors.setdefault(piece.key, np.empty(piece.shape, theirs.dtype))
+            whole[piece.rows] = theirs
+        else:
+            tensors[piece.key] = theirs
     return tensors
 
 
@@ -96,7 +101,7 @@ def _kept(dtype: np.dtype) -> np.dtype:
 def _reader(tensors: Tensors, pieces: Sequence[Piece], dtype: np.dtype) -> Any:
     def read() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for piece in pieces:
-            array = piece.transform.load(tensors.read(piece.key))
+            array = piece.transform.load(tensors.read(piece.key, piece.rows))
             yield () if piece.layer is None else (piece.layer,), array.astype(dtype)
 
     return read
