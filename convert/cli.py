@@ -20,6 +20,7 @@ from convert.models import (
     vae,
 )
 from taca_jax.errors import UserError
+from taca_jax.formats.lora_files import Layout
 from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -121,16 +122,21 @@ class TinyVAE:
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file of FLUX from one layout to another; the layout of SRC is recognised."""
+    """A LoRA file of FLUX from one layout to another.
+
+    What SRC is in is recognised: PEFT or diffusers, kohya (lora_unet_, lora_transformer_), ComfyUI,
+    Black Forest Labs, fal, XLabs, or our own. Text encoders' factors are left out, and named.
+    """
 
     src: Path
     """The safetensors file to read, or the folder with it (PEFT's `adapter_model.safetensors`)."""
     dst: Path
     """The safetensors file to make; must not exist."""
-    to: Literal["peft", "native"]
+    to: Layout
     """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
-    .lora_A.weight`), read by diffusers and PEFT. native: our names, all layers of a kind in one
-    array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in both."""
+    .lora_A.weight`), read by diffusers and PEFT. kohya: `lora_unet_double_blocks_0_img_attn_qkv
+    .lora_down.weight`, read by ComfyUI and most others. native: our names, all layers of a kind in
+    one array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in all."""
 
     def run(self) -> list[str]:
         return convert_lora(self.src, self.dst, self.to)

@@ -23,7 +23,6 @@ from taca_jax.formats import t5 as t5_format
 from taca_jax.formats import tiny_vae as tiny_vae_format
 from taca_jax.formats import vae as vae_format
 from taca_jax.formats.engine import streamed
-from taca_jax.formats.lora_factors import summarise
 from taca_jax.formats.lora_files import Layout, load_adapter, save_adapter
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
@@ -248,9 +247,9 @@ def convert_lora(src: Path, dst: Path, to: Layout) -> list[str]:
     """Writes the LoRA file `dst` of the one at `src`. Raises UserError as `convert_model` does."""
     if dst.exists():
         raise UserError(f"{dst} exists; give a new name or remove it")
-    adapter = load_adapter(src)
-    save_adapter(dst, adapter, to)
-    return [f"{dst}: {summarise(adapter)}, in the {to} layout"]
+    file = load_adapter(src)
+    written = save_adapter(dst, file.adapter, to)
+    return [f"{src}: {file.summary}", f"{dst}: {written}"]
 
 
 def _pipeline_settings(src: Path, config: Any) -> dict[str, Any]:
