@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from convert.inspection import inspect
 from convert.models import (
     Latents,
     clip,
@@ -19,6 +20,7 @@ from convert.models import (
     tiny_vae,
     vae,
 )
+from convert.verification import verify
 from taca_jax.errors import UserError
 from taca_jax.formats.lora_files import Layout
 from taca_jax.models.clip import Activation
@@ -142,6 +144,30 @@ class LoRA:
         return convert_lora(self.src, self.dst, self.to)
 
 
+@dataclass(frozen=True)
+class Inspect:
+    """Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A safetensors file, or a folder of a model or a pipeline, converted or not."""
+
+    def run(self) -> list[str]:
+        return inspect(self.path)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compares a converted model or pipeline folder with its source, tensor by tensor."""
+
+    src: Path
+    """What was converted."""
+    dst: Path
+    """What was made of it."""
+
+    def run(self) -> list[str]:
+        return verify(self.src, self.dst)
+
+
 Command = (
     Annotated[Flux, tyro.conf.subcommand("flux")]
     | Annotated[T5, tyro.conf.subcommand("t5")]
@@ -149,14 +175,17 @@ Command = (
     | Annotated[VAE, tyro.conf.subcommand("vae")]
     | Annotated[TinyVAE, tyro.conf.subcommand("tiny_vae")]
     | Annotated[LoRA, tyro.conf.subcommand("lora")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one conversion and prints what was made.
+    """Runs one command and prints what was made or found.
 
-    Bad input prints one line, `error: ...`, on stderr and exits with status 1, nothing written; a
-    command line that is not understood exits with status 2.
+    Bad input, and a checkpoint that is not what its source is, prints one line, `error: ...`, on
+    stderr and exits with status 1, nothing written; a command line that is not understood exits
+    with status 2.
     """
     command = tyro.cli(Command, prog="python -m convert", description=__doc__, args=argv)
     try:
@@ -164,5 +193,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; nothing was written to {command.dst}")
+        sys.exit("stopped; nothing was written")
     print("\n".join(made))

@@ -107,9 +107,9 @@ def clip(
 
 
 Latents = Literal["flux", "sd3"]
-_LATENTS = {"flux": FLUX_VAE, "sd3": SD3_VAE}
+LATENTS = {"flux": FLUX_VAE, "sd3": SD3_VAE}
 """Whose scale and shift of the latents; nothing in an original file says them."""
-_VAE_PREFIXES: tuple[tuple[str, Latents | None], ...] = (
+VAE_PREFIXES: tuple[tuple[str, Latents | None], ...] = (
     ("first_stage_model.", "sd3"),  # within Stability's checkpoints
     ("vae.", None),  # within ComfyUI's
     ("", None),
@@ -125,7 +125,7 @@ def vae(src: Path, latents: Latents | None = None) -> Source:
         _check_not_given(src, latents=latents)
         return Source(vae_format.TABLE, vae_format.config_of(read_settings(src)), open_tensors(src))
     tensors = open_tensors(src)
-    for prefix, whose in _VAE_PREFIXES:
+    for prefix, whose in VAE_PREFIXES:
         found = under(tensors, prefix)
         if vae_bfl.is_autoencoder(found):
             source = _bfl_vae(found, latents or whose)
@@ -140,9 +140,9 @@ def _bfl_vae(tensors: TensorFiles, latents: Latents | None) -> Source:
     if latents is None:
         raise UserError(
             f"{tensors.where} does not say how its latents are scaled; give latents, "
-            f"one of {', '.join(_LATENTS)}"
+            f"one of {', '.join(LATENTS)}"
         )
-    config = vae_bfl.inferred(tensors, _LATENTS[latents])
+    config = vae_bfl.inferred(tensors, LATENTS[latents])
     return Source(vae_bfl.table_of(config), config, tensors)
 
 
@@ -191,7 +191,7 @@ def text_encoder(src: Path) -> Source:
     return t5(src) if settings["model_type"] == "t5" else clip(src)
 
 
-_PIPELINE_PARTS = (
+PIPELINE_PARTS = (
     ("transformer", "transformer", flux),
     ("vae", "autoencoder", vae),
     *((name, name, text_encoder) for name in TEXT_ENCODERS),
@@ -224,7 +224,7 @@ def convert_flux(
     _check_free(dst)
     # Everything is read and checked, bar the tensors themselves, before anything is written.
     sources = {
-        made: read(src / name) for name, made, read in _PIPELINE_PARTS if (src / name).is_dir()
+        made: read(src / name) for name, made, read in PIPELINE_PARTS if (src / name).is_dir()
     }
     settings = _pipeline_settings(src, sources["transformer"].config)
     with whole_folder(dst) as folder:
@@ -236,7 +236,7 @@ def convert_flux(
             if (src / name).is_dir():
                 shutil.copytree(src / name, folder / name)
         (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in _PIPELINE_PARTS)}
+    known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in PIPELINE_PARTS)}
     left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
