@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from convert.models import (
@@ -22,9 +21,9 @@ from convert.models import (
     vae,
 )
 from convert.stored import open_stored
-from taca_jax.checkpoint import CONFIG, abstract_model, flat_params, kind_of, load_config
+from taca_jax.checkpoint import CONFIG, kind_of, load_config
 from taca_jax.errors import UserError
-from taca_jax.formats.engine import match
+from taca_jax.formats.engine import match, shapes_of
 from taca_jax.formats.table import Piece
 from taca_jax.tensor_files import Tensors, differences
 
@@ -97,10 +96,7 @@ def _compared(source: Source, dst: Path) -> str:
         raise UserError(
             f"{dst} is not of {source.tensors.where}: {', '.join(fields) or 'another model'}"
         )
-    wanted = {
-        name: param.shape
-        for name, param in flat_params(abstract_model(config, dtype=jnp.float32)).items()
-    }
+    wanted = shapes_of(config)
     stored = open_stored(dst)
     if problems := differences(wanted, stored.shapes):
         raise UserError(f"{dst} does not fit its {CONFIG}: {'; '.join(problems)}")

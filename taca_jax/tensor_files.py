@@ -216,9 +216,15 @@ def _only(folder: Path) -> Path:
 
 def _open_sharded(index: Path) -> TensorFiles:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{index} is no index of shards ({error}); download it again") from None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and "\0" not in name for name in weight_map.values()
+    ):
+        raise UserError(
+            f"{index} is no index of shards (its weight_map names no files); download it again"
+        )
     shards = sorted(set(weight_map.values()))
     absent = [name for name in shards if not (index.parent / name).is_file()]
     if absent:

@@ -1,5 +1,6 @@
 """LoRA files whose layers go by another layout's names: what a dialect is, and how one is read."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -126,6 +127,8 @@ def parse(tensors: TensorFiles, dialect: Dialect) -> dict[Place, Factors]:
         rank = a.shape[0]
         alpha = tensors.read(keys[_ALPHA]).item() if _ALPHA in keys else alphas.alpha(module, rank)
         name = _KEY.sub(r"\g<module>", keys[_A])
+        if not math.isfinite(alpha):
+            raise UserError(f"{tensors.where}: alpha of {name} is {alpha}; train or save it again")
         whole = Factors(name, a.T, b, float(alpha) / alphas.divisor(rank))
         adapter.update(_cut(whole, targets[module]))
     return adapter
