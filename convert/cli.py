@@ -9,8 +9,20 @@ from typing import Annotated, Literal
 
 import tyro
 
-from convert.models import clip, convert_flux, convert_lora, convert_model, t5, tiny_vae, vae
+from convert.inspection import inspect
+from convert.models import (
+    Latents,
+    clip,
+    convert_flux,
+    convert_lora,
+    convert_model,
+    t5,
+    tiny_vae,
+    vae,
+)
+from convert.verification import verify
 from taca_jax.errors import UserError
+from taca_jax.formats.lora_files import Layout
 from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -20,18 +32,22 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Flux:
     """FLUX.1 from a diffusers folder to a pipeline folder: all of its models, tokenizers, sampler.
 
-    A bare transformer folder gives a bare model folder.
+    A bare transformer folder, or a single file, gives a bare model folder.
     """
 
     src: Path
-    """diffusers' pipeline folder (transformer/, vae/, ...), or a transformer folder."""
+    """diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single file
+    of Black Forest Labs or ComfyUI (flux1-dev.safetensors, ae.safetensors)."""
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
     """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
+    axes_dim: tuple[int, int, int] | None = None
+    """Rotary channels of (index, row, column), for a single file whose heads are not 128 wide."""
+
     def run(self) -> list[str]:
-        return convert_flux(self.src, self.dst, self.dtype)
+        return convert_flux(self.src, self.dst, self.dtype, self.axes_dim)
 
 
 @dataclass(frozen=True)
@@ -73,17 +89,21 @@ class CLIP:
 
 @dataclass(frozen=True)
 class VAE:
-    """FLUX's or SD3's autoencoder from a diffusers folder to a model folder."""
+    """FLUX's or SD3's autoencoder from a diffusers folder or a single file to a model folder."""
 
     src: Path
-    """The folder with config.json and the safetensors."""
+    """The folder with config.json and the safetensors, or a file in the original's layout
+    (ae.safetensors, or a whole checkpoint of Stability)."""
     dst: Path
     """The folder to make; must be new or empty."""
     dtype: Dtype | None = None
     """What to store parameters in; by default as they are, and bfloat16 for float8."""
 
+    latents: Latents | None = None
+    """Whose scale and shift the latents have, for a file that does not say."""
+
     def run(self) -> list[str]:
-        return convert_model(vae, self.src, self.dst, self.dtype)
+        return convert_model(partial(vae, latents=self.latents), self.src, self.dst, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,19 +124,48 @@ class TinyVAE:
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file of FLUX from one layout to another; the layout of SRC is recognised."""
+    """A LoRA file of FLUX from one layout to another.
+
+    What SRC is in is recognised: PEFT or diffusers, kohya (lora_unet_, lora_transformer_), ComfyUI,
+    Black Forest Labs, fal, XLabs, or our own. Text encoders' factors are left out, and named.
+    """
 
     src: Path
     """The safetensors file to read, or the folder with it (PEFT's `adapter_model.safetensors`)."""
     dst: Path
     """The safetensors file to make; must not exist."""
-    to: Literal["peft", "native"]
+    to: Layout
     """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
-    .lora_A.weight`), read by diffusers and PEFT. native: our names, all layers of a kind in one
-    array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in both."""
+    .lora_A.weight`), read by diffusers and PEFT. kohya: `lora_unet_double_blocks_0_img_attn_qkv
+    .lora_down.weight`, read by ComfyUI and most others. native: our names, all layers of a kind in
+    one array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in all."""
 
     def run(self) -> list[str]:
         return convert_lora(self.src, self.dst, self.to)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A safetensors file, or a folder of a model or a pipeline, converted or not."""
+
+    def run(self) -> list[str]:
+        return inspect(self.path)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compares a converted model or pipeline folder with its source, tensor by tensor."""
+
+    src: Path
+    """What was converted."""
+    dst: Path
+    """What was made of it."""
+
+    def run(self) -> list[str]:
+        return verify(self.src, self.dst)
 
 
 Command = (
@@ -126,14 +175,17 @@ Command = (
     | Annotated[VAE, tyro.conf.subcommand("vae")]
     | Annotated[TinyVAE, tyro.conf.subcommand("tiny_vae")]
     | Annotated[LoRA, tyro.conf.subcommand("lora")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one conversion and prints what was made.
+    """Runs one command and prints what was made or found.
 
-    Bad input prints one line, `error: ...`, on stderr and exits with status 1, nothing written; a
-    command line that is not understood exits with status 2.
+    Bad input, and a checkpoint that is not what its source is, prints one line, `error: ...`, on
+    stderr and exits with status 1, nothing written; a command line that is not understood exits
+    with status 2.
     """
     command = tyro.cli(Command, prog="python -m convert", description=__doc__, args=argv)
     try:
@@ -141,5 +193,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; nothing was written to {command.dst}")
+        sys.exit("stopped; nothing was written")
     print("\n".join(made))

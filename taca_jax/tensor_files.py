@@ -35,7 +35,8 @@ _DTYPES = {
 class Tensors(Protocol):
     """Named tensors whose shapes are known before any of them is read.
 
-    `where` is where they are from, in words; `duplicates` are names that it has twice.
+    `where` is where they are from, in words; `duplicates` are names that it has twice. `read` gives
+    a tensor, or only `rows` of its first axis.
     """
 
     @property
@@ -46,7 +47,7 @@ class Tensors(Protocol):
     def dtypes(self) -> Mapping[str, np.dtype]: ...
     @property
     def duplicates(self) -> Sequence[str]: ...
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class ArrayTensors:
     def dtypes(self) -> Mapping[str, np.dtype]:
         return {name: array.dtype for name, array in self.arrays.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        return self.arrays[name]
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        return self.arrays[name] if rows is None else self.arrays[name][rows]
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,18 @@ class TensorFiles:
     duplicates: Sequence[str]
     metadata: Mapping[str, str]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor; bfloat16 and float8 come as ml_dtypes' types."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor, or rows of its first axis; bfloat16 and float8 come as ml_dtypes' types."""
         # Opened anew each time: a file that stays open stays mapped, and all that was read from
         # it counts as this process's memory.
         path, stored_name = self.places[name]
         if self.dtypes[name] == FLOAT8:
-            return _read_float8(path, stored_name)
+            whole = _read_float8(path, stored_name)
+            return whole if rows is None else whole[rows]
         with _open(path) as file:
-            return file.get_tensor(stored_name)
+            return (
+                file.get_tensor(stored_name) if rows is None else file.get_slice(stored_name)[rows]
+            )
 
 
 def open_tensors(path: Path) -> TensorFiles:
@@ -120,6 +124,26 @@ def joined(where: str, parts: Mapping[str, TensorFiles]) -> TensorFiles:
         {prefix + name: dtype for prefix, part in pairs for name, dtype in part.dtypes.items()},
         [prefix + name for prefix, part in pairs for name in part.duplicates],
         {},
+    )
+
+
+def under(tensors: TensorFiles, prefix: str) -> TensorFiles:
+    """Those whose names begin with the prefix, by what follows it."""
+
+    def cut(named: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name.removeprefix(prefix): value
+            for name, value in named.items()
+            if name.startswith(prefix)
+        }
+
+    return TensorFiles(
+        tensors.where,
+        cut(tensors.places),
+        cut(tensors.shapes),
+        cut(tensors.dtypes),
+        list(cut(dict.fromkeys(tensors.duplicates))),
+        tensors.metadata,
     )
 
 
@@ -192,9 +216,15 @@ def _only(folder: Path) -> Path:
 
 def _open_sharded(index: Path) -> TensorFiles:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{index} is no index of shards ({error}); download it again") from None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and "\0" not in name for name in weight_map.values()
+    ):
+        raise UserError(
+            f"{index} is no index of shards (its weight_map names no files); download it again"
+        )
     shards = sorted(set(weight_map.values()))
     absent = [name for name in shards if not (index.parent / name).is_file()]
     if absent:

@@ -1,6 +1,7 @@
 """Weights in another layout to our parameters and back: all or nothing, a tensor at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def streamed(
 
     In `dtype`, or as stored there; float8 is bfloat16 then, which holds it exactly.
     """
-    wanted = _shapes(config)
+    wanted = shapes_of(config)
     found = match(table, tensors, wanted)
     arrays = {}
     for path, pieces in found.items():
@@ -75,16 +76,22 @@ def load(
 
 def export(table: Table, model: Model) -> dict[str, np.ndarray]:
     """The model's parameters, LoRA factors left out, in the layout of the table."""
-    params = flat_params(model)
-    tensors = {}
+    params = {path: np.asarray(param.get_value()) for path, param in flat_params(model).items()}
+    tensors: dict[str, np.ndarray] = {}
     for piece in table.pieces({path: param.shape for path, param in params.items()}):
-        array = params[piece.path].get_value()
-        ours = np.asarray(array if piece.layer is None else array[piece.layer])
-        tensors[piece.key] = piece.transform.store(ours)
+        array = params[piece.path]
+        theirs = piece.transform.store(array if piece.layer is None else array[piece.layer])
+        if piece.rows is not None:
+            whole = tensors.setdefault(piece.key, np.empty(piece.shape, theirs.dtype))
+            whole[piece.rows] = theirs
+        else:
+            tensors[piece.key] = theirs
     return tensors
 
 
-def _shapes(config: Any) -> dict[str, Shape]:
+@cache
+def shapes_of(config: Any) -> Mapping[str, Shape]:
+    """The parameters of a config's models by dotted path."""
     model = abstract_model(config, dtype=jnp.float32)
     return {path: param.shape for path, param in flat_params(model).items()}
 
@@ -96,7 +103,7 @@ def _kept(dtype: np.dtype) -> np.dtype:
 def _reader(tensors: Tensors, pieces: Sequence[Piece], dtype: np.dtype) -> Any:
     def read() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for piece in pieces:
-            array = piece.transform.load(tensors.read(piece.key))
+            array = piece.transform.load(tensors.read(piece.key, piece.rows))
             yield () if piece.layer is None else (piece.layer,), array.astype(dtype)
 
     return read

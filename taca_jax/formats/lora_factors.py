@@ -1,6 +1,6 @@
 """What a LoRA file holds, whatever it calls things: two factors for some layers of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -35,24 +35,39 @@ Adapter = Mapping[Place, Factors]
 
 @dataclass(frozen=True)
 class LoRASummary:
-    """What was attached, for people: `str()` is one line."""
+    """What was attached, for people: `str()` is one line.
 
+    `targets` are the paths of the layers; `left_out` keys of the file that are of text encoders.
+    """
+
+    dialect: str
     ranks: tuple[int, ...]
     strengths: tuple[float, ...]
     layers: int
+    targets: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (
-            f"LoRA of {self.layers} layers, rank {_range(self.ranks)}, "
-            f"strength {_range(self.strengths)}"
+        said = (
+            f"{self.dialect} LoRA of {self.layers} layers, rank {_range(self.ranks)}, "
+            f"strength {_range(self.strengths)}, on {_grouped(self.targets)}"
         )
+        if not self.left_out:
+            return said
+        names = summary(self.left_out, limit=3)
+        return f"{said}; left out: {len(self.left_out)} tensors of text encoders: {names}"
 
 
-def summarise(adapter: Adapter) -> LoRASummary:
-    """Ranks and strengths that occur, ascending, and the number of layers."""
-    ranks = sorted({factors.rank for factors in adapter.values()})
-    strengths = sorted({factors.strength for factors in adapter.values()})
-    return LoRASummary(tuple(ranks), tuple(strengths), len(adapter))
+def summarise(adapter: Adapter, dialect: str, left_out: tuple[str, ...] = ()) -> LoRASummary:
+    """Ranks and strengths that occur, ascending, and which layers there are."""
+    return LoRASummary(
+        dialect,
+        tuple(sorted({factors.rank for factors in adapter.values()})),
+        tuple(sorted({factors.strength for factors in adapter.values()})),
+        len(adapter),
+        tuple(sorted({path for path, _ in adapter})),
+        left_out,
+    )
 
 
 def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
@@ -154,6 +169,17 @@ def _misfit(place: Place, factors: Factors, layer: Linear | None) -> str | None:
             f"{inputs} to {outputs}"
         )
     return None
+
+
+def _grouped(paths: Sequence[str]) -> str:
+    """`double_blocks (img.out img.qkv.q), img_in`."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        first, _, rest = path.partition(".")
+        groups.setdefault(first, []).append(rest)
+    return ", ".join(
+        f"{first} ({' '.join(rests)})" if any(rests) else first for first, rests in groups.items()
+    )
 
 
 def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:

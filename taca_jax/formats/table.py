@@ -1,9 +1,10 @@
 """Key tables: which tensor of another layout is which of our parameters, and how it is changed."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -40,6 +41,8 @@ CONVOLUTION = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose
 """PyTorch's OIHW, ours HWIO."""
 SWAP_HALVES = Transform(swap_halves, swap_halves)
 TRANSPOSE_SWAPPED = Transform(lambda x: swap_halves(x).T, lambda x: swap_halves(x.T))
+POINTWISE = Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+"""PyTorch's 1 x 1 convolution `[out, in, 1, 1]`, our Linear `[in, out]`."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Rule:
     """One line of a table: `theirs` and `ours` are the same tensor under `transform`.
 
     `{name}` in both stands for a number that is carried over. `{layer}` in `theirs` alone numbers
-    the layers that `ours` stacks along its first axis.
+    the layers that `ours` stacks along its first axis. With a `part`, `theirs` is several of ours
+    one after another along its first axis, in the order of their parts.
     """
 
     theirs: str
     ours: str
     transform: Transform = KEEP
+    part: int | None = None
 
     @property
     def stacked(self) -> bool:
@@ -69,12 +74,25 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of theirs, of `shape`, as one of our parameters (or, stacked, one layer of it)."""
+    """One tensor of theirs, of `shape`, as one of our parameters (or, stacked, one layer of it).
+
+    `rows` are those of the tensor's first axis that are this parameter; None where all are.
+    """
 
     key: str
     path: str
     layer: int | None
     shape: Shape
+    transform: Transform
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a key of theirs is here: one of our parameters (or, stacked, one layer of it)."""
+
+    path: str
+    layer: int | None
     transform: Transform
 
 
@@ -94,6 +112,7 @@ class Table:
 
         Raises LookupError for a parameter that not exactly one rule is about: the table is wrong.
         """
+        parts: dict[str, list[tuple[int, Piece]]] = {}
         for path, shape in shapes.items():
             rules = [(r, m) for r in self.rules if (m := r.our_pattern.fullmatch(path))]
             if len(rules) != 1:
@@ -103,16 +122,25 @@ class Table:
             stored = rule.transform.stored_shape(shape[1:] if rule.stacked else shape)
             for layer in layers:
                 key = rule.theirs.format(**{LAYER: layer, **match.groupdict()})
-                yield Piece(key, path, layer, stored, rule.transform)
+                piece = Piece(key, path, layer, stored, rule.transform)
+                if rule.part is None:
+                    yield piece
+                else:
+                    parts.setdefault(key, []).append((rule.part, piece))
+        for fused in parts.values():
+            yield from _in_a_row([piece for _, piece in sorted(fused, key=lambda each: each[0])])
 
-    def find(self, key: str) -> tuple[str, int | None, Transform] | None:
-        """Our parameter (and the layer, where they are stacked) for one key of theirs, if any."""
-        for rule in self.rules:
-            if match := rule.their_pattern.fullmatch(key):
-                numbers = match.groupdict()
-                layer = int(numbers[LAYER]) if rule.stacked else None
-                return rule.ours.format(**numbers), layer, rule.transform
-        return None
+    def find(self, key: str) -> tuple[Target, ...]:
+        """What one key of theirs is here, its parts in their order; empty if nothing."""
+        matches = [(r, m) for r in self.rules if (m := r.their_pattern.fullmatch(key))]
+        return tuple(
+            Target(
+                rule.ours.format(**match.groupdict()),
+                int(match[LAYER]) if rule.stacked else None,
+                rule.transform,
+            )
+            for rule, match in sorted(matches, key=lambda each: each[0].part or 0)
+        )
 
     def is_ignored(self, key: str) -> bool:
         return any(re.fullmatch(pattern, key) for pattern in self.ignored)
@@ -123,6 +151,13 @@ def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
     return (
         Rule(f"{theirs}.weight", f"{ours}.kernel", TRANSPOSE),
         Rule(f"{theirs}.bias", f"{ours}.bias"),
+    )
+
+
+def fused_linear(theirs: str, *ours: str) -> tuple[Rule, ...]:
+    """The rules of one PyTorch Linear that is several of ours, outputs one after another."""
+    return tuple(
+        replace(rule, part=part) for part, path in enumerate(ours) for rule in linear(theirs, path)
     )
 
 
@@ -137,6 +172,14 @@ def convolution(theirs: str, ours: str) -> tuple[Rule, Rule]:
 def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
     """The rules of a normalisation: scale and bias."""
     return Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias")
+
+
+def _in_a_row(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The parts of one tensor, each with its rows and the shape of the whole."""
+    stops = list(accumulate(piece.shape[0] for piece in pieces))
+    for piece, stop in zip(pieces, stops, strict=True):
+        rows = slice(stop - piece.shape[0], stop)
+        yield replace(piece, shape=(stops[-1], *piece.shape[1:]), rows=rows)
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -179,7 +179,9 @@ def test_lora_there_and_back(tmp_path, capsys):
     src = shared_path("golden/flux/lora/pytorch_lora_weights.safetensors")
     native, peft = tmp_path / "native.safetensors", tmp_path / "peft.safetensors"
     run("lora", "--src", src, "--dst", native, "--to", "native")
-    assert "LoRA of 25 layers, rank 4, strength 1, in the native layout" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{src}: PEFT LoRA of 25 layers, rank 4, strength 1, on double_blocks (img.out" in said
+    assert f"{native}: native LoRA of 25 layers, rank 4, strength 1, on double_blocks" in said
     assert open_tensors(native).shapes["single_blocks.qkv.q.lora_a"] == (3, 96, 4)
     run("lora", "--src", native, "--dst", peft, "--to", "peft")
     ours, theirs = open_tensors(peft), open_tensors(src)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taca_jax.checkpoint import flat_params
+from taca_jax.checkpoint import abstract_model, flat_params
 from taca_jax.errors import UserError
-from taca_jax.formats import clip, engine, flux_diffusers, t5, tiny_vae, vae
+from taca_jax.formats import clip, engine, flux_bfl, flux_diffusers, t5, tiny_vae, vae, vae_bfl
 from taca_jax.formats.settings import Settings, read_settings
 from taca_jax.formats.table import (
     CONVOLUTION,
@@ -19,23 +19,27 @@ from taca_jax.formats.table import (
     TRANSPOSE_SWAPPED,
     Rule,
     Table,
+    Target,
 )
 from taca_jax.models.clip import CLIPConfig
-from taca_jax.models.flux import FluxConfig
+from taca_jax.models.flux import FLUX_DEV, FLUX_SCHNELL, FluxConfig
 from taca_jax.models.t5 import T5Config
 from taca_jax.models.tiny_vae import TAEF1, TinyVAEConfig
-from taca_jax.models.vae import VAEConfig
+from taca_jax.models.vae import FLUX_VAE, VAEConfig
 from taca_jax.sampling import FlowSchedule
 from taca_jax.tensor_files import ArrayTensors, open_tensors, write_tensors
 from tests.random_models import random_model
 from tests.shared import shared_path
 
 FLUX = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 3, 4.0, 6, 4, guidance_embed=True)
+VAE = VAEConfig((4, 8), 1, 4, 2, 0.5, 0.1)
 CASES = {
     "flux": (flux_diffusers.TABLE, FLUX),
     "t5": (t5.TABLE, T5Config(11, 8, 12, 2, 4, 2)),
     "clip": (clip.TABLE, CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)),
-    "vae": (vae.TABLE, VAEConfig((4, 8), 1, 4, 2, 0.5, 0.1)),
+    "vae": (vae.TABLE, VAE),
+    "flux_bfl": (flux_bfl.TABLE, FLUX),
+    "vae_bfl": (vae_bfl.table_of(VAE), VAE),
     "tiny_vae": (tiny_vae.TABLE, TinyVAEConfig(4, 3, 8, (1, 2), (2, 1))),
 }
 
@@ -63,10 +67,12 @@ def test_every_key_is_found_as_the_place_it_came_from(name):
     table, config = CASES[name]
     shapes = {path: param.shape for path, param in flat_params(random_model(config)).items()}
     pieces = list(table.pieces(shapes))
-    assert len({piece.key for piece in pieces}) == len(pieces)
+    assert len({(piece.key, str(piece.rows)) for piece in pieces}) == len(pieces)
     for piece in pieces:
-        assert table.find(piece.key) == (piece.path, piece.layer, piece.transform)
-    assert table.find("not.a.key") is None
+        target = Target(piece.path, piece.layer, piece.transform)
+        assert target in table.find(piece.key)
+        assert len(table.find(piece.key)) == sum(other.key == piece.key for other in pieces)
+    assert table.find("not.a.key") == ()
 
 
 @pytest.mark.parametrize("transform", [KEEP, TRANSPOSE, SWAP_HALVES, TRANSPOSE_SWAPPED])
@@ -97,7 +103,7 @@ def test_a_table_that_does_not_cover_the_model_is_a_defect():
 class Unread(ArrayTensors):
     """Tensors that must not be read."""
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         raise AssertionError(f"{name} was read")
 
 
@@ -289,6 +295,57 @@ def test_t5_settings():
     assert t5.config_of(Settings(Path("x"), fields)) == T5_XXL
     with pytest.raises(UserError, match="feed_forward_proj 'relu'; only 'gated-gelu'"):
         t5.config_of(Settings(Path("x"), {**fields, "feed_forward_proj": "relu"}))
+
+
+# Configs of single files, from their shapes.
+
+
+class Shapes(ArrayTensors):
+    """Tensors of some shapes and nothing in them."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        super().__init__("x", {k: np.broadcast_to(np.False_, v) for k, v in shapes.items()})
+
+
+def flux_shapes(config: FluxConfig = FLUX) -> dict[str, tuple[int, ...]]:
+    return {piece.key: piece.shape for piece in flux_bfl.TABLE.pieces(param_shapes(config))}
+
+
+def param_shapes(config) -> dict[str, tuple[int, ...]]:
+    model = abstract_model(config, dtype=jnp.float32)
+    return {path: param.shape for path, param in flat_params(model).items()}
+
+
+def test_sizes_of_black_forest_labs_files():
+    for config in (FLUX_DEV, FLUX_SCHNELL):
+        tensors = Shapes(flux_shapes(config))
+        assert flux_bfl.is_flux(tensors)
+        assert flux_bfl.inferred(tensors) == config
+    vae_table = vae_bfl.table_of(FLUX_VAE)
+    tensors = Shapes({p.key: p.shape for p in vae_table.pieces(param_shapes(FLUX_VAE))})
+    assert vae_bfl.is_autoencoder(tensors)
+    assert vae_bfl.inferred(tensors, like=FLUX_VAE) == FLUX_VAE
+    assert flux_bfl.inferred(Shapes(flux_shapes()), FLUX.axes_dim) == FLUX
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "heads of 8 channels, .* give axes_dim, three even numbers that sum to 8"),
+        ({"img_in.weight": (16, 20)}, "takes 20 channels and gives 16; .* like Fill"),
+        ({"img_in.weight": (20, 16)}, "20 channels in heads of 8"),
+        ({"txt_in.weight": (16,)}, r"txt_in.weight is \(16,\); expected 2 axes"),
+    ],
+)
+def test_sizes_that_shapes_do_not_tell(change, words):
+    with pytest.raises(UserError, match=words):
+        flux_bfl.inferred(Shapes(flux_shapes() | change))
+
+
+def test_a_fused_tensor_of_another_size_is_named():
+    tensors = Shapes(flux_shapes() | {"single_blocks.1.linear1.weight": (111, 16)})
+    with pytest.raises(UserError, match=r"linear1.weight is \(111, 16\) instead of \(112, 16\)"):
+        engine.streamed(flux_bfl.TABLE, tensors, FLUX)
 
 
 # TAESD.

@@ -1,0 +1,151 @@
+"""Whether a converted checkpoint holds what its source does: `python -m convert verify`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.models import (
+    LATENTS,
+    PIPELINE_FILE,
+    PIPELINE_PARTS,
+    Source,
+    clip,
+    flux,
+    t5,
+    tiny_vae,
+    vae,
+)
+from convert.stored import open_stored
+from taca_jax.checkpoint import CONFIG, kind_of, load_config
+from taca_jax.errors import UserError
+from taca_jax.formats.engine import match, shapes_of
+from taca_jax.formats.table import Piece
+from taca_jax.tensor_files import Tensors, differences
+
+
+def verify(src: Path, dst: Path) -> list[str]:
+    """Compares a model or pipeline folder with its source; returns lines that say how they agree.
+
+    One tensor of each is in memory at a time. Raises UserError, naming the worst, where one differs
+    by more than the rounding to the type that it is stored in, or where sizes do not fit.
+    """
+    if not (dst / PIPELINE_FILE).is_file():
+        return [_compared(_source(src, load_config(dst)), dst)]
+    lines = []
+    for name, made, _ in PIPELINE_PARTS:
+        if (src / name).is_dir() != (dst / made).is_dir():
+            raise UserError(f"only one of {src / name} and {dst / made} is there; convert it again")
+        if (dst / made).is_dir():
+            lines.append(_compared(_source(src / name, load_config(dst / made)), dst / made))
+    return lines
+
+
+def _source(src: Path, config: Any) -> Source:
+    """The source of a model of this config, which also tells what the source does not."""
+    kind = kind_of(config)
+    told = not (src / CONFIG).is_file()
+    readers: Mapping[str, Callable[[Path], Source]] = {
+        "flux": partial(flux, axes_dim=config.axes_dim) if kind == "flux" and told else flux,
+        "vae": partial(vae, latents=_latents(config)) if kind == "vae" and told else vae,
+        "t5": t5,
+        "clip": (
+            partial(clip, num_heads=config.num_heads, activation=config.activation)
+            if kind == "clip"
+            else clip
+        ),
+        "tiny_vae": tiny_vae,
+    }
+    if kind not in readers:
+        raise UserError(f"{src} cannot be the source of a {kind}: that is not converted")
+    return readers[kind](src)
+
+
+def _latents(config: Any) -> Any:
+    """Whose latents a converted autoencoder has; None where nobody's."""
+    scale = (config.scaling_factor, config.shift_factor)
+    return next(
+        (
+            name
+            for name, known in LATENTS.items()
+            if (known.scaling_factor, known.shift_factor) == scale
+        ),
+        None,
+    )
+
+
+@dataclass
+class _Tally:
+    equal: int = 0
+    rounded: int = 0
+    worst: tuple[float, str] = (0.0, "")
+    differing: int = 0
+
+
+def _compared(source: Source, dst: Path) -> str:
+    config = load_config(dst)
+    if config != source.config:
+        ours, theirs = (dataclasses.asdict(each) for each in (config, source.config))
+        fields = [
+            f"{k} is {v}, there {theirs.get(k)}" for k, v in ours.items() if theirs.get(k) != v
+        ]
+        raise UserError(
+            f"{dst} is not of {source.tensors.where}: {', '.join(fields) or 'another model'}"
+        )
+    wanted = shapes_of(config)
+    stored = open_stored(dst)
+    if problems := differences(wanted, stored.shapes):
+        raise UserError(f"{dst} does not fit its {CONFIG}: {'; '.join(problems)}")
+    tally = _Tally()
+    for pieces in match(source.table, source.tensors, wanted).values():
+        for piece in pieces:
+            _compare(piece, source.tensors, stored, tally)
+    count = tally.equal + tally.rounded + tally.differing
+    if tally.differing:
+        difference, name = tally.worst
+        raise UserError(
+            f"{dst} is not what {source.tensors.where} holds: {tally.differing} of {count} tensors "
+            f"differ, most {name}, by {difference:.2g} of its largest value; convert it again"
+        )
+    dtypes = ", ".join(sorted({str(dtype) for dtype in stored.dtypes.values()}))
+    return f"{dst}: {count} tensors: {tally.equal} equal, {tally.rounded} rounded to {dtypes}"
+
+
+def _compare(piece: Piece, source: Tensors, stored: Tensors, tally: _Tally) -> None:
+    theirs = piece.transform.load(source.read(piece.key, piece.rows))
+    if piece.layer is None:
+        ours = stored.read(piece.path)
+    else:
+        ours = stored.read(piece.path, slice(piece.layer, piece.layer + 1))[0]
+    with np.errstate(over="ignore"):
+        cast = theirs.astype(ours.dtype)
+        back = cast.astype(theirs.dtype)
+    if not _same(ours, cast):
+        tally.differing += 1
+        difference = _difference(ours, theirs)
+        if difference >= tally.worst[0]:
+            place = piece.path if piece.layer is None else f"{piece.path}[{piece.layer}]"
+            tally.worst = difference, f"{place} (there {piece.key})"
+    elif _same(back, theirs):
+        tally.equal += 1
+    else:
+        tally.rounded += 1
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Bit by bit, so that NaN is NaN and -0 is not 0."""
+    return bool(
+        np.array_equal(*(np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b)))
+    )
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference over the largest value of theirs; infinite for NaN."""
+    with np.errstate(all="ignore"):
+        a, b = ours.astype(np.float64), theirs.astype(np.float64)
+        difference = float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+    return difference if np.isfinite(difference) else np.inf

@@ -1,0 +1,135 @@
+"""`python -m convert inspect` and `verify`: what they say, and what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taca_jax.checkpoint import load_model, save_model
+from taca_jax.formats import engine, flux_bfl, vae_bfl
+from taca_jax.models.flux import FluxConfig
+from taca_jax.models.vae import VAEConfig
+from taca_jax.tensor_files import write_tensors
+from tests.convert.test_cli import original_t5, refused, run
+from tests.random_models import random_model
+from tests.shared import shared_path
+
+FLUX = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 3, 4.0, 6, 4, guidance_embed=True)
+VAE = VAEConfig((32, 64), 1, 4, 32, 0.3611, 0.1159)
+
+
+def said(capsys, *words) -> str:
+    run(*words)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A whole checkpoint as ComfyUI has them: transformer, autoencoder, something else."""
+    file = tmp_path_factory.mktemp("checkpoint") / "all.safetensors"
+    flux = engine.export(flux_bfl.TABLE, random_model(FLUX, param_dtype=jnp.bfloat16))
+    vae = engine.export(vae_bfl.table_of(VAE), random_model(VAE))
+    tensors = {f"model.diffusion_model.{name}": array for name, array in flux.items()}
+    tensors |= {f"vae.{name}": array for name, array in vae.items()}
+    write_tensors(file, tensors | {"text_encoders.x": np.zeros(3, np.float32)})
+    return file
+
+
+def test_a_checkpoint_of_several_models(checkpoint, capsys):
+    lines = said(capsys, "inspect", checkpoint)
+    assert "under model.diffusion_model.: a FLUX transformer in Black Forest Labs' layout" in lines
+    assert "MB of bfloat16" in lines
+    assert "heads of 8 channels" in lines  # what the config lacks
+    assert "under vae.: an autoencoder in its original layout" in lines
+    assert "scale and shift of the latents are not in the file" in lines
+    assert "1 other tensors: text_encoders.x" in lines
+
+
+def test_what_shapes_do_not_tell_is_asked_for(checkpoint, tmp_path, capsys):
+    where = ("--src", checkpoint, "--dst", tmp_path / "x")
+    assert "give axes_dim" in refused(capsys, "flux", *where)
+    assert "give latents, one of flux, sd3" in refused(capsys, "vae", *where)
+    lines = said(capsys, "flux", *where, "--axes-dim", 2, 2, 4)
+    assert "other tensors: text_encoders.x, vae." in lines
+    assert load_model(tmp_path / "x", dtype=jnp.float32).config == FLUX
+    lines = said(capsys, "verify", *where)
+    assert f"{tmp_path / 'x'}: 126 tensors: 126 equal, 0 rounded to bfloat16" in lines
+
+
+def test_scaled_weights_are_refused(tmp_path, capsys):
+    tensors = engine.export(flux_bfl.TABLE, random_model(FLUX))
+    scale = "double_blocks.0.img_attn.qkv.scale_weight"
+    write_tensors(tmp_path / "x.safetensors", tensors | {scale: np.ones((), np.float32)})
+    where = ("--src", tmp_path / "x.safetensors", "--dst", tmp_path / "x")
+    assert f"1 scales: {scale}; scaled float8 is not" in refused(capsys, "flux", *where)
+
+
+def test_folders_of_originals_and_of_ours(tmp_path, capsys):
+    original_t5(tmp_path / "src", shards=3)
+    lines = said(capsys, "inspect", tmp_path / "src")
+    assert f"{tmp_path / 'src'}: a T5 v1.1 encoder in transformers' layout" in lines
+    assert "num_layers=2" in lines
+    run("t5", "--src", tmp_path / "src", "--dst", tmp_path / "dst", "--dtype", "float16")
+    lines = said(capsys, "inspect", tmp_path / "dst")
+    assert f"{tmp_path / 'dst'}: a model folder of kind t5" in lines
+    assert "MB of float16" in lines
+    save_model(tmp_path / "one", load_model(tmp_path / "dst", dtype=jnp.float32),
+               format="safetensors")  # fmt: skip
+    assert "a model folder of kind t5" in said(capsys, "inspect", tmp_path / "one")
+    for dst in ("dst", "one"):
+        where = ("--src", tmp_path / "src", "--dst", tmp_path / dst)
+        assert "21 tensors: 0 equal, 21 rounded to float16" in said(capsys, "verify", *where)
+
+
+def test_pipelines(tmp_path, capsys):
+    src = shared_path("golden/flux")
+    lines = said(capsys, "inspect", src)
+    assert f"{src}: a pipeline folder of diffusers" in lines
+    assert f"{src / 'vae'}: an autoencoder in diffusers' layout" in lines
+    run("flux", "--src", src, "--dst", tmp_path / "dst")
+    lines = said(capsys, "inspect", tmp_path / "dst")
+    assert f"{tmp_path / 'dst'}: a pipeline folder" in lines
+    assert f"{tmp_path / 'dst' / 'transformer'}: a model folder of kind flux" in lines
+    lines = said(capsys, "verify", "--src", src, "--dst", tmp_path / "dst")
+    assert "transformer: 126 tensors: 126 equal" in lines
+    assert "autoencoder: 240 tensors: 240 equal" in lines
+    shutil.rmtree(tmp_path / "dst" / "autoencoder")
+    where = ("--src", src, "--dst", tmp_path / "dst")
+    assert "only one of" in refused(capsys, "verify", *where)
+
+
+def test_loras(capsys):
+    lines = said(capsys, "inspect", shared_path("golden/flux/lora"))
+    assert "PEFT LoRA of 25 layers, rank 4, strength 1, on double_blocks (img.out" in lines
+
+
+def test_things_that_are_nothing_known(tmp_path, capsys):
+    assert "is not there" in refused(capsys, "inspect", tmp_path / "no")
+    write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(3)})
+    assert "is nothing that is known: it has a" in refused(
+        capsys, "inspect", tmp_path / "x.safetensors"
+    )
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "is of 'llama'; known are" in refused(capsys, "inspect", tmp_path / "x")
+
+
+def test_a_checkpoint_that_is_not_its_source(tmp_path, capsys):
+    original_t5(tmp_path / "src")
+    where = ("--src", tmp_path / "src", "--dst", tmp_path / "dst")
+    run("t5", *where)
+    chunk = tmp_path / "dst" / "params" / "blocks.attn.q.kernel" / "1.0.0"
+    stored = bytearray(chunk.read_bytes())
+    stored[3] ^= 0x80  # the sign of its first number
+    chunk.write_bytes(stored)
+    line = refused(capsys, "verify", *where)
+    assert "1 of 21 tensors differ, most blocks.attn.q.kernel[1] (there encoder.block.1" in line
+    chunk.write_bytes(stored[:-2])
+    assert "is incomplete or damaged" in refused(capsys, "verify", *where)
+
+    settings = json.loads((tmp_path / "dst" / "config.json").read_text())
+    (tmp_path / "dst" / "config.json").write_text(json.dumps(settings | {"num_heads": 1}))
+    assert "num_heads is 1, there 2" in refused(capsys, "verify", *where)
