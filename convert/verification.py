@@ -23,7 +23,7 @@ from convert.models import (
 from convert.stored import open_stored
 from taca_jax.checkpoint import CONFIG, kind_of, load_config
 from taca_jax.errors import UserError
-from taca_jax.formats.engine import match, shapes_of
+from taca_jax.formats.engine import contiguous, match, shapes_of
 from taca_jax.formats.table import Piece
 from taca_jax.tensor_files import Tensors, differences
 
@@ -116,21 +116,20 @@ def _compared(source: Source, dst: Path) -> str:
 
 
 def _compare(piece: Piece, source: Tensors, stored: Tensors, tally: _Tally) -> None:
-    theirs = piece.transform.load(source.read(piece.key, piece.rows))
+    theirs = contiguous(piece.transform.load(source.read(piece.key, piece.rows)))
     if piece.layer is None:
         ours = stored.read(piece.path)
     else:
         ours = stored.read(piece.path, slice(piece.layer, piece.layer + 1))[0]
     with np.errstate(over="ignore"):
-        cast = theirs.astype(ours.dtype)
-        back = cast.astype(theirs.dtype)
+        cast = theirs.astype(ours.dtype, copy=False)
     if not _same(ours, cast):
         tally.differing += 1
         difference = _difference(ours, theirs)
         if difference >= tally.worst[0]:
             place = piece.path if piece.layer is None else f"{piece.path}[{piece.layer}]"
             tally.worst = difference, f"{place} (there {piece.key})"
-    elif _same(back, theirs):
+    elif _same(cast.astype(theirs.dtype, copy=False), theirs):
         tally.equal += 1
     else:
         tally.rounded += 1

@@ -257,7 +257,7 @@ def _stream_orbax(folder: Path, arrays: Mapping[str, StreamedArray]) -> None:
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Writes StreamedArrays as Orbax stores numpy arrays, one piece in memory at a time."""
+    """Writes StreamedArrays as Orbax stores numpy arrays, two pieces in memory at a time."""
 
     async def serialize(
         self,
@@ -288,8 +288,15 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
                     create=True,
                 )
             )
+            writing = None  # one piece, while the next one is read
             for index, piece in value.pieces():
-                await _written(store[index].write(piece))
+                request = store[index].write(piece, can_reference_source_data_indefinitely=True)
+                request.commit.force()
+                if writing is not None:
+                    await _written(writing)
+                writing = request
+            if writing is not None:
+                await _written(writing)
         return []
 
 

@@ -1,0 +1,201 @@
+"""Converting a large sharded checkpoint: peak memory, and time beside a plain copy of its bytes.
+
+    python -m benchmarks.convert_memory [--gigabytes N] [--folder DIR] [--rounds N] [--json FILE]
+
+A synthetic FLUX of FLUX.1-dev's width in diffusers' layout, bfloat16, in shards of 1 GB, as many
+blocks as the size asks for. Each round copies it (reading and writing every byte, and handing them
+to the disk, as conversion does), converts it with `python -m convert flux`, and compares what was
+made with `python -m convert verify`. Each command is a process of its own: its peak is the resident
+memory that the kernel saw, its time counts the start of Python and JAX, which is shown apart. Three
+times the size must be free in the folder.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from taca_jax.formats import flux_diffusers
+from taca_jax.formats.engine import shapes_of
+from taca_jax.models.flux import FLUX_DEV, FluxConfig
+from taca_jax.tensor_files import write_tensors
+
+SHARD_BYTES = 10**9
+SINGLE_PER_DOUBLE = 2
+"""As in FLUX.1-dev: 19 and 38 blocks."""
+
+PROGRAM = """
+import sys
+from convert.cli import main
+main(sys.argv[1:])
+fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+print("peak", int(fields["VmHWM"].split()[0]) * 1024)
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds and bytes; `_cpu` is processor time. `ratio` is converting / copying at their best."""
+
+    size: int
+    tensors: int
+    copy_seconds: list[float]
+    convert_seconds: list[float]
+    verify_seconds: list[float]
+    start_seconds: float
+    convert_peak: int
+    verify_peak: int
+    ratio: float
+    copy_cpu: float
+    convert_cpu: float
+
+
+def config_of(gigabytes: float) -> FluxConfig:
+    """FLUX.1-dev with as many blocks as fill the size, at least one of each kind."""
+
+    def size(blocks: int) -> int:
+        config = dataclasses.replace(
+            FLUX_DEV, num_double_blocks=blocks, num_single_blocks=SINGLE_PER_DOUBLE * blocks
+        )
+        return 2 * sum(int(np.prod(shape)) for shape in shapes_of(config).values())
+
+    blocks = 1
+    while size(blocks) < gigabytes * 1e9:
+        blocks += 1
+    return dataclasses.replace(
+        FLUX_DEV, num_double_blocks=blocks, num_single_blocks=SINGLE_PER_DOUBLE * blocks
+    )
+
+
+def write_checkpoint(folder: Path, config: FluxConfig) -> tuple[int, int]:
+    """A sharded checkpoint of random numbers; returns its bytes and its number of tensors."""
+    folder.mkdir()
+    settings = flux_diffusers.settings_of(config)
+    (folder / "config.json").write_text(json.dumps(settings))
+    noise = np.random.default_rng(0).normal(size=2**22).astype(ml_dtypes.bfloat16)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+    size = count = 0
+
+    def finish() -> None:
+        name = f"diffusion_pytorch_model-{len(set(weight_map.values())) + 1:05}.safetensors"
+        write_tensors(folder / name, shard)
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for piece in flux_diffusers.TABLE.pieces(shapes_of(config)):
+        shard[piece.key] = np.resize(np.roll(noise, count), piece.shape)
+        size, count = size + shard[piece.key].nbytes, count + 1
+        if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
+            finish()
+    if shard:
+        finish()
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return size, count
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that ended."""
+    return sum(os.times()[:4])
+
+
+def copied(src: Path, dst: Path) -> float:
+    """Seconds to copy a folder, the disk's part included."""
+    start = time.perf_counter()
+    dst.mkdir()
+    for file in src.iterdir():
+        # Not shutil.copyfile: it may share the blocks instead of copying them.
+        with file.open("rb") as read, (dst / file.name).open("wb") as written:
+            shutil.copyfileobj(read, written, 2**24)
+            written.flush()
+            os.fsync(written.fileno())
+    return time.perf_counter() - start
+
+
+def command(*words: str) -> tuple[float, int, str]:
+    """Seconds and peak resident bytes of `python -m convert ...`, and what it printed."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], stdout=subprocess.PIPE, text=True, check=True
+    )
+    *said, peak = done.stdout.splitlines()
+    return time.perf_counter() - start, int(peak.split()[1]), "\n".join(said)
+
+
+def start_seconds() -> float:
+    """What any command takes before it begins."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import convert.cli"], check=True)
+    return time.perf_counter() - start
+
+
+def measure(folder: Path, gigabytes: float, rounds: int) -> Result:
+    src, dst, copy = folder / "src", folder / "dst", folder / "copy"
+    size, count = write_checkpoint(src, config_of(gigabytes))
+    print(f"{size / 1e9:.2f} GB in {count} tensors, {len(list(src.glob('*.safetensors')))} shards")
+    copies, converts, verifies, peaks, cpu = [], [], [], [], []
+    for _ in range(rounds):
+        before = cpu_seconds()
+        copies.append(copied(src, copy))
+        between = cpu_seconds()
+        shutil.rmtree(copy)
+        seconds, peak, _ = command("flux", "--src", str(src), "--dst", str(dst))
+        converts.append(seconds)
+        cpu.append((between - before, cpu_seconds() - between))
+        verify_seconds, verify_peak, said = command("verify", "--src", str(src), "--dst", str(dst))
+        verifies.append(verify_seconds)
+        peaks.append((peak, verify_peak))
+        print(said.replace(str(dst), "verified"))
+        shutil.rmtree(dst)
+    return Result(
+        size=size,
+        tensors=count,
+        copy_seconds=copies,
+        convert_seconds=converts,
+        verify_seconds=verifies,
+        start_seconds=start_seconds(),
+        convert_peak=max(peak for peak, _ in peaks),
+        verify_peak=max(peak for _, peak in peaks),
+        ratio=min(converts) / min(copies),
+        copy_cpu=min(copy for copy, _ in cpu),
+        convert_cpu=min(convert for _, convert in cpu),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=6.0)
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        result = measure(Path(folder), options.gigabytes, options.rounds)
+    print(f"{'':10}{'seconds':>22}{'peak memory':>14}")
+    for name, seconds, peak in (
+        ("copy", result.copy_seconds, None),
+        ("convert", result.convert_seconds, result.convert_peak),
+        ("verify", result.verify_seconds, result.verify_peak),
+    ):
+        times = " ".join(f"{each:.1f}" for each in seconds)
+        print(f"{name:10}{times:>22}" + (f"{peak / 1e6:>11,.0f} MB" if peak else ""))
+    print(
+        f"convert / copy: {result.ratio:.2f}; starting Python and JAX: {result.start_seconds:.1f} s"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
