@@ -45,7 +45,7 @@ print("peak", int(fields["VmHWM"].split()[0]) * 1024)
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds and bytes; `_cpu` is processor time. `ratio` is converting / copying at their best."""
+    """Seconds and bytes; `_cpu` is processor time, `ratio` converting / copying at their best."""
 
     size: int
     tensors: int
