@@ -68,6 +68,8 @@ def load_sd3_text(
 
     CLIP-L is the first CLIP of the folder and CLIP-bigG the second; a T5 may be left out. The other
     parameters are as of `load_flux_text`; `txt_dim` is the width that the transformer reads.
+    CLIP-bigG's tokenizer pads with "!", which the files of its `tokenizer_2/` say; a vocabulary
+    and merges alone would pad with the end token, as they do in transformers.
 
     Raises UserError as `load_flux_text` and `SD3Text` do.
     """

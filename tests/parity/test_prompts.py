@@ -53,6 +53,7 @@ def perturbed(model, seed: int):
 
 
 def clip(kind: str, dim: int, *, activation: str = "quick_gelu", seed: int = 0):
+    torch.manual_seed(seed)
     settings = transformers.CLIPTextConfig(
         hidden_size=dim,
         intermediate_size=2 * dim,
@@ -66,6 +67,7 @@ def clip(kind: str, dim: int, *, activation: str = "quick_gelu", seed: int = 0):
 
 
 def t5(dim: int):
+    torch.manual_seed(3)
     settings = transformers.T5Config(
         vocab_size=32128,
         d_model=dim,
