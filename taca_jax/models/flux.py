@@ -19,9 +19,11 @@ from taca_jax.models.layers import (
     Linear,
     MLPEmbedder,
     RMSNorm,
+    from_tiles,
     modulate,
     patchify,
     timestep_embedding,
+    to_tiles,
     unpatchify,
 )
 from taca_jax.models.rope import Rotation, joint_rotation, rotate
@@ -244,7 +246,11 @@ class QKV(nnx.Module):
             return y.reshape(*y.shape[:2], self.num_heads, -1)
 
         q, k, v = (heads(linear(x, lora_scale)) for linear in (self.q, self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v
+        q, k = (
+            from_tiles(norm(to_tiles(y)), y.shape[1])
+            for norm, y in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return q, k, v
 
 
 class Stream(nnx.Module):
@@ -294,7 +300,7 @@ class DoubleBlock(nnx.Module):
         img_mod, txt_mod = self.img.modulation(inputs), self.txt.modulation(inputs)
         img_qkv = self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale)
         txt_qkv = self.txt.qkv(modulate(txt, *txt_mod[:2]), inputs.lora_scale)
-        q, k, v = (jnp.concatenate(x, axis=1) for x in zip(txt_qkv, img_qkv, strict=True))
+        q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
         attended = attend(q, k, v, inputs)
         txt_attended, img_attended = jnp.split(attended, [inputs.text_len], axis=1)
         img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale)
@@ -322,6 +328,13 @@ class SingleBlock(nnx.Module):
         mlp = nnx.gelu(self.mlp_in(y, scale_by), approximate=True)
         out = self.out(jnp.concatenate([attended, mlp], axis=-1), scale_by)
         return x + gate[:, None] * out
+
+
+def join(txt: Float[Array, "b t h d"], img: Float[Array, "b i h d"]) -> Float[Array, "b s h d"]:
+    """The joint sequence, text first; put together with heads merged, as a TPU holds them."""
+    merged = (x.reshape(*x.shape[:2], -1) for x in (txt, img))
+    joint = jnp.concatenate([*merged], axis=1)
+    return joint.reshape(*joint.shape[:2], *txt.shape[2:])
 
 
 def attend(

@@ -99,6 +99,27 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+SUBLANES = 8
+"""Rows of a TPU's registers, which have 128 lanes."""
+
+
+def to_tiles(x: Float[Array, "b s h d"]) -> Float[Array, "b n h r d"]:
+    """Heads as stacks of SUBLANES tokens' channels, the last stack filled up with zeros.
+
+    That is how a TPU holds the [b, s, h * d] that projections leave and attention takes: what is
+    done per head in this form needs no copy on the way, which would cost more than attention does.
+    """
+    b, s, h, d = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -s % SUBLANES), (0, 0), (0, 0)))
+    return x.reshape(b, -1, SUBLANES, h, d).swapaxes(2, 3)
+
+
+def from_tiles(x: Float[Array, "b n h r d"], length: int) -> Float[Array, "b s h d"]:
+    """The inverse of `to_tiles` for `length` tokens."""
+    b, _, h, _, d = x.shape
+    return x.swapaxes(2, 3).reshape(b, -1, h, d)[:, :length]
+
+
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
     """LayerNorm without parameters, in float32."""
     y = x.astype(jnp.float32)

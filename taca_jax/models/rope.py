@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from taca_jax.models.layers import from_tiles, to_tiles
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -41,14 +43,44 @@ def joint_rotation(
     return Rotation(cos=grid(0), sin=grid(1))
 
 
+@jax.custom_vjp
 def rotate(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:
-    """Each pair (2i, 2i + 1) of the last axis turned by its angle, in float32."""
+    """Each pair (2i, 2i + 1) of the last axis turned by its angle, in float32; x has a gradient."""
+    return jax.lax.platform_dependent(x, rotation, cpu=_by_rolls, default=_by_product)
+
+
+def _rotate_forward(x: jax.Array, rotation: Rotation) -> tuple[jax.Array, Rotation]:
+    return rotate(x, rotation), rotation
+
+
+def _rotate_backward(rotation: Rotation, dy: jax.Array) -> tuple[jax.Array, Rotation]:
+    back = Rotation(cos=rotation.cos, sin=-rotation.sin)
+    return rotate(dy, back), jax.tree.map(jnp.zeros_like, rotation)
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
+def _by_rolls(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:
+    """The other element of each pair by two rolls: pairs on an axis of 2 would be slow anywhere."""
     y = x.astype(jnp.float32)
     even = jnp.arange(x.shape[-1]) % 2 == 0
-    # The partner of every element by two rolls: pairs on a trailing axis of 2 would fill a
-    # TPU's 128 lanes with two numbers.
     partner = jnp.where(even, jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
     return (y * rotation.cos[:, None] + partner * rotation.sin[:, None]).astype(x.dtype)
+
+
+def _by_product(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:
+    """The other element of each pair by a product with a permutation, exact to the last bit.
+
+    A TPU's matrix unit does it almost for nothing; rolls along lanes cost more than attention.
+    """
+    y = to_tiles(x)
+    cos, sin = (to_tiles(table[None, :, None]) for table in (rotation.cos, rotation.sin))
+    swap = jnp.asarray(np.eye(x.shape[-1])[np.arange(x.shape[-1]) ^ 1], x.dtype)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    partner = jnp.matmul(y, swap, precision=precision, preferred_element_type=jnp.float32)
+    y = (y.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
+    return from_tiles(y, x.shape[1])
 
 
 def _table(

@@ -61,7 +61,7 @@ def test_the_reference_is_the_definition(text_len):
     sizes=st.sampled_from(
         [(1, 0, 1, 1), (2, 0, 7, 1), (1, 9, 0, 2), (2, 5, 8, 3), (3, 1, 10, 2), (2, 6, 1, 1)]
     ),
-    max_scores=st.sampled_from([1, 40, 100, 333, 2**22]),
+    max_scores=st.sampled_from([1, 40, 333, 640, 1600, 2**22]),
 )
 def test_every_implementation_agrees_with_the_definition(implementation, sizes, max_scores):
     """No text, no image, odd lengths, and chunks that do not divide them."""
@@ -91,7 +91,7 @@ def test_auto_is_chunked_on_the_cpu():
     np.testing.assert_array_equal(call(), call(implementation="chunked"))
 
 
-@pytest.mark.parametrize("max_scores", [150, 2**22])
+@pytest.mark.parametrize("max_scores", [150, 640, 2**22])
 @pytest.mark.parametrize("text_len", [0, 5, 13])
 @pytest.mark.parametrize("implementation", FAST)
 def test_gradients_agree_with_the_references(implementation, text_len, max_scores, monkeypatch):

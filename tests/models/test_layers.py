@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taca_jax.models import rope
 from taca_jax.models.layers import (
     TIMESTEP_CHANNELS,
     Linear,
@@ -224,6 +225,20 @@ class TestRotation:
         q, k = (rotate(x, rotation).reshape(5, 5, 16) for x in (q, k))
         products = jnp.sum(q[:-1, :-2] * k[1:, 2:], axis=-1)
         np.testing.assert_allclose(products, products[0, 0] * np.ones((4, 3)), rtol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_accelerators_turn_by_a_product_to_the_last_bit(self, dtype):
+        """Of 13 tokens, so that the last tile is not full."""
+        x = noise(2, 13, 3, 16).astype(dtype)
+        rotation = joint_rotation(1, 3, 4, axes_dim=self.AXES, theta=10000)
+        np.testing.assert_array_equal(rope._by_product(x, rotation), rotate(x, rotation))
+
+    def test_its_gradient_turns_back(self):
+        x, dy = noise(1, 12, 2, 16), noise(1, 12, 2, 16, seed=1)
+        rotation = joint_rotation(0, 3, 4, axes_dim=self.AXES, theta=10000)
+        _, pull = jax.vjp(lambda x: rotate(x, rotation), x)
+        _, by_rolls = jax.vjp(lambda x: rope._by_rolls(x, rotation), x)
+        np.testing.assert_allclose(pull(dy)[0], by_rolls(dy)[0], atol=1e-6)
 
     def test_bfloat16_is_turned_in_float32(self):
         x = noise(1, 12, 2, 16).astype(jnp.bfloat16)
