@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.quiet import quiet
@@ -24,10 +25,12 @@ class Checkpoints:
 
     Each holds the training state (trained parameters, their average, optimizer, step, rng) and the
     data iterator's position. They are written beside the run and appear whole or not at all; sums
-    of each array's bits find damage that happens to them later, which storage layers do not.
+    of each array's bits find damage that happens to them later, which storage layers do not. The
+    `frozen` parameters are not in them, but their sum is: to go on, they must be the same.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int):
+    def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
+        self._frozen = sum(_sums(_as_dict(frozen)).values())
         self._dir = (run_dir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
             self._dir,
@@ -61,7 +64,7 @@ class Checkpoints:
         free = shutil.disk_usage(self._dir).free
         if free < needed:
             raise self._refused(f"it takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
-        record = {"data": data, "sums": _sums(arrays)}
+        record = {"data": data, "sums": _sums(arrays), "frozen": self._frozen}
         with self._refusals():
             self._manager.save(
                 step,
@@ -103,7 +106,7 @@ class Checkpoints:
 
         A damaged one is reported through `warn(line)`, passed over, and kept in `damaged/` beside
         the others. None where there is none.
-        Raises UserError when there are some and none fits.
+        Raises UserError when there are some and none fits, or with another frozen base.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -122,6 +125,11 @@ class Checkpoints:
             except Exception as error:  # Orbax raises what its storage layers raise
                 warn(f"checkpoint {step} cannot be read ({_reason(error)}); trying the one before")
                 continue
+            if record["frozen"] != self._frozen:
+                raise UserError(
+                    f"the base is not the one that {self._dir.parent} was trained on so far; put "
+                    "that one back, or start another run with out_dir=..."
+                )
             if unread := [newer for newer in steps if newer > step]:
                 self._set_aside(unread)
             return _from_dict(arrays, like), record["data"]
@@ -157,19 +165,20 @@ def _reason(error: Exception) -> str:
 
 
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """The sum of each array's 32-bit words modulo 2^32, the same however it is laid out."""
+    """The sum of each array's words modulo 2^32, the same however it is laid out."""
     return {name: int(total) for name, total in jax.device_get(_add_words(arrays)).items()}
 
 
 @jax.jit
 def _add_words(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def add(array: jax.Array) -> jax.Array:
-        return jnp.sum(jax.lax.bitcast_convert_type(array, jnp.uint32), dtype=jnp.uint32)
+        words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+        return jnp.sum(words, dtype=jnp.uint32)
 
     return jax.tree.map(add, arrays)
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
+def _as_dict(state: Any) -> dict[str, Any]:
     """The state's leaves under plain path names, so that files do not depend on our classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}

@@ -134,7 +134,9 @@ def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader, mesh: Me
     pad_id = _tokenizer(pipeline).pad_id
     trainer, trained = make_trainer(config, model, autoencoder, pad_id=pad_id, mesh=mesh)
     state = trainer.begin(trained)
-    with Checkpoints(config.run_dir, keep=config.keep_checkpoints) as checkpoints:
+    with Checkpoints(
+        config.run_dir, keep=config.keep_checkpoints, frozen=trainer.frozen
+    ) as checkpoints:
         if config.resume:
             restored = checkpoints.restore(
                 state, warn=lambda line: print(f"warning: {line}", file=sys.stderr)

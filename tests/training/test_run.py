@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from PIL import Image
 
 from taca_jax.checkpoint import load_config
@@ -91,11 +92,11 @@ def train_until(monkeypatch, config, step):
     """Trains, ended as Ctrl-C ends a run when it asks for the data of `step`."""
     real, calls = run_module._next_batch, []
 
-    def stop(loader, parts):
+    def stop(loader, parts, mesh):
         calls.append(None)
         if len(calls) == step:
             raise KeyboardInterrupt
-        return real(loader, parts)
+        return real(loader, parts, mesh)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_next_batch", stop)
@@ -189,6 +190,19 @@ def test_what_the_other_runs_do_not_ask_for(tmp_path):
     floats = {v.dtype for v in state.values() if v.dtype.kind == "f" or v.dtype.itemsize == 2}
     assert floats == {np.dtype(np.float32)}
     assert load_config(config.run_dir / "model" / "autoencoder") == config.pixels
+
+
+def test_a_lora_does_not_go_on_with_another_base(base, tmp_path, monkeypatch):
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    config = lora_config(str(other), tmp_path / "run")
+    train_until(monkeypatch, config, 3)
+    pipeline = FluxPipeline.from_pretrained(other, "float32")
+    bias = pipeline.transformer.img_in.bias
+    bias[...] = bias[...] + 1e-3
+    pipeline.save(other)
+    with pytest.raises(UserError, match=r"the base is not the one that .*/run was trained on"):
+        train(dataclasses.replace(config, resume=True))
 
 
 def test_the_measurement_at_the_end(base, tmp_path):
@@ -446,7 +460,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(finished, tmp_path, env
 
 
 def test_a_save_that_fails_is_reported_by_the_next_call(tmp_path, monkeypatch):
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=1, frozen=nnx.State({})) as checkpoints:
 
         def fail():
             raise ValueError("deep in it: No space left on device [os_error_code='28'] and more")
