@@ -38,7 +38,7 @@ def joint_attention(
     # Heads outermost: matrix products over [s, d] slabs are what XLA's CPU backend is fast at; the
     # same einsum over b s h d is several times slower there.
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * h, s, d) for x in (q, k, v))
-    out = _attention(q, k, v, jnp.repeat(gamma.astype(jnp.float32), h), text_len)
+    out: Any = _attention(q, k, v, jnp.repeat(gamma.astype(jnp.float32), h), text_len)
     return out.reshape(b, h, s, d).transpose(0, 2, 1, 3)
 
 
@@ -49,7 +49,7 @@ def _attention(
     v: Float[Array, "h s d"],
     gamma: Float[Array, " h"],
     text_len: int,
-) -> Float[Array, "h s d"]:
+) -> jax.Array:
     return _forward(q, k, v, gamma, text_len)[0]
 
 
@@ -58,7 +58,7 @@ def _forward(q: Any, k: Any, v: Any, gamma: Any, text_len: int) -> tuple[jax.Arr
     heads, length, _ = q.shape
     group, size = _piece(heads, length)
 
-    def some_heads(q: Any, k: Any, v: Any, gamma: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def some_heads(q: Any, k: Any, v: Any, gamma: Any) -> tuple[jax.Array, ...]:
         def attend(_: Any, position: Any, q: Any) -> tuple[Any, tuple]:
             factor = _factor(gamma, position, length, text_len, q.shape[-1])
             logits = _product("hqd,hkd->hqk", q, k) * factor
