@@ -85,16 +85,25 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
-        sizes = {axis: getattr(self, axis) for axis in AXES}
+        sizes = self._asked()
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise UserError(f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the rest")
         if list(sizes.values()).count(-1) > 1:
             raise UserError("only one axis of mesh may be -1, the devices that the others leave")
 
+    def _asked(self) -> dict[str, int]:
+        asked = {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "context": self.context,
+            "tensor": self.tensor,
+        }
+        return {axis: asked[axis] for axis in AXES}
+
     def sizes(self, devices: int) -> dict[str, int]:
         """Devices along each axis. Raises UserError where `devices` cannot be shared so."""
-        sizes = {axis: getattr(self, axis) for axis in AXES}
+        sizes = self._asked()
         known = int(np.prod([size for size in sizes.values() if size != -1]))
         asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         if -1 in sizes.values():
