@@ -1,10 +1,14 @@
 """Training steps on meshes of eight virtual devices; prints their distance from one device as JSON.
 
-For each mesh: the loss and the gradient's norm of two steps, and the trained parameters after them,
-as relative errors; and how many bytes of the base the first device holds, of all.
+python -m tests.training.sharded_steps FOLDER [MESH ...]
+
+For each mesh (all, where none is named): the loss and the gradient's norm of two steps, and the
+trained parameters after them, as relative errors; and how many bytes of the base the first device
+holds, of all.
 """
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -30,9 +34,7 @@ STEPS = 2
 
 
 def main() -> None:
-    import sys
-
-    folder = sys.argv[1]
+    folder, *names = sys.argv[1:]
     tiny_pipeline().save(folder)
     config = tiny_config(
         "unused",
@@ -71,8 +73,8 @@ def main() -> None:
 
     numbers, parameters, _ = run(None)
     found = {}
-    for name, sizes in MESHES.items():
-        mesh = make_mesh(sizes)
+    for name in names or MESHES:
+        mesh = make_mesh(MESHES[name])
         with on(mesh):
             again, trained, share = run(mesh)
         difference = sum(float(((trained[k] - v) ** 2).sum()) for k, v in parameters.items())
