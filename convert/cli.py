@@ -16,6 +16,7 @@ from convert.models import (
     convert_flux,
     convert_lora,
     convert_model,
+    convert_sd3,
     t5,
     tiny_vae,
     vae,
@@ -48,6 +49,26 @@ class Flux:
 
     def run(self) -> list[str]:
         return convert_flux(self.src, self.dst, self.dtype, self.axes_dim)
+
+
+@dataclass(frozen=True)
+class SD3:
+    """Stable Diffusion 3 or 3.5 to a pipeline folder: all of the models that are there, sampler.
+
+    A transformer alone gives a bare model folder.
+    """
+
+    src: Path
+    """diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single file
+    of Stability AI or ComfyUI (sd3.5_medium.safetensors), with or without autoencoder and text
+    encoders."""
+    dst: Path
+    """The folder to make; must be new or empty."""
+    dtype: Dtype | None = None
+    """What to store parameters in; by default as they are, and bfloat16 for float8."""
+
+    def run(self) -> list[str]:
+        return convert_sd3(self.src, self.dst, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -170,6 +191,7 @@ class Verify:
 
 Command = (
     Annotated[Flux, tyro.conf.subcommand("flux")]
+    | Annotated[SD3, tyro.conf.subcommand("sd3")]
     | Annotated[T5, tyro.conf.subcommand("t5")]
     | Annotated[CLIP, tyro.conf.subcommand("clip")]
     | Annotated[VAE, tyro.conf.subcommand("vae")]

@@ -16,6 +16,7 @@ from convert.models import (
     Source,
     clip,
     flux,
+    sd3,
     t5,
     tiny_vae,
     vae,
@@ -52,6 +53,7 @@ def _source(src: Path, config: Any) -> Source:
     readers: Mapping[str, Callable[[Path], Source]] = {
         "flux": partial(flux, axes_dim=config.axes_dim) if kind == "flux" and told else flux,
         "vae": partial(vae, latents=_latents(config)) if kind == "vae" and told else vae,
+        "sd3": sd3,
         "t5": t5,
         "clip": (
             partial(clip, num_heads=config.num_heads, activation=config.activation)

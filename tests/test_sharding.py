@@ -12,6 +12,7 @@ from taca_jax.errors import UserError
 from taca_jax.mesh import AXES, dividing_axes
 from taca_jax.models.clip import CLIP_BIGG, CLIP_L
 from taca_jax.models.flux import FLUX_DEV, FLUX_SCHNELL
+from taca_jax.models.sd3 import SD35_LARGE, SD35_MEDIUM
 from taca_jax.models.t5 import T5_XXL
 from taca_jax.models.vae import FLUX_VAE
 from taca_jax.sharding import TABLES, MeshConfig, parameter_spec
@@ -19,6 +20,8 @@ from taca_jax.sharding import TABLES, MeshConfig, parameter_spec
 FULL_SIZE = {
     "dev": FLUX_DEV,
     "schnell": FLUX_SCHNELL,
+    "SD3.5-Medium": SD35_MEDIUM,
+    "SD3.5-Large": SD35_LARGE,
     "T5-XXL": T5_XXL,
     "CLIP-L": CLIP_L,
     "CLIP-bigG": CLIP_BIGG,
