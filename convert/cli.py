@@ -23,7 +23,7 @@ from convert.models import (
 )
 from convert.verification import verify
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import Layout
+from taca_jax.formats.lora_files import Kind, Layout
 from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -145,7 +145,7 @@ class TinyVAE:
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file of FLUX from one layout to another.
+    """A LoRA file of FLUX or Stable Diffusion 3 from one layout to another.
 
     What SRC is in is recognised: PEFT or diffusers, kohya (lora_unet_, lora_transformer_), ComfyUI,
     Black Forest Labs, fal, XLabs, or our own. Text encoders' factors are left out, and named.
@@ -159,10 +159,13 @@ class LoRA:
     """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
     .lora_A.weight`), read by diffusers and PEFT. kohya: `lora_unet_double_blocks_0_img_attn_qkv
     .lora_down.weight`, read by ComfyUI and most others. native: our names, all layers of a kind in
-    one array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in all."""
+    one array (`double_blocks.img.qkv.q.lora_a`), of FLUX only. Alpha is folded into the factors in
+    all."""
+    model: Kind | None = None
+    """What it was trained for; by default what its names and widths are of, else FLUX."""
 
     def run(self) -> list[str]:
-        return convert_lora(self.src, self.dst, self.to)
+        return convert_lora(self.src, self.dst, self.to, self.model)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from convert.stored import open_stored
 from taca_jax.checkpoint import CONFIG, kind_of, load_config
 from taca_jax.errors import UserError
 from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
-from taca_jax.formats.lora_files import DIALECTS, load_adapter
+from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
 from taca_jax.formats.lora_native import is_native
 from taca_jax.formats.settings import read_settings
 from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
@@ -88,10 +88,10 @@ def _original_folder(folder: Path) -> list[str]:
 def _tensors(path: Path) -> list[str]:
     """Weights without a config: a LoRA, or one or several models by their names."""
     tensors = open_tensors(path)
-    dialects = [dialect for each in DIALECTS.values() for dialect in each]
+    dialects = [dialect for kind in get_args(Kind) for dialect in dialects_of(kind)]
     if is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes):
         file = load_adapter(path)
-        return [f"{path}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
+        return [f"{path}: of {file.kind}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
     lines: list[str] = []
     used: set[tuple[Path, str]] = set()
     for prefix, found, read in _models(path, tensors):

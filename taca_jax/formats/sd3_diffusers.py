@@ -26,7 +26,7 @@ SHIFT = 3.0
 """Of the noise levels, in every released model."""
 
 CLASS = "SD3Transformer2DModel"
-_BLOCK = "transformer_blocks.{layer}"
+BLOCK = "transformer_blocks.{layer}"
 
 
 def patch_rules(embed: str, out: str, config: SD3Config, *, positions: str) -> tuple[Rule, ...]:
@@ -147,9 +147,9 @@ def table_of(config: SD3Config) -> Table:
                 for n in (1, 2)
                 for rule in linear(f"time_text_embed.{theirs}.linear_{n}", f"{ours}.linear_{n}")
             ),
-            *only(range(dual), joint_block(_BLOCK, "dual_blocks", dual=True)),
-            *only(range(dual, last), joint_block(_BLOCK, "joint_blocks", dual=False)),
-            *_last_block(_BLOCK.format(layer=last), "last_block"),
+            *only(range(dual), joint_block(BLOCK, "dual_blocks", dual=True)),
+            *only(range(dual, last), joint_block(BLOCK, "joint_blocks", dual=False)),
+            *_last_block(BLOCK.format(layer=last), "last_block"),
             Rule("norm_out.linear.weight", "final_mod.kernel", TRANSPOSE_SWAPPED),
             Rule("norm_out.linear.bias", "final_mod.bias", SWAP_HALVES),
         ),

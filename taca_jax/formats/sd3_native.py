@@ -14,7 +14,7 @@ PREFIX = "model.diffusion_model."
 HEAD_DIM = 64
 """Fixed in the original's code, and in no shape where queries and keys have no norm."""
 
-_BLOCK = "joint_blocks.{layer}"
+BLOCK = "joint_blocks.{layer}"
 
 
 def _attention(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -76,9 +76,9 @@ def table_of(config: SD3Config) -> Table:
                 for n, number in ((0, 1), (2, 2))
                 for rule in linear(f"{theirs}.mlp.{n}", f"{ours}.linear_{number}")
             ),
-            *only(range(dual), joint_block(_BLOCK, "dual_blocks", dual=True)),
-            *only(range(dual, last), joint_block(_BLOCK, "joint_blocks", dual=False)),
-            *_last_block(_BLOCK.format(layer=last), "last_block"),
+            *only(range(dual), joint_block(BLOCK, "dual_blocks", dual=True)),
+            *only(range(dual, last), joint_block(BLOCK, "joint_blocks", dual=False)),
+            *_last_block(BLOCK.format(layer=last), "last_block"),
             *linear("final_layer.adaLN_modulation.1", "final_mod"),
         ),
     )
