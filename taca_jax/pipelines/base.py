@@ -35,7 +35,7 @@ from taca_jax.sampling import (
 )
 from taca_jax.sharding import placement
 from taca_jax.taca import TacaConfig
-from taca_jax.text import FluxText, SD3Text
+from taca_jax.text import FluxText, SD3Text, encode
 from taca_jax.tokenizers import Tokenizer, announce_cuts
 from taca_jax.weights import find_weights
 
@@ -87,6 +87,8 @@ class Pipeline:
     """Of the transformer, as in its config.json."""
     text_encoders: ClassVar[str]
     """What such a model reads prompts with, in words."""
+    has_skip_layers: ClassVar[bool]
+    """Whether there is skip-layer guidance."""
 
     @classmethod
     def _load_text(
@@ -95,8 +97,9 @@ class Pipeline:
         """What reads prompts, from the pipeline's folder; None where a part of it is left out."""
         raise NotImplementedError
 
-    def _encode(self, encoder: Any, tokenizer: Tokenizer, prompts: Sequence[str]) -> Conditioning:
-        raise NotImplementedError
+    def _embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the transformer."""
+        return False
 
     def __init__(
         self,
@@ -218,7 +221,102 @@ class Pipeline:
                 "and pooled_prompt_embeds, or add it"
             )
         announce_cuts(self.tokenizer, prompts)
-        return self._encode(self.text_encoder, self.tokenizer, prompts)
+        graph, state = nnx.split(self.text_encoder)
+        return _encode(graph, state, self.tokenizer(prompts), self.tokenizer.pad_id)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        taca: TacaConfig | None = None,
+        lora_strength: float = 1.0,
+        prompt_embeds: Float[Array, "b t k"] | None = None,
+        pooled_prompt_embeds: Float[Array, "b p"] | None = None,
+        negative_prompt_embeds: Float[Array, "b t k"] | None = None,
+        negative_pooled_prompt_embeds: Float[Array, "b p"] | None = None,
+        latents: Float[Array, "b h w c"] | None = None,
+        skip_layers: SkipLayers | Sequence[int] | None = None,
+        output: Literal["pil", "array", "latents"] = "pil",
+        trajectory: bool = False,
+        callback: Callable[[int, Float[Array, "b h w c"]], None] | None = None,
+    ) -> PipelineOutput:
+        """Pictures of `prompt` (one or several, each `num_images` times).
+
+        Sizes are in pixels. `guidance` is embedded where the model takes it; other models use it
+        for classifier-free guidance against `negative_prompt` ("" by default) when it is above 1.
+        A model with embedded guidance refuses `negative_prompt`. Picture i starts from the noise of
+        `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
+        while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to Stable
+        Diffusion 3's classifier-free one, away from the model without those layers (7, 8, 9 of
+        3.5-Medium): layers, or SkipLayers for its strength and time too. `callback(step, latents)`
+        runs after each step (and keeps the loop from being one program).
+
+        Raises UserError for input that does not fit together.
+        """
+        if guidance is None:
+            guidance = self.settings.guidance
+        positive = self._positive(prompt, prompt_embeds, pooled_prompt_embeds, num_images)
+        batch = positive.txt.shape[0]
+        negative = None
+        if self._embeds_guidance():
+            if negative_prompt is not None or negative_prompt_embeds is not None:
+                raise UserError("this model embeds its guidance and takes no negative prompt")
+            positive = replace(positive, guidance=jnp.full(batch, guidance, jnp.float32))
+        else:
+            negative = self._negative(
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+                guidance,
+                batch,
+            )
+        skip = self._skip(skip_layers, guidance)
+        latents = self._noise(latents, batch, height, width, seed)
+        sigmas = self.settings.schedule.sigmas(
+            self.settings.steps if steps is None else steps,
+            latents.shape[1] * latents.shape[2] // self.transformer.config.patch_size**2,
+        )
+        plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
+        run = partial(
+            denoise,
+            positive=positive,
+            negative=negative,
+            cfg_scale=jnp.float32(guidance),
+            skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
+            trajectory=trajectory,
+        )
+        if callback is None:
+            latents, seen = run(self.transformer, latents, plan)
+        else:
+            steps_seen = []
+            for i in range(len(plan.sigma)):
+                now = jax.tree.map(lambda x, i=i: x[i : i + 1], plan)
+                latents, one = run(self.transformer, latents, now)
+                steps_seen.append(one)
+                callback(i, latents)
+            seen = jax.tree.map(lambda *x: jnp.concatenate(x), *steps_seen) if trajectory else None
+        return PipelineOutput(self._pictures(latents, output), latents, seen)
+
+    def _skip(
+        self, skip_layers: SkipLayers | Sequence[int] | None, guidance: float
+    ) -> SkipLayers | None:
+        """Skip-layer guidance. Raises UserError where there is none or it would not act."""
+        if skip_layers is None:
+            return None
+        if not self.has_skip_layers:
+            raise UserError("skip_layers is of Stable Diffusion 3; this model has no such guidance")
+        if guidance <= 1:
+            raise UserError(f"skip_layers acts with guidance above 1; it is {guidance:g}")
+        if isinstance(skip_layers, SkipLayers):
+            return skip_layers
+        return SkipLayers(tuple(skip_layers))
 
     def _conditioning(
         self,
@@ -271,46 +369,6 @@ class Pipeline:
             raise UserError(f"num_images is {num_images}; it must be 1 or more")
         return _repeated(self._conditioning(prompt, embeds, pooled, "prompt"), num_images)
 
-    def _sample(
-        self,
-        latents: Float[Array, "b h w c"],
-        positive: Conditioning,
-        negative: Conditioning | None,
-        *,
-        guidance: float,
-        steps: int | None,
-        taca: TacaConfig | None,
-        lora_strength: float,
-        skip: SkipLayers | None = None,
-        output: Literal["pil", "array", "latents"],
-        trajectory: bool,
-        callback: Callable[[int, Float[Array, "b h w c"]], None] | None,
-    ) -> PipelineOutput:
-        """From noise to pictures."""
-        config, settings = self.transformer.config, self.settings
-        tokens = latents.shape[1] * latents.shape[2] // config.patch_size**2
-        sigmas = settings.schedule.sigmas(settings.steps if steps is None else steps, tokens)
-        plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
-        run = partial(
-            denoise,
-            positive=positive,
-            negative=negative,
-            cfg_scale=jnp.float32(guidance),
-            skip=None if skip is None else jnp.asarray(skip.mask(config.num_layers)),
-            trajectory=trajectory,
-        )
-        if callback is None:
-            latents, seen = run(self.transformer, latents, plan)
-        else:
-            steps_seen = []
-            for i in range(len(plan.sigma)):
-                now = jax.tree.map(lambda x, i=i: x[i : i + 1], plan)
-                latents, one = run(self.transformer, latents, now)
-                steps_seen.append(one)
-                callback(i, latents)
-            seen = jax.tree.map(lambda *x: jnp.concatenate(x), *steps_seen) if trajectory else None
-        return PipelineOutput(self._pictures(latents, output), latents, seen)
-
     def _noise(
         self,
         latents: Float[Array, "b h w c"] | None,
@@ -359,6 +417,11 @@ class Pipeline:
 
 def _repeated(text: Conditioning, times: int) -> Conditioning:
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
+
+
+@jax.jit(static_argnames=("graph", "pad_id"))
+def _encode(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, pad_id: int) -> Conditioning:
+    return encode(nnx.merge(graph, state), tokens, pad_id)
 
 
 @jax.jit(static_argnames=("graph",))
