@@ -6,6 +6,7 @@ steps, so that one compiled loop serves plain sampling, every TACA schedule and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -100,14 +101,14 @@ class SkipLayers:
         on = (step > self.start * steps) & (step < self.stop * steps)
         return jnp.asarray(self.scale * on, jnp.float32)
 
-    def mask(self, num_layers: int) -> np.ndarray:
+    def mask(self, num_layers: int) -> Bool[Array, " layers"]:
         """Which layers are left out. Raises UserError for one that the model has not."""
         beyond = [layer for layer in self.layers if not 0 <= layer < num_layers]
         if beyond:
             raise UserError(
                 f"skip_layers has {beyond}; this model's layers are 0..{num_layers - 1}"
             )
-        return np.isin(np.arange(num_layers), self.layers)
+        return jnp.asarray(np.isin(np.arange(num_layers), self.layers))
 
 
 def make_plan(
@@ -262,9 +263,10 @@ def guided_velocity(
         velocity = low + cfg_scale * (high - low)
         if skip is None:
             return velocity
+        without = partial(plain, x, now, skip=skip)
         return jax.lax.cond(
             now.skip_scale != 0,
-            lambda: velocity + now.skip_scale * (high - plain(x, now, skip=skip)),
+            lambda: velocity + now.skip_scale * (high - without()),
             lambda: velocity,
         )
 

@@ -42,7 +42,7 @@ FLUX: Mapping[str, tuple[Axes, Axes]] = {
 }
 SD3: Mapping[str, tuple[Axes, Axes]] = {
     r"(img_in|final_out)": (_WHOLE, _FSDP),
-    r"position_embed": (_WHOLE, _FSDP),
+    r"position_embed": _EMBEDDING,
     r"txt_in": (_FSDP, _WHOLE),
     r"(time|vector)_in\.linear_1": _IN,
     r"(time|vector)_in\.linear_2": _OUT,

@@ -1,8 +1,8 @@
 """Stable Diffusion 3's multimodal diffusion transformer (MM-DiT), with TACA in its joint attention.
 
-Source: Esser et al. 2024 (arXiv:2403.03206); Stability-AI/sd3.5, mmditx.py, and diffusers'
-`SD3Transformer2DModel`. What differs: text stands first in the joint sequence, projections for q, k
-and v are apart, blocks of a kind are stacked and scanned, and latents go in and out as NHWC images.
+Source: Esser et al. 2024 (arXiv:2403.03206); Stability-AI/sd3.5, mmditx.py. What differs: text is
+first in the joint sequence, projections for q, k and v are apart, blocks of a kind are stacked and
+scanned, and latents go in and out as NHWC images.
 """
 
 from dataclasses import dataclass, replace
@@ -42,8 +42,7 @@ class SD3Config:
     position_size: rows and columns of the position table, of which the middle is used.
     txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
 
-    Raises UserError for more dual layers than there are before the last, and for a width that is no
-    multiple of 4, as positions need.
+    Raises UserError for too many dual layers, and a width that is no multiple of 4.
     """
 
     patch_size: int
@@ -164,12 +163,12 @@ class SD3Transformer(nnx.Module):
         """
         config = self.config
         for name, given, expected in (
-            ("latents", latents.shape[-1], config.latent_channels),
-            ("txt", txt.shape[-1], config.txt_dim),
-            ("pooled", pooled.shape[-1], config.pooled_dim),
+            ("latents", latents, config.latent_channels),
+            ("txt", txt, config.txt_dim),
+            ("pooled", pooled, config.pooled_dim),
         ):
-            if given != expected:
-                raise ValueError(f"{name} has {given} channels; this model expects {expected}")
+            if (channels := given.shape[-1]) != expected:
+                raise ValueError(f"{name} has {channels} channels; this model expects {expected}")
         if skip is not None and skip.shape != (config.num_layers,):
             raise ValueError(f"skip is {skip.shape}; this model has {config.num_layers} layers")
         height, width = latents.shape[1:3]
@@ -253,7 +252,7 @@ class QKV(nnx.Module):
 
 
 class ImageAttention(nnx.Module):
-    """The second attention of dual blocks: image tokens among themselves, never scaled by TACA."""
+    """Dual blocks' second attention: image tokens among themselves, never scaled by TACA."""
 
     def __init__(
         self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
@@ -269,10 +268,9 @@ class ImageAttention(nnx.Module):
 
 
 class Stream(nnx.Module):
-    """One modality's part of a block: its modulation, projections and MLP.
+    """One modality's part of a block.
 
-    `mods` vectors come out of the modulation: shift, scale, gate for the joint attention, then for
-    the MLP, and in dual blocks for the image's own attention.
+    `mods` vectors modulate: shift, scale and gate of the joint attention, the MLP, and `img_attn`.
     """
 
     def __init__(
@@ -292,8 +290,7 @@ class Stream(nnx.Module):
         self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)
         self.mlp_out = Linear(config.mlp_hidden, config.hidden, **types)
 
-    def modulation(self, inputs: BlockInputs) -> list[jax.Array]:
-        """The vectors, each [b, d]."""
+    def modulation(self, inputs: BlockInputs) -> list[Float[Array, "b d"]]:
         return jnp.split(self.mod(inputs.vec, inputs.lora_scale), self.mods, axis=-1)
 
     def finish(
@@ -302,7 +299,7 @@ class Stream(nnx.Module):
         attended: Float[Array, "b s d"],
         modulation: list[jax.Array],
         lora_scale: Float[Array, " b"] | None,
-        own: Float[Array, "b s d"] | float = 0.0,
+        own: jax.Array | float = 0.0,
     ) -> Float[Array, "b s d"]:
         """The residual stream after attention's output projection, `own`, and the MLP."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate, *_ = modulation
@@ -339,8 +336,7 @@ class JointBlock(nnx.Module):
         )
         own = 0.0
         if self.img_attn is not None:
-            shift, scale, gate = img_mod[6:]
-            own = gate[:, None] * self.img_attn(modulate(img, shift, scale), inputs)
+            own = img_mod[8][:, None] * self.img_attn(modulate(img, *img_mod[6:8]), inputs)
         img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale, own)
         txt = self.txt.finish(txt, txt_attended, txt_mod, inputs.lora_scale)
         return img, txt

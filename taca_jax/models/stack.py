@@ -26,7 +26,7 @@ def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -
 
 
 def run_stack(
-    stack: Block,
+    stack: nnx.Module,
     call: Callable[..., Any],
     carry: Any,
     *,

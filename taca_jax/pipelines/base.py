@@ -278,10 +278,10 @@ class Pipeline:
                 batch,
             )
         skip = self._skip(skip_layers, guidance)
-        latents = self._noise(latents, batch, height, width, seed)
+        x = self._noise(latents, batch, height, width, seed)
         sigmas = self.settings.schedule.sigmas(
             self.settings.steps if steps is None else steps,
-            latents.shape[1] * latents.shape[2] // self.transformer.config.patch_size**2,
+            x.shape[1] * x.shape[2] // self.transformer.config.patch_size**2,
         )
         plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
         run = partial(
@@ -293,16 +293,20 @@ class Pipeline:
             trajectory=trajectory,
         )
         if callback is None:
-            latents, seen = run(self.transformer, latents, plan)
+            x, seen = run(self.transformer, x, plan)
         else:
             steps_seen = []
             for i in range(len(plan.sigma)):
-                now = jax.tree.map(lambda x, i=i: x[i : i + 1], plan)
-                latents, one = run(self.transformer, latents, now)
+                now = jax.tree.map(lambda steps, i=i: steps[i : i + 1], plan)
+                x, one = run(self.transformer, x, now)
                 steps_seen.append(one)
-                callback(i, latents)
-            seen = jax.tree.map(lambda *x: jnp.concatenate(x), *steps_seen) if trajectory else None
-        return PipelineOutput(self._pictures(latents, output), latents, seen)
+                callback(i, x)
+            seen = (
+                jax.tree.map(lambda *each: jnp.concatenate(each), *steps_seen)
+                if trajectory
+                else None
+            )
+        return PipelineOutput(self._pictures(x, output), x, seen)
 
     def _skip(
         self, skip_layers: SkipLayers | Sequence[int] | None, guidance: float

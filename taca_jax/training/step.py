@@ -178,10 +178,9 @@ def make_trainer(
     if mesh is None:
         compiled = jax.jit(step, donate_argnames="state")
     else:
-        kinds = {
-            "transformer": kind_of(model.transformer.config),
-            "text_encoder": kind_of(model.text_encoder.config),
-        }
+        kinds = {"transformer": kind_of(model.transformer.config)}
+        if isinstance(model.text_encoder, T5Encoder):  # only such a one is ever trained
+            kinds["text_encoder"] = kind_of(model.text_encoder.config)
         places = state_shardings(jax.eval_shape(begin, trained), kinds, mesh)
         begin = jax.jit(begin, out_shardings=places)
         compiled = jax.jit(step, donate_argnames="state", out_shardings=(places, None))

@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert.cli import main
-from taca_jax.checkpoint import abstract_model, flat_params, load_model
+from taca_jax.checkpoint import flat_params, load_model
 from taca_jax.formats import engine, sd3_diffusers, sd3_native
 from taca_jax.formats.lora_factors import unstacked
 from taca_jax.formats.lora_files import read_lora, write_lora
@@ -323,18 +323,13 @@ def test_full_size_has_exactly_the_parameters_of_the_original(config, parameters
         theirs = diffusers.SD3Transformer2DModel(**small)
     given = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     given["pos_embed.pos_embed"] = (1, config.position_size**2, config.hidden)
-    shapes = shapes_of(config)
+    shapes = engine.shapes_of(config)
     pieces = list(sd3_diffusers.table_of(config).pieces(shapes))
     assert {piece.key: piece.shape for piece in pieces} == given
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     places = config.position_size**2 * config.hidden
     assert count - places == sum(p.numel() for p in theirs.parameters())
     assert count == parameters
-
-
-def shapes_of(config: SD3Config) -> dict:
-    model = abstract_model(config, dtype=jnp.float32)
-    return {path: param.shape for path, param in flat_params(model).items()}
 
 
 def arguments(config: SD3Config) -> dict:
@@ -348,7 +343,7 @@ def test_the_config_of_a_single_file_is_read_from_its_shapes():
         where, duplicates, dtypes = "sd3.5.safetensors", (), {}
 
         def __init__(self, config):
-            pieces = sd3_native.table_of(config).pieces(shapes_of(config))
+            pieces = sd3_native.table_of(config).pieces(engine.shapes_of(config))
             self.shapes = {piece.key: piece.shape for piece in pieces}
 
     for config in (SD35_MEDIUM, SD35_LARGE, SD3_MEDIUM):
