@@ -17,6 +17,7 @@ from convert.models import (
     clip,
     flux,
     sd3,
+    sd3_parts,
     t5,
     tiny_vae,
     vae,
@@ -37,6 +38,8 @@ def verify(src: Path, dst: Path) -> list[str]:
     """
     if not (dst / PIPELINE_FILE).is_file():
         return [_compared(_source(src, load_config(dst)), dst)]
+    if src.is_file():
+        return [_compared(source, dst / made) for made, source in sd3_parts(src).items()]
     lines = []
     for name, made, _ in PIPELINE_PARTS:
         if (src / name).is_dir() != (dst / made).is_dir():
