@@ -268,10 +268,8 @@ class ImageAttention(nnx.Module):
 
 
 class Stream(nnx.Module):
-    """One modality's part of a block.
-
-    `mods` vectors modulate: shift, scale and gate of the joint attention, the MLP, and `img_attn`.
-    """
+    """One modality's part of a block. `mods` vectors modulate: shift, scale and gate of the joint
+    attention, the MLP, and `img_attn`."""
 
     def __init__(
         self,
