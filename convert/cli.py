@@ -16,13 +16,14 @@ from convert.models import (
     convert_flux,
     convert_lora,
     convert_model,
+    convert_sd3,
     t5,
     tiny_vae,
     vae,
 )
 from convert.verification import verify
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import Layout
+from taca_jax.formats.lora_files import Kind, Layout
 from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -48,6 +49,26 @@ class Flux:
 
     def run(self) -> list[str]:
         return convert_flux(self.src, self.dst, self.dtype, self.axes_dim)
+
+
+@dataclass(frozen=True)
+class SD3:
+    """Stable Diffusion 3 or 3.5 to a pipeline folder: all of the models that are there, sampler.
+
+    A transformer alone gives a bare model folder.
+    """
+
+    src: Path
+    """diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single file
+    of Stability AI or ComfyUI (sd3.5_medium.safetensors), with or without autoencoder and text
+    encoders."""
+    dst: Path
+    """The folder to make; must be new or empty."""
+    dtype: Dtype | None = None
+    """What to store parameters in; by default as they are, and bfloat16 for float8."""
+
+    def run(self) -> list[str]:
+        return convert_sd3(self.src, self.dst, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -124,7 +145,7 @@ class TinyVAE:
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file of FLUX from one layout to another.
+    """A LoRA file of FLUX or Stable Diffusion 3 from one layout to another.
 
     What SRC is in is recognised: PEFT or diffusers, kohya (lora_unet_, lora_transformer_), ComfyUI,
     Black Forest Labs, fal, XLabs, or our own. Text encoders' factors are left out, and named.
@@ -138,10 +159,13 @@ class LoRA:
     """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
     .lora_A.weight`), read by diffusers and PEFT. kohya: `lora_unet_double_blocks_0_img_attn_qkv
     .lora_down.weight`, read by ComfyUI and most others. native: our names, all layers of a kind in
-    one array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in all."""
+    one array (`double_blocks.img.qkv.q.lora_a`), of FLUX only. Alpha is folded into the factors in
+    all."""
+    model: Kind | None = None
+    """What it was trained for; by default what its names and widths are of, else FLUX."""
 
     def run(self) -> list[str]:
-        return convert_lora(self.src, self.dst, self.to)
+        return convert_lora(self.src, self.dst, self.to, self.model)
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,7 @@ class Verify:
 
 Command = (
     Annotated[Flux, tyro.conf.subcommand("flux")]
+    | Annotated[SD3, tyro.conf.subcommand("sd3")]
     | Annotated[T5, tyro.conf.subcommand("t5")]
     | Annotated[CLIP, tyro.conf.subcommand("clip")]
     | Annotated[VAE, tyro.conf.subcommand("vae")]

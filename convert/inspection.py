@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from convert.models import (
     Source,
     clip,
     flux,
+    sd3,
     t5,
     tiny_vae,
     vae,
@@ -21,14 +22,15 @@ from convert.models import (
 from convert.stored import open_stored
 from taca_jax.checkpoint import CONFIG, kind_of, load_config
 from taca_jax.errors import UserError
-from taca_jax.formats import flux_bfl, vae_bfl
-from taca_jax.formats.lora_files import DIALECTS, load_adapter
+from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
+from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
 from taca_jax.formats.lora_native import is_native
 from taca_jax.formats.settings import read_settings
 from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
 
 _BY_CLASS: dict[str, Callable[[Path], Source]] = {
-    "FluxTransformer2DModel": flux,
+    flux_diffusers.CLASS: flux,
+    sd3_diffusers.CLASS: sd3,
     "AutoencoderKL": vae,
     "t5": t5,
     "clip_text_model": clip,
@@ -86,10 +88,10 @@ def _original_folder(folder: Path) -> list[str]:
 def _tensors(path: Path) -> list[str]:
     """Weights without a config: a LoRA, or one or several models by their names."""
     tensors = open_tensors(path)
-    dialects = [dialect for each in DIALECTS.values() for dialect in each]
+    dialects = [dialect for kind in get_args(Kind) for dialect in dialects_of(kind)]
     if is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes):
         file = load_adapter(path)
-        return [f"{path}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
+        return [f"{path}: of {file.kind}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
     lines: list[str] = []
     used: set[tuple[Path, str]] = set()
     for prefix, found, read in _models(path, tensors):
@@ -107,6 +109,8 @@ def _models(path: Path, tensors: TensorFiles):
         found = under(tensors, prefix)
         if flux_bfl.is_flux(found):
             yield prefix, found, _flux
+        if sd3_native.is_sd3(found):
+            yield prefix, found, _sd3
     for prefix, _ in VAE_PREFIXES:
         found = under(tensors, prefix)
         if vae_bfl.is_autoencoder(found):
@@ -123,6 +127,11 @@ def _flux(where: str, tensors: TensorFiles) -> list[str]:
     except UserError as error:  # what it is can be said all the same
         config = f"  config: {error}"
     return [f"{where}{flux_bfl.TABLE.name}", _sizes(tensors), config]
+
+
+def _sd3(where: str, tensors: TensorFiles) -> list[str]:
+    config = sd3_native.inferred(tensors)
+    return [f"{where}{sd3_native.table_of(config).name}", _sizes(tensors), _config(config)]
 
 
 def _autoencoder(where: str, tensors: TensorFiles) -> list[str]:

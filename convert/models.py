@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +18,19 @@ from taca_jax.atomic import whole_folder
 from taca_jax.checkpoint import CONFIG, StreamedArray, save_streamed
 from taca_jax.errors import UserError
 from taca_jax.formats import clip as clip_format
-from taca_jax.formats import flux_bfl, flux_diffusers, vae_bfl
+from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
 from taca_jax.formats import t5 as t5_format
 from taca_jax.formats import tiny_vae as tiny_vae_format
 from taca_jax.formats import vae as vae_format
 from taca_jax.formats.engine import streamed
-from taca_jax.formats.lora_files import Layout, load_adapter, save_adapter
+from taca_jax.formats.lora_files import Kind, Layout, load_adapter, save_adapter
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
 from taca_jax.models.clip import Activation
+from taca_jax.models.sd3 import SD3Config
 from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.models.vae import FLUX_VAE, SD3_VAE
+from taca_jax.sampling import FlowSchedule
 from taca_jax.tensor_files import TensorFiles, open_tensors, summary, under
 
 PIPELINE_FILE = "pipeline.json"
@@ -74,14 +76,33 @@ def flux(src: Path, axes_dim: tuple[int, int, int] | None = None) -> Source:
     return Source(flux_bfl.TABLE, config, found, _others(tensors, found))
 
 
+def sd3(src: Path) -> Source:
+    """A transformer: a folder in diffusers' layout, or a single file of Stability AI's."""
+    if (src / CONFIG).is_file():
+        config = sd3_diffusers.config_of(read_settings(src))
+        return Source(sd3_diffusers.table_of(config), config, open_tensors(src))
+    tensors = open_tensors(src)
+    found = _under_any(tensors, (sd3_native.PREFIX, ""))
+    if not sd3_native.is_sd3(found):
+        raise UserError(
+            f"{src} is no Stable Diffusion 3 in Stability AI's names: {_names(tensors)}; of "
+            f"diffusers' files give the folder with their {CONFIG}"
+        )
+    _check_unscaled(found)
+    config = sd3_native.inferred(found)
+    return Source(sd3_native.table_of(config), config, found, _others(tensors, found))
+
+
 def t5(src: Path) -> Source:
     """A T5 encoder in transformers' layout: its folder, or the weights alone."""
     tensors = open_tensors(src)
     if (src / CONFIG).is_file():
-        config = t5_format.config_of(read_settings(src))
-    else:
-        config = t5_format.inferred(tensors)
-    return Source(t5_format.TABLE, config, tensors)
+        return Source(t5_format.TABLE, t5_format.config_of(read_settings(src)), tensors)
+    return _bare_t5(tensors)
+
+
+def _bare_t5(tensors: TensorFiles) -> Source:
+    return Source(t5_format.TABLE, t5_format.inferred(tensors), tensors)
 
 
 def clip(
@@ -92,17 +113,22 @@ def clip(
     What the shapes do not tell may be given; a config.json tells it.
     """
     tensors = open_tensors(src)
-    if (src / CONFIG).is_file():
-        config = clip_format.config_of(read_settings(src), tensors)
-        given = {"num_heads": num_heads, "activation": activation}
-        for name, value in given.items():
-            if value not in (None, getattr(config, name)):
-                raise UserError(
-                    f"{src / CONFIG} says {name} is {getattr(config, name)}, the command line "
-                    f"{value}; leave it out there"
-                )
-    else:
-        config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
+    if not (src / CONFIG).is_file():
+        return _bare_clip(tensors, num_heads=num_heads, activation=activation)
+    config = clip_format.config_of(read_settings(src), tensors)
+    for name, value in {"num_heads": num_heads, "activation": activation}.items():
+        if value not in (None, getattr(config, name)):
+            raise UserError(
+                f"{src / CONFIG} says {name} is {getattr(config, name)}, the command line "
+                f"{value}; leave it out there"
+            )
+    return Source(clip_format.table_of(tensors), config, tensors)
+
+
+def _bare_clip(
+    tensors: TensorFiles, *, num_heads: int | None = None, activation: Activation | None = None
+) -> Source:
+    config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
     return Source(clip_format.table_of(tensors), config, tensors)
 
 
@@ -191,12 +217,44 @@ def text_encoder(src: Path) -> Source:
     return t5(src) if settings["model_type"] == "t5" else clip(src)
 
 
+def transformer(src: Path) -> Source:
+    """A FLUX or a Stable Diffusion 3 in diffusers' layout, as the folder's config.json says."""
+    settings = read_settings(src)
+    settings.expect("_class_name", flux_diffusers.CLASS, sd3_diffusers.CLASS)
+    return sd3(src) if settings["_class_name"] == sd3_diffusers.CLASS else flux(src)
+
+
 PIPELINE_PARTS = (
-    ("transformer", "transformer", flux),
+    ("transformer", "transformer", transformer),
     ("vae", "autoencoder", vae),
     *((name, name, text_encoder) for name in TEXT_ENCODERS),
 )
 """diffusers' folder -> ours."""
+
+
+def sd3_parts(src: Path) -> dict[str, Source]:
+    """Every model in a single file of Stability AI's, by the name of its folder in a pipeline's."""
+    parts = {"transformer": sd3(src)}
+    tensors = open_tensors(src)
+    for prefix, _ in VAE_PREFIXES:
+        if prefix and vae_bfl.is_autoencoder(found := under(tensors, prefix)):
+            parts["autoencoder"] = _bfl_vae(found, "sd3")
+    for prefix, (made, read) in _TEXT_PREFIXES.items():
+        found = under(tensors, prefix)
+        if found.shapes:
+            _check_unscaled(found)
+            parts[made] = read(found)
+    used = {place for part in parts.values() for place in part.tensors.places.values()}
+    left_out = tuple(name for name, place in tensors.places.items() if place not in used)
+    return parts | {"transformer": dataclasses.replace(parts["transformer"], left_out=left_out)}
+
+
+_TEXT_PREFIXES: Mapping[str, tuple[str, Callable[[TensorFiles], Source]]] = {
+    "text_encoders.clip_l.transformer.": ("text_encoder", _bare_clip),
+    "text_encoders.clip_g.transformer.": ("text_encoder_2", _bare_clip),
+    "text_encoders.t5xxl.transformer.": ("text_encoder_3", _bare_t5),
+}
+"""Within Stability's and ComfyUI's checkpoints."""
 
 
 def convert_model(
@@ -221,41 +279,94 @@ def convert_flux(
     if not (src / "transformer").is_dir():
         return convert_model(partial(flux, axes_dim=axes_dim), src, dst, dtype)
     _check_not_given(src / "transformer", axes_dim=axes_dim)
+    return _convert_folder(flux, src, dst, dtype)
+
+
+def convert_sd3(src: Path, dst: Path, dtype: str | None) -> list[str]:
+    """Makes a pipeline folder of a diffusers pipeline folder, or of a file with several models.
+
+    A transformer alone becomes a model folder. Raises as `convert_model` does.
+    """
+    if (src / "transformer").is_dir():
+        return _convert_folder(sd3, src, dst, dtype)
+    if (src / CONFIG).is_file():
+        return convert_model(sd3, src, dst, dtype)
+    _check_free(dst)
+    parts = sd3_parts(src)
+    left_out = _left_out(parts["transformer"])
+    if len(parts) == 1:
+        return [_write(parts["transformer"], dst, dtype), *left_out]
+    settings = _pipeline_settings(parts["transformer"].config, sd3_diffusers.SCHEDULE)
+    lines = _write_pipeline(parts, settings, dst, dtype)
+    if missing := [
+        name for made, name in zip(TEXT_ENCODERS, TOKENIZERS, strict=True) if made in parts
+    ]:
+        lines.append(
+            f"to read prompts, copy {', '.join(missing)} of the model's page into {dst}: "
+            "tokenizers are not in the file"
+        )
+    return [*lines, *left_out]
+
+
+def _convert_folder(
+    read_transformer: Callable[[Path], Source], src: Path, dst: Path, dtype: str | None
+) -> list[str]:
+    """Makes a pipeline folder of diffusers'. Raises as `convert_model` does."""
     _check_free(dst)
     # Everything is read and checked, bar the tensors themselves, before anything is written.
-    sources = {
-        made: read(src / name) for name, made, read in PIPELINE_PARTS if (src / name).is_dir()
-    }
-    settings = _pipeline_settings(src, sources["transformer"].config)
+    sources = {"transformer": read_transformer(src / "transformer")}
+    for name, made, read in PIPELINE_PARTS[1:]:
+        if (src / name).is_dir():
+            sources[made] = read(src / name)
+    scheduler = read_settings(src / "scheduler", "scheduler_config.json")
+    config = sources["transformer"].config
+    layout = sd3_diffusers if isinstance(config, SD3Config) else flux_diffusers
+    settings = _pipeline_settings(config, layout.schedule_of(scheduler))
+    lines = _write_pipeline(sources, settings, dst, dtype, tokenizers=src)
+    known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in PIPELINE_PARTS)}
+    left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
+    return [*lines, *([f"left out: {', '.join(left_out)}"] if left_out else [])]
+
+
+def _write_pipeline(
+    sources: Mapping[str, Source],
+    settings: Mapping[str, Any],
+    dst: Path,
+    dtype: str | None,
+    *,
+    tokenizers: Path | None = None,
+) -> list[str]:
+    """A pipeline's folder: its models, its settings, and the tokenizers in the folder of those."""
     with whole_folder(dst) as folder:
         lines = [
             _write(source, folder / made, dtype).replace(str(folder), str(dst))
             for made, source in sources.items()
         ]
         for name in TOKENIZERS:
-            if (src / name).is_dir():
-                shutil.copytree(src / name, folder / name)
+            if tokenizers is not None and (tokenizers / name).is_dir():
+                shutil.copytree(tokenizers / name, folder / name)
         (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in PIPELINE_PARTS)}
-    left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
-    if left_out:
-        lines.append(f"left out: {', '.join(left_out)}")
     return lines
 
 
-def convert_lora(src: Path, dst: Path, to: Layout) -> list[str]:
-    """Writes the LoRA file `dst` of the one at `src`. Raises UserError as `convert_model` does."""
+def convert_lora(src: Path, dst: Path, to: Layout, kind: Kind | None = None) -> list[str]:
+    """Writes the LoRA file `dst` of the one at `src`, for a kind of model or what it seems to be.
+
+    Raises UserError as `convert_model` does.
+    """
     if dst.exists():
         raise UserError(f"{dst} exists; give a new name or remove it")
-    file = load_adapter(src)
-    written = save_adapter(dst, file.adapter, to)
+    file = load_adapter(src, kind)
+    written = save_adapter(dst, file.adapter, to, kind=file.kind)
     return [f"{src}: {file.summary}", f"{dst}: {written}"]
 
 
-def _pipeline_settings(src: Path, config: Any) -> dict[str, Any]:
-    """What a pipeline is told beside its weights (PipelineSettings), from diffusers' folder."""
-    schedule = flux_diffusers.schedule_of(read_settings(src / "scheduler", "scheduler_config.json"))
-    call = flux_diffusers.DEV_CALL if config.guidance_embed else flux_diffusers.SCHNELL_CALL
+def _pipeline_settings(config: Any, schedule: FlowSchedule) -> dict[str, Any]:
+    """What a pipeline is told beside its weights (PipelineSettings)."""
+    if isinstance(config, SD3Config):
+        call = sd3_diffusers.call_of(config)
+    else:
+        call = flux_diffusers.DEV_CALL if config.guidance_embed else flux_diffusers.SCHNELL_CALL
     return {"tokenizer": None, **call, "schedule": dataclasses.asdict(schedule)}
 
 

@@ -16,6 +16,8 @@ from convert.models import (
     Source,
     clip,
     flux,
+    sd3,
+    sd3_parts,
     t5,
     tiny_vae,
     vae,
@@ -36,6 +38,8 @@ def verify(src: Path, dst: Path) -> list[str]:
     """
     if not (dst / PIPELINE_FILE).is_file():
         return [_compared(_source(src, load_config(dst)), dst)]
+    if src.is_file():
+        return [_compared(source, dst / made) for made, source in sd3_parts(src).items()]
     lines = []
     for name, made, _ in PIPELINE_PARTS:
         if (src / name).is_dir() != (dst / made).is_dir():
@@ -52,6 +56,7 @@ def _source(src: Path, config: Any) -> Source:
     readers: Mapping[str, Callable[[Path], Source]] = {
         "flux": partial(flux, axes_dim=config.axes_dim) if kind == "flux" and told else flux,
         "vae": partial(vae, latents=_latents(config)) if kind == "vae" and told else vae,
+        "sd3": sd3,
         "t5": t5,
         "clip": (
             partial(clip, num_heads=config.num_heads, activation=config.activation)

@@ -32,8 +32,9 @@ from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from taca_jax.models.flux import FluxConfig, FluxTransformer
-from taca_jax.models.layers import LoRAParam
+from taca_jax.models.layers import Fixed, LoRAParam
 from taca_jax.models.pixels import Pixels, PixelsConfig
+from taca_jax.models.sd3 import SD3Config, SD3Transformer
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
@@ -43,6 +44,7 @@ from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensor
 
 KINDS: dict[str, tuple[type, type]] = {
     "flux": (FluxConfig, FluxTransformer),
+    "sd3": (SD3Config, SD3Transformer),
     "t5": (T5Config, T5Encoder),
     "clip": (CLIPConfig, CLIPTextEncoder),
     "vae": (VAEConfig, AutoencoderKL),
@@ -51,7 +53,15 @@ KINDS: dict[str, tuple[type, type]] = {
 }
 """kind in config.json -> (config, module)."""
 
-Model = FluxTransformer | T5Encoder | CLIPTextEncoder | AutoencoderKL | TinyVAE | Pixels
+Model = (
+    FluxTransformer
+    | SD3Transformer
+    | T5Encoder
+    | CLIPTextEncoder
+    | AutoencoderKL
+    | TinyVAE
+    | Pixels
+)
 
 CONFIG, PARAMS, SAFETENSORS = "config.json", "params", "model.safetensors"
 
@@ -135,8 +145,8 @@ def load_model(
     """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
 
     `place(kind, path, shape)` says where each parameter goes (`sharding.placement`); without it all
-    are on the first device. `remat` is FLUX's. Raises UserError that names everything missing, left
-    over or mis-shaped, and for files that are absent, truncated or damaged.
+    are on the first device. `remat` is the transformers'. Raises UserError that names everything
+    missing, left over or mis-shaped, and for files that are absent, truncated or damaged.
     """
     path = Path(path)
     config = load_config(path)
@@ -171,9 +181,9 @@ def abstract_model(config: Any, *, dtype: DTypeLike, remat: Remat = "none") -> A
     return nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
 
 
-def flat_params(model: nnx.Module) -> dict[str, nnx.Param]:
-    """The parameters by dotted path, LoRA factors left out."""
-    base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.OfType(LoRAParam))))
+def flat_params(model: nnx.Module) -> dict[str, Any]:
+    """What is stored of a model, by dotted path: parameters and fixed tables, no LoRA factors."""
+    base = nnx.state(model, nnx.All(nnx.Any(nnx.Param, Fixed), nnx.Not(nnx.OfType(LoRAParam))))
     return {".".join(map(str, path)): param for path, param in nnx.to_flat_state(base)}
 
 

@@ -13,7 +13,8 @@ from taca_jax.atomic import whole_file
 from taca_jax.config import GenerateConfig, to_json
 from taca_jax.errors import UserError
 from taca_jax.pictures import caption_grid
-from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.loading import load_pipeline
 from taca_jax.pipelines.variants import Variant
 from taca_jax.taca import TacaConfig
 
@@ -32,7 +33,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise UserError(f"out={out} is a folder; name a file in it")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
-    pipeline = FluxPipeline.from_pretrained(config.base, dtype=config.dtype)
+    pipeline = load_pipeline(config.base, dtype=config.dtype)
     if config.lora is not None:
         print(f"LoRA: {pipeline.load_lora(config.lora)}")
     if not config.compare:
@@ -57,9 +58,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     return [out]
 
 
-def _draw(
-    pipeline: FluxPipeline, config: GenerateConfig, variant: Variant
-) -> Sequence[Image.Image]:
+def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Sequence[Image.Image]:
     images = pipeline(
         config.prompt,
         config.negative_prompt,

@@ -26,6 +26,13 @@ ATTENTION_TARGETS = (
 """FLUX's attention projections: q, k, v and out of both streams and of the single blocks (whose
 out projection takes attention and MLP together)."""
 
+SD3_ATTENTION_TARGETS = (
+    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.qkv\.[qkv]",
+    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.out",
+)
+"""Stable Diffusion 3's: q, k, v and out of both streams in the joint attention, as published; the
+second attention of dual blocks has none."""
+
 
 @dataclass(frozen=True)
 class LoRAConfig:

@@ -6,12 +6,13 @@ steps, so that one compiled loop serves plain sampling, every TACA schedule and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from taca_jax.errors import UserError
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
@@ -23,7 +24,8 @@ class FlowSchedule:
 
     FLUX shifts them towards noise by exp(mu), mu linear in the number of image tokens between
     (base_tokens, base_shift) and (max_tokens, max_shift); with `shift` set instead, that constant
-    is used (schnell: 1, SD3: 3). Source: diffusers' FlowMatchEulerDiscreteScheduler.
+    is used (schnell: 1, SD3: 3). `last_sigma` is the noise level, before the shift, that the last
+    step starts from; None is 1 / n. Source: diffusers' FlowMatchEulerDiscreteScheduler.
     """
 
     base_shift: float = 0.5
@@ -31,6 +33,7 @@ class FlowSchedule:
     base_tokens: int = 256
     max_tokens: int = 4096
     shift: float | None = None
+    last_sigma: float | None = None
 
     def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
         """float32 `[steps + 1]` from 1 (noise) to 0 (data).
@@ -43,7 +46,8 @@ class FlowSchedule:
         if factor is None:
             slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
             factor = np.exp(self.base_shift + slope * (image_tokens - self.base_tokens))
-        sigma = np.linspace(1.0, 1.0 / steps, steps)
+        last = 1.0 / steps if self.last_sigma is None else self.last_sigma
+        sigma = np.linspace(1.0, last, steps)
         sigma = factor * sigma / (1 + (factor - 1) * sigma)
         return np.append(sigma, 0.0).astype(np.float32)
 
@@ -64,6 +68,47 @@ class Plan:
     negative_gamma: Float[Array, " n"]
     lora_scale: Float[Array, " n"]
     negative_lora_scale: Float[Array, " n"]
+    skip_scale: Float[Array, " n"]
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance, of Stable Diffusion 3.5-Medium: away from a model without some layers.
+
+    layers: which to leave out. scale: how strongly. start, stop: it acts at steps i of n with
+    start * n < i < stop * n. Source: diffusers' `StableDiffusion3Pipeline`.
+
+    Raises UserError for no layers, and a range that is not within 0 and 1.
+    """
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __post_init__(self):
+        if not self.layers:
+            raise UserError("skip_layers is empty; give layers such as (7, 8, 9), or None")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise UserError(
+                f"skip-layer guidance acts from {self.start} to {self.stop}; expected a range "
+                "within 0 and 1"
+            )
+
+    def scales(self, steps: int) -> Float[Array, " n"]:
+        """The strength at each step, float32."""
+        step = np.arange(steps)
+        on = (step > self.start * steps) & (step < self.stop * steps)
+        return jnp.asarray(self.scale * on, jnp.float32)
+
+    def mask(self, num_layers: int) -> Bool[Array, " layers"]:
+        """Which layers are left out. Raises UserError for one that the model has not."""
+        beyond = [layer for layer in self.layers if not 0 <= layer < num_layers]
+        if beyond:
+            raise UserError(
+                f"skip_layers has {beyond}; this model's layers are 0..{num_layers - 1}"
+            )
+        return jnp.asarray(np.isin(np.arange(num_layers), self.layers))
 
 
 def make_plan(
@@ -71,11 +116,13 @@ def make_plan(
     taca: TacaConfig | None,
     *,
     lora_strength: float = 1.0,
+    skip: SkipLayers | None = None,
 ) -> Plan:
     """The plan of a run over `sigmas` with TACA, or plain where `taca` is None.
 
     The LoRA is on, at `lora_strength`, exactly where TACA is (`cond_only`: not for the negative
     prompt): to see it alone, set gamma to 1; to see TACA without it, set its strength to 0.
+    `skip` is skip-layer guidance.
     """
     timestep = jnp.asarray(sigmas[:-1]) * MAX_TIMESTEP
     step = jnp.arange(len(timestep))
@@ -91,6 +138,7 @@ def make_plan(
         negative_gamma=plain if cond_only else gamma,
         lora_scale=lora_scale,
         negative_lora_scale=jnp.zeros_like(lora_scale) if cond_only else lora_scale,
+        skip_scale=jnp.zeros_like(timestep) if skip is None else skip.scales(len(timestep)),
     )
 
 
@@ -124,16 +172,18 @@ def denoise(
     negative: Conditioning | None = None,
     cfg_scale: float = 1.0,
     *,
+    skip: Bool[Array, " layers"] | None = None,
     trajectory: bool = False,
 ) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
     """Euler steps along `plan` from noise to latents, compiled as one program.
 
     `negative` turns classifier-free guidance on: v = v_negative + cfg_scale (v - v_negative), both
-    in one batch. The transformer is called as FluxTransformer is; latents stay float32.
+    in one batch. `skip` adds skip_scale (v - v without those layers) where the plan's skip_scale
+    is not 0. The transformer is called as FluxTransformer is; latents stay float32.
     """
     graph, state = nnx.split(transformer)
     return _denoise(
-        graph, state, latents, plan, positive, negative, cfg_scale, trajectory=trajectory
+        graph, state, latents, plan, positive, negative, cfg_scale, skip, trajectory=trajectory
     )
 
 
@@ -146,11 +196,12 @@ def _denoise(
     positive: Conditioning,
     negative: Conditioning | None,
     cfg_scale: Float[Array, ""],
+    skip: Bool[Array, " layers"] | None,
     *,
     trajectory: bool,
 ) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
     model = nnx.merge(graph, state)
-    velocity = guided_velocity(model, positive, negative, cfg_scale)
+    velocity = guided_velocity(model, positive, negative, cfg_scale, skip)
 
     def step(x: jax.Array, now: Plan) -> tuple[jax.Array, Trajectory | None]:
         v = velocity(x, now)
@@ -166,6 +217,7 @@ def guided_velocity(
     positive: Conditioning,
     negative: Conditioning | None,
     cfg_scale: Float[Array, ""],
+    skip: Bool[Array, " layers"] | None = None,
 ) -> Callable[[jax.Array, Plan], jax.Array]:
     """The velocity at one step of a plan (of scalars), guided where there is `negative`."""
 
@@ -175,20 +227,25 @@ def guided_velocity(
         now: Plan,
         gamma: Float[Array, " b"],
         lora_scale: Float[Array, " b"],
+        **options: jax.Array,
     ) -> Float[Array, "b H W c"]:
+        if text.guidance is not None:
+            options["guidance"] = text.guidance
         return model(
             x,
             jnp.full(x.shape[0], now.sigma * MAX_TIMESTEP),
             text.txt,
             text.pooled,
-            guidance=text.guidance,
             gamma=gamma,
             lora_scale=lora_scale,
+            **options,
         )
 
-    def plain(x: jax.Array, now: Plan) -> jax.Array:
+    def plain(x: jax.Array, now: Plan, **options: jax.Array) -> jax.Array:
         b = x.shape[0]
-        return call(x, positive, now, jnp.full(b, now.gamma), jnp.full(b, now.lora_scale))
+        return call(
+            x, positive, now, jnp.full(b, now.gamma), jnp.full(b, now.lora_scale), **options
+        )
 
     if negative is None:
         return plain
@@ -203,6 +260,14 @@ def guided_velocity(
             )
         )
         low, high = jnp.split(call(jnp.concatenate([x, x]), both, now, gamma, lora_scale), 2)
-        return low + cfg_scale * (high - low)
+        velocity = low + cfg_scale * (high - low)
+        if skip is None:
+            return velocity
+        without = partial(plain, x, now, skip=skip)
+        return jax.lax.cond(
+            now.skip_scale != 0,
+            lambda: velocity + now.skip_scale * (high - without()),
+            lambda: velocity,
+        )
 
     return guided

@@ -40,6 +40,19 @@ FLUX: Mapping[str, tuple[Axes, Axes]] = {
     r"single_blocks\.out": _IN,
     r"final_mod": _IN,
 }
+SD3: Mapping[str, tuple[Axes, Axes]] = {
+    r"(img_in|final_out)": (_WHOLE, _FSDP),
+    r"position_embed": _EMBEDDING,
+    r"txt_in": (_FSDP, _WHOLE),
+    r"(time|vector)_in\.linear_1": _IN,
+    r"(time|vector)_in\.linear_2": _OUT,
+    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.mod": _IN,
+    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.(qkv\.[qkv]|mlp_in)": _IN,
+    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.(out|mlp_out)": _OUT,
+    r"dual_blocks\.img_attn\.qkv\.[qkv]": _IN,
+    r"dual_blocks\.img_attn\.out": _OUT,
+    r"final_mod": _IN,
+}
 T5: Mapping[str, tuple[Axes, Axes]] = {
     r"token_embed": _EMBEDDING,
     r"relative_bias": (_WHOLE, _WHOLE),
@@ -54,6 +67,7 @@ CLIP: Mapping[str, tuple[Axes, Axes]] = {
 }
 TABLES: Mapping[str, Mapping[str, tuple[Axes, Axes]]] = {
     "flux": FLUX,
+    "sd3": SD3,
     "t5": T5,
     "clip": CLIP,
     # Small beside a transformer, and convolutions have no side to share: whole everywhere.

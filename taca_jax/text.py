@@ -91,13 +91,15 @@ class SD3Text(nnx.Module):
         )
 
 
-def encode(encoder: T5Encoder | FluxText, tokens: Int[Array, "b t"], pad_id: int) -> Conditioning:
-    """What FLUX is told by its text encoder: CLIP and T5, or in small models a T5 alone.
+def encode(
+    encoder: T5Encoder | FluxText | SD3Text, tokens: Int[Array, "b t"], pad_id: int
+) -> Conditioning:
+    """What a transformer is told by its text encoders, which of small models are a T5 alone.
 
     Of a T5 alone the pooled embedding is the mean over what is not padding. As in FLUX, padding is
     not masked: every text token takes part in the joint attention.
     """
-    if isinstance(encoder, FluxText):
+    if isinstance(encoder, FluxText | SD3Text):
         return encoder(tokens)
     txt = encoder(tokens).astype(jnp.float32)
     return Conditioning(txt=txt, pooled=_mean(txt, tokens != pad_id))

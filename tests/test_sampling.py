@@ -105,14 +105,14 @@ class Constant(nnx.Module):
     def __init__(self, velocity):
         self.velocity = nnx.Param(velocity)
 
-    def __call__(self, latents, timestep, txt, pooled, *, guidance, gamma, lora_scale):
+    def __call__(self, latents, timestep, txt, pooled, *, gamma, lora_scale, guidance=None):
         return jnp.broadcast_to(self.velocity[...], latents.shape)
 
 
 class Records(nnx.Module):
     """A velocity that tells what the model was called with: (time, gamma, lora_scale, text)."""
 
-    def __call__(self, latents, timestep, txt, pooled, *, guidance, gamma, lora_scale):
+    def __call__(self, latents, timestep, txt, pooled, *, gamma, lora_scale, guidance=None):
         seen = jnp.stack([timestep, gamma, lora_scale, txt[:, 0, 0]], axis=-1)
         return jnp.broadcast_to(seen[:, None, None, :], latents.shape)
 

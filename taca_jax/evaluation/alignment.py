@@ -17,7 +17,7 @@ from taca_jax.data.shapes_examples import test_prompts
 from taca_jax.evaluation.shapes import check
 from taca_jax.evaluation.statistics import paired_difference, wilson_interval
 from taca_jax.pictures import caption_grid
-from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.variants import Variant
 from taca_jax.taca import TacaConfig
 
@@ -51,7 +51,7 @@ class Alignment:
 
 
 def measure(
-    pipeline: FluxPipeline, which: Sequence[Variant], evaluate: EvalConfig
+    pipeline: Pipeline, which: Sequence[Variant], evaluate: EvalConfig
 ) -> tuple[Alignment, Image.Image]:
     """Samples every held-out prompt in each variant, from the same noise, and scores the pictures.
 
@@ -87,7 +87,7 @@ def measure(
 
 
 def _sample(
-    pipeline: FluxPipeline,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     start: int,
     variant: Variant,
@@ -148,7 +148,7 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
 
 
 def evaluate_shapes(
-    pipeline: FluxPipeline,
+    pipeline: Pipeline,
     evaluate: EvalConfig,
     run_dir: Path,
     *,

@@ -17,7 +17,7 @@ DEV_CALL = {"text_length": 512, "resolution": 1024, "steps": 28, "guidance": 3.5
 SCHNELL_CALL = {"text_length": 256, "resolution": 1024, "steps": 4, "guidance": 1.0}
 """What the original's examples call the models with, by whether they embed their guidance."""
 
-_CLASS = "FluxTransformer2DModel"
+CLASS = "FluxTransformer2DModel"
 
 _DOUBLE, _SINGLE = "transformer_blocks.{layer}", "single_transformer_blocks.{layer}"
 
@@ -93,7 +93,7 @@ def config_of(settings: Settings) -> FluxConfig:
 
     Raises UserError for another class, and for variants whose inputs differ (Fill, Control, ...).
     """
-    settings.expect("_class_name", _CLASS)
+    settings.expect("_class_name", CLASS)
     settings.expect("patch_size", 1)
     in_channels = settings["in_channels"]
     settings.expect("out_channels", in_channels)
@@ -127,7 +127,7 @@ def settings_of(config: FluxConfig) -> dict[str, Any]:
             f"theta and mlp_ratio are {fixed}; diffusers' FLUX knows only {(THETA, MLP_RATIO)}"
         )
     return {
-        "_class_name": _CLASS,
+        "_class_name": CLASS,
         "patch_size": 1,
         "in_channels": config.token_features,
         "out_channels": None,

@@ -9,8 +9,8 @@ import numpy as np
 
 from taca_jax.errors import UserError
 from taca_jax.formats.lora_alphas import Alphas
-from taca_jax.formats.lora_factors import Factors, Place
-from taca_jax.formats.table import Table, Target
+from taca_jax.formats.lora_factors import Adapter, Factors, Place, depths_of
+from taca_jax.formats.table import Piece, Table, Target
 from taca_jax.tensor_files import Shape, TensorFiles, summary
 
 _KEY = re.compile(
@@ -78,6 +78,33 @@ def underscored(table: Table) -> Table:
         if rule.ours.endswith(_KERNEL)
     )
     return Table(table.name, rules)
+
+
+def pieces_of(adapter: Adapter, table: Table) -> list[Piece]:
+    """The kernels of their layout that the factors are about, and others of the same stacks.
+
+    Raises UserError for a layer that is no matrix there, or is not in the table.
+    """
+    depths = depths_of(adapter)
+    shapes = {
+        f"{path}.kernel": (
+            *((depths[path],) if path in depths else ()),
+            factors.a.shape[0],
+            factors.b.shape[1],
+        )
+        for (path, _), factors in adapter.items()
+    }
+    try:
+        pieces = list(table.pieces(shapes))
+    except LookupError as error:
+        raise UserError(f"these factors have no names in {table.name}: {error}") from None
+    others = sorted({piece.path for piece in pieces if len(piece.shape) != 2})
+    if others:
+        raise UserError(
+            f"{summary(others)} is a convolution in {table.name}, whose factors are not written; "
+            "leave it out of lora.targets"
+        )
+    return pieces
 
 
 def is_text_encoders(key: str) -> bool:

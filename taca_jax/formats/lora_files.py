@@ -1,13 +1,12 @@
 """LoRA files on a model: read in any dialect that is known, written in three."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from taca_jax.checkpoint import kind_of
 from taca_jax.errors import UserError
-from taca_jax.formats import lora_bfl, lora_kohya, lora_native, lora_peft, lora_xlabs
+from taca_jax.formats import lora_bfl, lora_kohya, lora_native, lora_peft, lora_sd3, lora_xlabs
 from taca_jax.formats.lora_dialect import Dialect, is_text_encoders, parse
 from taca_jax.formats.lora_factors import (
     Adapter,
@@ -17,28 +16,36 @@ from taca_jax.formats.lora_factors import (
     summarise,
 )
 from taca_jax.lora import linears
+from taca_jax.models.sd3 import SD3Config
 from taca_jax.tensor_files import TensorFiles, open_tensors, write_tensors
 
 Layout = Literal["peft", "kohya", "native"]
 
-DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
-    "flux": (
-        lora_peft.FLUX,
-        lora_kohya.FLUX,
-        lora_kohya.FLUX_DIFFUSERS,
-        lora_bfl.COMFYUI,
-        lora_bfl.FAL,
-        lora_bfl.FLUX,
-        lora_xlabs.FLUX,
-    ),
-}
-"""By the model's kind."""
+Kind = Literal["flux", "sd3"]
+"""Of the model that a file is for."""
+
+FLUX_DIALECTS = (
+    lora_peft.FLUX,
+    lora_kohya.FLUX,
+    lora_kohya.FLUX_DIFFUSERS,
+    lora_bfl.COMFYUI,
+    lora_bfl.FAL,
+    lora_bfl.FLUX,
+    lora_xlabs.FLUX,
+)
+
+
+def dialects_of(kind: Kind, config: Any = None) -> tuple[Dialect, ...]:
+    """What a file for such a model may be in, PEFT's dialect first, then kohya's."""
+    return lora_sd3.dialects(config) if kind == "sd3" else FLUX_DIALECTS
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """What was read: the dialect's name, the factors, and the text encoders' keys, left out."""
+    """What was read: the kind of model it is for, the dialect's name, the factors, and the text
+    encoders' keys, left out."""
 
+    kind: Kind
     dialect: str
     adapter: Adapter
     left_out: tuple[str, ...] = ()
@@ -54,7 +61,7 @@ def read_lora(path: Path | str, model: Any) -> LoRASummary:
     Factors become float32, strengths are folded into b. Raises UserError, and changes nothing, for
     a file that is absent, truncated, or of another model; it names keys and both sizes.
     """
-    file = load_adapter(Path(path), kind_of(model.config))
+    file = load_adapter(Path(path), _kind(model), model.config)
     attach_adapter(file.adapter, model, str(path))
     return file.summary
 
@@ -68,45 +75,79 @@ def write_lora(path: Path | str, model: Any, layout: Layout = "peft") -> LoRASum
     if not adapter:
         raise UserError(f"nothing to write to {path}: the model has no LoRA factors")
     outputs = {name: layer.kernel.shape[-1] for name, layer in linears(model)}
-    return save_adapter(Path(path), adapter, layout, outputs)
+    return save_adapter(
+        Path(path), adapter, layout, outputs, kind=_kind(model), config=model.config
+    )
 
 
-def load_adapter(path: Path, kind: str = "flux") -> LoRAFile:
-    """The factors of a LoRA file of a kind of model, whichever dialect it is in.
+def load_adapter(path: Path, kind: Kind | None = None, config: Any = None) -> LoRAFile:
+    """The factors of a LoRA file, whichever dialect it is in.
 
+    `kind` and `config` are of the model that it is for. Without a config, a Stable Diffusion 3's
+    layers have places of no model, for `save_adapter` alone; without a kind it is the likelier one.
     Raises as `read_lora` does, bar that no model is there to compare sizes with.
     """
     tensors = open_tensors(path)
     if lora_native.is_native(tensors):
-        return LoRAFile("native", lora_native.parse(tensors))
-    dialect = recognise(tensors, kind)
+        return LoRAFile(kind or "flux", "native", lora_native.parse(tensors))
+    kind = recognise_kind(tensors) if kind is None else kind
+    dialect = recognise(tensors, dialects_of(kind, config))
     left_out = tuple(key for key in tensors.shapes if is_text_encoders(key))
-    return LoRAFile(dialect.name, parse(tensors, dialect), left_out)
+    return LoRAFile(kind, dialect.name, parse(tensors, dialect), left_out)
 
 
-def recognise(tensors: TensorFiles, kind: str) -> Dialect:
+def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
     """The dialect that knows most of the file's keys."""
+    return max(dialects, key=lambda dialect: _known(tensors, dialect))
 
-    def known(dialect: Dialect) -> int:
-        return sum(dialect.find(key) is not None for key in tensors.shapes)
 
-    return max(DIALECTS[kind], key=known)
+def recognise_kind(tensors: TensorFiles) -> Kind:
+    """Which model a file is for.
+
+    Where its layers are in both, a width that only Stable Diffusion 3 has decides, else it is FLUX.
+    """
+    flux, sd3 = (
+        max(_known(tensors, dialect) for dialect in dialects_of(kind)) for kind in get_args(Kind)
+    )
+    if flux != sd3:
+        return "sd3" if sd3 > flux else "flux"
+    wide = any(size in lora_sd3.WIDTHS for shape in tensors.shapes.values() for size in shape)
+    return "sd3" if wide else "flux"
+
+
+def _known(tensors: TensorFiles, dialect: Dialect) -> int:
+    return sum(dialect.find(key) is not None for key in tensors.shapes)
+
+
+def _kind(model: Any) -> Kind:
+    return "sd3" if isinstance(model.config, SD3Config) else "flux"
 
 
 def save_adapter(
-    path: Path, adapter: Adapter, layout: Layout, outputs: Mapping[str, int] | None = None
+    path: Path,
+    adapter: Adapter,
+    layout: Layout,
+    outputs: Mapping[str, int] | None = None,
+    *,
+    kind: Kind = "flux",
+    config: Any = None,
 ) -> LoRASummary:
     """Writes factors as one safetensors file in a layout.
 
-    `outputs` are the channels that each path's layers give, for `lora_kohya.tensors_of`.
+    `outputs` are the channels that each path's layers give, for `lora_kohya.tensors_of`; `kind` and
+    `config` as they were read with. Raises UserError for factors without a name there.
     """
+    peft, kohya, *_ = dialects_of(kind, config)
     if layout == "native":
+        if kind == "sd3" and config is None:
+            raise UserError(
+                "which layers of a Stable Diffusion 3 are of which of our stacks, only a model "
+                "says; write peft or kohya, or load the file into a pipeline"
+            )
         write_tensors(path, lora_native.tensors_of(adapter), {"format": "taca_jax"})
-        name = "native"
-    elif layout == "kohya":
-        write_tensors(path, *lora_kohya.tensors_of(adapter, outputs or {}))
-        name = lora_kohya.FLUX.name
-    else:
-        write_tensors(path, *lora_peft.tensors_of(adapter))
-        name = lora_peft.FLUX.name
-    return summarise(adapter, name)
+        return summarise(adapter, "native")
+    if layout == "kohya":
+        write_tensors(path, *lora_kohya.tensors_of(adapter, outputs or {}, kohya))
+        return summarise(adapter, kohya.name)
+    write_tensors(path, *lora_peft.tensors_of(adapter, peft.table))
+    return summarise(adapter, peft.name)

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from taca_jax.formats import flux_bfl, flux_diffusers
-from taca_jax.formats.lora_dialect import Dialect, place_of, underscored
-from taca_jax.formats.lora_factors import Adapter, Factors, depths_of
+from taca_jax.formats.lora_dialect import Dialect, pieces_of, place_of, underscored
+from taca_jax.formats.lora_factors import Adapter, Factors
 from taca_jax.formats.table import Target
 
 PREFIX = "lora_unet_"
-_PREFIXES = (PREFIX, "lora_transformer_")
+PREFIXES = (PREFIX, "lora_transformer_")
 
-FLUX = Dialect("kohya", underscored(flux_bfl.TABLE), _PREFIXES)
-FLUX_DIFFUSERS = Dialect("kohya (diffusers' names)", underscored(flux_diffusers.TABLE), _PREFIXES)
+FLUX = Dialect("kohya", underscored(flux_bfl.TABLE), PREFIXES)
+FLUX_DIFFUSERS = Dialect("kohya (diffusers' names)", underscored(flux_diffusers.TABLE), PREFIXES)
 
 
 def tensors_of(
@@ -31,14 +31,7 @@ def tensors_of(
     and at last from FLUX's proportions.
     """
     outputs = {path: factors.b.shape[1] for (path, _), factors in adapter.items()} | dict(outputs)
-    depths = depths_of(adapter)
-    keys = dict.fromkeys(
-        piece.key
-        for path in dict.fromkeys(path for path, _ in adapter)
-        for piece in dialect.table.pieces(
-            {f"{path}.kernel": (depths[path], 1, 1) if path in depths else (1, 1)}
-        )
-    )
+    keys = dict.fromkeys(piece.key for piece in pieces_of(adapter, dialect.table))
     tensors: dict[str, np.ndarray] = {}
     for key in keys:
         targets = dialect.table.find(key)

@@ -8,8 +8,8 @@ import numpy as np
 
 from taca_jax.formats import flux_diffusers
 from taca_jax.formats.lora_alphas import METADATA, PEFT_PREFIX, PREFIX
-from taca_jax.formats.lora_dialect import Dialect
-from taca_jax.formats.lora_factors import Adapter, depths_of
+from taca_jax.formats.lora_dialect import Dialect, pieces_of
+from taca_jax.formats.lora_factors import Adapter
 from taca_jax.formats.table import Table
 
 FLUX = Dialect("PEFT", flux_diffusers.TABLE, (PREFIX, PEFT_PREFIX, "diffusion_model.", ""))
@@ -19,13 +19,12 @@ def tensors_of(
     adapter: Adapter, table: Table = flux_diffusers.TABLE
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The adapter's tensors in PEFT's names, and the file's metadata; alpha is the rank."""
-    depths = depths_of(adapter)
     modules = {
-        (path, piece.layer): (piece.key.removesuffix(".weight"), piece.transform)
-        for path in dict.fromkeys(path for path, _ in adapter)
-        for piece in table.pieces(
-            {f"{path}.kernel": (depths[path], 1, 1) if path in depths else (1, 1)}
+        (piece.path.removesuffix(".kernel"), piece.layer): (
+            piece.key.removesuffix(".weight"),
+            piece.transform,
         )
+        for piece in pieces_of(adapter, table)
     }
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}

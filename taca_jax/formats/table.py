@@ -51,13 +51,15 @@ class Rule:
 
     `{name}` in both stands for a number that is carried over. `{layer}` in `theirs` alone numbers
     the layers that `ours` stacks along its first axis. With a `part`, `theirs` is several of ours
-    one after another along its first axis, in the order of their parts.
+    one after another along its first axis, in the order of their parts. With `layers`, only those
+    of their layers are this one of our stacks, the first of them its first.
     """
 
     theirs: str
     ours: str
     transform: Transform = KEEP
     part: int | None = None
+    layers: range | None = None
 
     @property
     def stacked(self) -> bool:
@@ -121,7 +123,8 @@ class Table:
             layers = range(shape[0]) if rule.stacked else (None,)
             stored = rule.transform.stored_shape(shape[1:] if rule.stacked else shape)
             for layer in layers:
-                key = rule.theirs.format(**{LAYER: layer, **match.groupdict()})
+                number = layer if rule.layers is None or layer is None else rule.layers[layer]
+                key = rule.theirs.format(**{LAYER: number, **match.groupdict()})
                 piece = Piece(key, path, layer, stored, rule.transform)
                 if rule.part is None:
                     yield piece
@@ -132,11 +135,16 @@ class Table:
 
     def find(self, key: str) -> tuple[Target, ...]:
         """What one key of theirs is here, its parts in their order; empty if nothing."""
-        matches = [(r, m) for r in self.rules if (m := r.their_pattern.fullmatch(key))]
+        matches = [
+            (r, m)
+            for r in self.rules
+            if (m := r.their_pattern.fullmatch(key))
+            and (r.layers is None or int(m[LAYER]) in r.layers)
+        ]
         return tuple(
             Target(
                 rule.ours.format(**match.groupdict()),
-                int(match[LAYER]) if rule.stacked else None,
+                int(match[LAYER]) - (rule.layers or range(1)).start if rule.stacked else None,
                 rule.transform,
             )
             for rule, match in sorted(matches, key=lambda each: each[0].part or 0)

@@ -16,6 +16,10 @@ class LoRAParam(nnx.Param):
     """A low-rank factor: what LoRA training differentiates and saves, and nothing else is."""
 
 
+class Fixed(nnx.Variable):
+    """What is stored and placed as a parameter is and never trained: a table of positions."""
+
+
 @jax.custom_vjp
 def matmul(x: Float[Array, "*s i"], kernel: Float[Array, "i o"]) -> Float[Array, "*s o"]:
     """x @ kernel, with a weight gradient that XLA's CPU backend runs at full speed."""

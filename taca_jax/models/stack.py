@@ -26,18 +26,26 @@ def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -
 
 
 def run_stack(
-    stack: Block, call: Callable[[Block, Any], Any], carry: Any, *, remat: Remat = "none"
+    stack: nnx.Module,
+    call: Callable[..., Any],
+    carry: Any,
+    *,
+    each: Any = None,
+    remat: Remat = "none",
 ) -> Any:
     """`carry = call(block, carry)` through every block, traced once whatever the depth.
 
+    With `each`, arrays with a leading layer axis, it is `call(block, carry, slice of each)`.
     `carry` is of token arrays [b, s, d], which are kept where `taca_jax.mesh` wants them.
     """
     graph, state = nnx.split(stack)
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
-        return jax.tree.map(constrain_tokens, call(nnx.merge(graph, layer), carry)), None
+        params, *own = layer
+        return jax.tree.map(constrain_tokens, call(nnx.merge(graph, params), carry, *own)), None
 
+    layers = (state,) if each is None else (state, each)
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
-    carry, _ = jax.lax.scan(body, jax.tree.map(constrain_tokens, carry), state)
+    carry, _ = jax.lax.scan(body, jax.tree.map(constrain_tokens, carry), layers)
     return carry

@@ -12,8 +12,11 @@ from taca_jax.errors import UserError
 from taca_jax.lora import add_lora
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.pixels import Pixels, PixelsConfig
+from taca_jax.models.sd3 import SD3Transformer
 from taca_jax.models.t5 import T5Encoder
-from taca_jax.pipelines.flux import Autoencoder, FluxPipeline, PipelineSettings
+from taca_jax.pipelines.base import Autoencoder, Pipeline, PipelineSettings
+from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.loading import load_pipeline
 from taca_jax.sampling import FlowSchedule
 from taca_jax.sharding import placement
 from taca_jax.tokenizers import load_tokenizer
@@ -21,7 +24,7 @@ from taca_jax.tokenizers import load_tokenizer
 DEFAULT_STEPS = 20
 
 
-def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> FluxPipeline:
+def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline to train: the base with fresh LoRA factors, or a new one from random numbers.
 
     Trained parameters are float32, activations config.dtype.
@@ -36,7 +39,7 @@ def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> FluxPipelin
             raise UserError(f"base={config.base} says how pixels are read; leave out pixels.*")
         # A frozen base may rest in the activations' precision; what is trained may not.
         param_dtype = "float32" if config.lora is None else config.dtype
-        pipeline = FluxPipeline.from_pretrained(
+        pipeline = load_pipeline(
             config.base, config.dtype, param_dtype=param_dtype, mesh=mesh, remat=config.remat
         )
     else:
@@ -90,7 +93,9 @@ def _new_pipeline(config: TrainConfig) -> FluxPipeline:
 
 
 def _check_sizes(
-    config: TrainConfig, transformer: FluxTransformer, autoencoder: Autoencoder
+    config: TrainConfig,
+    transformer: FluxTransformer | SD3Transformer,
+    autoencoder: Autoencoder,
 ) -> None:
     if not isinstance(autoencoder, Autoencoder):
         raise UserError(

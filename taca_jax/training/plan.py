@@ -26,7 +26,7 @@ from taca_jax.errors import UserError
 from taca_jax.lora import add_lora, linears
 from taca_jax.mesh import on
 from taca_jax.models.clip import CLIP_L
-from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL
+from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
 from taca_jax.models.layers import LoRAParam
 from taca_jax.models.t5 import T5_XXL
 from taca_jax.models.vae import FLUX_VAE
@@ -331,6 +331,9 @@ def _configs(config: TrainConfig) -> dict[str, Any]:
         own = {}
     if config.autoencoder != "pixels":
         own = {"autoencoder": load_config(config.autoencoder)}
+    if not isinstance(found["transformer"], FluxConfig):
+        kind = kind_of(found["transformer"])
+        raise UserError(f"base={config.base} is of kind {kind}; only FLUX is planned: plan=none")
     return found | own
 
 
@@ -383,6 +386,7 @@ def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any) -> float:
     """
     transformer = model.transformer
     flux = transformer.config
+    assert isinstance(flux, FluxConfig)  # what is planned at all
     side = config.data.resolution // autoencoder.config.downscale // flux.patch_size
     image, text = side * side, _txt_tokens(config)
     once = 0.0

@@ -18,7 +18,7 @@ from taca_jax.formats.lora_files import write_lora
 from taca_jax.mesh import on
 from taca_jax.metrics import RunLog
 from taca_jax.pictures import caption_grid
-from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.base import Pipeline
 from taca_jax.sharding import batch_sharding, make_mesh, samples_together
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
@@ -119,13 +119,13 @@ def _check_batch(config: TrainConfig, mesh: Mesh | None) -> None:
         )
 
 
-def _check_prompts(config: TrainConfig, pipeline: FluxPipeline) -> None:
+def _check_prompts(config: TrainConfig, pipeline: Pipeline) -> None:
     """Finds prompts that cannot be drawn before the first of many steps, not at the first grid."""
     if config.sample_every:
         _tokenizer(pipeline)(config.sample_prompts)
 
 
-def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader, mesh: Mesh | None) -> None:
+def _train(config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh | None) -> None:
     """Runs all steps that are left, and puts what they made into `pipeline`."""
     encoder, autoencoder = pipeline.text_encoder, pipeline.autoencoder
     assert encoder is not None  # build_pipeline saw to both
@@ -148,14 +148,14 @@ def _train(config: TrainConfig, pipeline: FluxPipeline, loader: Loader, mesh: Me
     _install(pipeline, trainer.merge(state.best))
 
 
-def _tokenizer(pipeline: FluxPipeline) -> Tokenizer:
+def _tokenizer(pipeline: Pipeline) -> Tokenizer:
     assert pipeline.tokenizer is not None  # build_pipeline saw to it
     return pipeline.tokenizer
 
 
 def _loop(
     config: TrainConfig,
-    pipeline: FluxPipeline,
+    pipeline: Pipeline,
     trainer: Trainer,
     state: TrainState,
     loader: Loader,
@@ -219,11 +219,11 @@ def _check_finite(step: int, metrics: dict[str, Any]) -> None:
             )
 
 
-def _install(pipeline: FluxPipeline, model: TextToImage) -> None:
+def _install(pipeline: Pipeline, model: TextToImage) -> None:
     pipeline.transformer, pipeline.text_encoder = model.transformer, model.text_encoder
 
 
-def _sample(config: TrainConfig, pipeline: FluxPipeline, log: RunLog, step: int) -> None:
+def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog, step: int) -> None:
     prompts = list(config.sample_prompts)
     pictures = pipeline(prompts, taca=config.taca, seed=config.seed).images
     assert isinstance(pictures, list)
@@ -234,7 +234,7 @@ def _sample(config: TrainConfig, pipeline: FluxPipeline, log: RunLog, step: int)
     log.image(step, "samples", np.asarray(grid))
 
 
-def _export(config: TrainConfig, pipeline: FluxPipeline, run_dir: Path) -> None:
+def _export(config: TrainConfig, pipeline: Pipeline, run_dir: Path) -> None:
     if config.lora is not None:
         write_lora(run_dir / "lora.safetensors", pipeline.transformer)
         print(f"LoRA written to {run_dir / 'lora.safetensors'}")

@@ -17,17 +17,22 @@ from taca_jax.config import TrainConfig
 from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.layers import LoRAParam
+from taca_jax.models.sd3 import SD3Transformer
 from taca_jax.models.t5 import T5Encoder
-from taca_jax.pipelines.flux import Autoencoder
+from taca_jax.pipelines.base import Autoencoder
 from taca_jax.sharding import parameter_spec
 from taca_jax.taca import active, gamma_at
-from taca_jax.text import FluxText, encode
+from taca_jax.text import FluxText, SD3Text, encode
 
 
 class TextToImage(nnx.Module):
     """What training may change: the transformer and, from scratch, the text encoder with it."""
 
-    def __init__(self, transformer: FluxTransformer, text_encoder: T5Encoder | FluxText):
+    def __init__(
+        self,
+        transformer: FluxTransformer | SD3Transformer,
+        text_encoder: T5Encoder | FluxText | SD3Text,
+    ):
         self.transformer = transformer
         self.text_encoder = text_encoder
 
@@ -173,10 +178,9 @@ def make_trainer(
     if mesh is None:
         compiled = jax.jit(step, donate_argnames="state")
     else:
-        kinds = {
-            "transformer": kind_of(model.transformer.config),
-            "text_encoder": kind_of(model.text_encoder.config),
-        }
+        kinds = {"transformer": kind_of(model.transformer.config)}
+        if isinstance(model.text_encoder, T5Encoder):  # only such a one is ever trained
+            kinds["text_encoder"] = kind_of(model.text_encoder.config)
         places = state_shardings(jax.eval_shape(begin, trained), kinds, mesh)
         begin = jax.jit(begin, out_shardings=places)
         compiled = jax.jit(step, donate_argnames="state", out_shardings=(places, None))
@@ -226,15 +230,16 @@ def objective(
     )
     noise = jax.random.normal(noise_rng, x0.shape)
     text = encode(model.text_encoder, tokens, pad_id)
+    options = {}
+    if isinstance(model.transformer, FluxTransformer) and model.transformer.config.guidance_embed:
+        options["guidance"] = jnp.full(len(x0), config.guidance)
     velocity = model.transformer(
         interpolate(x0, noise, timestep),
         timestep,
         text.txt,
         text.pooled,
-        guidance=(
-            jnp.full(len(x0), config.guidance) if model.transformer.config.guidance_embed else None
-        ),
         gamma=None if taca is None else gamma_at(taca, timestep),
         lora_scale=jnp.ones(len(x0)) if taca is None else active(taca, timestep) * jnp.float32(1),
+        **options,
     )
     return flow_matching_loss(velocity, x0, noise)

@@ -3,12 +3,13 @@
 import random
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import DIALECTS, LoRAFile, load_adapter, save_adapter
+from taca_jax.formats.lora_files import Kind, LoRAFile, dialects_of, load_adapter, save_adapter
 from taca_jax.tensor_files import open_tensors, write_tensors
 
 HIDDEN, MLP = 16, 64
@@ -344,5 +345,5 @@ def test_a_key_that_is_spoilt_is_refused_or_used(tmp_path, name):
 
 
 def test_every_dialect_has_its_own_name():
-    for dialects in DIALECTS.values():
+    for dialects in map(dialects_of, get_args(Kind)):
         assert len({dialect.name for dialect in dialects}) == len(dialects)

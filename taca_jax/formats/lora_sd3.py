@@ -1,0 +1,48 @@
+"""The dialects of LoRA files of Stable Diffusion 3.
+
+A model's own layers decide which of its stacks a layer is in, so each config has its own names.
+Without a model, all are taken for layers of one stack that no model has: enough to rename them.
+"""
+
+from functools import cache
+
+from taca_jax.formats import sd3_diffusers, sd3_native
+from taca_jax.formats.lora_alphas import PEFT_PREFIX, PREFIX
+from taca_jax.formats.lora_dialect import Dialect, underscored
+from taca_jax.formats.lora_kohya import PREFIXES
+from taca_jax.formats.table import Table
+from taca_jax.models.sd3 import SD3Config
+
+WIDTHS = (1536, 2432)
+"""Of the released models (3.5-Medium and 3-Medium, 3.5-Large); FLUX has another."""
+
+_ANY = "any_blocks"
+_DIFFUSERS = Table(
+    "a Stable Diffusion 3 transformer in diffusers' layout",
+    tuple(
+        rule
+        for rule in sd3_diffusers.joint_block(sd3_diffusers.BLOCK, _ANY, dual=True)
+        # Of the last block diffusers swaps the halves; which is the last, no LoRA says.
+        if not rule.ours.startswith(f"{_ANY}.txt.mod")
+    ),
+)
+_NATIVE = Table(
+    "a Stable Diffusion 3 transformer in Stability AI's layout",
+    sd3_native.joint_block(sd3_native.BLOCK, _ANY, dual=True),
+)
+
+
+@cache
+def dialects(config: SD3Config | None) -> tuple[Dialect, ...]:
+    """What a file may be in, PEFT's first, then kohya's; None where the model is not known."""
+    if config is None:
+        diffusers, native = _DIFFUSERS, _NATIVE
+    else:
+        diffusers, native = sd3_diffusers.table_of(config), sd3_native.table_of(config)
+    return (
+        Dialect("PEFT", diffusers, (PREFIX, PEFT_PREFIX, "")),
+        Dialect("kohya", underscored(native), PREFIXES),
+        Dialect("kohya (diffusers' names)", underscored(diffusers), PREFIXES),
+        Dialect("ComfyUI", native, ("diffusion_model.", sd3_native.PREFIX)),
+        Dialect("Stability AI", native, ("",)),
+    )

@@ -1,0 +1,436 @@
+"""What the pipelines of all models share: their folder, their parts, and sampling."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from PIL import Image
+
+from taca_jax.checkpoint import kind_of, load_config, load_model, save_model
+from taca_jax.errors import UserError
+from taca_jax.fields import from_json, to_json
+from taca_jax.formats.lora_files import read_lora
+from taca_jax.lora import remove_lora
+from taca_jax.models.pixels import Pixels
+from taca_jax.models.stack import Remat
+from taca_jax.models.t5 import T5Encoder
+from taca_jax.models.tiny_vae import TinyVAE
+from taca_jax.models.vae import AutoencoderKL
+from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
+from taca_jax.sampling import (
+    Conditioning,
+    FlowSchedule,
+    SkipLayers,
+    Trajectory,
+    denoise,
+    make_plan,
+)
+from taca_jax.sharding import placement
+from taca_jax.taca import TacaConfig
+from taca_jax.text import FluxText, SD3Text, encode
+from taca_jax.tokenizers import Tokenizer, announce_cuts
+from taca_jax.weights import find_weights
+
+TextEncoder = T5Encoder | FluxText | SD3Text
+Autoencoder = Pixels | TinyVAE | AutoencoderKL
+
+SETTINGS_FILE = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """What a pipeline folder says beside its weights.
+
+    tokenizer: T5's, as in TextConfig, or None where the pipeline's folder has it, as `tokenizer/`
+      beside `text_encoder/`, `tokenizer_2/` beside `text_encoder_2/`, and so on.
+    text_length: tokens that T5 reads.
+    resolution: pixels per side that the model was trained at.
+    steps, guidance: what a call takes that names none.
+    schedule: the sampler's noise levels.
+    """
+
+    tokenizer: str | None
+    text_length: int
+    resolution: int
+    steps: int
+    guidance: float
+    schedule: FlowSchedule
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a pipeline call returns.
+
+    images: PIL pictures, or float32 `[b, H, W, 3]` in [0, 1], or None for output="latents".
+    latents: the last ones, float32 NHWC. trajectory: each step's latents and predicted x0, where
+    asked for.
+    """
+
+    images: list[Image.Image] | np.ndarray | None
+    latents: Float[Array, "b h w c"]
+    trajectory: Trajectory | None
+
+
+class Pipeline:
+    """A transformer with what it needs around it; parts may be absent where embeddings or latents
+    are given instead. What differs from model to model is in the classes of `flux` and `sd3`."""
+
+    kind: ClassVar[str]
+    """Of the transformer, as in its config.json."""
+    text_encoders: ClassVar[str]
+    """What such a model reads prompts with, in words."""
+    has_skip_layers: ClassVar[bool]
+    """Whether there is skip-layer guidance."""
+
+    @classmethod
+    def _load_text(
+        cls, folder: Path, load: Load, settings: PipelineSettings, config: Any
+    ) -> tuple[TextEncoder, Tokenizer] | None:
+        """What reads prompts, from the pipeline's folder; None where a part of it is left out."""
+        raise NotImplementedError
+
+    def _embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the transformer."""
+        return False
+
+    def __init__(
+        self,
+        transformer: Any,
+        *,
+        text_encoder: TextEncoder | None,
+        tokenizer: Tokenizer | None,
+        autoencoder: Autoencoder | None,
+        settings: PipelineSettings,
+        mesh: Mesh | None = None,
+    ):
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.autoencoder = autoencoder
+        self.settings = settings
+        self.mesh = mesh
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        *,
+        param_dtype: Literal["float32", "bfloat16"] | None = None,
+        mesh: Mesh | None = None,
+        remat: Remat = "none",
+    ) -> Self:
+        """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
+        encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
+
+        `path` may also be the name of a model that comes with the package (`shapes_base`).
+
+        `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
+        go straight to their places on `mesh` (`sharding.make_mesh`), over which the pipeline then
+        runs; without one, to the first device. `remat` matters to training only.
+
+        Raises UserError where the folder or a part of it is missing, damaged, or of another kind of
+        model.
+        """
+        path = find_weights(path)
+        settings_file = path / SETTINGS_FILE
+        if not settings_file.is_file():
+            raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}")
+        settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
+        load = partial(
+            load_model,
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype or dtype),
+            place=placement(mesh),
+        )
+        kind = kind_of(load_config(path / "transformer"))
+        if kind != cls.kind:
+            raise UserError(f"{path} is of kind {kind}; {cls.__name__} reads {cls.kind}")
+        transformer = load(path / "transformer", remat=remat)
+        text_encoder = tokenizer = autoencoder = None
+        text = cls._load_text(path, load, settings, transformer.config)
+        if text is not None:
+            text_encoder, tokenizer = text
+        if (path / "autoencoder").is_dir():
+            autoencoder = load(path / "autoencoder")
+        return cls(
+            transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            autoencoder=autoencoder,
+            settings=settings,
+            mesh=mesh,
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        format: Literal["orbax", "safetensors"] = "safetensors",
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> None:
+        """Writes the folder that `from_pretrained` reads; LoRA factors are left out."""
+        path = Path(path)
+        parts = {
+            "transformer": self.transformer,
+            **encoder_parts(self.text_encoder),
+            "autoencoder": self.autoencoder,
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        for name, model in parts.items():
+            if model is not None:
+                save_model(path / name, model, format=format, dtype=dtype)
+        settings = self.settings
+        if save_tokenizers(path, self.tokenizer):
+            settings = replace(settings, tokenizer=None)
+        (path / SETTINGS_FILE).write_text(to_json(settings) + "\n")
+
+    def load_lora(self, path: str | Path) -> str:
+        """Attaches a LoRA file in place of any other; returns a line that says what it holds.
+
+        Raises UserError for a file that is damaged or made for another model.
+        """
+        before = nnx.split(self.transformer)
+        self.unload_lora()
+        try:
+            return str(read_lora(find_weights(path), self.transformer))
+        except UserError:
+            self.transformer = nnx.merge(*before)  # with the factors that it had
+            raise
+
+    def unload_lora(self) -> None:
+        """Takes LoRA factors off; without any this does nothing."""
+        remove_lora(self.transformer)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings of prompts; a warning says what of one is too long to be read.
+
+        Raises UserError where the pipeline lacks a text encoder.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise UserError(
+                f"this pipeline lacks a text encoder ({self.text_encoders}); give prompt_embeds "
+                "and pooled_prompt_embeds, or add it"
+            )
+        announce_cuts(self.tokenizer, prompts)
+        graph, state = nnx.split(self.text_encoder)
+        return _encode(graph, state, self.tokenizer(prompts), self.tokenizer.pad_id)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        taca: TacaConfig | None = None,
+        lora_strength: float = 1.0,
+        prompt_embeds: Float[Array, "b t k"] | None = None,
+        pooled_prompt_embeds: Float[Array, "b p"] | None = None,
+        negative_prompt_embeds: Float[Array, "b t k"] | None = None,
+        negative_pooled_prompt_embeds: Float[Array, "b p"] | None = None,
+        latents: Float[Array, "b h w c"] | None = None,
+        skip_layers: SkipLayers | Sequence[int] | None = None,
+        output: Literal["pil", "array", "latents"] = "pil",
+        trajectory: bool = False,
+        callback: Callable[[int, Float[Array, "b h w c"]], None] | None = None,
+    ) -> PipelineOutput:
+        """Pictures of `prompt` (one or several, each `num_images` times).
+
+        Sizes are in pixels. `guidance` is embedded where the model takes it; other models use it
+        for classifier-free guidance against `negative_prompt` ("" by default) when it is above 1.
+        A model with embedded guidance refuses `negative_prompt`. Picture i starts from the noise of
+        `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
+        while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to Stable
+        Diffusion 3's classifier-free one, away from the model without those layers (7, 8, 9 of
+        3.5-Medium): layers, or SkipLayers for its strength and time too. `callback(step, latents)`
+        runs after each step (and keeps the loop from being one program).
+
+        Raises UserError for input that does not fit together.
+        """
+        if guidance is None:
+            guidance = self.settings.guidance
+        positive = self._positive(prompt, prompt_embeds, pooled_prompt_embeds, num_images)
+        batch = positive.txt.shape[0]
+        negative = None
+        if self._embeds_guidance():
+            if negative_prompt is not None or negative_prompt_embeds is not None:
+                raise UserError("this model embeds its guidance and takes no negative prompt")
+            positive = replace(positive, guidance=jnp.full(batch, guidance, jnp.float32))
+        else:
+            negative = self._negative(
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+                guidance,
+                batch,
+            )
+        skip = self._skip(skip_layers, guidance)
+        x = self._noise(latents, batch, height, width, seed)
+        sigmas = self.settings.schedule.sigmas(
+            self.settings.steps if steps is None else steps,
+            x.shape[1] * x.shape[2] // self.transformer.config.patch_size**2,
+        )
+        plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
+        run = partial(
+            denoise,
+            positive=positive,
+            negative=negative,
+            cfg_scale=jnp.float32(guidance),
+            skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
+            trajectory=trajectory,
+        )
+        if callback is None:
+            x, seen = run(self.transformer, x, plan)
+        else:
+            steps_seen = []
+            for i in range(len(plan.sigma)):
+                now = jax.tree.map(lambda steps, i=i: steps[i : i + 1], plan)
+                x, one = run(self.transformer, x, now)
+                steps_seen.append(one)
+                callback(i, x)
+            seen = (
+                jax.tree.map(lambda *each: jnp.concatenate(each), *steps_seen)
+                if trajectory
+                else None
+            )
+        return PipelineOutput(self._pictures(x, output), x, seen)
+
+    def _skip(
+        self, skip_layers: SkipLayers | Sequence[int] | None, guidance: float
+    ) -> SkipLayers | None:
+        """Skip-layer guidance. Raises UserError where there is none or it would not act."""
+        if skip_layers is None:
+            return None
+        if not self.has_skip_layers:
+            raise UserError("skip_layers is of Stable Diffusion 3; this model has no such guidance")
+        if guidance <= 1:
+            raise UserError(f"skip_layers acts with guidance above 1; it is {guidance:g}")
+        if isinstance(skip_layers, SkipLayers):
+            return skip_layers
+        return SkipLayers(tuple(skip_layers))
+
+    def _conditioning(
+        self,
+        prompt: str | Sequence[str] | None,
+        embeds: Float[Array, "b t k"] | None,
+        pooled: Float[Array, "b p"] | None,
+        name: str,
+    ) -> Conditioning:
+        if (embeds is None) != (pooled is None) or (embeds is None) == (prompt is None):
+            pooled_name = name.replace("prompt", "pooled_prompt_embeds")
+            raise UserError(f"give either {name}, or {name}_embeds with {pooled_name}")
+        if embeds is not None and pooled is not None:
+            return Conditioning(jnp.asarray(embeds), jnp.asarray(pooled))
+        assert prompt is not None
+        return self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt))
+
+    def _negative(
+        self,
+        prompt: str | None,
+        embeds: Float[Array, "b t k"] | None,
+        pooled: Float[Array, "b p"] | None,
+        guidance: float,
+        batch: int,
+    ) -> Conditioning | None:
+        """What classifier-free guidance goes away from, as many as pictures; None without it.
+
+        Without a prompt it is the empty one. Raises UserError where something is given that does
+        not act.
+        """
+        if guidance <= 1:
+            if prompt is not None or embeds is not None:
+                raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
+            return None
+        text = "" if prompt is None and embeds is None else prompt
+        negative = self._conditioning(text, embeds, pooled, "negative_prompt")
+        given = negative.txt.shape[0]
+        if batch % given:
+            raise UserError(f"{given} negative prompts for {batch} pictures; give one")
+        return _repeated(negative, batch // given)
+
+    def _positive(
+        self,
+        prompt: str | Sequence[str] | None,
+        embeds: Float[Array, "b t k"] | None,
+        pooled: Float[Array, "b p"] | None,
+        num_images: int,
+    ) -> Conditioning:
+        """The prompts, each as many times as it has pictures."""
+        if num_images < 1:
+            raise UserError(f"num_images is {num_images}; it must be 1 or more")
+        return _repeated(self._conditioning(prompt, embeds, pooled, "prompt"), num_images)
+
+    def _noise(
+        self,
+        latents: Float[Array, "b h w c"] | None,
+        batch: int,
+        height: int | None,
+        width: int | None,
+        seed: int,
+    ) -> Float[Array, "b h w c"]:
+        config = self.transformer.config
+        downscale = 8 if self.autoencoder is None else self.autoencoder.config.downscale
+        if latents is not None:
+            patch, channels = config.patch_size, config.latent_channels
+            if (
+                latents.ndim != 4
+                or (latents.shape[0], latents.shape[3]) != (batch, channels)
+                or latents.shape[1] % patch
+                or latents.shape[2] % patch
+            ):
+                raise UserError(
+                    f"latents are {latents.shape}; expected {batch} of {channels} channels, "
+                    f"height and width multiples of {patch}"
+                )
+            return jnp.asarray(latents, jnp.float32)
+        height = self.settings.resolution if height is None else height
+        width = self.settings.resolution if width is None else width
+        multiple = downscale * config.patch_size
+        if min(height, width) < multiple or height % multiple or width % multiple:
+            raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
+        shape = (height // downscale, width // downscale, config.latent_channels)
+        seeds = jnp.arange(seed, seed + batch)
+        return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
+
+    def _pictures(
+        self, latents: Float[Array, "b h w c"], output: Literal["pil", "array", "latents"]
+    ) -> list[Image.Image] | np.ndarray | None:
+        if output == "latents":
+            return None
+        if self.autoencoder is None:
+            raise UserError('this pipeline has no autoencoder; ask for output="latents"')
+        graph, state = nnx.split(self.autoencoder)
+        images = np.asarray(_decode(graph, state, latents))
+        if output == "array":
+            return images
+        return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+
+
+def _repeated(text: Conditioning, times: int) -> Conditioning:
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
+
+
+@jax.jit(static_argnames=("graph", "pad_id"))
+def _encode(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, pad_id: int) -> Conditioning:
+    return encode(nnx.merge(graph, state), tokens, pad_id)
+
+
+@jax.jit(static_argnames=("graph",))
+def _decode(
+    graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
+) -> Float[Array, "b H W 3"]:
+    images = nnx.merge(graph, state).decode(latents).astype(jnp.float32)
+    return jnp.clip((images + 1) / 2, 0, 1)

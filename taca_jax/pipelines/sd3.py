@@ -1,0 +1,36 @@
+"""Prompt to picture with Stable Diffusion 3 and 3.5, and TACA."""
+
+from pathlib import Path
+from typing import Any
+
+from taca_jax.models.sd3 import SD3Transformer
+from taca_jax.pipelines.base import Pipeline, PipelineSettings
+from taca_jax.pipelines.text_folders import Load, load_sd3_text
+from taca_jax.text import SD3Text
+from taca_jax.tokenizers import Tokenizer
+
+
+class SD3Pipeline(Pipeline):
+    """A Stable Diffusion 3 transformer with what it needs around it; parts may be absent where
+    embeddings or latents are given instead.
+
+    Its text encoders are CLIP-L in `text_encoder/`, CLIP-bigG in `text_encoder_2/` and, if it is
+    there, T5 in `text_encoder_3/`.
+    """
+
+    transformer: SD3Transformer
+    kind = "sd3"
+    text_encoders = "Stable Diffusion 3 has two CLIPs, and T5 or not"
+    has_skip_layers = True
+
+    @classmethod
+    def _load_text(
+        cls, folder: Path, load: Load, settings: PipelineSettings, config: Any
+    ) -> tuple[SD3Text, Tokenizer] | None:
+        return load_sd3_text(
+            folder,
+            load,
+            tokenizer=settings.tokenizer,
+            t5_length=settings.text_length,
+            txt_dim=config.txt_dim,
+        )

@@ -1,0 +1,133 @@
+"""Stability AI's single files, with what else is in them, and LoRA files without a model."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.cli import main
+from taca_jax.checkpoint import flat_params, load_model
+from taca_jax.formats import engine, sd3_native, vae_bfl
+from taca_jax.formats import t5 as t5_format
+from taca_jax.formats.lora_files import load_adapter, read_lora, write_lora
+from taca_jax.lora import SD3_ATTENTION_TARGETS, LoRAConfig, add_lora
+from taca_jax.models.layers import LoRAParam
+from taca_jax.models.sd3 import SD3Config
+from taca_jax.models.t5 import T5Config
+from taca_jax.models.vae import SD3_VAE, VAEConfig
+from taca_jax.pipelines.sd3 import SD3Pipeline
+from taca_jax.tensor_files import open_tensors, write_tensors
+from tests.random_models import random_model, randomise
+
+SD3 = SD3Config(
+    patch_size=2,
+    latent_channels=4,
+    num_heads=2,
+    head_dim=8,
+    num_layers=4,
+    num_dual_layers=2,
+    qk_norm="rms",
+    position_size=8,
+    mlp_ratio=4.0,
+    txt_dim=12,
+    pooled_dim=10,
+)
+VAE = VAEConfig(
+    channels=(32, 32),
+    layers_per_block=1,
+    latent_channels=4,
+    groups=32,
+    scaling_factor=SD3_VAE.scaling_factor,
+    shift_factor=SD3_VAE.shift_factor,
+)
+T5 = T5Config(
+    vocab_size=20,
+    dim=12,
+    ff_dim=16,
+    num_heads=2,
+    head_dim=4,
+    num_layers=2,
+    relative_buckets=32,
+    relative_max_distance=128,
+)
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    """A file with a transformer, an autoencoder, a T5, and something that is none of them."""
+    parts = {
+        sd3_native.PREFIX: (sd3_native.table_of(SD3), SD3),
+        "first_stage_model.": (vae_bfl.table_of(VAE), VAE),
+        "text_encoders.t5xxl.transformer.": (t5_format.TABLE, T5),
+    }
+    tensors = {"model_ema.decay": np.zeros(1, np.float32)}
+    for prefix, (table, config) in parts.items():
+        exported = engine.export(table, random_model(config))
+        tensors |= {prefix + name: array for name, array in exported.items()}
+    file = tmp_path / "sd3.safetensors"
+    write_tensors(file, tensors)
+    return file
+
+
+def test_all_models_of_a_file_become_a_pipeline(whole, tmp_path, capsys):
+    main(["sd3", "--src", str(whole), "--dst", str(tmp_path / "made")])
+    said = capsys.readouterr().out
+    assert "left out: 1 other tensors: model_ema.decay" in said
+    assert "to read prompts, copy tokenizer_3 of the model's page" in said
+    for name, config in (("transformer", SD3), ("autoencoder", VAE), ("text_encoder_3", T5)):
+        model = load_model(tmp_path / "made" / name, dtype=jnp.float32)
+        assert model.config == config
+        for path, param in flat_params(random_model(config)).items():
+            np.testing.assert_array_equal(
+                param.get_value(), flat_params(model)[path].get_value(), err_msg=path
+            )
+    main(["verify", "--src", str(whole), "--dst", str(tmp_path / "made")])
+    assert capsys.readouterr().out.count(" equal, 0 rounded") == 3
+    pipeline = SD3Pipeline.from_pretrained(tmp_path / "made", "float32")
+    assert pipeline.text_encoder is None  # without its CLIPs a T5 reads no prompt
+    assert pipeline.settings.schedule.shift == 3.0
+    assert (pipeline.settings.steps, pipeline.settings.guidance) == (40, 4.5)
+    main(["inspect", str(whole)])
+    assert "a Stable Diffusion 3 transformer in Stability AI's layout" in capsys.readouterr().out
+
+
+def test_a_file_of_another_model_is_refused(whole, tmp_path, capsys):
+    tensors = open_tensors(whole)
+    write_tensors(tmp_path / "t5.safetensors", {"encoder.x": tensors.read("model_ema.decay")})
+    for words, message in (
+        (["sd3", "--src", str(tmp_path / "t5.safetensors")], "is no Stable Diffusion 3"),
+        (["flux", "--src", str(whole)], "is no FLUX in Black Forest Labs' names"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--dst", str(tmp_path / "made")])
+        assert message in str(stop.value) + capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_loras_are_renamed_without_a_model(tmp_path, capsys):
+    model = random_model(SD3)
+    targets = (*SD3_ATTENTION_TARGETS, r"dual_blocks\.img_attn\.qkv\.[qkv]")
+    add_lora(model, LoRAConfig(rank=2, alpha=3.0, targets=targets), rngs=nnx.Rngs(0))
+    randomise(model, LoRAParam, scale=0.2)
+    first, kohya, again = (tmp_path / f"{name}.safetensors" for name in ("a", "kohya", "b"))
+    write_lora(first, model)
+    main(["lora", "--src", str(first), "--dst", str(kohya), "--to", "kohya"])
+    assert any(name.startswith("lora_unet_joint_blocks_3_") for name in open_tensors(kohya).shapes)
+    main(["lora", "--src", str(kohya), "--dst", str(again), "--to", "peft"])
+    assert load_adapter(again).kind == "sd3"
+    expected = {place: factors.a @ factors.b for place, factors in load(first, model).items()}
+    for file in (kohya, again):
+        given = load(file, model)
+        assert given.keys() == expected.keys()
+        for place, factors in given.items():
+            delta = factors.strength * factors.a @ factors.b
+            np.testing.assert_allclose(delta, expected[place], atol=1e-5)
+        assert "LoRA of" in str(read_lora(file, model))
+    with pytest.raises(SystemExit, match="only a model says; write peft or kohya"):
+        main(["lora", "--src", str(first), "--dst", str(tmp_path / "n"), "--to", "native"])
+
+
+def load(file, model):
+    return load_adapter(file, "sd3", model.config).adapter
