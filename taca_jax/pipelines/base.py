@@ -15,10 +15,12 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from taca_jax.checkpoint import kind_of, load_config, load_model, save_model
+from taca_jax.config import MAX_SEED
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.formats.lora_files import read_lora
 from taca_jax.lora import remove_lora
+from taca_jax.mesh import on
 from taca_jax.models.pixels import Pixels
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Encoder
@@ -28,6 +30,7 @@ from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
 from taca_jax.sampling import (
     Conditioning,
     FlowSchedule,
+    Plan,
     SkipLayers,
     Trajectory,
     denoise,
@@ -43,6 +46,7 @@ TextEncoder = T5Encoder | FluxText | SD3Text
 Autoencoder = Pixels | TinyVAE | AutoencoderKL
 
 SETTINGS_FILE = "pipeline.json"
+OUTPUTS = ("pil", "array", "latents")
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,8 @@ class Pipeline:
             )
         announce_cuts(self.tokenizer, prompts)
         graph, state = nnx.split(self.text_encoder)
-        return _encode(graph, state, self.tokenizer(prompts), self.tokenizer.pad_id)
+        with on(self.mesh):
+            return _encode(graph, state, self.tokenizer(prompts), self.tokenizer.pad_id)
 
     def __call__(
         self,
@@ -260,6 +265,7 @@ class Pipeline:
 
         Raises UserError for input that does not fit together.
         """
+        self._check_output(output)
         if guidance is None:
             guidance = self.settings.guidance
         positive = self._positive(prompt, prompt_embeds, pooled_prompt_embeds, num_images)
@@ -292,21 +298,35 @@ class Pipeline:
             skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
             trajectory=trajectory,
         )
-        if callback is None:
-            x, seen = run(self.transformer, x, plan)
-        else:
-            steps_seen = []
-            for i in range(len(plan.sigma)):
-                now = jax.tree.map(lambda steps, i=i: steps[i : i + 1], plan)
-                x, one = run(self.transformer, x, now)
-                steps_seen.append(one)
-                callback(i, x)
-            seen = (
-                jax.tree.map(lambda *each: jnp.concatenate(each), *steps_seen)
-                if trajectory
-                else None
-            )
-        return PipelineOutput(self._pictures(x, output), x, seen)
+        with on(self.mesh):
+            if callback is None:
+                x, seen = run(self.transformer, x, plan)
+            else:
+                x, seen = self._step_by_step(run, x, plan, callback)
+            return PipelineOutput(self._pictures(x, output), x, seen)
+
+    def _step_by_step(
+        self,
+        run: Callable[..., tuple[jax.Array, Trajectory | None]],
+        x: Float[Array, "b h w c"],
+        plan: Plan,
+        callback: Callable[[int, Float[Array, "b h w c"]], None],
+    ) -> tuple[Float[Array, "b h w c"], Trajectory | None]:
+        steps_seen = []
+        for i in range(len(plan.sigma)):
+            now = jax.tree.map(lambda steps, i=i: steps[i : i + 1], plan)
+            x, one = run(self.transformer, x, now)
+            steps_seen.append(one)
+            callback(i, x)
+        # Without a trajectory each is None, an empty tree.
+        return x, jax.tree.map(lambda *each: jnp.concatenate(each), *steps_seen)
+
+    def _check_output(self, output: str) -> None:
+        """Before anything is drawn that could not be given."""
+        if output not in OUTPUTS:
+            raise UserError(f"output is {output!r}; it must be one of {', '.join(OUTPUTS)}")
+        if output != "latents" and self.autoencoder is None:
+            raise UserError('this pipeline has no autoencoder; ask for output="latents"')
 
     def _skip(
         self, skip_layers: SkipLayers | Sequence[int] | None, guidance: float
@@ -333,9 +353,26 @@ class Pipeline:
             pooled_name = name.replace("prompt", "pooled_prompt_embeds")
             raise UserError(f"give either {name}, or {name}_embeds with {pooled_name}")
         if embeds is not None and pooled is not None:
+            self._check_embeds(embeds, pooled, name)
             return Conditioning(jnp.asarray(embeds), jnp.asarray(pooled))
         assert prompt is not None
-        return self.encode_prompts([prompt] if isinstance(prompt, str) else list(prompt))
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError(f"{name} is an empty list; give one or more")
+        return self.encode_prompts(prompts)
+
+    def _check_embeds(self, embeds: jax.Array, pooled: jax.Array, name: str) -> None:
+        config = self.transformer.config
+        right = (
+            embeds.ndim == 3
+            and embeds.shape[2] == config.txt_dim
+            and pooled.shape == (embeds.shape[0], config.pooled_dim)
+        )
+        if not right:
+            raise UserError(
+                f"{name}_embeds are {embeds.shape} and pooled {pooled.shape}; expected "
+                f"(b, tokens, {config.txt_dim}) and (b, {config.pooled_dim}) of one batch size b"
+            )
 
     def _negative(
         self,
@@ -402,6 +439,8 @@ class Pipeline:
         if min(height, width) < multiple or height % multiple or width % multiple:
             raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
         shape = (height // downscale, width // downscale, config.latent_channels)
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"seed is {seed}; it must be 0 to {MAX_SEED}")
         seeds = jnp.arange(seed, seed + batch)
         return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
 
@@ -410,8 +449,7 @@ class Pipeline:
     ) -> list[Image.Image] | np.ndarray | None:
         if output == "latents":
             return None
-        if self.autoencoder is None:
-            raise UserError('this pipeline has no autoencoder; ask for output="latents"')
+        assert self.autoencoder is not None  # _check_output saw to it
         graph, state = nnx.split(self.autoencoder)
         images = np.asarray(_decode(graph, state, latents))
         if output == "array":

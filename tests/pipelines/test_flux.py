@@ -17,6 +17,7 @@ from taca_jax.models.layers import LoRAParam
 from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.sharding import MeshConfig, make_mesh
 from taca_jax.taca import TacaConfig
 from tests.random_models import random_model, randomise
 from tests.training.tiny import FLUX, tiny_pipeline
@@ -222,6 +223,17 @@ def test_a_model_with_embedded_guidance_takes_a_scale_and_no_negative_prompt():
             {"prompt_embeds": jnp.zeros((1, 16, 32)), "pooled_prompt_embeds": jnp.zeros((1, 32))},
             "give either prompt, or prompt_embeds with",
         ),
+        ({"prompt": []}, "prompt is an empty list; give one or more"),
+        (
+            {
+                "prompt": None,
+                "prompt_embeds": jnp.zeros((2, 16, 32)),
+                "pooled_prompt_embeds": jnp.zeros((1, 32)),
+            },
+            r"prompt_embeds are \(2, 16, 32\) and pooled \(1, 32\); expected \(b, tokens, 32\)",
+        ),
+        ({"output": "jpeg"}, "output is 'jpeg'; it must be one of pil, array, latents"),
+        ({"seed": 2**31}, "seed is 2147483648; it must be 0 to"),
         ({"height": 42}, "42 x 40 pixels: both must be multiples of 4"),
         ({"width": 39}, "40 x 39 pixels: both must be multiples of 4"),
         ({"latents": jnp.zeros((2, 40, 40, 3))}, r"latents are \(2, 40, 40, 3\); expected 1 of 3"),
@@ -245,6 +257,16 @@ def test_input_that_does_not_fit_is_refused_in_one_line(pipeline, options, messa
     with pytest.raises(UserError, match=message) as refusal:
         pipeline(**({"prompt": PROMPT} | options))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("callback", [None, lambda step, latents: None])
+def test_a_pipeline_on_a_mesh_draws_the_same(pipeline, image, tmp_path, callback):
+    pipeline.save(tmp_path / "p")
+    mesh = make_mesh(MeshConfig())
+    meshed = FluxPipeline.from_pretrained(tmp_path / "p", "float32", mesh=mesh)
+    kernel = meshed.transformer.double_blocks.img.qkv.q.kernel.get_value()
+    assert kernel.sharding.mesh.axis_names == mesh.axis_names
+    np.testing.assert_allclose(array(meshed, callback=callback), image, atol=1e-5)
 
 
 def test_without_an_autoencoder_there_are_latents_only(pipeline):
