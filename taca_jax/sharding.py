@@ -2,8 +2,9 @@
 
 A table names layers by regular expression and says over which axes the two sides of their kernels
 are shared. The rest follows: a bias lies as its kernel's outputs, LoRA's A as the inputs and B as
-the outputs, and the layer axis of stacked blocks is never shared. `fsdp` stands where a kernel
-would otherwise be whole on each device: XLA gathers it, layer by layer, where it is used.
+the outputs, both over `fsdp` too, and the layer axis of stacked blocks is never shared. `fsdp`
+stands where a kernel would otherwise be whole on each device: XLA gathers it, layer by layer, where
+it is used.
 """
 
 import re
@@ -157,12 +158,17 @@ def parameter_spec(kind: str, path: str, shape: Sequence[int], mesh: Mesh | Abst
         "kernel": (inputs, outputs),
         "embedding": (inputs, outputs),
         "bias": (outputs if outputs == _TENSOR else _WHOLE,),
-        "lora_a": (inputs, _WHOLE),
-        "lora_b": (_WHOLE, outputs),
+        "lora_a": (_with_fsdp(inputs), _WHOLE),
+        "lora_b": (_WHOLE, _with_fsdp(outputs)),
     }[name]
     ours = shape[len(shape) - len(sides) :]
     found = [dividing_axes(mesh, axes, size) for axes, size in zip(sides, ours, strict=True)]
     return P(*[None] * (len(shape) - len(sides)), *found)
+
+
+def _with_fsdp(axes: Axes) -> Axes:
+    """A factor has one long side, and three more arrays of its shape in the optimizer."""
+    return axes if "fsdp" in axes else (*axes, "fsdp")
 
 
 def placement(mesh: Mesh | None) -> Callable[[str, str, Sequence[int]], NamedSharding] | None:
