@@ -142,9 +142,7 @@ def _compare(piece: Piece, source: Tensors, stored: Tensors, tally: _Tally) -> N
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Bit by bit, so that NaN is NaN and -0 is not 0."""
-    return bool(
-        np.array_equal(*(np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b)))
-    )
+    return bool(np.array_equal(_bytes(a), _bytes(b)))
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -153,3 +151,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
         a, b = ours.astype(np.float64), theirs.astype(np.float64)
         difference = float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
     return difference if np.isfinite(difference) else np.inf
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

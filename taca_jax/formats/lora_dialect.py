@@ -171,7 +171,7 @@ def _cut(whole: Factors, targets: Sequence[Target]) -> Iterator[tuple[Place, Fac
     cuts = [width * part for part in range(1, len(targets))]
     for target, rows in zip(targets, np.split(whole.b, cuts), strict=True):
         b = target.transform.load(rows)
-        acts = b.any(axis=1)
+        acts: np.ndarray = np.any(b, axis=1, keepdims=True)[:, 0]
         acts[0] |= not acts.any()  # something must stay
         yield place_of(target), replace(whole, a=whole.a[:, acts], b=b[acts])
 

@@ -210,7 +210,8 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
     with on(mesh):
         state = trainer.abstract_state(trained)
         batch = _batch(config, model, mesh)
-        compiled = trainer.step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
+        step: Any = trainer.step
+        compiled = step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
     used = compiled.memory_analysis()
     parts = _parts(state, trainer, batch)
     held = sum(parts.values())
@@ -259,7 +260,7 @@ def table(plan: Plan) -> Table:
     return out
 
 
-def _devices(topology: str) -> list[jax.Device]:
+def _devices(topology: str) -> list[Any]:
     """Devices of a topology that is not there."""
     # Read when libtpu is loaded: without them it asks the network where it is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -342,10 +343,9 @@ def _batch(config: TrainConfig, model: TextToImage, mesh: Mesh) -> Batch:
     shape = (config.grad_accumulation, config.data.batch_size)
     side = config.data.resolution
     length = config.text.length if config.base is None else _text_length(config, model)
-    return Batch(
-        image=jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8, sharding=sharding),
-        tokens=jax.ShapeDtypeStruct((*shape, length), jnp.int32, sharding=sharding),
-    )
+    image: Any = jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8, sharding=sharding)
+    tokens: Any = jax.ShapeDtypeStruct((*shape, length), jnp.int32, sharding=sharding)
+    return Batch(image=image, tokens=tokens)
 
 
 def _text_length(config: TrainConfig, model: TextToImage) -> int:
