@@ -143,7 +143,7 @@ def test_no_config_is_no_model(tmp_path, model):
     (tmp_path / "config.json").write_text('{"kind": "flux", ')
     assert "is not JSON" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"kind": "sdxl"}')
-    assert "says kind 'sdxl'; expected one of flux, t5, clip, " in message(tmp_path)
+    assert "says kind 'sdxl'; expected one of flux, sd3, t5, " in message(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     assert "python -m convert" in message(tmp_path)
     save_model(tmp_path / "m", model)
