@@ -25,6 +25,7 @@ from taca_jax.models.flux import FluxConfig
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config
+from taca_jax.sampling import MAX_SEED
 from taca_jax.sharding import MeshConfig
 from taca_jax.taca import TacaConfig
 
@@ -43,10 +44,6 @@ __all__ = [
     "parse_cli",
     "to_json",
 ]
-
-
-MAX_SEED = 2**31 - 1 - 2**16
-"""The largest seed, as int32, from which many pictures can still count on."""
 
 
 def _check(right: bool, name: str, value: Any, allowed: str) -> None:

@@ -4,6 +4,7 @@ Everything that changes from step to step (time, gamma, the LoRA's strength) is 
 steps, so that one compiled loop serves plain sampling, every TACA schedule and every LoRA strength.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,10 @@ from jaxtyping import Array, Bool, Float
 
 from taca_jax.errors import UserError
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
+
+_LOG = logging.getLogger(__name__)
+MAX_SEED = 2**31 - 1 - 2**16
+"""The largest seed, as int32, from which many pictures can still count on."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,15 @@ class SkipLayers:
         step = np.arange(steps)
         on = (step > self.start * steps) & (step < self.stop * steps)
         return jnp.asarray(self.scale * on, jnp.float32)
+
+    def announce(self, steps: int) -> None:
+        """Logs a warning where no step of a run of `steps` lies between start and stop."""
+        if self.scale and not np.any(self.scales(steps)):
+            _LOG.warning(
+                "warning: skip_layers acts at steps i of n with %g n < i < %g n, which is none "
+                "of %d: it does nothing here",
+                *(self.start, self.stop, steps),
+            )
 
     def mask(self, num_layers: int) -> Bool[Array, " layers"]:
         """Which layers are left out. Raises UserError for one that the model has not."""

@@ -1,10 +1,11 @@
 """What the pipelines of all models share: their folder, their parts, and sampling."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,10 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from taca_jax.checkpoint import kind_of, load_config, load_model, save_model
-from taca_jax.config import MAX_SEED
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.formats.lora_files import read_lora
-from taca_jax.lora import remove_lora
+from taca_jax.lora import linears, remove_lora
 from taca_jax.mesh import on
 from taca_jax.models.pixels import Pixels
 from taca_jax.models.stack import Remat
@@ -28,6 +28,7 @@ from taca_jax.models.tiny_vae import TinyVAE
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
 from taca_jax.sampling import (
+    MAX_SEED,
     Conditioning,
     FlowSchedule,
     Plan,
@@ -46,7 +47,7 @@ TextEncoder = T5Encoder | FluxText | SD3Text
 Autoencoder = Pixels | TinyVAE | AutoencoderKL
 
 SETTINGS_FILE = "pipeline.json"
-OUTPUTS = ("pil", "array", "latents")
+Output = Literal["pil", "array", "latents"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class Pipeline:
         """What reads prompts, from the pipeline's folder; None where a part of it is left out."""
         raise NotImplementedError
 
+    def _check_grid(self, rows: int, columns: int) -> None:
+        """Raises UserError where the model has no positions for so many tokens."""
+
     def _embeds_guidance(self) -> bool:
         """Whether the guidance scale is an input of the transformer."""
         return False
@@ -147,7 +151,10 @@ class Pipeline:
         path = find_weights(path)
         settings_file = path / SETTINGS_FILE
         if not settings_file.is_file():
-            raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}")
+            hint = ""
+            if (path / "model_index.json").is_file() or path.suffix == ".safetensors":
+                hint = f"; convert it: python -m convert {cls.kind} --src {path} --dst NEW_FOLDER"
+            raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}{hint}")
         settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
         load = partial(
             load_model,
@@ -165,6 +172,12 @@ class Pipeline:
             text_encoder, tokenizer = text
         if (path / "autoencoder").is_dir():
             autoencoder = load(path / "autoencoder")
+            given, expected = autoencoder.config.latent_channels, transformer.config.latent_channels
+            if given != expected:
+                raise UserError(
+                    f"{path / 'autoencoder'} has {given} latent channels, the transformer expects "
+                    f"{expected}; it is of another model"
+                )
         return cls(
             transformer,
             text_encoder=text_encoder,
@@ -202,13 +215,24 @@ class Pipeline:
 
         Raises UserError for a file that is damaged or made for another model.
         """
-        before = nnx.split(self.transformer)
+        before = [
+            (layer, layer.lora_a, layer.lora_b, layer.lora_alpha_over_rank)
+            for _, layer in linears(self.transformer)
+        ]
         self.unload_lora()
         try:
-            return str(read_lora(find_weights(path), self.transformer))
-        except UserError:
-            self.transformer = nnx.merge(*before)  # with the factors that it had
+            said = str(read_lora(find_weights(path), self.transformer))
+        except BaseException:
+            for layer, a, b, strength in before:
+                layer.lora_a, layer.lora_b, layer.lora_alpha_over_rank = a, b, strength
             raise
+        if (place := placement(self.mesh)) is not None:
+            for name, layer in linears(self.transformer):
+                for factor, param in (("lora_a", layer.lora_a), ("lora_b", layer.lora_b)):
+                    if param is not None:
+                        where = place(self.kind, f"{name}.{factor}", param.shape)
+                        param.set_value(jax.device_put(param.get_value(), where))
+        return said
 
     def unload_lora(self) -> None:
         """Takes LoRA factors off; without any this does nothing."""
@@ -248,7 +272,7 @@ class Pipeline:
         negative_pooled_prompt_embeds: Float[Array, "b p"] | None = None,
         latents: Float[Array, "b h w c"] | None = None,
         skip_layers: SkipLayers | Sequence[int] | None = None,
-        output: Literal["pil", "array", "latents"] = "pil",
+        output: Output = "pil",
         trajectory: bool = False,
         callback: Callable[[int, Float[Array, "b h w c"]], None] | None = None,
     ) -> PipelineOutput:
@@ -268,6 +292,8 @@ class Pipeline:
         self._check_output(output)
         if guidance is None:
             guidance = self.settings.guidance
+        if not 0 <= guidance < math.inf:
+            raise UserError(f"guidance is {guidance}; it must be 0 or more")
         positive = self._positive(prompt, prompt_embeds, pooled_prompt_embeds, num_images)
         batch = positive.txt.shape[0]
         negative = None
@@ -281,7 +307,8 @@ class Pipeline:
                 negative_prompt_embeds,
                 negative_pooled_prompt_embeds,
                 guidance,
-                batch,
+                positive,
+                num_images,
             )
         skip = self._skip(skip_layers, guidance)
         x = self._noise(latents, batch, height, width, seed)
@@ -289,6 +316,8 @@ class Pipeline:
             self.settings.steps if steps is None else steps,
             x.shape[1] * x.shape[2] // self.transformer.config.patch_size**2,
         )
+        if skip is not None:
+            skip.announce(len(sigmas) - 1)
         plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
         run = partial(
             denoise,
@@ -323,8 +352,9 @@ class Pipeline:
 
     def _check_output(self, output: str) -> None:
         """Before anything is drawn that could not be given."""
-        if output not in OUTPUTS:
-            raise UserError(f"output is {output!r}; it must be one of {', '.join(OUTPUTS)}")
+        if output not in get_args(Output):
+            known = ", ".join(get_args(Output))
+            raise UserError(f"output is {output!r}; it must be one of {known}")
         if output != "latents" and self.autoencoder is None:
             raise UserError('this pipeline has no autoencoder; ask for output="latents"')
 
@@ -365,6 +395,7 @@ class Pipeline:
         config = self.transformer.config
         right = (
             embeds.ndim == 3
+            and len(embeds) > 0
             and embeds.shape[2] == config.txt_dim
             and pooled.shape == (embeds.shape[0], config.pooled_dim)
         )
@@ -380,7 +411,8 @@ class Pipeline:
         embeds: Float[Array, "b t k"] | None,
         pooled: Float[Array, "b p"] | None,
         guidance: float,
-        batch: int,
+        positive: Conditioning,
+        num_images: int,
     ) -> Conditioning | None:
         """What classifier-free guidance goes away from, as many as pictures; None without it.
 
@@ -388,14 +420,19 @@ class Pipeline:
         not act.
         """
         if guidance <= 1:
-            if prompt is not None or embeds is not None:
+            if prompt is not None or embeds is not None or pooled is not None:
                 raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
             return None
         text = "" if prompt is None and embeds is None else prompt
         negative = self._conditioning(text, embeds, pooled, "negative_prompt")
-        given = negative.txt.shape[0]
-        if batch % given:
+        given, batch = negative.txt.shape[0], positive.txt.shape[0]
+        if given not in (1, batch // num_images, batch):
             raise UserError(f"{given} negative prompts for {batch} pictures; give one")
+        tokens, expected = negative.txt.shape[1], positive.txt.shape[1]
+        if tokens != expected:
+            raise UserError(
+                f"negative_prompt_embeds have {tokens} tokens, prompt_embeds {expected}"
+            )
         return _repeated(negative, batch // given)
 
     def _positive(
@@ -427,17 +464,26 @@ class Pipeline:
                 or (latents.shape[0], latents.shape[3]) != (batch, channels)
                 or latents.shape[1] % patch
                 or latents.shape[2] % patch
+                or 0 in latents.shape
             ):
                 raise UserError(
                     f"latents are {latents.shape}; expected {batch} of {channels} channels, "
                     f"height and width multiples of {patch}"
                 )
+            size = (latents.shape[1] * downscale, latents.shape[2] * downscale)
+            if height not in (None, size[0]) or width not in (None, size[1]):
+                raise UserError(
+                    f"height and width are {height} x {width}, and the latents make {size[0]} x "
+                    f"{size[1]} pixels; leave one of the two out"
+                )
+            self._check_grid(latents.shape[1] // patch, latents.shape[2] // patch)
             return jnp.asarray(latents, jnp.float32)
         height = self.settings.resolution if height is None else height
         width = self.settings.resolution if width is None else width
         multiple = downscale * config.patch_size
         if min(height, width) < multiple or height % multiple or width % multiple:
             raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
+        self._check_grid(height // multiple, width // multiple)
         shape = (height // downscale, width // downscale, config.latent_channels)
         if not 0 <= seed <= MAX_SEED:
             raise UserError(f"seed is {seed}; it must be 0 to {MAX_SEED}")
@@ -445,7 +491,7 @@ class Pipeline:
         return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
 
     def _pictures(
-        self, latents: Float[Array, "b h w c"], output: Literal["pil", "array", "latents"]
+        self, latents: Float[Array, "b h w c"], output: Output
     ) -> list[Image.Image] | np.ndarray | None:
         if output == "latents":
             return None

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from taca_jax.errors import UserError
 from taca_jax.models.sd3 import SD3Transformer
 from taca_jax.pipelines.base import Pipeline, PipelineSettings
 from taca_jax.pipelines.text_folders import Load, load_sd3_text
@@ -33,4 +34,14 @@ class SD3Pipeline(Pipeline):
             tokenizer=settings.tokenizer,
             t5_length=settings.text_length,
             txt_dim=config.txt_dim,
+            pooled_dim=config.pooled_dim,
         )
+
+    def _check_grid(self, rows: int, columns: int) -> None:
+        config = self.transformer.config
+        if max(rows, columns) > config.position_size:
+            size = config.position_size
+            raise UserError(
+                f"the picture is {rows} x {columns} tokens; this model has positions for {size} x "
+                f"{size} at most: draw a smaller one"
+            )

@@ -62,12 +62,18 @@ def load_flux_text(
 
 
 def load_sd3_text(
-    folder: Path, load: Load, *, tokenizer: str | None, t5_length: int, txt_dim: int
+    folder: Path,
+    load: Load,
+    *,
+    tokenizer: str | None,
+    t5_length: int,
+    txt_dim: int,
+    pooled_dim: int,
 ) -> tuple[SD3Text, Tokenizer] | None:
     """What reads the prompts of a Stable Diffusion 3 pipeline's folder, or None without both CLIPs.
 
     CLIP-L is the first CLIP of the folder and CLIP-bigG the second; a T5 may be left out. The other
-    parameters are as of `load_flux_text`; `txt_dim` is the width that the transformer reads.
+    parameters are as of `load_flux_text`.
     CLIP-bigG's tokenizer pads with "!", which the files of its `tokenizer_2/` say; a vocabulary
     and merges alone would pad with the end token, as they do in transformers.
 
@@ -78,6 +84,14 @@ def load_sd3_text(
     _at_most(folder, "T5", t5s, 1)
     if len(clips) < 2:
         return None
+    for suffix, t5 in t5s.items():
+        _check_width(folder / f"text_encoder{suffix}", t5.dim, txt_dim)
+    pooled = sum(clip.projection_dim or 0 for clip in clips.values())
+    if pooled != pooled_dim:
+        raise UserError(
+            f"the CLIPs of {folder} make a pooled embedding of {pooled}, the transformer reads "
+            f"{pooled_dim}; they are of another model"
+        )
     tokenizers: list[Tokenizer] = [
         _own_tokenizer(folder, suffix, clip.max_tokens) for suffix, clip in clips.items()
     ]

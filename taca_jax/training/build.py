@@ -57,7 +57,7 @@ def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> Pipeline:
             f"training from base={config.base} needs its text encoders and an autoencoder "
             "(autoencoder=FOLDER)"
         )
-    _check_sizes(config, pipeline.transformer, pipeline.autoencoder)
+    check_sizes(config, pipeline.transformer, pipeline.autoencoder, mesh)
     if config.lora is not None:
         add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(config.seed))
     return pipeline
@@ -92,11 +92,18 @@ def _new_pipeline(config: TrainConfig) -> FluxPipeline:
     )
 
 
-def _check_sizes(
+def check_sizes(
     config: TrainConfig,
     transformer: FluxTransformer | SD3Transformer,
     autoencoder: Autoencoder,
+    mesh: Mesh | None,
 ) -> None:
+    """Raises UserError where the parts of what is trained, its pictures or the mesh do not fit."""
+    heads, parts = transformer.config.num_heads, 1 if mesh is None else mesh.shape["tensor"]
+    if heads % parts:
+        raise UserError(
+            f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
+        )
     if not isinstance(autoencoder, Autoencoder):
         raise UserError(
             f"autoencoder={config.autoencoder} holds a {type(autoencoder).__name__}; give the "

@@ -23,15 +23,18 @@ from rich.table import Table
 from taca_jax.checkpoint import abstract_model, kind_of, load_config
 from taca_jax.config import TrainConfig
 from taca_jax.errors import UserError
+from taca_jax.fields import from_json
 from taca_jax.lora import add_lora, linears
 from taca_jax.mesh import on
-from taca_jax.models.clip import CLIP_L
+from taca_jax.models.clip import CLIP_L, CLIPConfig
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
 from taca_jax.models.layers import LoRAParam
-from taca_jax.models.t5 import T5_XXL
+from taca_jax.models.t5 import T5_XXL, T5Config
 from taca_jax.models.vae import FLUX_VAE
+from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
 from taca_jax.sharding import batch_sharding, make_mesh, placement, samples_together
 from taca_jax.text import FluxText
+from taca_jax.training.build import check_sizes
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 from taca_jax.weights import find_weights
 
@@ -95,6 +98,9 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     }.items()
 }
 """The parts of models as published, by the name of the folder that the presets expect."""
+
+PUBLISHED_TEXT_LENGTH = {"flux1-dev": 512, "flux1-krea-dev": 512, "flux1-schnell": 256}
+"""Tokens that T5 reads for each of them."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +210,14 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
             f"data.batch_size is {config.data.batch_size}, which {together} groups of chips share; "
             f"give a multiple of {together}"
         )
-    model, autoencoder = _abstract(config, mesh)
+    parts_of, text_length = _configs(config)
+    model, autoencoder = _abstract(config, parts_of, mesh)
+    check_sizes(config, model.transformer, autoencoder, mesh)
     # Padding is what is left out of the pooled mean, which no published model has.
     trainer, trained = make_trainer(config, model, autoencoder, pad_id=0, mesh=mesh)
     with on(mesh):
         state = trainer.abstract_state(trained)
-        batch = _batch(config, model, mesh)
+        batch = _batch(config, model, text_length, mesh)
         step: Any = trainer.step
         compiled = step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
     used = compiled.memory_analysis()
@@ -229,8 +237,8 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         config.data.resolution,
         parts,
         max(total - held, 0),
-        _flops(config, model, autoencoder),
-        _gathered(trainer, mesh, passes=_passes(config)),
+        _flops(config, model, autoencoder, text_length),
+        _gathered(trainer, state, mesh, passes=_passes(config)),
     )
 
 
@@ -252,7 +260,9 @@ def table(plan: Plan) -> Table:
         "together", f"{plan.memory / GB:.2f} GB, {share:.0%} of its memory", end_section=True
     )
     out.add_row("arithmetic of the step, all chips", f"{plan.flops / 1e12:,.1f} TFLOP")
-    out.add_row("parameters received", f"{plan.gathered / GB:.2f} GB", end_section=True)
+    out.add_row(
+        "transformer's parameters received", f"{plan.gathered / GB:.2f} GB", end_section=True
+    )
     for name, seconds in plan.seconds.items():
         out.add_row(f"least time for {name}", f"{seconds:.3f} s")
     bound = max(plan.seconds, key=plan.seconds.__getitem__)
@@ -275,9 +285,8 @@ def _devices(topology: str) -> list[Any]:
         raise UserError(f"plan needs the TPU's compiler (pip install libtpu): {reason}") from error
 
 
-def _abstract(config: TrainConfig, mesh: Mesh) -> tuple[TextToImage, Any]:
+def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tuple[TextToImage, Any]:
     """The model to train and its autoencoder, of shapes with places instead of parameters."""
-    parts = _configs(config)
     dtype = jnp.dtype(config.dtype)
     base_dtype = dtype if config.lora is not None else jnp.dtype(jnp.float32)
     place = placement(mesh)
@@ -299,8 +308,9 @@ def _abstract(config: TrainConfig, mesh: Mesh) -> tuple[TextToImage, Any]:
         return nnx.merge(graph, state)
 
     transformer = made("transformer", remat=config.remat)
-    encoders = [made(part) for part in parts if part.startswith("text_encoder")]
-    encoder = encoders[0] if len(encoders) == 1 else FluxText(*encoders)
+    clip = next((part for part, c in parts.items() if isinstance(c, CLIPConfig)), None)
+    t5 = made(next(part for part, c in parts.items() if isinstance(c, T5Config)))
+    encoder = t5 if clip is None else FluxText(made(clip), t5)
     return TextToImage(transformer, encoder), made("autoencoder")
 
 
@@ -311,46 +321,66 @@ def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: Any) -> nnx.Module:
     return model
 
 
-def _configs(config: TrainConfig) -> dict[str, Any]:
-    """The config of each part: of the base's folder, of a published model, or of a new one."""
+def _configs(config: TrainConfig) -> tuple[dict[str, Any], int]:
+    """The config of each part, of the base's folder, of a published model or of a new one; and how
+    many tokens T5 reads."""
     if config.base is None:
         assert config.model is not None  # TrainConfig saw to both
         assert config.text.encoder is not None
-        found = {"transformer": config.model, "text_encoder": config.text.encoder}
-        own = {"autoencoder": config.pixels}
+        found = {
+            "transformer": config.model,
+            "text_encoder": config.text.encoder,
+            "autoencoder": config.pixels,
+        }
+        text_length = config.text.length
     else:
-        folder = find_weights(config.base)
-        names = ("transformer", "text_encoder", "text_encoder_2", "autoencoder")
-        if folder.is_dir():
-            found = {n: load_config(folder / n) for n in names if (folder / n).is_dir()}
-        elif folder.name in PUBLISHED:
-            found = dict(PUBLISHED[folder.name])
-        else:
-            raise UserError(
-                f"base={config.base} is not there; plan for {', '.join(PUBLISHED)} needs no folder"
-            )
-        own = {}
+        found, text_length = _configs_of_base(config.base)
     if config.autoencoder != "pixels":
-        own = {"autoencoder": load_config(config.autoencoder)}
+        found["autoencoder"] = load_config(config.autoencoder)
+    kinds = [type(each) for each in found.values()]
+    missing = [
+        words
+        for words, there in (
+            ("a transformer", "transformer" in found),
+            ("a T5", T5Config in kinds),
+            ("an autoencoder (autoencoder=FOLDER)", "autoencoder" in found),
+        )
+        if not there
+    ]
+    if missing:
+        raise UserError(f"base={config.base} lacks {', '.join(missing)}, which training needs")
     if not isinstance(found["transformer"], FluxConfig):
         kind = kind_of(found["transformer"])
         raise UserError(f"base={config.base} is of kind {kind}; only FLUX is planned: plan=none")
-    return found | own
+    return found, text_length
 
 
-def _batch(config: TrainConfig, model: TextToImage, mesh: Mesh) -> Batch:
+def _configs_of_base(base: str) -> tuple[dict[str, Any], int]:
+    folder = find_weights(base)
+    names = ("transformer", "text_encoder", "text_encoder_2", "autoencoder")
+    if folder.is_dir():
+        found = {n: load_config(folder / n) for n in names if (folder / n).is_dir()}
+        settings = folder / SETTINGS_FILE
+        if not settings.is_file():
+            raise UserError(f"base={base} is no pipeline folder: it has no {SETTINGS_FILE}")
+        return found, from_json(PipelineSettings, settings.read_text(), str(settings)).text_length
+    if folder.name not in PUBLISHED:
+        raise UserError(
+            f"base={base} is not there; plan for {', '.join(PUBLISHED)} needs no folder"
+        )
+    return dict(PUBLISHED[folder.name]), PUBLISHED_TEXT_LENGTH[folder.name]
+
+
+def _batch(config: TrainConfig, model: TextToImage, text_length: int, mesh: Mesh) -> Batch:
     sharding = batch_sharding(mesh, leading=1)
     shape = (config.grad_accumulation, config.data.batch_size)
     side = config.data.resolution
-    length = config.text.length if config.base is None else _text_length(config, model)
-    image: Any = jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8, sharding=sharding)
-    tokens: Any = jax.ShapeDtypeStruct((*shape, length), jnp.int32, sharding=sharding)
-    return Batch(image=image, tokens=tokens)
-
-
-def _text_length(config: TrainConfig, model: TextToImage) -> int:
     encoder = model.text_encoder
-    return 512 + (encoder.clip.config.max_tokens if isinstance(encoder, FluxText) else 0)
+    clip_length = encoder.clip.config.max_tokens if isinstance(encoder, FluxText) else 0
+    tokens_shape = (*shape, clip_length + text_length)
+    image: Any = jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8, sharding=sharding)
+    tokens: Any = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=sharding)
+    return Batch(image=image, tokens=tokens)
 
 
 def _parts(state: TrainState, trainer: Trainer, batch: Batch) -> dict[str, int]:
@@ -378,7 +408,7 @@ def _passes(config: TrainConfig) -> int:
     return 3 if config.remat == "full" else 2
 
 
-def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any) -> float:
+def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any, text: int) -> float:
     """Of one optimizer step: products of the transformer alone, twice a multiply-add.
 
     Forward, the gradient of activations, and with everything trained that of weights; what
@@ -388,7 +418,7 @@ def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any) -> float:
     flux = transformer.config
     assert isinstance(flux, FluxConfig)  # what is planned at all
     side = config.data.resolution // autoencoder.config.downscale // flux.patch_size
-    image, text = side * side, _txt_tokens(config)
+    image = side * side
     once = 0.0
     for path, layer in linears(transformer):
         once += 2 * math.prod(layer.kernel.shape) * _tokens(path, image, text)
@@ -396,10 +426,6 @@ def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any) -> float:
     once += layers * 4 * flux.hidden * (image + text) ** 2
     times = 2 if config.lora is not None else 3
     return once * times * config.data.batch_size * config.grad_accumulation
-
-
-def _txt_tokens(config: TrainConfig) -> int:
-    return config.text.length if config.base is None else 512
 
 
 def _tokens(path: str, image: int, text: int) -> int:
@@ -413,7 +439,14 @@ def _tokens(path: str, image: int, text: int) -> int:
     return image
 
 
-def _gathered(trainer: Trainer, mesh: Mesh, *, passes: int) -> float:
-    parts = mesh.shape["fsdp"]
-    own = sum(_local_bytes(x) for x in jax.tree.leaves(trainer.frozen.get("transformer", {})))
-    return own * (parts - 1) * passes
+def _gathered(trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int) -> float:
+    """Bytes of the transformer's parameters that a chip receives over `fsdp` in a step.
+
+    Trained ones are received in every pass too, and the sums of their gradients once.
+    """
+    others = mesh.shape["fsdp"] - 1
+    frozen, trained = (
+        sum(_local_bytes(x) for x in jax.tree.leaves(tree.get("transformer", {})))
+        for tree in (trainer.frozen, state.trained)
+    )
+    return others * (frozen * passes + trained * (passes + 1))

@@ -30,6 +30,8 @@ from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make
 FREE_FIELDS = (
     "resume",
     "out_dir",
+    "plan",
+    "mesh",
     "log_every",
     "save_every",
     "keep_checkpoints",

@@ -34,7 +34,7 @@ PROMPTS = [
     "Кошка и 🐈‍⬛ on a naïve café's roof",
     "a street with many red and blue houses, " * 30,  # 300 tokens: more than 77 and 256
 ]
-CLIP_TOKENS, SD3_T5_TOKENS, SD3_WIDTH = 77, 256, 64
+CLIP_TOKENS, SD3_T5_TOKENS, SD3_WIDTH, SD3_POOLED = 77, 256, 64, 16 + 24
 
 
 def relative_error(ours, theirs) -> float:
@@ -211,8 +211,8 @@ def sd3(tmp_path_factory):
 
 def load_sd3(folder, **changes):
     load = partial(load_model, dtype=jnp.float32)
-    options = {"tokenizer": None, "t5_length": SD3_T5_TOKENS, "txt_dim": SD3_WIDTH} | changes
-    return load_sd3_text(folder, load, **options)
+    options = {"t5_length": SD3_T5_TOKENS, "txt_dim": SD3_WIDTH, "pooled_dim": SD3_POOLED}
+    return load_sd3_text(folder, load, **({"tokenizer": None} | options | changes))
 
 
 @pytest.fixture(scope="module")

@@ -92,11 +92,13 @@ def test_taca_on_one_half_or_both(pipeline, drawn):
         assert np.abs(one - other).max() > 1e-3
 
 
-def test_layers_are_skipped_at_their_steps_only(pipeline, drawn):
+def test_layers_are_skipped_at_their_steps_only(pipeline, drawn, caplog):
     seen = []
     for skip in ([0], SkipLayers((0,), stop=0.6), SkipLayers((1, 2), stop=0.6)):
         run = pipeline(**BOTH, output="latents", skip_layers=skip, trajectory=True)
         seen.append(run.trajectory.latents)
+    (said,) = caplog.messages
+    assert said.endswith("0.01 n < i < 0.2 n, which is none of 4: it does nothing here")
     np.testing.assert_allclose(seen[0][-1], drawn, atol=1e-5)  # 4 steps are too few for 0.2 of them
     np.testing.assert_allclose(seen[1][0], seen[0][0], atol=1e-5)  # the first step never
     assert np.abs(seen[1][1] - seen[0][1]).max() > 1e-3

@@ -1,0 +1,105 @@
+"""What a run would take on a slice of TPUs: names of slices, what is refused, and a small plan.
+
+The plan itself is made in a process of its own, which libtpu, once loaded, would stay in.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taca_jax.config import DataConfig, LoRAConfig, TextConfig, to_json
+from taca_jax.errors import UserError
+from taca_jax.taca import TacaConfig
+from taca_jax.training.plan import Slice, _configs, slice_names
+from tests.training.tiny import tiny_config, tiny_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_slices_are_named_as_they_are_rented():
+    assert Slice.of("v5e-16").topology == "v5e:4x4"
+    v5p = Slice.of("v5p-8")  # cores, two a chip
+    assert (v5p.chips, v5p.topology) == (4, "v5p:2x2x1")
+    assert [other.name for other in Slice.of("v6e-64").larger()] == ["v6e-128", "v6e-256"]
+    for name in slice_names():
+        assert Slice.of(name).name == name
+    for name in ("v5e-3", "v5p-7", "v9-8", "16"):
+        with pytest.raises(UserError, match=f"plan={name}: no such slice; there are v5e-1, v5e-4"):
+            Slice.of(name)
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_pipeline().save(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def config_on(base, **changes):
+    adapt = {
+        "base": str(base),
+        "model": None,
+        "text": TextConfig(),
+        "lora": LoRAConfig(rank=2),
+        "taca": TacaConfig(threshold=500),
+    }
+    return tiny_config(base.parent / "run", **(adapt | changes))
+
+
+def test_text_is_as_long_as_the_base_says(base):
+    parts, text_length = _configs(config_on(base))
+    assert set(parts) == {"transformer", "text_encoder", "autoencoder"}
+    assert text_length == 16
+    published, text_length = _configs(config_on(Path("flux1-schnell")))
+    assert text_length == 256
+    assert not published["transformer"].guidance_embed
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("transformer", "lacks a transformer, which training needs"),
+        ("text_encoder", "lacks a T5, which training needs"),
+        ("autoencoder", r"lacks an autoencoder \(autoencoder=FOLDER\), which training needs"),
+    ],
+)
+def test_a_base_without_a_part_is_refused(base, part, message):
+    shutil.rmtree(base / part)
+    with pytest.raises(UserError, match=message):
+        _configs(config_on(base))
+
+
+SCRIPT = """
+import json, sys
+from taca_jax.config import TrainConfig, from_json
+from taca_jax.training.plan import Slice, make_plan
+plan = make_plan(from_json(TrainConfig, open(sys.argv[1]).read()), Slice.of("v5e-4"))
+print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.flops,
+                  "gathered": plan.gathered, "fits": plan.fits}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_small_plan(base, tmp_path):
+    data = DataConfig(source="generated:shapes/64", batch_size=4, resolution=40)
+    (tmp_path / "config.json").write_text(to_json(config_on(base, data=data)))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "config.json")],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert plan["fits"]
+    assert plan["parts"]["trained parameters, optimizer"] > 0
+    assert plan["parts"]["transformer, frozen"] > 0
+    assert min(plan["program"], plan["flops"], plan["gathered"]) > 0
