@@ -11,6 +11,7 @@ from taca_jax.data.shapes_captions import VOCABULARY
 from taca_jax.data.shapes_examples import GeneratedShapes
 from taca_jax.data.shapes_examples import test_prompts as held_out_prompts
 from taca_jax.errors import UserError
+from taca_jax.pipelines.text_folders import save_tokenizers
 from taca_jax.tokenizers import (
     ByteTokenizer,
     FolderTokenizer,
@@ -174,6 +175,13 @@ def test_a_saved_tokenizer_reads_the_same(tmp_path):
         again = FolderTokenizer(tmp_path / name, 40)
         np.testing.assert_array_equal(again(ODD), tokenizer(ODD))
         assert again.pad_id == tokenizer.pad_id
+
+
+def test_of_joined_tokenizers_the_last_is_said_to_be_saved(tmp_path):
+    own = load_tokenizer(str(shared_path("assets/clip_tokenizer")), 77)
+    assert not save_tokenizers(tmp_path, JoinedTokenizer((own, ByteTokenizer(6))))
+    assert (tmp_path / "tokenizer").is_dir()
+    assert save_tokenizers(tmp_path, JoinedTokenizer((own, own)))
 
 
 def test_joined_ids_stand_side_by_side():

@@ -119,14 +119,12 @@ def encoder_parts(
 
 
 def save_tokenizers(folder: Path, tokenizer: Tokenizer | None) -> bool:
-    """Writes the tokenizers that are files into the pipeline's folder; whether there are any."""
+    """Writes the tokenizers that are files into the folder; whether the last, T5's, was one."""
     parts = tokenizer.parts if isinstance(tokenizer, JoinedTokenizer) else (tokenizer,)
-    saved = False
     for suffix, part in zip(SUFFIXES, parts, strict=False):
         if isinstance(part, FolderTokenizer):
             part.save(folder / f"tokenizer{suffix}")
-            saved = True
-    return saved
+    return isinstance(parts[-1], FolderTokenizer)
 
 
 def _found(folder: Path, kind: type[C]) -> dict[str, C]:
