@@ -17,6 +17,8 @@ from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.loading import load_pipeline
 from taca_jax.pipelines.variants import Variant
 from taca_jax.taca import TacaConfig
+from taca_jax.tensor_files import open_tensors
+from taca_jax.weights import find_weights
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -33,8 +35,12 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise UserError(f"out={out} is a folder; name a file in it")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
-    pipeline = load_pipeline(config.base, dtype=config.dtype)
     if config.lora is not None:
+        open_tensors(find_weights(config.lora))  # a missing one is refused before the model loads
+    pipeline = load_pipeline(config.base, dtype=config.dtype)
+    if config.lora is not None and config.taca is None:
+        print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
+    elif config.lora is not None:
         print(f"LoRA: {pipeline.load_lora(config.lora)}")
     if not config.compare:
         drawn_as = Variant(_describe(config.taca), config.taca, 1.0)

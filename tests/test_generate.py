@@ -68,13 +68,23 @@ def test_compare_shows_plain_taca_and_lora(tmp_path):
     assert pixels(three).shape[1] > pixels(two).shape[1]
 
 
+def test_a_missing_lora_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("taca_jax.generation.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"nowhere\.safetensors is not there"):
+        generate(config(tmp_path / "x.png", lora="nowhere.safetensors"))
+
+
+def test_without_taca_a_lora_is_said_not_to_be_used(tmp_path, capsys):
+    generate(config(tmp_path / "x.png", taca=None, lora="shapes_taca.safetensors"))
+    assert "shapes_taca.safetensors is not used: it acts only while" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": "a red dragon"}, "dragon"),
         ({"base": "nowhere"}, "no pipeline folder"),
-        ({"lora": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"height": 41}, "multiples of 4"),
     ],
 )
