@@ -89,7 +89,7 @@ def load_adapter(path: Path, kind: Kind | None = None, config: Any = None) -> Lo
     """
     tensors = open_tensors(path)
     if lora_native.is_native(tensors):
-        return LoRAFile(kind or "flux", "native", lora_native.parse(tensors))
+        return LoRAFile(kind or _native_kind(tensors), "native", lora_native.parse(tensors))
     kind = recognise_kind(tensors) if kind is None else kind
     dialect = recognise(tensors, dialects_of(kind, config))
     left_out = tuple(key for key in tensors.shapes if is_text_encoders(key))
@@ -119,6 +119,15 @@ def _known(tensors: TensorFiles, dialect: Dialect) -> int:
     return sum(dialect.find(key) is not None for key in tensors.shapes)
 
 
+def _native_kind(tensors: TensorFiles) -> Kind:
+    return "sd3" if any(_is_of_sd3(name) for name in tensors.shapes) else "flux"
+
+
+def _is_of_sd3(path: str) -> bool:
+    """Whether it is of a stack that only our Stable Diffusion 3 has."""
+    return path.startswith(("dual_blocks.", "joint_blocks.", "last_block."))
+
+
 def _kind(model: Any) -> Kind:
     return "sd3" if isinstance(model.config, SD3Config) else "flux"
 
@@ -138,12 +147,15 @@ def save_adapter(
     `config` as they were read with. Raises UserError for factors without a name there.
     """
     peft, kohya, *_ = dialects_of(kind, config)
-    if layout == "native":
-        if kind == "sd3" and config is None:
+    if kind == "sd3" and config is None:
+        ours = any(_is_of_sd3(place) for place, _ in adapter)
+        if ours != (layout == "native"):
+            instead = "" if ours else "write peft or kohya, or "
             raise UserError(
                 "which layers of a Stable Diffusion 3 are of which of our stacks, only a model "
-                "says; write peft or kohya, or load the file into a pipeline"
+                f"says; {instead}load the file into a pipeline"
             )
+    if layout == "native":
         write_tensors(path, lora_native.tensors_of(adapter), {"format": "taca_jax"})
         return summarise(adapter, "native")
     if layout == "kohya":
