@@ -95,7 +95,7 @@ def config_of(settings: Settings) -> FluxConfig:
     """
     settings.expect("_class_name", CLASS)
     settings.expect("patch_size", 1)
-    in_channels = settings["in_channels"]
+    in_channels = settings.integer("in_channels")
     settings.expect("out_channels", in_channels)
     if in_channels % PATCH_SIZE**2:
         raise UserError(
@@ -117,6 +117,11 @@ def config_of(settings: Settings) -> FluxConfig:
         "guidance_embed": settings["guidance_embeds"],
     }
     return settings.build(FluxConfig, values)
+
+
+def published_schedule(config: FluxConfig) -> FlowSchedule:
+    """The noise levels of the released model: dev's if guidance is embedded, else schnell's."""
+    return FlowSchedule() if config.guidance_embed else FlowSchedule(shift=1.0)
 
 
 def settings_of(config: FluxConfig) -> dict[str, Any]:

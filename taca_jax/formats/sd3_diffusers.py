@@ -163,10 +163,11 @@ def config_of(settings: Settings) -> SD3Config:
     """
     settings.expect("_class_name", CLASS)
     settings.expect("qk_norm", "rms_norm")
-    heads, head_dim = settings["num_attention_heads"], settings["attention_head_dim"]
+    heads = settings.integer("num_attention_heads")
+    head_dim = settings.integer("attention_head_dim")
     settings.expect("caption_projection_dim", heads * head_dim)
     settings.expect("out_channels", settings["in_channels"])
-    dual = list(settings.get("dual_attention_layers", ()))
+    dual = settings.entries("dual_attention_layers")
     if dual != list(range(len(dual))):
         raise UserError(
             f"{settings.where} says dual_attention_layers {dual}; only the first layers without "
@@ -240,3 +241,9 @@ def constant_schedule(shift: float) -> FlowSchedule:
 
 
 SCHEDULE = constant_schedule(SHIFT)
+
+
+def published_schedule(config: SD3Config) -> FlowSchedule:
+    """The noise levels of the released models, one and the same for all."""
+    del config
+    return SCHEDULE

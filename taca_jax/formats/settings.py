@@ -25,6 +25,20 @@ class Settings:
         value = self.fields.get(name)
         return default if value is None else value
 
+    def integer(self, name: str) -> int:
+        """A field to reckon with; what is only handed on, `build` checks."""
+        value = self[name]
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{self.where} says {name} {value!r}; expected an integer")
+        return value
+
+    def entries(self, name: str) -> list[Any]:
+        """A field that is a list; empty where it is missing or null."""
+        value = self.get(name, [])
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{self.where} says {name} {value!r}; expected a list")
+        return list(value)
+
     def expect(self, name: str, *allowed: Any) -> None:
         """Raises UserError where the field is there and has none of these values."""
         value = self.fields.get(name)

@@ -9,7 +9,17 @@ import pytest
 
 from taca_jax.checkpoint import abstract_model, flat_params
 from taca_jax.errors import UserError
-from taca_jax.formats import clip, engine, flux_bfl, flux_diffusers, t5, tiny_vae, vae, vae_bfl
+from taca_jax.formats import (
+    clip,
+    engine,
+    flux_bfl,
+    flux_diffusers,
+    sd3_diffusers,
+    t5,
+    tiny_vae,
+    vae,
+    vae_bfl,
+)
 from taca_jax.formats.settings import Settings, read_settings
 from taca_jax.formats.table import (
     CONVOLUTION,
@@ -268,6 +278,32 @@ def test_missing_and_broken_settings(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no field in_channels"):
         flux_diffusers.config_of(read_settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("module", "fields", "message"),
+    [
+        (flux_diffusers, {"in_channels": "64"}, "in_channels '64'; expected an integer"),
+        (
+            sd3_diffusers,
+            {"num_attention_heads": None, "attention_head_dim": 64},
+            "num_attention_heads None; expected an integer",
+        ),
+        (
+            sd3_diffusers,
+            {
+                "num_attention_heads": 2,
+                "attention_head_dim": 4,
+                "in_channels": 16,
+                "dual_attention_layers": 3,
+            },
+            "dual_attention_layers 3; expected a list",
+        ),
+    ],
+)
+def test_settings_of_another_type(module, fields, message):
+    with pytest.raises(UserError, match=message):
+        module.config_of(Settings(Path("x"), fields))
 
 
 def test_schedule():
