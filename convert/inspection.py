@@ -10,6 +10,7 @@ import numpy as np
 from convert.models import (
     PIPELINE_FILE,
     PIPELINE_PARTS,
+    TEXT_PREFIXES,
     VAE_PREFIXES,
     Source,
     clip,
@@ -22,10 +23,13 @@ from convert.models import (
 from convert.stored import open_stored
 from taca_jax.checkpoint import CONFIG, kind_of, load_config
 from taca_jax.errors import UserError
+from taca_jax.formats import clip as clip_format
 from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
+from taca_jax.formats import t5 as t5_format
 from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
 from taca_jax.formats.lora_native import is_native
 from taca_jax.formats.settings import read_settings
+from taca_jax.formats.table import Table
 from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
 
 _BY_CLASS: dict[str, Callable[[Path], Source]] = {
@@ -78,7 +82,7 @@ def _model_folder(folder: Path) -> list[str]:
 def _original_folder(folder: Path) -> list[str]:
     settings = read_settings(folder)
     name = settings.get("_class_name", settings.get("model_type", None))
-    if name not in _BY_CLASS:
+    if not isinstance(name, str) or name not in _BY_CLASS:
         raise UserError(
             f"{folder / CONFIG} is of {name!r}; known are {', '.join(_BY_CLASS)} and our own"
         )
@@ -94,7 +98,7 @@ def _tensors(path: Path) -> list[str]:
         return [f"{path}: of {file.kind}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
     lines: list[str] = []
     used: set[tuple[Path, str]] = set()
-    for prefix, found, read in _models(path, tensors):
+    for prefix, found, read in _models(tensors):
         lines += read(f"{path}: under {prefix}: " if prefix else f"{path}: ", found)
         used |= set(found.places.values())
     left = [name for name, place in tensors.places.items() if place not in used]
@@ -103,7 +107,7 @@ def _tensors(path: Path) -> list[str]:
     return [*lines, *([f"{path}: {len(left)} other tensors: {summary(left)}"] if left else [])]
 
 
-def _models(path: Path, tensors: TensorFiles):
+def _models(tensors: TensorFiles):
     """(prefix, tensors, what describes them) of each model in a file."""
     for prefix in (flux_bfl.COMFY_PREFIX, ""):
         found = under(tensors, prefix)
@@ -115,18 +119,34 @@ def _models(path: Path, tensors: TensorFiles):
         found = under(tensors, prefix)
         if vae_bfl.is_autoencoder(found):
             yield prefix, found, _autoencoder
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors.shapes:
-        yield "", tensors, lambda where, _: _described(where, t5(path))
-    if any(key.endswith("embeddings.token_embedding.weight") for key in tensors.shapes):
-        yield "", tensors, lambda where, _: _described(where, clip(path))
+    for prefix in (*TEXT_PREFIXES, ""):
+        found = under(tensors, prefix)
+        if t5_format.is_t5(found):
+            yield prefix, found, _t5
+        if clip_format.is_clip(found):
+            yield prefix, found, _clip
 
 
 def _flux(where: str, tensors: TensorFiles) -> list[str]:
+    return _inferred(where, flux_bfl.TABLE, tensors, flux_bfl.inferred)
+
+
+def _t5(where: str, tensors: TensorFiles) -> list[str]:
+    return _inferred(where, t5_format.TABLE, tensors, t5_format.inferred)
+
+
+def _clip(where: str, tensors: TensorFiles) -> list[str]:
+    return _inferred(where, clip_format.table_of(tensors), tensors, clip_format.inferred)
+
+
+def _inferred(
+    where: str, table: Table, tensors: TensorFiles, infer: Callable[[TensorFiles], Any]
+) -> list[str]:
     try:
-        config = _config(flux_bfl.inferred(tensors))
+        config = _config(infer(tensors))
     except UserError as error:  # what it is can be said all the same
         config = f"  config: {error}"
-    return [f"{where}{flux_bfl.TABLE.name}", _sizes(tensors), config]
+    return [f"{where}{table.name}", _sizes(tensors), config]
 
 
 def _sd3(where: str, tensors: TensorFiles) -> list[str]:
@@ -145,7 +165,6 @@ def _autoencoder(where: str, tensors: TensorFiles) -> list[str]:
 
 
 def _described(where: str, source: Source) -> list[str]:
-    where = where.removesuffix(": ")
     return [f"{where}: {source.table.name}", _sizes(source.tensors), _config(source.config)]
 
 

@@ -239,7 +239,7 @@ def sd3_parts(src: Path) -> dict[str, Source]:
     for prefix, _ in VAE_PREFIXES:
         if prefix and vae_bfl.is_autoencoder(found := under(tensors, prefix)):
             parts["autoencoder"] = _bfl_vae(found, "sd3")
-    for prefix, (made, read) in _TEXT_PREFIXES.items():
+    for prefix, (made, read) in TEXT_PREFIXES.items():
         found = under(tensors, prefix)
         if found.shapes:
             _check_unscaled(found)
@@ -249,7 +249,7 @@ def sd3_parts(src: Path) -> dict[str, Source]:
     return parts | {"transformer": dataclasses.replace(parts["transformer"], left_out=left_out)}
 
 
-_TEXT_PREFIXES: Mapping[str, tuple[str, Callable[[TensorFiles], Source]]] = {
+TEXT_PREFIXES: Mapping[str, tuple[str, Callable[[TensorFiles], Source]]] = {
     "text_encoders.clip_l.transformer.": ("text_encoder", _bare_clip),
     "text_encoders.clip_g.transformer.": ("text_encoder_2", _bare_clip),
     "text_encoders.t5xxl.transformer.": ("text_encoder_3", _bare_t5),
@@ -318,14 +318,20 @@ def _convert_folder(
     for name, made, read in PIPELINE_PARTS[1:]:
         if (src / name).is_dir():
             sources[made] = read(src / name)
-    scheduler = read_settings(src / "scheduler", "scheduler_config.json")
     config = sources["transformer"].config
     layout = sd3_diffusers if isinstance(config, SD3Config) else flux_diffusers
-    settings = _pipeline_settings(config, layout.schedule_of(scheduler))
+    said = []
+    if (src / "scheduler").is_dir():
+        scheduler = read_settings(src / "scheduler", "scheduler_config.json")
+        schedule = layout.schedule_of(scheduler)
+    else:
+        schedule = layout.published_schedule(config)
+        said = [f"{src} has no scheduler/; the published noise levels are taken: {schedule}"]
+    settings = _pipeline_settings(config, schedule)
     lines = _write_pipeline(sources, settings, dst, dtype, tokenizers=src)
     known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in PIPELINE_PARTS)}
     left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
-    return [*lines, *([f"left out: {', '.join(left_out)}"] if left_out else [])]
+    return [*lines, *said, *([f"left out: {', '.join(left_out)}"] if left_out else [])]
 
 
 def _write_pipeline(

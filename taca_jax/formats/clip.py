@@ -57,6 +57,10 @@ def table_of(tensors: Tensors) -> Table:
     return _table(_prefix(tensors), projection)
 
 
+def is_clip(tensors: Tensors) -> bool:
+    return f"{_prefix(tensors)}embeddings.token_embedding.weight" in tensors.shapes
+
+
 def config_of(settings: Settings, tensors: Tensors) -> CLIPConfig:
     """The config that transformers' config.json stands for, with a projection if there is one.
 
@@ -100,8 +104,9 @@ def inferred(
         activation = known.activation if activation is None else activation
     if num_heads is None or activation is None:
         raise UserError(
-            f"{tensors.where} is {dim} wide with {num_layers} layers, neither CLIP-L nor "
-            "CLIP-bigG; give --num-heads and --activation, or a config.json beside it"
+            f"{tensors.where} has a CLIP {dim} wide with {num_layers} layers, neither CLIP-L nor "
+            "CLIP-bigG; give --num-heads and --activation to `python -m convert clip`, which reads "
+            "it from a file of its own, without a prefix"
         )
     return CLIPConfig(
         vocab_size=vocab_size,

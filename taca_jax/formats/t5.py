@@ -29,6 +29,10 @@ TABLE = Table(
 )
 
 
+def is_t5(tensors: Tensors) -> bool:
+    return "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors.shapes
+
+
 def config_of(settings: Settings) -> T5Config:
     """The config that transformers' config.json stands for.
 

@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from taca_jax.models.clip import CLIPConfig
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TAEF1
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.sampling import FlowSchedule
 from taca_jax.tensor_files import open_tensors, write_tensors
 from taca_jax.tokenizers import load_tokenizer
 from tests.random_models import random_model
@@ -163,6 +164,15 @@ def test_a_bare_transformer_is_a_model_folder(tmp_path):
     src = shared_path("golden/flux/transformer")
     run("flux", "--src", src, "--dst", tmp_path / "dst")
     assert load_model(tmp_path / "dst", dtype=jnp.float32).config.num_double_blocks == 2
+
+
+def test_without_a_scheduler_the_published_noise_levels_are_taken(tmp_path, capsys):
+    shutil.copytree(shared_path("golden/flux"), tmp_path / "src")
+    shutil.rmtree(tmp_path / "src" / "scheduler")
+    run("flux", "--src", tmp_path / "src", "--dst", tmp_path / "dst")
+    assert "has no scheduler/; the published noise levels are taken" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "dst" / "pipeline.json").read_text())
+    assert settings["schedule"] == asdict(FlowSchedule())
 
 
 def test_autoencoders(tmp_path):

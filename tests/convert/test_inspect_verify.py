@@ -115,6 +115,8 @@ def test_things_that_are_nothing_known(tmp_path, capsys):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "is of 'llama'; known are" in refused(capsys, "inspect", tmp_path / "x")
+    (tmp_path / "x" / "config.json").write_text(json.dumps({"_class_name": ["t5"]}))
+    assert "is of ['t5']; known are" in refused(capsys, "inspect", tmp_path / "x")
 
 
 def test_a_checkpoint_that_is_not_its_source(tmp_path, capsys):

@@ -9,10 +9,11 @@ from flax import nnx
 
 from convert.cli import main
 from taca_jax.checkpoint import flat_params, load_model
-from taca_jax.formats import engine, sd3_native, vae_bfl
+from taca_jax.formats import clip, engine, sd3_native, vae_bfl
 from taca_jax.formats import t5 as t5_format
 from taca_jax.formats.lora_files import load_adapter, read_lora, write_lora
 from taca_jax.lora import SD3_ATTENTION_TARGETS, LoRAConfig, add_lora
+from taca_jax.models.clip import CLIPConfig
 from taca_jax.models.layers import LoRAParam
 from taca_jax.models.sd3 import SD3Config
 from taca_jax.models.t5 import T5Config
@@ -52,6 +53,7 @@ T5 = T5Config(
     relative_buckets=32,
     relative_max_distance=128,
 )
+CLIP = CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)
 
 
 @pytest.fixture
@@ -93,6 +95,33 @@ def test_all_models_of_a_file_become_a_pipeline(whole, tmp_path, capsys):
     assert "a Stable Diffusion 3 transformer in Stability AI's layout" in capsys.readouterr().out
 
 
+def test_every_model_of_a_file_is_said(whole, tmp_path, capsys):
+    """CLIPs of unusual sizes too, whose heads no shape tells."""
+    stored = open_tensors(whole)
+    tensors = {name: stored.read(name) for name in stored.shapes}
+    exported = engine.export(clip.TABLE, random_model(CLIP))
+    for which in "lg":
+        prefix = f"text_encoders.clip_{which}.transformer."
+        tensors |= {prefix + name: array for name, array in exported.items()}
+    file = tmp_path / "all.safetensors"
+    write_tensors(file, tensors)
+    main(["inspect", str(file)])
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.removeprefix(f"{file}: ") for line in lines if not line.startswith("  ")]
+    sd3 = "a Stable Diffusion 3 transformer in Stability AI's layout"
+    encoder = "encoder in transformers' layout"
+    assert said == [
+        f"under {sd3_native.PREFIX}: {sd3}",
+        "under first_stage_model.: an autoencoder in its original layout",
+        f"under text_encoders.clip_l.transformer.: a CLIP text {encoder}",
+        f"under text_encoders.clip_g.transformer.: a CLIP text {encoder}",
+        f"under text_encoders.t5xxl.transformer.: a T5 v1.1 {encoder}",
+        "1 other tensors: model_ema.decay",
+    ]
+    with pytest.raises(SystemExit, match="--num-heads and --activation to `python -m convert clip"):
+        main(["sd3", "--src", str(file), "--dst", str(tmp_path / "made")])
+
+
 def test_a_file_of_another_model_is_refused(whole, tmp_path, capsys):
     tensors = open_tensors(whole)
     write_tensors(tmp_path / "t5.safetensors", {"encoder.x": tensors.read("model_ema.decay")})
@@ -127,6 +156,12 @@ def test_loras_are_renamed_without_a_model(tmp_path, capsys):
         assert "LoRA of" in str(read_lora(file, model))
     with pytest.raises(SystemExit, match="only a model says; write peft or kohya"):
         main(["lora", "--src", str(first), "--dst", str(tmp_path / "n"), "--to", "native"])
+    ours = tmp_path / "ours.safetensors"
+    write_lora(ours, model, "native")
+    assert load_adapter(ours).kind == "sd3"
+    for layout in ("peft", "kohya"):
+        with pytest.raises(SystemExit, match="only a model says; load the file into a pipeline"):
+            main(["lora", "--src", str(ours), "--dst", str(tmp_path / "n"), "--to", layout])
 
 
 def load(file, model):
