@@ -319,13 +319,16 @@ def _convert_folder(
         if (src / name).is_dir():
             sources[made] = read(src / name)
     config = sources["transformer"].config
-    layout = sd3_diffusers if isinstance(config, SD3Config) else flux_diffusers
+    if isinstance(config, SD3Config):
+        read_schedule, schedule = sd3_diffusers.schedule_of, sd3_diffusers.SCHEDULE
+    else:
+        read_schedule = flux_diffusers.schedule_of
+        schedule = flux_diffusers.published_schedule(config)
     said = []
     if (src / "scheduler").is_dir():
         scheduler = read_settings(src / "scheduler", "scheduler_config.json")
-        schedule = layout.schedule_of(scheduler)
+        schedule = read_schedule(scheduler)
     else:
-        schedule = layout.published_schedule(config)
         said = [f"{src} has no scheduler/; the published noise levels are taken: {schedule}"]
     settings = _pipeline_settings(config, schedule)
     lines = _write_pipeline(sources, settings, dst, dtype, tokenizers=src)

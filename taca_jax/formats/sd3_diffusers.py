@@ -241,9 +241,4 @@ def constant_schedule(shift: float) -> FlowSchedule:
 
 
 SCHEDULE = constant_schedule(SHIFT)
-
-
-def published_schedule(config: SD3Config) -> FlowSchedule:
-    """The noise levels of the released models, one and the same for all."""
-    del config
-    return SCHEDULE
+"""Of every released model."""
