@@ -2,7 +2,7 @@
 
 python -m convert sd3 --src stable-diffusion-3.5-medium --dst sd35-medium
 python train.py --config sd35_taca data.source=folder:PICTURES data.batch_size=16
-python generate.py --config sd35_taca prompt="a red cube on a blue sphere"
+python generate.py --config sd35_taca prompt="a red cube on a blue sphere"   # lora=none: without it
 """
 
 from taca_jax.config import (
