@@ -7,7 +7,6 @@ latents go in and out as NHWC images: packing into tokens happens here and nowhe
 
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -18,14 +17,12 @@ from taca_jax.models.layers import (
     TIMESTEP_CHANNELS,
     Linear,
     MLPEmbedder,
-    RMSNorm,
-    from_tiles,
     modulate,
     patchify,
     timestep_embedding,
-    to_tiles,
     unpatchify,
 )
+from taca_jax.models.mmdit import QKV, BlockInputs, Stream, join
 from taca_jax.models.rope import Rotation, joint_rotation, rotate
 from taca_jax.models.stack import Remat, make_stack, run_stack
 
@@ -178,7 +175,7 @@ class FluxTransformer(nnx.Module):
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance * 1000), lora_scale)
         vec = nnx.silu(vec)  # every modulation starts with it
-        inputs = BlockInputs(
+        inputs = FluxInputs(
             vec=vec,
             rotation=joint_rotation(
                 text_len,
@@ -213,75 +210,10 @@ class FluxTransformer(nnx.Module):
 
 
 @dataclass(frozen=True)
-class BlockInputs:
-    """What every block of one forward pass shares: conditioning, positions and TACA's state."""
+class FluxInputs(BlockInputs):
+    """`BlockInputs`, and the positions of all tokens."""
 
-    vec: Float[Array, "b d"]
     rotation: Rotation
-    text_len: int
-    gamma: Float[Array, " b"] | None
-    lora_scale: Float[Array, " b"] | None
-    attention: Implementation
-
-
-class QKV(nnx.Module):
-    """Queries, keys and values of one stream, queries and keys RMS-normalised per head."""
-
-    def __init__(
-        self, config: FluxConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.num_heads = config.num_heads
-        self.q = Linear(config.hidden, config.hidden, **types)
-        self.k = Linear(config.hidden, config.hidden, **types)
-        self.v = Linear(config.hidden, config.hidden, **types)
-        norm = {"rngs": rngs, "param_dtype": param_dtype, "epsilon": 1e-6}
-        self.q_norm = RMSNorm(config.head_dim, **norm)
-        self.k_norm = RMSNorm(config.head_dim, **norm)
-
-    def __call__(
-        self, x: Float[Array, "b s d"], lora_scale: Float[Array, " b"] | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def heads(y: jax.Array) -> Float[Array, "b s h d"]:
-            return y.reshape(*y.shape[:2], self.num_heads, -1)
-
-        q, k, v = (heads(linear(x, lora_scale)) for linear in (self.q, self.k, self.v))
-        q, k = (
-            from_tiles(norm(to_tiles(y)), y.shape[1])
-            for norm, y in ((self.q_norm, q), (self.k_norm, k))
-        )
-        return q, k, v
-
-
-class Stream(nnx.Module):
-    """One modality's half of a double block: its modulation, projections and MLP."""
-
-    def __init__(
-        self, config: FluxConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.mod = Linear(config.hidden, 6 * config.hidden, zero_init=True, **types)
-        self.qkv = QKV(config, **types)
-        self.out = Linear(config.hidden, config.hidden, **types)
-        self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)
-        self.mlp_out = Linear(config.mlp_hidden, config.hidden, **types)
-
-    def modulation(self, inputs: BlockInputs) -> list[jax.Array]:
-        """shift, scale, gate for attention, then for the MLP; each [b, d]."""
-        return jnp.split(self.mod(inputs.vec, inputs.lora_scale), 6, axis=-1)
-
-    def finish(
-        self,
-        x: Float[Array, "b s d"],
-        attended: Float[Array, "b s d"],
-        modulation: list[jax.Array],
-        lora_scale: Float[Array, " b"] | None,
-    ) -> Float[Array, "b s d"]:
-        """The residual stream after attention's output projection and the MLP."""
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = x + gate[:, None] * self.out(attended, lora_scale)
-        y = self.mlp_in(modulate(x, mlp_shift, mlp_scale), lora_scale)
-        return x + mlp_gate[:, None] * self.mlp_out(nnx.gelu(y, approximate=True), lora_scale)
 
 
 class DoubleBlock(nnx.Module):
@@ -295,7 +227,7 @@ class DoubleBlock(nnx.Module):
         self.txt = Stream(config, **types)
 
     def __call__(
-        self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: BlockInputs
+        self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: FluxInputs
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"]]:
         img_mod, txt_mod = self.img.modulation(inputs), self.txt.modulation(inputs)
         img_qkv = self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale)
@@ -320,7 +252,7 @@ class SingleBlock(nnx.Module):
         self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)
         self.out = Linear(config.hidden + config.mlp_hidden, config.hidden, **types)
 
-    def __call__(self, x: Float[Array, "b s d"], inputs: BlockInputs) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], inputs: FluxInputs) -> Float[Array, "b s d"]:
         scale_by = inputs.lora_scale
         shift, scale, gate = jnp.split(self.mod(inputs.vec, scale_by), 3, axis=-1)
         y = modulate(x, shift, scale)
@@ -330,18 +262,11 @@ class SingleBlock(nnx.Module):
         return x + gate[:, None] * out
 
 
-def join(txt: Float[Array, "b t h d"], img: Float[Array, "b i h d"]) -> Float[Array, "b s h d"]:
-    """The joint sequence, text first; put together with heads merged, as a TPU holds them."""
-    merged = (x.reshape(*x.shape[:2], -1) for x in (txt, img))
-    joint = jnp.concatenate([*merged], axis=1)
-    return joint.reshape(*joint.shape[:2], *txt.shape[2:])
-
-
 def attend(
     q: Float[Array, "b s h d"],
     k: Float[Array, "b s h d"],
     v: Float[Array, "b s h d"],
-    inputs: BlockInputs,
+    inputs: FluxInputs,
 ) -> Float[Array, "b s k"]:
     """TACA joint attention on rotated queries and keys, heads merged."""
     out = joint_attention(

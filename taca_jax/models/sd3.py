@@ -19,12 +19,12 @@ from taca_jax.models.layers import (
     TIMESTEP_CHANNELS,
     Linear,
     MLPEmbedder,
-    RMSNorm,
     modulate,
     patchify,
     timestep_embedding,
     unpatchify,
 )
+from taca_jax.models.mmdit import QKV, BlockInputs, Stream, join
 from taca_jax.models.positions import PositionTable
 from taca_jax.models.stack import Remat, make_stack, run_stack
 
@@ -77,6 +77,10 @@ class SD3Config:
     @property
     def token_features(self) -> int:
         return self.latent_channels * self.patch_size**2
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.qk_norm == "rms"
 
     @property
     def num_joint_layers(self) -> int:
@@ -210,47 +214,6 @@ class SD3Transformer(nnx.Module):
         return unpatchify(out.astype(jnp.float32), config.patch_size, height, width)
 
 
-@dataclass(frozen=True)
-class BlockInputs:
-    """What every block of one forward pass shares: conditioning and TACA's state."""
-
-    vec: Float[Array, "b d"]
-    text_len: int
-    gamma: Float[Array, " b"] | None
-    lora_scale: Float[Array, " b"] | None
-    attention: Implementation
-
-
-class QKV(nnx.Module):
-    """Queries, keys and values of one stream, queries and keys normalised as the config says."""
-
-    def __init__(
-        self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.num_heads = config.num_heads
-        self.q = Linear(config.hidden, config.hidden, **types)
-        self.k = Linear(config.hidden, config.hidden, **types)
-        self.v = Linear(config.hidden, config.hidden, **types)
-        self.q_norm: RMSNorm | None = nnx.data(None)
-        self.k_norm: RMSNorm | None = nnx.data(None)
-        if config.qk_norm == "rms":
-            norm = {"rngs": rngs, "param_dtype": param_dtype, "epsilon": 1e-6}
-            self.q_norm = RMSNorm(config.head_dim, **norm)
-            self.k_norm = RMSNorm(config.head_dim, **norm)
-
-    def __call__(
-        self, x: Float[Array, "b s d"], lora_scale: Float[Array, " b"] | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def heads(y: jax.Array) -> Float[Array, "b s h d"]:
-            return y.reshape(*y.shape[:2], self.num_heads, -1)
-
-        q, k, v = (heads(linear(x, lora_scale)) for linear in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-
 class ImageAttention(nnx.Module):
     """Dual blocks' second attention: image tokens among themselves, never scaled by TACA."""
 
@@ -258,52 +221,13 @@ class ImageAttention(nnx.Module):
         self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
     ):
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.qkv = QKV(config, **types)
+        self.qkv = QKV(config, norms=config.has_qk_norm, **types)
         self.out = Linear(config.hidden, config.hidden, **types)
 
     def __call__(self, x: Float[Array, "b s d"], inputs: BlockInputs) -> Float[Array, "b s d"]:
         qkv = self.qkv(x, inputs.lora_scale)
         attended = joint_attention(*qkv, text_len=0, implementation=inputs.attention)
         return self.out(attended.reshape(x.shape), inputs.lora_scale)
-
-
-class Stream(nnx.Module):
-    """One modality's part of a block. `mods` vectors modulate: shift, scale and gate of the joint
-    attention, the MLP, and `img_attn`."""
-
-    def __init__(
-        self,
-        config: SD3Config,
-        mods: int,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: jnp.dtype,
-        dtype: jnp.dtype,
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.mods = mods
-        self.mod = Linear(config.hidden, mods * config.hidden, zero_init=True, **types)
-        self.qkv = QKV(config, **types)
-        self.out = Linear(config.hidden, config.hidden, **types)
-        self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)
-        self.mlp_out = Linear(config.mlp_hidden, config.hidden, **types)
-
-    def modulation(self, inputs: BlockInputs) -> list[Float[Array, "b d"]]:
-        return jnp.split(self.mod(inputs.vec, inputs.lora_scale), self.mods, axis=-1)
-
-    def finish(
-        self,
-        x: Float[Array, "b s d"],
-        attended: Float[Array, "b s d"],
-        modulation: list[jax.Array],
-        lora_scale: Float[Array, " b"] | None,
-        own: jax.Array | float = 0.0,
-    ) -> Float[Array, "b s d"]:
-        """The residual stream after attention's output projection, `own`, and the MLP."""
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate, *_ = modulation
-        x = x + gate[:, None] * self.out(attended, lora_scale) + own
-        y = self.mlp_in(modulate(x, mlp_shift, mlp_scale), lora_scale)
-        return x + mlp_gate[:, None] * self.mlp_out(nnx.gelu(y, approximate=True), lora_scale)
 
 
 class JointBlock(nnx.Module):
@@ -319,8 +243,8 @@ class JointBlock(nnx.Module):
         dtype: jnp.dtype,
     ):
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.img = Stream(config, 9 if dual else 6, **types)
-        self.txt = Stream(config, 6, **types)
+        self.img = Stream(config, mods=9 if dual else 6, norms=config.has_qk_norm, **types)
+        self.txt = Stream(config, norms=config.has_qk_norm, **types)
         self.img_attn = nnx.data(ImageAttention(config, **types) if dual else None)
 
     def __call__(
@@ -332,7 +256,7 @@ class JointBlock(nnx.Module):
             self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale),
             inputs,
         )
-        own = 0.0
+        own = None
         if self.img_attn is not None:
             own = img_mod[8][:, None] * self.img_attn(modulate(img, *img_mod[6:8]), inputs)
         img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale, own)
@@ -348,7 +272,7 @@ class TextEnd(nnx.Module):
     ):
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
         self.mod = Linear(config.hidden, 2 * config.hidden, zero_init=True, **types)
-        self.qkv = QKV(config, **types)
+        self.qkv = QKV(config, norms=config.has_qk_norm, **types)
 
 
 class LastBlock(nnx.Module):
@@ -358,7 +282,7 @@ class LastBlock(nnx.Module):
         self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
     ):
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.img = Stream(config, 6, **types)
+        self.img = Stream(config, norms=config.has_qk_norm, **types)
         self.txt = TextEnd(config, **types)
 
     def __call__(
@@ -381,7 +305,7 @@ def attend(
     inputs: BlockInputs,
 ) -> tuple[Float[Array, "b t k"], Float[Array, "b s k"]]:
     """TACA joint attention, text first, heads merged: what text and image get of it."""
-    q, k, v = (jnp.concatenate(x, axis=1) for x in zip(txt_qkv, img_qkv, strict=True))
+    q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
     out = joint_attention(
         *(q, k, v),
         text_len=inputs.text_len,
