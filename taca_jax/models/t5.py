@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.models.layers import RMSNorm
+from taca_jax.models.stack import Remat, make_stack, run_stack
 
 NORM_EPSILON = 1e-6
 
@@ -182,13 +183,11 @@ class T5Encoder(nnx.Module):
             dtype=jnp.float32,
             rngs=rngs,
         )
-
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def create_block(rngs: nnx.Rngs) -> T5Block:
-            return T5Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
-
-        self.blocks = create_block(rngs)
+        self.blocks = make_stack(
+            lambda rngs: T5Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype),
+            config.num_layers,
+            rngs,
+        )
         self.final_norm = _norm(config, rngs, param_dtype)
 
     def __call__(
@@ -196,23 +195,18 @@ class T5Encoder(nnx.Module):
         tokens: Int[Array, "b t"],
         mask: Bool[Array, "b t"] | None = None,
         *,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Float[Array, "b t d"]:
         """Embeddings, in `dtype`, of token ids.
 
         Where `mask` is False nobody attends (the embedding there is still computed, from the
-        others; FLUX and SD3 give no mask). `remat` recomputes each layer in the backward pass.
+        others; FLUX and SD3 give no mask). `remat` is what the backward pass recomputes.
         """
         bias = self._position_bias(tokens.shape[1])
         if mask is not None:
             bias = bias + jnp.where(mask[:, None, None, :], 0.0, jnp.finfo(jnp.float32).min)
-        definition, stacked = nnx.split(self.blocks)
-
-        def layer(x, params):
-            return nnx.merge(definition, params)(x, bias), None
-
         x = self.token_embed(tokens)
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, stacked)
+        x = run_stack(self.blocks, lambda block, x: block(x, bias), x, remat=remat)
         return self.final_norm(x).astype(self.dtype)
 
     def _position_bias(self, length: int) -> Float[Array, "1 h t t"]:

@@ -154,7 +154,7 @@ def test_remat_gives_the_same_gradients(pair):
     def gradient(remat):
         return nnx.jit(nnx.grad(lambda model: jnp.sum(model(tokens, remat=remat) ** 3)))(ours)
 
-    plain, again = jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True))
+    plain, again = jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient("full"))
     for a, b in zip(plain, again, strict=True):
         assert np.linalg.norm(a) > 0
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.abs(a).max()))
