@@ -18,7 +18,7 @@ from taca_jax.pipelines.base import Autoencoder, Pipeline, PipelineSettings
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.pipelines.loading import load_pipeline
 from taca_jax.sampling import FlowSchedule
-from taca_jax.sharding import placement
+from taca_jax.sharding import placement, samples_together
 from taca_jax.tokenizers import load_tokenizer
 
 DEFAULT_STEPS = 20
@@ -27,9 +27,8 @@ DEFAULT_STEPS = 20
 def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline to train: the base with fresh LoRA factors, or a new one from random numbers.
 
-    Trained parameters are float32, activations config.dtype.
-    What is read lies on `mesh`. Raises UserError where parts do not
-    fit.
+    Trained parameters are float32, activations config.dtype; what is read lies on `mesh`. Raises
+    UserError where parts do not fit.
     """
     dtype = jnp.dtype(config.dtype)
     if config.base is not None:
@@ -120,4 +119,15 @@ def check_sizes(
     if resolution % multiple:
         raise UserError(
             f"data.resolution is {resolution}; this model takes multiples of {multiple} pixels"
+        )
+
+
+def check_batch(config: TrainConfig, mesh: Mesh | None) -> None:
+    """Raises UserError unless every device gets as many samples as every other."""
+    together = 1 if mesh is None else samples_together(mesh)
+    if config.data.batch_size % together:
+        raise UserError(
+            f"data.batch_size is {config.data.batch_size}, which {together} groups of devices "
+            f"(mesh.data x mesh.fsdp) share; give a multiple of {together}, or share tokens or "
+            "heads as well (mesh.context, mesh.tensor)"
         )

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,57 +32,15 @@ from taca_jax.models.layers import LoRAParam
 from taca_jax.models.t5 import T5_XXL, T5Config
 from taca_jax.models.vae import FLUX_VAE
 from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
-from taca_jax.sharding import batch_sharding, make_mesh, placement, samples_together
+from taca_jax.sharding import batch_sharding, make_mesh, placement
 from taca_jax.text import FluxText
-from taca_jax.training.build import check_sizes
+from taca_jax.training.build import check_batch, check_sizes
+from taca_jax.training.slices import Slice
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 from taca_jax.weights import find_weights
 
 GB = 1e9
 
-
-@dataclass(frozen=True)
-class Chip:
-    """One TPU chip: bytes of memory, bf16 FLOP/s, bytes/s to its memory and to other chips.
-
-    Source: cloud.google.com/tpu/docs, system architecture of each generation.
-    """
-
-    topology: str
-    memory: float
-    flops: float
-    memory_bandwidth: float
-    wire_bandwidth: float
-
-
-CHIPS = {
-    "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 200e9),
-    "v6e": Chip("v6e", 32 * 2**30, 918e12, 1640e9, 448e9),
-    "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 600e9),
-}
-_SIDES = {
-    "v5e": {
-        1: "1x1",
-        4: "2x2",
-        8: "2x4",
-        16: "4x4",
-        32: "4x8",
-        64: "8x8",
-        128: "8x16",
-        256: "16x16",
-    },
-    "v5p": {
-        4: "2x2x1",
-        8: "2x2x2",
-        16: "2x2x4",
-        32: "2x4x4",
-        64: "4x4x4",
-        128: "4x4x8",
-        256: "4x8x8",
-        512: "8x8x8",
-    },
-}
-_SIDES["v6e"] = _SIDES["v5e"]
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     name: {
@@ -101,43 +59,6 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 
 PUBLISHED_TEXT_LENGTH = {"flux1-dev": 512, "flux1-krea-dev": 512, "flux1-schnell": 256}
 """Tokens that T5 reads for each of them."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Chips that are rented together: `v5e-16` is 16 chips; in `v5p-8` cores are counted, two a
-    chip."""
-
-    name: str
-    chip: Chip
-    chips: int
-    topology: str
-
-    @classmethod
-    def of(cls, name: str) -> "Slice":
-        """Raises UserError for a name that is none, listing those that are."""
-        kind, _, number = name.partition("-")
-        chips = int(number) if number.isdigit() else 0
-        if kind == "v5p":
-            chips, odd = divmod(chips, 2)
-            chips = 0 if odd else chips
-        if kind not in CHIPS or chips not in _SIDES[kind]:
-            raise UserError(f"plan={name}: no such slice; there are {', '.join(slice_names())}")
-        return cls(name, CHIPS[kind], chips, f"{CHIPS[kind].topology}:{_SIDES[kind][chips]}")
-
-    def larger(self) -> Iterator["Slice"]:
-        """Those of the same generation with more chips, the smallest first."""
-        kind = self.name.partition("-")[0]
-        for name in slice_names(kind):
-            other = Slice.of(name)
-            if other.chips > self.chips:
-                yield other
-
-
-def slice_names(kind: str | None = None) -> list[str]:
-    """Every slice that can be planned for."""
-    kinds = CHIPS if kind is None else [kind]
-    return [f"{k}-{n * (2 if k == 'v5p' else 1)}" for k in kinds for n in _SIDES[k]]
 
 
 @dataclass(frozen=True)
@@ -204,12 +125,7 @@ def plan(config: TrainConfig) -> None:
 def make_plan(config: TrainConfig, where: Slice) -> Plan:
     """The plan of a run on a slice. Takes about a minute for a model of 12 B parameters."""
     mesh = make_mesh(config.mesh, _devices(where.topology))
-    together = samples_together(mesh)
-    if config.data.batch_size % together:
-        raise UserError(
-            f"data.batch_size is {config.data.batch_size}, which {together} groups of chips share; "
-            f"give a multiple of {together}"
-        )
+    check_batch(config, mesh)
     parts_of, text_length = _configs(config)
     model, autoencoder = _abstract(config, parts_of, mesh)
     check_sizes(config, model.transformer, autoencoder, mesh)

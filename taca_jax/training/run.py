@@ -19,9 +19,9 @@ from taca_jax.mesh import on
 from taca_jax.metrics import RunLog
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
-from taca_jax.sharding import batch_sharding, make_mesh, samples_together
+from taca_jax.sharding import batch_sharding, make_mesh
 from taca_jax.tokenizers import Tokenizer
-from taca_jax.training.build import build_pipeline
+from taca_jax.training.build import build_pipeline, check_batch
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.plan import plan
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> None:
 def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     run_dir = config.run_dir
     _check_free(config, run_dir)
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     pipeline = build_pipeline(config, mesh)
     _check_prompts(config, pipeline)
     try:
@@ -107,17 +107,6 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
         raise UserError(
             f"{run_dir} was started with other values of {', '.join(changed)}; resume with the "
             "same, or start another run with out_dir=..."
-        )
-
-
-def _check_batch(config: TrainConfig, mesh: Mesh | None) -> None:
-    """Raises UserError unless every device gets as many samples as every other."""
-    together = 1 if mesh is None else samples_together(mesh)
-    if config.data.batch_size % together:
-        raise UserError(
-            f"data.batch_size is {config.data.batch_size}, which {together} groups of devices "
-            f"(mesh.data x mesh.fsdp) share; give a multiple of {together}, or share tokens or "
-            "heads as well (mesh.context, mesh.tensor)"
         )
 
 

@@ -16,7 +16,8 @@ import pytest
 from taca_jax.config import DataConfig, LoRAConfig, TextConfig, to_json
 from taca_jax.errors import UserError
 from taca_jax.taca import TacaConfig
-from taca_jax.training.plan import Slice, _configs, slice_names
+from taca_jax.training.plan import _configs
+from taca_jax.training.slices import Slice, slice_names
 from tests.training.tiny import tiny_config, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,8 @@ def test_a_base_without_a_part_is_refused(base, part, message):
 SCRIPT = """
 import json, sys
 from taca_jax.config import TrainConfig, from_json
-from taca_jax.training.plan import Slice, make_plan
+from taca_jax.training.plan import make_plan
+from taca_jax.training.slices import Slice
 plan = make_plan(from_json(TrainConfig, open(sys.argv[1]).read()), Slice.of("v5e-4"))
 print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.flops,
                   "gathered": plan.gathered, "fits": plan.fits}))
