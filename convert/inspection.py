@@ -15,6 +15,7 @@ from convert.models import (
     Source,
     clip,
     flux,
+    others,
     sd3,
     t5,
     tiny_vae,
@@ -97,11 +98,10 @@ def _tensors(path: Path) -> list[str]:
         file = load_adapter(path)
         return [f"{path}: of {file.kind}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
     lines: list[str] = []
-    used: set[tuple[Path, str]] = set()
-    for prefix, found, read in _models(tensors):
+    models = list(_models(tensors))
+    for prefix, found, read in models:
         lines += read(f"{path}: under {prefix}: " if prefix else f"{path}: ", found)
-        used |= set(found.places.values())
-    left = [name for name, place in tensors.places.items() if place not in used]
+    left = others(tensors, *(found for _, found, _ in models))
     if not lines:
         raise UserError(f"{path} is nothing that is known: it has {summary(left) or 'no tensors'}")
     return [*lines, *([f"{path}: {len(left)} other tensors: {summary(left)}"] if left else [])]

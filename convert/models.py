@@ -73,7 +73,7 @@ def flux(src: Path, axes_dim: tuple[int, int, int] | None = None) -> Source:
         )
     _check_unscaled(found)
     config = flux_bfl.inferred(found, axes_dim)
-    return Source(flux_bfl.TABLE, config, found, _others(tensors, found))
+    return Source(flux_bfl.TABLE, config, found, others(tensors, found))
 
 
 def sd3(src: Path) -> Source:
@@ -90,7 +90,7 @@ def sd3(src: Path) -> Source:
         )
     _check_unscaled(found)
     config = sd3_native.inferred(found)
-    return Source(sd3_native.table_of(config), config, found, _others(tensors, found))
+    return Source(sd3_native.table_of(config), config, found, others(tensors, found))
 
 
 def t5(src: Path) -> Source:
@@ -155,7 +155,7 @@ def vae(src: Path, latents: Latents | None = None) -> Source:
         found = under(tensors, prefix)
         if vae_bfl.is_autoencoder(found):
             source = _bfl_vae(found, latents or whose)
-            return dataclasses.replace(source, left_out=_others(tensors, found))
+            return dataclasses.replace(source, left_out=others(tensors, found))
     raise UserError(
         f"{src} is no autoencoder in the original's names: {_names(tensors)}; of diffusers' files "
         f"give the folder with their {CONFIG}"
@@ -178,8 +178,9 @@ def _under_any(tensors: TensorFiles, prefixes: tuple[str, ...]) -> TensorFiles:
     return under(tensors, first) if first else tensors
 
 
-def _others(tensors: TensorFiles, found: TensorFiles) -> tuple[str, ...]:
-    used = set(found.places.values())
+def others(tensors: TensorFiles, *found: TensorFiles) -> tuple[str, ...]:
+    """The names of a file's tensors that are in none of those that were found in it."""
+    used = {place for each in found for place in each.places.values()}
     return tuple(name for name, place in tensors.places.items() if place not in used)
 
 
@@ -244,8 +245,7 @@ def sd3_parts(src: Path) -> dict[str, Source]:
         if found.shapes:
             _check_unscaled(found)
             parts[made] = read(found)
-    used = {place for part in parts.values() for place in part.tensors.places.values()}
-    left_out = tuple(name for name, place in tensors.places.items() if place not in used)
+    left_out = others(tensors, *(part.tensors for part in parts.values()))
     return parts | {"transformer": dataclasses.replace(parts["transformer"], left_out=left_out)}
 
 

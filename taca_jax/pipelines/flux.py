@@ -5,12 +5,10 @@ from typing import Any
 
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.t5 import T5Encoder
-from taca_jax.pipelines.base import Autoencoder, Pipeline, PipelineOutput, PipelineSettings
+from taca_jax.pipelines.base import Pipeline, PipelineSettings
 from taca_jax.pipelines.text_folders import Load, load_flux_text
 from taca_jax.text import FluxText
 from taca_jax.tokenizers import Tokenizer
-
-__all__ = ["Autoencoder", "FluxPipeline", "PipelineOutput", "PipelineSettings"]
 
 
 class FluxPipeline(Pipeline):

@@ -10,7 +10,8 @@ from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, TrainConfig
 from taca_jax.models.flux import FluxConfig
 from taca_jax.models.pixels import Pixels
 from taca_jax.models.t5 import T5Config
-from taca_jax.pipelines.flux import FluxPipeline, PipelineSettings
+from taca_jax.pipelines.base import PipelineSettings
+from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.sampling import FlowSchedule
 from taca_jax.tokenizers import load_tokenizer
 from tests.random_models import random_model
