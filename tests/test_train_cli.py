@@ -1,13 +1,12 @@
 """train.py on the command line: exit codes, one line on stderr, and no traceback."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import train
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -53,15 +52,9 @@ def run_here(monkeypatch, capsys, *arguments):
 
 
 def run_process(*arguments):
-    return subprocess.run(
-        [sys.executable, "train.py", *arguments],
-        cwd=ROOT,
-        # Steps that are run twice are not worth optimising.
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    # Steps that are run twice are not worth optimising.
+    cheaply = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    return run_python("train.py", *arguments, environment=cheaply)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from taca_jax.checkpoint import abstract_model, flat_params, load_model
 from taca_jax.errors import UserError
 from taca_jax.formats import clip as clip_format
 from taca_jax.models.clip import CLIP_BIGG, CLIP_L, CLIPConfig, CLIPTextEncoder
+from tests.compare import relative_error
 from tests.random_models import random_model
 
 TINY = CLIPConfig(
@@ -62,11 +63,6 @@ def perturbed(config: CLIPConfig):
         for param in theirs.parameters():
             param.add_(0.2 * torch.randn(param.shape, generator=generator))
     return theirs
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 @nnx.jit

@@ -15,6 +15,7 @@ from taca_jax.models import flux
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig, FluxTransformer
 from taca_jax.models.layers import LoRAParam
 from taca_jax.taca import TacaConfig, active, gamma_at
+from tests.compare import relative_error
 from tests.random_models import random_model, randomise
 
 TINY = FluxConfig(
@@ -57,10 +58,6 @@ def inputs(config: FluxConfig = TINY, text_len: int = 3) -> tuple[jax.Array, ...
 @nnx.jit
 def run(model: FluxTransformer, args: tuple, gamma=None, lora_scale=None, guidance=None):
     return model(*args, gamma=gamma, lora_scale=lora_scale, guidance=guidance)
-
-
-def relative_error(a, b) -> float:
-    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
 @pytest.fixture(scope="module")

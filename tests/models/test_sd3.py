@@ -16,6 +16,7 @@ from taca_jax.lora import SD3_ATTENTION_TARGETS, LoRAConfig, add_lora
 from taca_jax.models import sd3
 from taca_jax.models.layers import Fixed, LoRAParam
 from taca_jax.models.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config, SD3Transformer
+from tests.compare import relative_error
 from tests.random_models import random_model, randomise
 
 TINY = SD3Config(
@@ -48,10 +49,6 @@ def inputs(config: SD3Config = TINY) -> tuple[jax.Array, ...]:
 @nnx.jit
 def run(model: SD3Transformer, args: tuple, gamma=None, lora_scale=None, skip=None):
     return model(*args, gamma=gamma, lora_scale=lora_scale, skip=skip)
-
-
-def relative_error(a, b) -> float:
-    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from taca_jax.formats import engine
 from taca_jax.formats.t5 import TABLE
 from taca_jax.models.t5 import T5_XXL, T5Config, T5Encoder, relative_position_bucket
 from taca_jax.tensor_files import ArrayTensors
+from tests.compare import relative_error
 from tests.random_models import random_model
 
 TINY = T5Config(
@@ -46,11 +47,6 @@ def original(config: T5Config, device: str = "cpu"):
                 tie_word_embeddings=False,
             )
         ).eval()
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 @nnx.jit

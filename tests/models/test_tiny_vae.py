@@ -12,17 +12,13 @@ from taca_jax.errors import UserError
 from taca_jax.formats import engine
 from taca_jax.formats.tiny_vae import TABLE, open_taesd
 from taca_jax.models.tiny_vae import TAEF1, TinyVAE, TinyVAEConfig
+from tests.compare import relative_error
 from tests.random_models import random_model
 from tests.shared import shared_path
 
 SMALL = TinyVAEConfig(
     latent_channels=4, image_channels=3, width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1)
 )
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def original(name: str):

@@ -25,12 +25,8 @@ from taca_jax.models.vae import (
     upsample_nearest,
 )
 from taca_jax.tensor_files import open_tensors
+from tests.compare import relative_error
 from tests.shared import shared_path
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -17,15 +17,16 @@ from safetensors.numpy import load_file
 from convert.cli import main
 from taca_jax.checkpoint import load_model
 from taca_jax.formats import engine, flux_diffusers
-from taca_jax.formats.lora_factors import unstacked
 from taca_jax.formats.lora_files import read_lora, write_lora
 from taca_jax.formats.lora_peft import tensors_of
-from taca_jax.lora import LoRAConfig, add_lora, linears
+from taca_jax.lora import LoRAConfig, add_lora
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig, FluxTransformer
 from taca_jax.models.layers import LoRAParam, patchify
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.taca import TacaConfig
 from taca_jax.tensor_files import write_tensors
+from tests.compare import relative_error
+from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
 
@@ -43,11 +44,6 @@ SMALL = FluxConfig(
     pooled_dim=8,
     guidance_embed=True,
 )
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def nhwc(array: np.ndarray) -> jax.Array:
@@ -188,18 +184,7 @@ def test_loss_and_every_lora_gradient(adapted, train):
     )
     assert relative_error(value, train["loss"][0]) <= 1e-5
 
-    # d loss / d b is for b times the strength; here it is 1, and gradients take the names and
-    # shapes of the factors.
-    by_layer = {}
-    for path, _ in linears(adapted):
-        node = gradient
-        for part in path.split("."):
-            node = node.get(part, {})
-        if "lora_a" in node:
-            by_layer |= unstacked(
-                path, np.asarray(node["lora_a"].get_value()), np.asarray(node["lora_b"].get_value())
-            )
-    ours, _ = tensors_of(by_layer)
+    ours, _ = tensors_of(by_layer(gradient, adapted))
     theirs = {
         name.removeprefix("grad."): g for name, g in train.items() if name.startswith("grad.")
     }

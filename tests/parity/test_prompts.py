@@ -22,6 +22,7 @@ from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.pipelines.text_folders import encoder_parts, load_sd3_text, save_tokenizers
 from taca_jax.text import FluxText, SD3Text
 from taca_jax.tokenizers import load_tokenizer
+from tests.compare import relative_error
 from tests.shared import shared_path
 
 torch = pytest.importorskip("torch")
@@ -35,12 +36,6 @@ PROMPTS = [
     "a street with many red and blue houses, " * 30,  # 300 tokens: more than 77 and 256
 ]
 CLIP_TOKENS, SD3_T5_TOKENS, SD3_WIDTH, SD3_POOLED = 77, 256, 64, 16 + 24
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def perturbed(model, seed: int):

@@ -5,17 +5,13 @@ In a process of its own: libtpu, once loaded, stays, and reads its settings from
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import last_line, run_python
+
 HBM_BYTES = 16 * 2**30  # of one v5e chip
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,16 +24,8 @@ pytestmark = pytest.mark.skipif(
 
 def compile_in_a_process(module: str, *arguments: str) -> dict:
     """What a script of this folder prints last."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.tpu.{module}", *arguments],
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    done = run_python("-m", f"tests.tpu.{module}", *arguments, environment=ENVIRONMENT)
+    return json.loads(last_line(done))
 
 
 @pytest.fixture(scope="module")

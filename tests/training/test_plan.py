@@ -5,10 +5,7 @@ The plan itself is made in a process of its own, which libtpu, once loaded, woul
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,8 @@ from taca_jax.errors import UserError
 from taca_jax.taca import TacaConfig
 from taca_jax.training.plan import _configs
 from taca_jax.training.slices import Slice, slice_names
+from tests.processes import last_line, run_python
 from tests.training.tiny import tiny_config, tiny_pipeline
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_slices_are_named_as_they_are_rented():
@@ -91,16 +87,7 @@ print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.fl
 def test_a_small_plan(base, tmp_path):
     data = DataConfig(source="generated:shapes/64", batch_size=4, resolution=40)
     (tmp_path / "config.json").write_text(to_json(config_on(base, data=data)))
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "config.json")],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan = json.loads(done.stdout.splitlines()[-1])
+    plan = json.loads(last_line(run_python("-c", SCRIPT, str(tmp_path / "config.json"))))
     assert plan["fits"]
     assert plan["parts"]["trained parameters, optimizer"] > 0
     assert plan["parts"]["transformer, frozen"] > 0

@@ -5,8 +5,6 @@ import gc
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from taca_jax.taca import TacaConfig
 from taca_jax.training import run as run_module
 from taca_jax.training import train
 from taca_jax.training.checkpoints import Checkpoints
+from tests.processes import run_python
 from tests.training.tiny import tiny_config
 
 STEPS, SAVE_EVERY = 6, 2
@@ -277,14 +276,7 @@ run.train(from_json(TrainConfig, open(sys.argv[1]).read()))
 
 def run_script(script, config, environment, tmp_path):
     (tmp_path / "config.json").write_text(to_json(config))
-    return subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "config.json")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_python("-c", script, str(tmp_path / "config.json"), environment=environment)
 
 
 def test_killed_and_resumed_is_never_stopped(finished, tmp_path, environment):
