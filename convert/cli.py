@@ -10,20 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from convert.inspection import inspect
-from convert.models import (
-    Latents,
-    clip,
-    convert_flux,
-    convert_lora,
-    convert_model,
-    convert_sd3,
-    t5,
-    tiny_vae,
-    vae,
-)
+from convert.models import convert_flux, convert_lora, convert_model, convert_sd3
 from convert.verification import verify
 from taca_jax.errors import UserError
 from taca_jax.formats.lora_files import Kind, Layout
+from taca_jax.formats.sources import Latents, clip, t5, tiny_vae, vae
 from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -7,10 +7,18 @@ from typing import Any, get_args
 
 import numpy as np
 
-from convert.models import (
-    PIPELINE_FILE,
-    PIPELINE_PARTS,
-    TEXT_PREFIXES,
+from convert.models import PIPELINE_FILE
+from convert.stored import open_stored
+from taca_jax.checkpoint import CONFIG, kind_of, load_config
+from taca_jax.errors import UserError
+from taca_jax.formats import clip as clip_format
+from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
+from taca_jax.formats import t5 as t5_format
+from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
+from taca_jax.formats.lora_native import is_native
+from taca_jax.formats.original_pipelines import PIPELINE_PARTS, TEXT_PREFIXES
+from taca_jax.formats.settings import read_settings
+from taca_jax.formats.sources import (
     VAE_PREFIXES,
     Source,
     clip,
@@ -21,15 +29,6 @@ from convert.models import (
     tiny_vae,
     vae,
 )
-from convert.stored import open_stored
-from taca_jax.checkpoint import CONFIG, kind_of, load_config
-from taca_jax.errors import UserError
-from taca_jax.formats import clip as clip_format
-from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
-from taca_jax.formats import t5 as t5_format
-from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
-from taca_jax.formats.lora_native import is_native
-from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
 from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
 
