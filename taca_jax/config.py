@@ -25,6 +25,7 @@ from taca_jax.models.flux import FluxConfig
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config
+from taca_jax.models.tiles import Tiling
 from taca_jax.sampling import MAX_SEED
 from taca_jax.sharding import MeshConfig
 from taca_jax.taca import TacaConfig
@@ -355,6 +356,7 @@ class GenerateConfig:
     seed: decides the noise.
     compare: draw the same noise plain, with TACA, and with TACA and LoRA, side by side.
     dtype: of parameters and activations.
+    tiling: how large pictures are decoded in squares, to save memory; none never does.
     out: the PNG to write (numbered for several pictures); its settings go into its metadata.
     """
 
@@ -371,6 +373,7 @@ class GenerateConfig:
     seed: int = 0
     compare: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    tiling: Tiling | None = field(default_factory=Tiling)
     out: str = "out.png"
 
     def __post_init__(self):

@@ -76,6 +76,7 @@ def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Seque
         num_images=config.num_images,
         taca=variant.taca,
         lora_strength=variant.lora_strength,
+        tiling=config.tiling,
     ).images
     assert isinstance(images, list)  # output="pil"
     return images

@@ -21,11 +21,10 @@ from taca_jax.fields import from_json, to_json
 from taca_jax.formats.lora_files import read_lora
 from taca_jax.lora import linears, remove_lora
 from taca_jax.mesh import on
-from taca_jax.models.pixels import Pixels
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Encoder
-from taca_jax.models.tiny_vae import TinyVAE
-from taca_jax.models.vae import AutoencoderKL
+from taca_jax.models.tiles import TILING, Tiling
+from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
 from taca_jax.sampling import (
     MAX_SEED,
@@ -44,7 +43,6 @@ from taca_jax.tokenizers import Tokenizer, announce_cuts
 from taca_jax.weights import find_weights
 
 TextEncoder = T5Encoder | FluxText | SD3Text
-Autoencoder = Pixels | TinyVAE | AutoencoderKL
 
 SETTINGS_FILE = "pipeline.json"
 Output = Literal["pil", "array", "latents"]
@@ -273,6 +271,7 @@ class Pipeline:
         latents: Float[Array, "b h w c"] | None = None,
         skip_layers: SkipLayers | Sequence[int] | None = None,
         output: Output = "pil",
+        tiling: Tiling | None = TILING,
         trajectory: bool = False,
         callback: Callable[[int, Float[Array, "b h w c"]], None] | None = None,
     ) -> PipelineOutput:
@@ -284,7 +283,8 @@ class Pipeline:
         `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
         while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to Stable
         Diffusion 3's classifier-free one, away from the model without those layers (7, 8, 9 of
-        3.5-Medium): layers, or SkipLayers for its strength and time too. `callback(step, latents)`
+        3.5-Medium): layers, or SkipLayers for its strength and time too. `tiling` says how large
+        pictures are decoded in squares, None that they never are. `callback(step, latents)`
         runs after each step (and keeps the loop from being one program).
 
         Raises UserError for input that does not fit together.
@@ -332,7 +332,7 @@ class Pipeline:
                 x, seen = run(self.transformer, x, plan)
             else:
                 x, seen = self._step_by_step(run, x, plan, callback)
-            return PipelineOutput(self._pictures(x, output), x, seen)
+            return PipelineOutput(self._pictures(x, output, tiling), x, seen)
 
     def _step_by_step(
         self,
@@ -491,16 +491,13 @@ class Pipeline:
         return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
 
     def _pictures(
-        self, latents: Float[Array, "b h w c"], output: Output
+        self, latents: Float[Array, "b h w c"], output: Output, tiling: Tiling | None
     ) -> list[Image.Image] | np.ndarray | None:
         if output == "latents":
             return None
         assert self.autoencoder is not None  # _check_output saw to it
-        graph, state = nnx.split(self.autoencoder)
-        images = np.asarray(_decode(graph, state, latents))
-        if output == "array":
-            return images
-        return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+        images = decode(self.autoencoder, latents, tiling)
+        return images if output == "array" else to_pil(images)
 
 
 def _repeated(text: Conditioning, times: int) -> Conditioning:
@@ -510,11 +507,3 @@ def _repeated(text: Conditioning, times: int) -> Conditioning:
 @jax.jit(static_argnames=("graph", "pad_id"))
 def _encode(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, pad_id: int) -> Conditioning:
     return encode(nnx.merge(graph, state), tokens, pad_id)
-
-
-@jax.jit(static_argnames=("graph",))
-def _decode(
-    graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
-) -> Float[Array, "b H W 3"]:
-    images = nnx.merge(graph, state).decode(latents).astype(jnp.float32)
-    return jnp.clip((images + 1) / 2, 0, 1)

@@ -15,7 +15,9 @@ from taca_jax.formats.lora_files import write_lora
 from taca_jax.lora import LoRAConfig, add_lora, linears
 from taca_jax.models.layers import LoRAParam
 from taca_jax.models.pixels import Pixels, PixelsConfig
+from taca_jax.models.tiles import TILING, Tiling, decode_in_tiles
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from taca_jax.pipelines.decoding import decode
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.sharding import MeshConfig, make_mesh
 from taca_jax.taca import TacaConfig
@@ -24,6 +26,7 @@ from tests.training.tiny import FLUX, tiny_pipeline
 
 PROMPT = "a red circle and a blue square"
 TACA = TacaConfig(gamma=2.0, threshold=500)
+SMALL_VAE = TinyVAEConfig(4, 3, 8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +287,8 @@ def test_without_an_autoencoder_there_are_latents_only(pipeline):
 
 
 def test_an_autoencoder_decodes_and_is_saved_with_the_rest(tmp_path):
-    small = TinyVAEConfig(4, 3, 8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
     pipeline = tiny_pipeline(dataclasses.replace(FLUX, latent_channels=4, patch_size=2))
-    pipeline.autoencoder = random_model(small)
+    pipeline.autoencoder = random_model(SMALL_VAE)
     drawn = pipeline(PROMPT, output="array")
     assert drawn.latents.shape == (1, 20, 20, 4)
     assert drawn.images.shape == (1, 40, 40, 3)
@@ -294,6 +296,34 @@ def test_an_autoencoder_decodes_and_is_saved_with_the_rest(tmp_path):
     loaded = FluxPipeline.from_pretrained(tmp_path / "model", "float32")
     assert isinstance(loaded.autoencoder, TinyVAE)
     assert np.array_equal(array(loaded), drawn.images)
+
+
+def test_large_pictures_are_decoded_in_squares_where_asked(pipeline, monkeypatch):
+    seen = []
+
+    def in_tiles(decode, latents, tiling, downscale):
+        seen.append((tiling, latents.shape))
+        return decode_in_tiles(decode, latents, tiling, downscale)
+
+    monkeypatch.setattr("taca_jax.pipelines.decoding.decode_in_tiles", in_tiles)
+    # Half of the overlap is most of what a position of this decoder sees.
+    small, tiling = random_model(SMALL_VAE), Tiling(above=48, size=48, overlap=24)
+    latents = jax.random.normal(jax.random.key(0), (2, 32, 24, 4))
+    at_once = decode(small, latents, TILING)
+    np.testing.assert_allclose(decode(small, latents, tiling), at_once, atol=5e-3)
+    decode(small, latents[:, :24], tiling)
+    assert seen == [(tiling, latents.shape)]
+    with pytest.raises(UserError, match="takes multiples of 2 pixels"):
+        decode(small, latents, Tiling(above=0, size=23, overlap=0))
+    # What a call says reaches the decoder; pixels need none of it.
+    given = []
+    monkeypatch.setattr(
+        "taca_jax.pipelines.base.decode", lambda *args: given.append(args[2]) or decode(*args)
+    )
+    for options in ({}, {"tiling": None}, {"tiling": Tiling(above=0, size=24, overlap=0)}):
+        array(pipeline, **options)
+    assert given == [TILING, None, Tiling(above=0, size=24, overlap=0)]
+    assert len(seen) == 2
 
 
 def test_pixels_are_normalised_as_the_folder_says(tmp_path):
