@@ -357,6 +357,10 @@ class GenerateConfig:
     compare: draw the same noise plain, with TACA, and with TACA and LoRA, side by side.
     dtype: of parameters and activations.
     tiling: how large pictures are decoded in squares, to save memory; none never does.
+    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws
+      beside `out`, after each step, what the picture is predicted to become; `own` is the model's
+      own autoencoder, where that is small; none draws nothing.
+    progress: a bar of the steps; none shows it on a terminal only.
     out: the PNG to write (numbered for several pictures); its settings go into its metadata.
     """
 
@@ -374,6 +378,8 @@ class GenerateConfig:
     compare: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tiling: Tiling | None = field(default_factory=Tiling)
+    preview: str | None = None
+    progress: bool | None = None
     out: str = "out.png"
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """What the pipelines of all models share: their folder, their parts, and sampling."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,19 @@ from taca_jax.models.t5 import T5Encoder
 from taca_jax.models.tiles import TILING, Tiling
 from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
+from taca_jax.pipelines.watching import (
+    Callback,
+    Preview,
+    Previewer,
+    find_previewer,
+    read_previewer,
+    step_bar,
+    watcher,
+)
 from taca_jax.sampling import (
     MAX_SEED,
     Conditioning,
     FlowSchedule,
-    Plan,
     SkipLayers,
     Trajectory,
     denoise,
@@ -123,6 +131,7 @@ class Pipeline:
         self.autoencoder = autoencoder
         self.settings = settings
         self.mesh = mesh
+        self.previewer: Previewer | None = None
 
     @classmethod
     def from_pretrained(
@@ -236,6 +245,15 @@ class Pipeline:
         """Takes LoRA factors off; without any this does nothing."""
         remove_lora(self.transformer)
 
+    def load_previewer(self, path: str | Path) -> None:
+        """Reads the tiny autoencoder that draws previews: TAEF1 for FLUX.1, TAESD3 for Stable
+        Diffusion 3; a converted folder, or the beginning of the names of its two published files.
+
+        Raises UserError where it is missing, damaged, or of another model.
+        """
+        config = self.transformer.config
+        self.previewer = read_previewer(Path(path), config.latent_channels)
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of prompts; a warning says what of one is too long to be read.
 
@@ -273,7 +291,9 @@ class Pipeline:
         output: Output = "pil",
         tiling: Tiling | None = TILING,
         trajectory: bool = False,
-        callback: Callable[[int, Float[Array, "b h w c"]], None] | None = None,
+        callback: Callback | None = None,
+        preview: Preview | None = None,
+        progress: bool | None = None,
     ) -> PipelineOutput:
         """Pictures of `prompt` (one or several, each `num_images` times).
 
@@ -284,12 +304,19 @@ class Pipeline:
         while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to Stable
         Diffusion 3's classifier-free one, away from the model without those layers (7, 8, 9 of
         3.5-Medium): layers, or SkipLayers for its strength and time too. `tiling` says how large
-        pictures are decoded in squares, None that they never are. `callback(step, latents)`
-        runs after each step (and keeps the loop from being one program).
+        pictures are decoded in squares, None that they never are.
+
+        After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with
+        what each picture is predicted to become, drawn by the previewer (`load_previewer`). A bar
+        on stderr shows `progress`, by default on a terminal only. None of these changes what is
+        drawn.
 
         Raises UserError for input that does not fit together.
         """
         self._check_output(output)
+        previewer = None
+        if preview is not None:
+            previewer = find_previewer(self.previewer, self.autoencoder)
         if guidance is None:
             guidance = self.settings.guidance
         if not 0 <= guidance < math.inf:
@@ -319,36 +346,20 @@ class Pipeline:
         if skip is not None:
             skip.announce(len(sigmas) - 1)
         plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
-        run = partial(
-            denoise,
-            positive=positive,
-            negative=negative,
-            cfg_scale=jnp.float32(guidance),
-            skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
-            trajectory=trajectory,
-        )
+        with on(self.mesh), step_bar(len(sigmas) - 1, progress) as advance:
+            x, seen = denoise(
+                self.transformer,
+                x,
+                plan,
+                positive,
+                negative,
+                jnp.float32(guidance),
+                skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
+                trajectory=trajectory,
+                watch=watcher(advance, callback, preview, previewer),
+            )
         with on(self.mesh):
-            if callback is None:
-                x, seen = run(self.transformer, x, plan)
-            else:
-                x, seen = self._step_by_step(run, x, plan, callback)
             return PipelineOutput(self._pictures(x, output, tiling), x, seen)
-
-    def _step_by_step(
-        self,
-        run: Callable[..., tuple[jax.Array, Trajectory | None]],
-        x: Float[Array, "b h w c"],
-        plan: Plan,
-        callback: Callable[[int, Float[Array, "b h w c"]], None],
-    ) -> tuple[Float[Array, "b h w c"], Trajectory | None]:
-        steps_seen = []
-        for i in range(len(plan.sigma)):
-            now = jax.tree.map(lambda steps, i=i: steps[i : i + 1], plan)
-            x, one = run(self.transformer, x, now)
-            steps_seen.append(one)
-            callback(i, x)
-        # Without a trajectory each is None, an empty tree.
-        return x, jax.tree.map(lambda *each: jnp.concatenate(each), *steps_seen)
 
     def _check_output(self, output: str) -> None:
         """Before anything is drawn that could not be given."""

@@ -216,7 +216,7 @@ def _install(pipeline: Pipeline, model: TextToImage) -> None:
 
 def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog, step: int) -> None:
     prompts = list(config.sample_prompts)
-    pictures = pipeline(prompts, taca=config.taca, seed=config.seed).images
+    pictures = pipeline(prompts, taca=config.taca, seed=config.seed, progress=False).images
     assert isinstance(pictures, list)
     grid = caption_grid(pictures, prompts)
     folder = config.run_dir / "samples"
