@@ -14,7 +14,9 @@ import math
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +42,7 @@ from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.models.vae import AutoencoderKL, VAEConfig
 from taca_jax.quiet import quiet
+from taca_jax.streams import StreamedArray, put
 from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensors
 
 KINDS: dict[str, tuple[type, type]] = {
@@ -63,20 +66,10 @@ Model = (
     | Pixels
 )
 
+Place = Callable[[str, str, Shape], Sharding]
+"""(kind, path, shape) -> where a parameter goes, as `sharding.placement` says."""
+
 CONFIG, PARAMS, SAFETENSORS = "config.json", "params", "model.safetensors"
-
-
-@dataclass(frozen=True)
-class StreamedArray:
-    """An array that is written piece by piece: `pieces` yields (leading index, rest of the array).
-
-    A stack of layers comes layer by layer, indexed (0,), (1,), ...; any other at once, indexed ().
-    """
-
-    shape: Shape
-    dtype: np.dtype
-    pieces: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
-    stacked: bool
 
 
 def save_model(
@@ -140,7 +133,7 @@ def load_model(
     dtype: DTypeLike,
     param_dtype: DTypeLike | None = None,
     remat: Remat = "none",
-    place: Callable[[str, str, Shape], Sharding] | None = None,
+    place: Place | None = None,
 ) -> Any:
     """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
 
@@ -150,23 +143,53 @@ def load_model(
     """
     path = Path(path)
     config = load_config(path)
-    model = abstract_model(config, dtype=dtype, remat=remat)
-    wanted = {name: param.shape for name, param in flat_params(model).items()}
-    if not wanted:  # pixels: the config is all
-        return model
+    if not shapes_of(config):  # pixels: the config is all
+        return abstract_model(config, dtype=dtype, remat=remat)
     if (path / PARAMS).is_dir():
-        given, read = _open_orbax(path / PARAMS)
+        stored = _open_orbax(path / PARAMS)
     elif (path / SAFETENSORS).is_file():
-        given, read = _open_safetensors(path / SAFETENSORS)
+        stored = _open_safetensors(path / SAFETENSORS)
     else:
         raise UserError(f"{path} has neither {PARAMS}/ nor {SAFETENSORS}; write the folder again")
-    if problems := differences(wanted, given):
+    if problems := differences(shapes_of(config), stored.shapes):
         raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
-    if place is None:
-        placed = dict.fromkeys(wanted, SingleDeviceSharding(jax.devices()[0]))
-    else:
-        placed = {name: place(kind_of(config), name, shape) for name, shape in wanted.items()}
-    return filled(model, read(placed, param_dtype))
+    return load_stored(
+        config, stored, dtype=dtype, param_dtype=param_dtype, remat=remat, place=place
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The parameters of a model where they are kept, by dotted path.
+
+    `read(path, dtype)` is one of them, in a dtype or, for None, as it is stored.
+    """
+
+    shapes: Mapping[str, Shape]
+    read: Callable[[str, DTypeLike | None], StreamedArray]
+
+
+def load_stored(
+    config: Any,
+    stored: Stored,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike | None = None,
+    remat: Remat = "none",
+    place: Place | None = None,
+) -> Any:
+    """The model of a config with the parameters that `stored` has, one at a time.
+
+    The other parameters are as of `load_model`; of stored ones, shapes are not compared here.
+    """
+    arrays = {}
+    for name, shape in shapes_of(config).items():
+        if place is None:
+            where: Sharding = SingleDeviceSharding(jax.devices()[0])
+        else:
+            where = place(kind_of(config), name, shape)
+        arrays[name] = put(stored.read(name, param_dtype), where)
+    return filled(abstract_model(config, dtype=dtype, remat=remat), arrays)
 
 
 def kind_of(config: Any) -> str:
@@ -195,42 +218,59 @@ def filled(model: Any, arrays: Mapping[str, jax.Array]) -> Any:
     return nnx.merge(graph, state)
 
 
-_Placed = Mapping[str, Sharding]
-_Read = Callable[[_Placed, DTypeLike | None], dict[str, jax.Array]]
+@cache
+def shapes_of(config: Any) -> Mapping[str, Shape]:
+    """The parameters of a config's models by dotted path."""
+    model = abstract_model(config, dtype=jnp.float32)
+    return {path: param.shape for path, param in flat_params(model).items()}
 
 
-def _open_safetensors(file: Path) -> tuple[Mapping[str, Shape], _Read]:
+def _open_safetensors(file: Path) -> Stored:
     tensors = open_tensors(file)
 
-    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
-        arrays = {}
-        for name in tensors.shapes:
-            array = tensors.read(name)
-            array = array if dtype is None else array.astype(jnp.dtype(dtype))
-            arrays[name] = jax.device_put(array, placed[name])
-        return arrays
+    def read(name: str, dtype: DTypeLike | None) -> StreamedArray:
+        target = tensors.dtypes[name] if dtype is None else jnp.dtype(dtype)
 
-    return tensors.shapes, read
+        def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+            yield (), tensors.read(name).astype(target, copy=False)
+
+        return StreamedArray(tensors.shapes[name], target, pieces, stacked=False)
+
+    return Stored(tensors.shapes, read)
 
 
-def _open_orbax(folder: Path) -> tuple[dict[str, Shape], _Read]:
-    # Orbax finds damage only while it reads, and then prints every read that it drops.
+def _open_orbax(folder: Path) -> Stored:
+    """Orbax's own reader would have whole stacks on the host, and many at a time."""
     shapes = {array.name: _checked_shape(array) for array in folder.iterdir() if array.is_dir()}
 
-    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
-        stored = None if dtype is None else jnp.dtype(dtype)
-        args = {
-            name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=stored)
-            for name, sharding in placed.items()
-        }
-        request = ocp.args.PyTreeRestore(restore_args=_nested(args))
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return dict(_flat(checkpointer.restore(folder.absolute(), request)))
-        except Exception as error:  # what Orbax raises, and it raises that class itself
-            raise _damaged(folder, str(error)) from error
+    def read(name: str, dtype: DTypeLike | None) -> StreamedArray:
+        with _reading(folder / name):
+            kvstore = {"driver": "file", "path": f"{folder.absolute() / name}/"}
+            store = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+        target = store.dtype.numpy_dtype if dtype is None else jnp.dtype(dtype)
+        layers = (
+            store.shape[0]
+            if store.ndim > 1 and store.chunk_layout.read_chunk.shape[0] == 1
+            else None
+        )
 
-    return shapes, read
+        def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+            for index in [()] if layers is None else [(i,) for i in range(layers)]:
+                with _reading(folder / name):
+                    piece = np.asarray(store[index].read().result())
+                yield index, piece.astype(target, copy=False)
+
+        return StreamedArray(shapes[name], target, pieces, stacked=layers is not None)
+
+    return Stored(shapes, read)
+
+
+@contextmanager
+def _reading(array: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # what TensorStore raises
+        raise _damaged(array, str(error)) from error
 
 
 def _checked_shape(array: Path) -> Shape:
@@ -357,11 +397,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, node in tree.items():
-        if isinstance(node, Mapping):
-            yield from _flat(node, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", node

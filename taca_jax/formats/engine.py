@@ -1,16 +1,17 @@
 """Weights in another layout to our parameters and back: all or nothing, a tensor at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from taca_jax.checkpoint import Model, StreamedArray, abstract_model, filled, flat_params
+from taca_jax.checkpoint import Model, Place, Stored, flat_params, load_stored, shapes_of
 from taca_jax.errors import UserError
 from taca_jax.formats.table import Piece, Table
+from taca_jax.models.stack import Remat
+from taca_jax.streams import StreamedArray
 from taca_jax.tensor_files import FLOAT8, Shape, Tensors, differences, summary
 
 
@@ -43,19 +44,24 @@ def streamed(
 
     In `dtype`, or as stored there; float8 is bfloat16 then, which holds it exactly.
     """
-    wanted = shapes_of(config)
-    found = match(table, tensors, wanted)
-    arrays = {}
-    for path, pieces in found.items():
-        stored = np.result_type(*(_kept(tensors.dtypes[piece.key]) for piece in pieces))
-        target = stored if dtype is None else jnp.dtype(dtype)
-        arrays[path] = StreamedArray(
-            shape=wanted[path],
-            dtype=target,
-            pieces=_reader(tensors, pieces, target),
-            stacked=pieces[0].layer is not None,
-        )
-    return arrays
+    shapes = shapes_of(config)
+    return {
+        path: _array(tensors, shapes[path], pieces, dtype)
+        for path, pieces in match(table, tensors, shapes).items()
+    }
+
+
+def _array(
+    tensors: Tensors, shape: Shape, pieces: Sequence[Piece], dtype: DTypeLike | None
+) -> StreamedArray:
+    stored = np.result_type(*(_kept(tensors.dtypes[piece.key]) for piece in pieces))
+    target = stored if dtype is None else jnp.dtype(dtype)
+    return StreamedArray(
+        shape=shape,
+        dtype=target,
+        pieces=_reader(tensors, pieces, target),
+        stacked=pieces[0].layer is not None,
+    )
 
 
 def load(
@@ -65,13 +71,19 @@ def load(
     *,
     dtype: DTypeLike,
     param_dtype: DTypeLike | None = None,
+    remat: Remat = "none",
+    place: Place | None = None,
 ) -> Any:
-    """The model of `config` with these weights, computing in `dtype`. Raises as `match` does."""
-    params = {
-        path: jnp.asarray(_whole(array))
-        for path, array in streamed(table, tensors, config, param_dtype).items()
-    }
-    return filled(abstract_model(config, dtype=dtype), params)
+    """The model of `config` with these weights, straight onto its devices, a tensor at a time.
+
+    `dtype` and what follows are as of `checkpoint.load_model`. Raises as `match` does.
+    """
+    shapes = shapes_of(config)
+    found = match(table, tensors, shapes)
+    stored = Stored(shapes, lambda path, target: _array(tensors, shapes[path], found[path], target))
+    return load_stored(
+        config, stored, dtype=dtype, param_dtype=param_dtype, remat=remat, place=place
+    )
 
 
 def export(table: Table, model: Model) -> dict[str, np.ndarray]:
@@ -87,13 +99,6 @@ def export(table: Table, model: Model) -> dict[str, np.ndarray]:
         else:
             tensors[piece.key] = theirs
     return tensors
-
-
-@cache
-def shapes_of(config: Any) -> Mapping[str, Shape]:
-    """The parameters of a config's models by dotted path."""
-    model = abstract_model(config, dtype=jnp.float32)
-    return {path: param.shape for path, param in flat_params(model).items()}
 
 
 def _kept(dtype: np.dtype) -> np.dtype:
@@ -124,10 +129,3 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     for start in range(0, array.shape[1], STRIP):
         made[:, start : start + STRIP] = array[:, start : start + STRIP]
     return made
-
-
-def _whole(array: StreamedArray) -> np.ndarray:
-    whole = np.empty(array.shape, array.dtype)
-    for index, piece in array.pieces():
-        whole[index] = piece
-    return whole

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -15,9 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
-from taca_jax.checkpoint import kind_of, load_config, load_model, save_model
+from taca_jax.checkpoint import kind_of, save_model
 from taca_jax.errors import UserError
-from taca_jax.fields import from_json, to_json
+from taca_jax.fields import to_json
 from taca_jax.formats.lora_files import read_lora
 from taca_jax.lora import linears, remove_lora
 from taca_jax.mesh import on
@@ -25,6 +24,15 @@ from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.models.tiles import TILING, Tiling
 from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
+from taca_jax.pipelines.parts import (
+    AUTOENCODER,
+    SETTINGS_FILE,
+    TRANSFORMER,
+    Part,
+    Parts,
+    PipelineSettings,
+    open_parts,
+)
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
 from taca_jax.pipelines.watching import (
     Callback,
@@ -38,7 +46,6 @@ from taca_jax.pipelines.watching import (
 from taca_jax.sampling import (
     MAX_SEED,
     Conditioning,
-    FlowSchedule,
     SkipLayers,
     Trajectory,
     denoise,
@@ -52,28 +59,7 @@ from taca_jax.weights import find_weights
 
 TextEncoder = T5Encoder | FluxText | SD3Text
 
-SETTINGS_FILE = "pipeline.json"
 Output = Literal["pil", "array", "latents"]
-
-
-@dataclass(frozen=True)
-class PipelineSettings:
-    """What a pipeline folder says beside its weights.
-
-    tokenizer: T5's, as in TextConfig, or None where the pipeline's folder has it, as `tokenizer/`
-      beside `text_encoder/`, `tokenizer_2/` beside `text_encoder_2/`, and so on.
-    text_length: tokens that T5 reads.
-    resolution: pixels per side that the model was trained at.
-    steps, guidance: what a call takes that names none.
-    schedule: the sampler's noise levels.
-    """
-
-    tokenizer: str | None
-    text_length: int
-    resolution: int
-    steps: int
-    guidance: float
-    schedule: FlowSchedule
 
 
 @dataclass(frozen=True)
@@ -103,9 +89,9 @@ class Pipeline:
 
     @classmethod
     def _load_text(
-        cls, folder: Path, load: Load, settings: PipelineSettings, config: Any
+        cls, parts: Parts, load: Load, config: Any
     ) -> tuple[TextEncoder, Tokenizer] | None:
-        """What reads prompts, from the pipeline's folder; None where a part of it is left out."""
+        """What reads prompts; None where a part of it is left out."""
         raise NotImplementedError
 
     def _check_grid(self, rows: int, columns: int) -> None:
@@ -146,51 +132,61 @@ class Pipeline:
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
 
-        `path` may also be the name of a model that comes with the package (`shapes_base`).
+        `path` may also be the name of a model that comes with the package (`shapes_base`), or an
+        original that nobody has converted: a diffusers pipeline folder, or a single file of Black
+        Forest Labs' or Stability AI's with what is beside it (`open_original`).
 
         `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
-        go straight to their places on `mesh` (`sharding.make_mesh`), over which the pipeline then
-        runs; without one, to the first device. `remat` matters to training only.
+        go straight to their places on `mesh` (`sharding.make_mesh`), a tensor at a time; over it
+        the pipeline then runs. Without one they go to the first device. `remat` matters to training
+        only.
 
-        Raises UserError where the folder or a part of it is missing, damaged, or of another kind of
-        model.
+        Raises UserError where the pipeline or a part of it is missing, damaged, or of another kind
+        of model.
         """
-        path = find_weights(path)
-        settings_file = path / SETTINGS_FILE
-        if not settings_file.is_file():
-            hint = ""
-            if (path / "model_index.json").is_file() or path.suffix == ".safetensors":
-                hint = f"; convert it: python -m convert {cls.kind} --src {path} --dst NEW_FOLDER"
-            raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}{hint}")
-        settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
-        load = partial(
-            load_model,
-            dtype=jnp.dtype(dtype),
-            param_dtype=jnp.dtype(param_dtype or dtype),
-            place=placement(mesh),
-        )
-        kind = kind_of(load_config(path / "transformer"))
-        if kind != cls.kind:
-            raise UserError(f"{path} is of kind {kind}; {cls.__name__} reads {cls.kind}")
-        transformer = load(path / "transformer", remat=remat)
-        text_encoder = tokenizer = autoencoder = None
-        text = cls._load_text(path, load, settings, transformer.config)
-        if text is not None:
-            text_encoder, tokenizer = text
-        if (path / "autoencoder").is_dir():
-            autoencoder = load(path / "autoencoder")
-            given, expected = autoencoder.config.latent_channels, transformer.config.latent_channels
+        parts = open_parts(find_weights(path))
+        return cls.from_parts(parts, dtype, param_dtype=param_dtype, mesh=mesh, remat=remat)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Parts,
+        dtype: Literal["float32", "bfloat16"],
+        *,
+        param_dtype: Literal["float32", "bfloat16"] | None,
+        mesh: Mesh | None,
+        remat: Remat,
+    ) -> Self:
+        """What `from_pretrained` makes of an opened pipeline."""
+
+        def load(part: Part, remat: Remat = "none") -> Any:
+            return part.load(
+                dtype=jnp.dtype(dtype),
+                param_dtype=jnp.dtype(param_dtype or dtype),
+                place=placement(mesh),
+                remat=remat,
+            )
+
+        config = parts.models[TRANSFORMER].config
+        if kind_of(config) != cls.kind:
+            raise UserError(
+                f"{parts.where} is of kind {kind_of(config)}; {cls.__name__} reads {cls.kind}"
+            )
+        autoencoder = parts.models.get(AUTOENCODER)
+        if autoencoder is not None:
+            given, expected = autoencoder.config.latent_channels, config.latent_channels
             if given != expected:
                 raise UserError(
-                    f"{path / 'autoencoder'} has {given} latent channels, the transformer expects "
+                    f"{autoencoder.where} has {given} latent channels, the transformer expects "
                     f"{expected}; it is of another model"
                 )
+        text_encoder, tokenizer = cls._load_text(parts, load, config) or (None, None)
         return cls(
-            transformer,
+            load(parts.models[TRANSFORMER], remat),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            autoencoder=autoencoder,
-            settings=settings,
+            autoencoder=None if autoencoder is None else load(autoencoder),
+            settings=parts.settings,
             mesh=mesh,
         )
 

@@ -7,7 +7,6 @@ transformers writes go through `python -m convert` and the loaders of pipelines.
 import json
 import logging
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -16,9 +15,10 @@ import pytest
 from flax import nnx
 
 from convert.cli import main
-from taca_jax.checkpoint import load_model
 from taca_jax.errors import UserError
+from taca_jax.formats.sd3_diffusers import SCHEDULE
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.parts import PipelineSettings, converted_parts
 from taca_jax.pipelines.text_folders import encoder_parts, load_sd3_text, save_tokenizers
 from taca_jax.text import FluxText, SD3Text
 from taca_jax.tokenizers import load_tokenizer
@@ -205,9 +205,17 @@ def sd3(tmp_path_factory):
 
 
 def load_sd3(folder, **changes):
-    load = partial(load_model, dtype=jnp.float32)
-    options = {"t5_length": SD3_T5_TOKENS, "txt_dim": SD3_WIDTH, "pooled_dim": SD3_POOLED}
-    return load_sd3_text(folder, load, **({"tokenizer": None} | options | changes))
+    settings = PipelineSettings(
+        tokenizer=None,
+        text_length=SD3_T5_TOKENS,
+        resolution=64,
+        steps=4,
+        guidance=1.0,
+        schedule=SCHEDULE,
+    )
+    options = {"txt_dim": SD3_WIDTH, "pooled_dim": SD3_POOLED} | changes
+    parts = converted_parts(folder, settings)
+    return load_sd3_text(parts, lambda part: part.load(dtype=jnp.float32), **options)
 
 
 @pytest.fixture(scope="module")
