@@ -14,7 +14,6 @@ import math
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -240,56 +239,52 @@ def _open_safetensors(file: Path) -> Stored:
 
 
 def _open_orbax(folder: Path) -> Stored:
-    """Orbax's own reader would have whole stacks on the host, and many at a time."""
-    shapes = {array.name: _checked_shape(array) for array in folder.iterdir() if array.is_dir()}
+    """What `_StreamedHandler` wrote: each array, or each layer of a stack, is the bytes of a file.
+
+    They are read here as they are: Orbax's own reader would have whole stacks on the host and many
+    at a time, and TensorStore's threads keep what they have freed.
+    """
+    stored = {array.name: _checked(array) for array in folder.iterdir() if array.is_dir()}
 
     def read(name: str, dtype: DTypeLike | None) -> StreamedArray:
-        with _reading(folder / name):
-            kvstore = {"driver": "file", "path": f"{folder.absolute() / name}/"}
-            store = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
-        target = store.dtype.numpy_dtype if dtype is None else jnp.dtype(dtype)
-        layers = (
-            store.shape[0]
-            if store.ndim > 1 and store.chunk_layout.read_chunk.shape[0] == 1
-            else None
-        )
+        shape, chunk, kept = stored[name]
+        stacked = chunk != shape
+        target = kept if dtype is None else jnp.dtype(dtype)
 
         def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-            for index in [()] if layers is None else [(i,) for i in range(layers)]:
-                with _reading(folder / name):
-                    piece = np.asarray(store[index].read().result())
-                yield index, piece.astype(target, copy=False)
+            for layer in range(shape[0] if stacked else 1):
+                file = folder / name / ".".join(map(str, (layer, *(0,) * (len(shape) - 1))))
+                try:
+                    piece = np.fromfile(file, kept).reshape(chunk)
+                except (OSError, ValueError) as error:
+                    raise _damaged(file, str(error)) from error
+                piece = piece.astype(target, copy=False)
+                yield ((layer,), piece[0]) if stacked else ((), piece)
 
-        return StreamedArray(shapes[name], target, pieces, stacked=layers is not None)
+        return StreamedArray(shape, target, pieces, stacked)
 
-    return Stored(shapes, read)
-
-
-@contextmanager
-def _reading(array: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:  # what TensorStore raises
-        raise _damaged(array, str(error)) from error
+    return Stored({name: shape for name, (shape, _, _) in stored.items()}, read)
 
 
-def _checked_shape(array: Path) -> Shape:
-    """The shape of one stored array, all of whose chunks are there in full."""
+def _checked(array: Path) -> tuple[Shape, Shape, np.dtype]:
+    """Shape, chunk and dtype of one stored array, all of whose chunks are there in full."""
     try:
         header = json.loads((array / ".zarray").read_text())
-        shape, chunks = header["shape"], header["chunks"]
-        itemsize = jnp.dtype(header["dtype"]).itemsize
+        shape, chunks = tuple(header["shape"]), tuple(header["chunks"])
+        dtype = jnp.dtype(header["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(array, f"its .zarray: {error}") from error
+    if chunks not in (shape, (1, *shape[1:])):
+        raise _damaged(array, f"chunks of {chunks} of {shape}, expected layers or all")
     counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
     for index in itertools.product(*map(range, counts)):
         chunk = array / ".".join(map(str, index))
         size = chunk.stat().st_size if chunk.is_file() else None
-        expected = math.prod(chunks) * itemsize
+        expected = math.prod(chunks) * dtype.itemsize
         if size != expected:
             found = "missing" if size is None else f"{size} bytes"
             raise _damaged(array, f"chunk {chunk.name} is {found}, expected {expected} bytes")
-    return tuple(shape)
+    return shape, chunks, dtype
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
