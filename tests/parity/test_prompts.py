@@ -47,11 +47,20 @@ def perturbed(model, seed: int):
     return model.eval()
 
 
-def clip(kind: str, dim: int, *, activation: str = "quick_gelu", seed: int = 0):
+def clip(
+    kind: str,
+    dim: int,
+    *,
+    activation: str = "quick_gelu",
+    seed: int = 0,
+    hidden: int | None = None,
+):
+    """A CLIP `hidden` wide, by default as wide as what it projects to, which is `dim`."""
     torch.manual_seed(seed)
+    hidden = dim if hidden is None else hidden
     settings = transformers.CLIPTextConfig(
-        hidden_size=dim,
-        intermediate_size=2 * dim,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=3,
         num_attention_heads=2,
         projection_dim=dim,
