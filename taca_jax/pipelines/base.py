@@ -268,7 +268,7 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -294,7 +294,8 @@ class Pipeline:
         """Pictures of `prompt` (one or several, each `num_images` times).
 
         Sizes are in pixels. `guidance` is embedded where the model takes it; other models use it
-        for classifier-free guidance against `negative_prompt` ("" by default) when it is above 1.
+        for classifier-free guidance against `negative_prompt` ("" by default; one for all, or one
+        for each prompt) when it is above 1.
         A model with embedded guidance refuses `negative_prompt`. Picture i starts from the noise of
         `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
         while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to Stable
@@ -414,7 +415,7 @@ class Pipeline:
 
     def _negative(
         self,
-        prompt: str | None,
+        prompt: str | Sequence[str] | None,
         embeds: Float[Array, "b t k"] | None,
         pooled: Float[Array, "b p"] | None,
         guidance: float,

@@ -121,6 +121,7 @@ VAE = VAEConfig(
 T5 = T5Config(20, 12, 16, 2, 4, 2, relative_buckets=32, relative_max_distance=128)
 
 
+@pytest.mark.slow
 def test_stability_ais_file_with_all_that_is_in_it(tmp_path):
     parts = {
         sd3_native.PREFIX: (sd3_native.table_of(SD3), SD3),
