@@ -68,7 +68,9 @@ def measure(
             [
                 _sample(pipeline, prompts, start, variant, evaluate)
                 for start in track(
-                    range(0, len(prompts), evaluate.batch_size), f"sampling {variant.name}"
+                    range(0, len(prompts), evaluate.batch_size),
+                    f"sampling {variant.name}",
+                    disable=not is_first(),
                 )
             ]
         )

@@ -26,11 +26,14 @@ from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.processes import is_first, join_processes, names_of_all, on_host, wait_for_all
 from taca_jax.sharding import batch_sharding, local_rows, make_mesh
+from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline, check_batch
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.flops import step_flops
 from taca_jax.training.plan import plan
 from taca_jax.training.preemption import Notice
+from taca_jax.training.slices import peak_flops
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 
 # What may differ between a run and its resumption without making it another run.
@@ -174,13 +177,8 @@ def _loop(
 ) -> TrainState:
     start = int(state.step)
     before: _Step | None = None
-    samples = config.data.batch_size * config.grad_accumulation
-    with (
-        Notice() as notice,
-        RunLog(config.run_dir, start=start, steps=config.steps, samples_per_step=samples)
-        if is_first()
-        else nullcontext() as log,
-    ):
+    log = _log(config, pipeline, start) if is_first() else None
+    with Notice() as notice, nullcontext() if log is None else log:
         for step in range(start + 1, config.steps + 1):
             batch, names = _next_batch(loader, config.grad_accumulation, mesh)
             state, metrics = trainer.run(state, batch)
@@ -208,6 +206,35 @@ def _loop(
             _report(log, before)
         checkpoints.wait()
     return state
+
+
+def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
+    peak = peak_flops(jax.devices()[0].device_kind)
+    utilisation_of = None
+    if peak is not None:
+        flops = _step_flops(config, pipeline)
+        utilisation_of = lambda seconds: flops / (seconds * peak * jax.device_count())  # noqa: E731
+    return RunLog(
+        config.run_dir,
+        start=start,
+        steps=config.steps,
+        samples_per_step=config.data.batch_size * config.grad_accumulation,
+        utilisation_of=utilisation_of,
+    )
+
+
+def _step_flops(config: TrainConfig, pipeline: Pipeline) -> float:
+    encoder, autoencoder, tokenizer = (
+        pipeline.text_encoder,
+        pipeline.autoencoder,
+        _tokenizer(pipeline),
+    )
+    assert encoder is not None  # build_pipeline saw to both
+    assert autoencoder is not None
+    transformer = pipeline.transformer.config
+    side = config.data.resolution // (autoencoder.config.downscale * transformer.patch_size)
+    text = jax.eval_shape(lambda tokens: encode(encoder, tokens, tokenizer.pad_id), tokenizer([""]))
+    return step_flops(config, transformer, image=side * side, text=text.txt.shape[1])
 
 
 def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, list[str]]:
