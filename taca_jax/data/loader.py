@@ -20,6 +20,7 @@ import numpy as np
 
 from taca_jax.data.config import DataConfig
 from taca_jax.data.sources import BadExampleError, Example, FolderSource, Source
+from taca_jax.data.stalls import StallWatch
 from taca_jax.errors import UserError
 
 Tokenize = Callable[[list[str]], np.ndarray]
@@ -59,6 +60,7 @@ class Loader:
 
     def __init__(self, source: Source, data: DataConfig, tokenize: Tokenize, rows: np.ndarray):
         self._source = source
+        self._stalls = StallWatch()
         self._tokenize = tokenize
         self._tokenize_lock = threading.Lock()  # Rust tokenizers refuse two threads at a time
         self._seed = data.seed
@@ -132,6 +134,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends reading ahead."""
+        self._stalls.close()
         self._chunks.close()
 
     def __enter__(self) -> "Loader":
@@ -147,10 +150,11 @@ class Loader:
 
     def _current(self) -> _Chunk:
         """The chunk that holds the next example, which is at `_offset`."""
+        if self._chunk is not None and self._offset == len(self._chunk.id):
+            self._chunk, self._offset = None, 0
         if self._chunk is None:
-            self._chunk = next(self._chunks)
-        elif self._offset == len(self._chunk.id):
-            self._chunk, self._offset = next(self._chunks), 0
+            with self._stalls.waiting():
+                self._chunk = next(self._chunks)
         return self._chunk
 
     def _read(self, number: int) -> _Chunk:
@@ -176,7 +180,8 @@ class Loader:
         """
         for index in self._order.at(place):
             try:
-                return self._source[index]
+                with self._stalls.reading(f"example {index}"):
+                    return self._source[index]
             except BadExampleError:  # the source has counted and logged it
                 continue
         raise UserError("no example can be read")  # the source says so first, naming one

@@ -1,9 +1,7 @@
 """A training run from start (or checkpoint) to exported weights and their measurement."""
 
 import copy
-import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -24,13 +22,14 @@ from taca_jax.metrics import RunLog
 from taca_jax.models.layers import LoRAParam
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
-from taca_jax.processes import is_first, join_processes, names_of_all, on_host, wait_for_all
+from taca_jax.processes import is_first, join_processes, on_host, wait_for_all
 from taca_jax.sharding import batch_sharding, local_rows, make_mesh
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline, check_batch
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.flops import step_flops
+from taca_jax.training.health import Health, Step
 from taca_jax.training.plan import plan
 from taca_jax.training.preemption import Notice
 from taca_jax.training.slices import peak_flops
@@ -176,34 +175,41 @@ def _loop(
     mesh: Mesh | None,
 ) -> TrainState:
     start = int(state.step)
-    before: _Step | None = None
+    before: Step | None = None
     log = _log(config, pipeline, start) if is_first() else None
+    health = Health()
+
+    def report(step: Step) -> None:
+        health.check(step)
+        due = step.number % config.log_every == 0 or step.number in (start + 1, config.steps)
+        if log is not None and due:
+            log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
+
     with Notice() as notice, nullcontext() if log is None else log:
-        for step in range(start + 1, config.steps + 1):
+        for number in range(start + 1, config.steps + 1):
             batch, names = _next_batch(loader, config.grad_accumulation, mesh)
             state, metrics = trainer.run(state, batch)
             # Read the step before while this one runs, so that the device never waits for us.
             if before is not None:
-                _report(log, before)
-            due = step % config.log_every == 0 or step in (start + 1, config.steps)
-            before = _Step(step, metrics, names, due)
-            told = notice.reached(step) and step < config.steps
-            if step % config.save_every == 0 or step == config.steps or told:
+                report(before)
+            before = Step(number, metrics, names)
+            told = notice.reached(number) and number < config.steps
+            if number % config.save_every == 0 or number == config.steps or told:
                 # A checkpoint of NaNs would push the good ones out.
-                before.check()
+                health.check(before)
                 checkpoints.save(state, loader.get_state())
             if told:
-                _report(log, before)
+                report(before)
                 checkpoints.wait()
                 raise StoppedError(
-                    f"told to stop: saved after step {step} of {config.steps}; go on with "
+                    f"told to stop: saved after step {number} of {config.steps}; go on with "
                     f"resume=true out_dir={config.run_dir}"
                 )
-            if config.sample_every and step % config.sample_every == 0:
+            if config.sample_every and number % config.sample_every == 0:
                 _install(pipeline, trainer.merge(state.best))
-                _sample(config, pipeline, log, step)
+                _sample(config, pipeline, log, number)
         if before is not None:
-            _report(log, before)
+            report(before)
         checkpoints.wait()
     return state
 
@@ -255,35 +261,6 @@ def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, l
         tokens=placed([batch["tokens"] for batch in batches]),
     )
     return batch, [name for batch in batches for name in batch["id"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """A step that has been started: its metrics, still on the device, and its samples' names."""
-
-    number: int
-    metrics: Mapping[str, jax.Array]
-    samples: Sequence[str]
-    due: bool
-    """Whether the log wants it."""
-
-    def check(self) -> None:
-        """Waits for the step. Raises UserError, in every process, where it made nonsense."""
-        for name in ("loss", "gradient_norm"):
-            value = float(self.metrics[name])
-            if not np.isfinite(value):
-                raise UserError(
-                    f"the {name.replace('_', ' ')} is {value} at step {self.number}, on the "
-                    f"samples {', '.join(names_of_all(self.samples))}; start another run "
-                    "(out_dir=...) with a lower optimizer.learning_rate or a smaller "
-                    "optimizer.clip_norm"
-                )
-
-
-def _report(log: RunLog | None, step: _Step) -> None:
-    step.check()
-    if log is not None and step.due:
-        log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
 
 
 def _install(pipeline: Pipeline, model: TextToImage) -> None:
