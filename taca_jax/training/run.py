@@ -156,6 +156,8 @@ def _train(config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh |
             if restored is not None:
                 state, position = restored
                 loader.set_state(position)
+                if is_first():
+                    print(f"going on after step {int(state.step)}")
         state = _loop(config, pipeline, trainer, state, loader, checkpoints, mesh)
     _install(pipeline, trainer.merge(state.best))
 
