@@ -4,8 +4,11 @@ Each process of a pod holds its own devices; all run the same program, and every
 the mesh is one that all of them enter. Alone, all of this does nothing.
 """
 
+import atexit
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +95,35 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+@contextmanager
+def first_before_others(what: str) -> Iterator[None]:
+    """The first process runs the block, then all others do: what it leaves on a disk is there for
+    them, and made once."""
+    if not is_first():
+        wait_for_all(what)
+    yield
+    if is_first():
+        wait_for_all(what)
+
+
 def all_of(holds: bool) -> bool:
     """Whether it holds in every process."""
     if jax.process_count() == 1:
         return holds
     return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))
+
+
+def do_not_wait_at_exit() -> None:
+    """For a process that fails: JAX would wait for the others at its exit, and they for it in the
+    middle of a computation. Gone at once, it is missed by them, and they end too."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    if jax.process_count() > 1:
+        atexit.register(leave)
 
 
 def names_of_all(names: Sequence[str]) -> list[str]:

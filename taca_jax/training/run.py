@@ -22,7 +22,14 @@ from taca_jax.metrics import RunLog
 from taca_jax.models.layers import LoRAParam
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
-from taca_jax.processes import is_first, join_processes, on_host, wait_for_all
+from taca_jax.processes import (
+    do_not_wait_at_exit,
+    first_before_others,
+    is_first,
+    join_processes,
+    on_host,
+    wait_for_all,
+)
 from taca_jax.sharding import batch_sharding, local_rows, make_mesh
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
@@ -67,8 +74,14 @@ def train(config: TrainConfig) -> None:
         return plan(config)
     join_processes()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    with on(mesh):
-        _run(config, mesh)
+    try:
+        with on(mesh):
+            _run(config, mesh)
+    except StoppedError:
+        raise
+    except BaseException:
+        do_not_wait_at_exit()
+        raise
     return None
 
 
@@ -79,7 +92,8 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     pipeline = build_pipeline(config, mesh)
     _check_prompts(config, pipeline)
     try:
-        source = open_source(config.data)
+        with first_before_others("data that is made on first use"):
+            source = open_source(config.data)
         # Only now: what fails before this leaves no run behind.
         wait_for_all("a run that can begin")
         if is_first():

@@ -5,25 +5,28 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from taca_jax.config import DataConfig, EvalConfig, to_json
+from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, to_json
+from taca_jax.lora import LoRAConfig
 from taca_jax.sharding import MeshConfig
+from taca_jax.taca import TacaConfig
 from tests.processes import run_cluster, run_python
 from tests.training.checkpoints import logged, saved_checkpoint, saved_steps
 from tests.training.tiny import tiny_config
 
 pytestmark = pytest.mark.slow
 
-STEPS = 20
+STEPS, SAVE_EVERY = 10, 2
 SCRIPT = ("-m", "tests.training.stopped_run")
 
 
 def config_for(out_dir, **changes):
     usual = {
         "steps": STEPS,
-        "save_every": 5,
+        "save_every": SAVE_EVERY,
         "keep_checkpoints": 10,
-        "data": DataConfig("generated:shapes/100", 8, 40),  # 160 samples: into a second epoch
+        "data": DataConfig("generated:shapes/50", 8, 40),  # 80 samples: into a second epoch
     }
     return tiny_config(out_dir, **(usual | changes))
 
@@ -49,7 +52,6 @@ def one(tmp_path_factory, environment):
         tmp_path_factory.mktemp("one") / "run",
         sample_every=STEPS,
         sample_prompts=("a red circle",),
-        evaluate=EvalConfig(prompts=1, steps=1, batch_size=6),
     )
     done = started(config, environment=environment)
     assert done[0].returncode == 0, errors(done)
@@ -83,28 +85,52 @@ def test_two_processes_train_as_one_does(one, tmp_path, environment):
     assert "model written to" in done[0].stdout
     assert not [line for line in done[1].stdout.splitlines() if "[Gloo]" not in line]
     assert "step " not in done[1].stderr
-    for name in (f"samples/{STEPS:07d}.png", "evaluation.json", "model/pipeline.json"):
+    for name in (f"samples/{STEPS:07d}.png", "model/pipeline.json"):
         assert (config.run_dir / name).read_bytes() == (one.run_dir / name).read_bytes()
     exported = "model/transformer/model.safetensors"
     ours, theirs = ((c.run_dir / exported).read_bytes() for c in (config, one))
     assert len(ours) == len(theirs)
 
 
+def test_two_processes_train_a_lora_on_a_base_that_lies_over_both(one, tmp_path, environment):
+    adapt = {
+        "base": str(one.run_dir / "model"),
+        "model": None,
+        "text": TextConfig(),
+        "lora": LoRAConfig(rank=4),
+        "taca": TacaConfig(threshold=500),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+        "steps": 4,
+    }
+    files = []
+    for processes, mesh in ((1, MeshConfig()), (2, MeshConfig(fsdp=4, tensor=2))):
+        config = config_for(tmp_path / f"run{processes}", mesh=mesh, **adapt)
+        devices = 8 // processes if processes > 1 else 1
+        done = started(config, processes=processes, devices=devices, environment=environment)
+        assert [each.returncode for each in done] == [0] * processes, errors(done)
+        assert "LoRA written to" in done[0].stdout
+        files.append(load_file(config.run_dir / "lora.safetensors"))
+    alone, together = files
+    assert alone.keys() == together.keys()
+    for name, array in alone.items():
+        np.testing.assert_allclose(together[name], array, atol=1e-4 * np.abs(array).max())
+
+
 def test_a_run_goes_on_on_fewer_devices_and_as_other_processes(one, tmp_path, environment):
     """8 devices, then two processes of two, then one device; each is told to stop at some time."""
     config = config_for(tmp_path / "run")
-    first = started(config, 4, environment=environment)
+    first = started(config, 3, environment=environment)
     assert first[0].returncode == 0, errors(first)
-    assert "told to stop: saved after step 4 of 20" in first[0].stderr
+    assert f"told to stop: saved after step 3 of {STEPS}" in first[0].stderr
     config = dataclasses.replace(config, resume=True)
-    second = started(config, 4, processes=2, devices=2, environment=environment)
+    second = started(config, 2, processes=2, devices=2, environment=environment)
     assert [each.returncode for each in second] == [0, 0], errors(second)
-    assert "going on after step 4" in second[0].stdout
+    assert "going on after step 3" in second[0].stdout
     assert "told to stop: saved after step " in second[0].stderr
     # Both know it, though the second alone was told.
     assert "told to stop" not in second[1].stderr
     (*_, stopped) = saved_steps(config.run_dir)
-    assert 8 <= stopped < STEPS
+    assert 5 <= stopped < STEPS
     last = started(config, devices=1, environment=environment)
     assert last[0].returncode == 0, errors(last)
     assert f"going on after step {stopped}" in last[0].stdout
@@ -115,7 +141,7 @@ def test_a_run_goes_on_on_fewer_devices_and_as_other_processes(one, tmp_path, en
 def test_two_processes_pass_over_a_damaged_checkpoint(one, tmp_path, environment, damage):
     """Also where only one of them reads what is damaged."""
     shutil.copytree(one.run_dir, tmp_path / "run")
-    config = dataclasses.replace(one, out_dir=str(tmp_path / "run"), resume=True, evaluate=None)
+    config = dataclasses.replace(one, out_dir=str(tmp_path / "run"), resume=True)
     config = dataclasses.replace(config, sample_every=0)
     state = config.run_dir / "checkpoints" / str(STEPS) / "state"
     if damage == "of both":
@@ -128,7 +154,7 @@ def test_two_processes_pass_over_a_damaged_checkpoint(one, tmp_path, environment
     done = started(config, processes=2, devices=4, environment=environment)
     assert [each.returncode for each in done] == [0, 0], errors(done)
     assert f"warning: checkpoint {STEPS} cannot be read (" in done[0].stderr
-    assert "going on after step 15" in done[0].stdout
+    assert f"going on after step {STEPS - SAVE_EVERY}" in done[0].stdout
     assert [path.name for path in (config.run_dir / "damaged").iterdir()] == [str(STEPS)]
     assert_equal(config, one)
 

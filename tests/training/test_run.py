@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -27,8 +28,9 @@ from taca_jax.taca import TacaConfig
 from taca_jax.training import run as run_module
 from taca_jax.training import train
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.step import TrainState
 from tests.processes import run_python
-from tests.training.checkpoints import saved_checkpoint
+from tests.training.checkpoints import saved_checkpoint, saved_steps
 from tests.training.tiny import tiny_config
 
 STEPS, SAVE_EVERY = 6, 2
@@ -234,6 +236,22 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(finish
     config = base_config(tmp_path / "run", steps=SAVE_EVERY)
     train(config)
     assert_same_checkpoint(finished, config, SAVE_EVERY)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    def state(step):
+        trained = {"kernel": jnp.full((2, 3), float(step))}
+        return TrainState(jnp.int32(step), jnp.zeros(2, jnp.uint32), trained, (), None)
+
+    with Checkpoints(tmp_path, keep=2, frozen=nnx.State({})) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(state(step), {"position": 10 * step})
+            checkpoints.save(state(step), {"position": -1})  # it is there
+    assert saved_steps(tmp_path) == [4, 5]
+    with Checkpoints(tmp_path, keep=2, frozen=nnx.State({})) as checkpoints:
+        found, data = checkpoints.restore(state(0), warn=pytest.fail)
+    assert data == {"position": 50}
+    assert np.array_equal(found.trained["kernel"], np.full((2, 3), 5.0))
 
 
 def test_accumulated_steps_of_muon_resume_exactly(tmp_path, monkeypatch):
