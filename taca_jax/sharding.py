@@ -185,6 +185,13 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * leading, axes or None))
 
 
+def local_rows(mesh: Mesh, samples: int) -> np.ndarray:
+    """int [n], rising: which of a batch's samples this process's devices hold."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((samples,))
+    rows = [np.arange(samples)[index] for index in places.values()]
+    return np.unique(np.concatenate(rows))
+
+
 def samples_together(mesh: Mesh) -> int:
     """A batch must be a multiple of this many samples."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

@@ -27,6 +27,7 @@ from taca_jax.models.t5 import T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
+from taca_jax.processes import on_host
 from taca_jax.sampling import (
     MAX_SEED,
     Conditioning,
@@ -497,7 +498,7 @@ class Pipeline:
             return None
         assert self.autoencoder is not None  # _check_output saw to it
         graph, state = nnx.split(self.autoencoder)
-        images = np.asarray(_decode(graph, state, latents))
+        images = on_host(_decode(graph, state, latents))
         if output == "array":
             return images
         return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]

@@ -8,7 +8,6 @@ that must move, so that a real step takes longer.
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from taca_jax.checkpoint import abstract_model, kind_of, load_config
 from taca_jax.config import TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json
-from taca_jax.lora import add_lora, linears
+from taca_jax.lora import add_lora
 from taca_jax.mesh import on
 from taca_jax.models.clip import CLIP_L, CLIPConfig
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
@@ -35,6 +34,7 @@ from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
 from taca_jax.sharding import batch_sharding, make_mesh, placement
 from taca_jax.text import FluxText
 from taca_jax.training.build import check_batch, check_sizes
+from taca_jax.training.flops import step_flops
 from taca_jax.training.slices import Slice
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 from taca_jax.weights import find_weights
@@ -138,6 +138,8 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         compiled = step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
     used = compiled.memory_analysis()
     parts = _parts(state, trainer, batch)
+    patch = autoencoder.config.downscale * parts_of["transformer"].patch_size
+    side = config.data.resolution // patch
     held = sum(parts.values())
     total = (
         used.argument_size_in_bytes
@@ -153,7 +155,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         config.data.resolution,
         parts,
         max(total - held, 0),
-        _flops(config, model, autoencoder, text_length),
+        step_flops(config, parts_of["transformer"], image=side * side, text=text_length),
         _gathered(trainer, state, mesh, passes=_passes(config)),
     )
 
@@ -322,37 +324,6 @@ def _local_bytes(array: Any) -> int:
 def _passes(config: TrainConfig) -> int:
     """How often a step reads every parameter of the transformer."""
     return 3 if config.remat == "full" else 2
-
-
-def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any, text: int) -> float:
-    """Of one optimizer step: products of the transformer alone, twice a multiply-add.
-
-    Forward, the gradient of activations, and with everything trained that of weights; what
-    rematerialisation computes again is not counted.
-    """
-    transformer = model.transformer
-    flux = transformer.config
-    assert isinstance(flux, FluxConfig)  # what is planned at all
-    side = config.data.resolution // autoencoder.config.downscale // flux.patch_size
-    image = side * side
-    once = 0.0
-    for path, layer in linears(transformer):
-        once += 2 * math.prod(layer.kernel.shape) * _tokens(path, image, text)
-    layers = flux.num_double_blocks + flux.num_single_blocks
-    once += layers * 4 * flux.hidden * (image + text) ** 2
-    times = 2 if config.lora is not None else 3
-    return once * times * config.data.batch_size * config.grad_accumulation
-
-
-def _tokens(path: str, image: int, text: int) -> int:
-    """On how many tokens of a sample a layer acts."""
-    if re.search(r"(mod|_in\.linear_[12])$", path):
-        return 1
-    if path.startswith("single_blocks"):
-        return image + text
-    if ".txt." in path or path == "txt_in":
-        return text
-    return image
 
 
 def _gathered(trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int) -> float:

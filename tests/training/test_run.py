@@ -3,12 +3,14 @@
 import dataclasses
 import gc
 import json
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from PIL import Image
@@ -17,7 +19,7 @@ from taca_jax.checkpoint import load_config
 from taca_jax.config import DataConfig, EvalConfig, OptimizerConfig, TextConfig, from_json, to_json
 from taca_jax.data.loader import Loader
 from taca_jax.data.shapes_captions import CATEGORIES
-from taca_jax.errors import UserError
+from taca_jax.errors import StoppedError, UserError
 from taca_jax.lora import LoRAConfig, linears
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.t5 import T5Config
@@ -26,7 +28,9 @@ from taca_jax.taca import TacaConfig
 from taca_jax.training import run as run_module
 from taca_jax.training import train
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.step import TrainState
 from tests.processes import run_python
+from tests.training.checkpoints import saved_checkpoint, saved_steps
 from tests.training.tiny import tiny_config
 
 STEPS, SAVE_EVERY = 6, 2
@@ -68,15 +72,8 @@ def lora_config(base, out_dir, **changes):
 
 
 def saved(config, step=STEPS):
-    """The arrays and the data's position of a checkpoint."""
-    with ocp.CheckpointManager((config.run_dir / "checkpoints").absolute()) as manager:
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()
-            ),
-        )
-    return {name: np.asarray(value) for name, value in found["state"].items()}, found["record"]
+    """The arrays and the record of a checkpoint."""
+    return saved_checkpoint(config.run_dir, step)
 
 
 def assert_same_checkpoint(one, other, step=STEPS):
@@ -241,6 +238,22 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(finish
     assert_same_checkpoint(finished, config, SAVE_EVERY)
 
 
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    def state(step):
+        trained = {"kernel": jnp.full((2, 3), float(step))}
+        return TrainState(jnp.int32(step), jnp.zeros(2, jnp.uint32), trained, (), None)
+
+    with Checkpoints(tmp_path, keep=2, frozen=nnx.State({})) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(state(step), {"position": 10 * step})
+            checkpoints.save(state(step), {"position": -1})  # it is there
+    assert saved_steps(tmp_path) == [4, 5]
+    with Checkpoints(tmp_path, keep=2, frozen=nnx.State({})) as checkpoints:
+        found, data = checkpoints.restore(state(0), warn=pytest.fail)
+    assert data == {"position": 50}
+    assert np.array_equal(found.trained["kernel"], np.full((2, 3), 5.0))
+
+
 def test_accumulated_steps_of_muon_resume_exactly(tmp_path, monkeypatch):
     changes = {"grad_accumulation": 2, "optimizer": OptimizerConfig("muon", learning_rate=3e-3)}
     never = base_config(tmp_path / "never", **changes)
@@ -290,6 +303,33 @@ def test_killed_and_resumed_is_never_stopped(finished, tmp_path, environment):
     assert [line["step"] for line in metrics(config)] == list(range(1, STEPS + 1))
 
 
+def test_told_to_stop_and_resumed_is_never_stopped(finished, tmp_path, monkeypatch, capsys):
+    config = base_config(tmp_path / "run")
+    real, calls = run_module._next_batch, []
+
+    def told(loader, parts, mesh):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(loader, parts, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_next_batch", told)
+        with pytest.raises(StoppedError) as stop:
+            train(config)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert one_line(stop) == (
+        f"told to stop: saved after step 3 of 6; go on with resume=true out_dir={config.run_dir}"
+    )
+    assert metrics(config)[-1]["step"] == 3
+    train(dataclasses.replace(config, resume=True))
+    assert "going on after step 3" in capsys.readouterr().out
+    assert_same_checkpoint(finished, config)
+    assert [line["loss"] for line in metrics(config)] == [
+        line["loss"] for line in metrics(finished)
+    ]
+
+
 def copied(finished, tmp_path, **changes):
     """The finished run at another place, to be gone on with."""
     shutil.copytree(finished.run_dir, tmp_path / "run")
@@ -336,11 +376,14 @@ def test_what_does_not_change_the_run_may_change(finished, tmp_path):
 
 # Orbax drops the reads that are under way when it finds damage, to be complained of when collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "record"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "half", "record"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys, damage):
     config = copied(finished, tmp_path)
     newest = config.run_dir / "checkpoints" / str(STEPS)
-    if damage == "record":
+    if damage == "half":  # a copy that was cut short
+        for file in sorted(path for path in newest.rglob("*") if path.is_file())[::2]:
+            file.unlink()
+    elif damage == "record":
         (newest / "record" / "metadata").write_text('{"posi')
     else:
         file = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
@@ -348,11 +391,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, c
         middle = len(content) // 2
         if damage == "truncate":
             file.write_bytes(content[:middle])
-        elif damage == "flip":
+        else:
             content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle:][:64])
             file.write_bytes(content)
-        else:
-            shutil.rmtree(newest / "state")
     train(config)
     gc.collect()
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
@@ -388,7 +429,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     )
     with pytest.raises(UserError) as refusal:
         train(config)
-    assert "lower optimizer.learning_rate or a smaller optimizer.clip_norm" in one_line(refusal)
+    message = one_line(refusal)
+    assert "lower optimizer.learning_rate or a smaller optimizer.clip_norm" in message
+    assert re.search(r" at step \d, on the samples train-\S+, train-\S+; ", message), message
     assert all(np.isfinite(line["loss"]) for line in metrics(config))
     kept = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
     assert str(STEPS) not in kept
