@@ -172,6 +172,8 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
 @jax.jit
 def _add_words(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def add(array: jax.Array) -> jax.Array:
+        if array.dtype == jnp.uint4:  # of which bits are cast in pairs only
+            array = array.astype(jnp.uint8)
         words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
         return jnp.sum(words, dtype=jnp.uint32)
 

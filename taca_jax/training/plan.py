@@ -28,10 +28,12 @@ from taca_jax.lora import add_lora, linears
 from taca_jax.mesh import on
 from taca_jax.models.clip import CLIP_L, CLIPConfig
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
-from taca_jax.models.layers import LoRAParam
+from taca_jax.models.layers import LoRAParam, Quantized
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.t5 import T5_XXL, T5Config
 from taca_jax.models.vae import FLUX_VAE
 from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
+from taca_jax.quantize import quantize
 from taca_jax.sharding import batch_sharding, make_mesh, placement
 from taca_jax.text import FluxText
 from taca_jax.training.build import check_batch, check_sizes
@@ -210,6 +212,7 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
 
     def made(part: str, **options: Any) -> Any:
         model = abstract_model(parts[part], dtype=dtype, **options)
+        quantize(model, kind_of(parts[part]), _quantization(config, part, parts[part]))
         if part == "transformer" and config.lora is not None:
             lora = config.lora
             graph, state = nnx.split(model)
@@ -219,6 +222,8 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
         for path, param in nnx.to_flat_state(state):
             name = ".".join(map(str, path))
             wide = jnp.float32 if isinstance(param, LoRAParam) else base_dtype
+            if isinstance(param, Quantized):
+                wide = param.get_value().dtype
             sharding = place(kind, name, param.shape)
             param.set_value(jax.ShapeDtypeStruct(param.shape, wide, sharding=sharding))
         return nnx.merge(graph, state)
@@ -228,6 +233,13 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
     t5 = made(next(part for part, c in parts.items() if isinstance(c, T5Config)))
     encoder = t5 if clip is None else FluxText(made(clip), t5)
     return TextToImage(transformer, encoder), made("autoencoder")
+
+
+def _quantization(config: TrainConfig, part: str, model: Any) -> Quantization:
+    """What a part's kernels are kept in."""
+    if part == "transformer":
+        return config.quantize
+    return config.quantize_text if isinstance(model, T5Config) else "none"
 
 
 def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: Any) -> nnx.Module:
@@ -316,7 +328,9 @@ _WORDS = {"transformer": "transformer, frozen", "text_encoder": "text encoders, 
 
 def _local_bytes(array: Any) -> int:
     shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    return math.prod(shape) * array.dtype.itemsize
+    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
+    bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
+    return math.prod(shape) * bits // 8
 
 
 def _passes(config: TrainConfig) -> int:
