@@ -12,6 +12,7 @@ only, merged from a slice of the stacked parameters, where flax rightly forbids 
 loaded would have to be there in full before it is quantised.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -38,8 +39,8 @@ LAYERS: Mapping[str, str] = {
 """kind of model -> its layers whose kernels are quantised, a regular expression of their paths."""
 
 NF4_BLOCK = 64
-"""Weights that share a scale, as in QLoRA: consecutive inputs of an output. So many divide the inputs
-of every published model's layers; where they do not, the largest power of 2 that does is taken."""
+"""Weights that share a scale, as in QLoRA: consecutive inputs of an output. So many divide the
+inputs of every published model's layers; elsewhere it is the largest power of 2 that does."""
 NF4_SMALLEST_BLOCK = 16
 
 _CODES = {"int8": jnp.int8, "nf4": jnp.uint4}
@@ -114,7 +115,7 @@ def encode(kernel: Float[Array, "*layers i o"], to: Quantization) -> tuple[Codes
     if to == "int8":
         codes = jnp.clip(jnp.round(ratio), -INT8_MAX, INT8_MAX)
     else:
-        middles = [(low + high) / 2 for low, high in zip(NF4_LEVELS, NF4_LEVELS[1:], strict=False)]
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(NF4_LEVELS)]
         codes = sum((ratio > middle).astype(jnp.int32) for middle in middles)
     return jnp.asarray(codes).reshape(kernel.shape).astype(_CODES[to]), scales
 

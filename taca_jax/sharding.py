@@ -2,9 +2,9 @@
 
 A table names layers by regular expression and says over which axes the two sides of their kernels
 are shared. The rest follows: a bias lies as its kernel's outputs do over `tensor`, LoRA's A as the
-inputs and B as the outputs, both over `fsdp` too, the scales of a quantised kernel as its outputs,
-and the layer axis of stacked blocks is never shared. `fsdp` stands where a kernel would otherwise be whole on each device: XLA gathers it, layer
-by layer, where it is used.
+inputs and B as the outputs, both over `fsdp` too, as do the scales of a quantised kernel, and the
+layer axis of stacked blocks is never shared. `fsdp` stands where a kernel would otherwise be whole
+on each device: XLA gathers it, layer by layer, where it is used.
 """
 
 import re
