@@ -13,7 +13,7 @@ INPUTS, OUTPUTS, BLOCK = 32, 24, 16
 
 
 def test_the_levels_are_the_normal_distributions_quantiles():
-    """Dettmers et al. 2023, appendix E: one half with a level more, zero among them, scaled to 1."""
+    """Dettmers et al. 2023, appendix E: eight above zero, seven below, scaled to 1."""
     end = 0.5 * ((1 - 1 / 32) + (1 - 1 / 30))
     positive = norm.ppf(np.linspace(end, 0.5, 9)[:-1])
     negative = -norm.ppf(np.linspace(end, 0.5, 8)[:-1])
