@@ -78,6 +78,17 @@ def quantize(model: nnx.Module, kind: str, to: Quantization) -> None:
         layer.kernel, layer.kernel_scale = Quantized(codes), Quantized(scales)
 
 
+def quantized_parts(model: nnx.State) -> dict[str, str]:
+    """What the kernels of each part of a model are in, by the part's name; not of those that are
+    in none."""
+    names = {jnp.dtype(dtype): name for name, dtype in _CODES.items()}
+    return {
+        str(path[0]): names[param.dtype]
+        for path, param in nnx.to_flat_state(model)
+        if isinstance(param, Quantized) and path[-1] == "kernel"
+    }
+
+
 def shapes(
     to: Quantization, path: str, kernel: tuple[int, ...]
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.quantize import quantized_parts
 from taca_jax.quiet import quiet
 from taca_jax.training.step import TrainState
 
@@ -26,10 +27,12 @@ class Checkpoints:
     Each holds the training state (trained parameters, their average, optimizer, step, rng) and the
     data iterator's position. They are written beside the run and appear whole or not at all; sums
     of each array's bits find damage that happens to them later, which storage layers do not. The
-    `frozen` parameters are not in them, but their sum is: to go on, they must be the same.
+    `frozen` parameters are not in them, but their sum is, and what they are quantised to: to go on,
+    they must be the same.
     """
 
     def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
+        self._quantized = quantized_parts(frozen)
         self._frozen = sum(_sums(_as_dict(frozen)).values())
         self._dir = (run_dir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
@@ -64,7 +67,12 @@ class Checkpoints:
         free = shutil.disk_usage(self._dir).free
         if free < needed:
             raise self._refused(f"it takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
-        record = {"data": data, "sums": _sums(arrays), "frozen": self._frozen}
+        record = {
+            "data": data,
+            "sums": _sums(arrays),
+            "frozen": self._frozen,
+            "quantized": self._quantized,
+        }
         with self._refusals():
             self._manager.save(
                 step,
@@ -125,6 +133,12 @@ class Checkpoints:
             except Exception as error:  # Orbax raises what its storage layers raise
                 warn(f"checkpoint {step} cannot be read ({_reason(error)}); trying the one before")
                 continue
+            if (quantized := record.get("quantized", {})) != self._quantized:
+                raise UserError(
+                    f"{self._dir.parent} was trained on a base with {_words(quantized)}, and this "
+                    f"one has {_words(self._quantized)}; load it as it was (quantize, "
+                    "quantize_text), or start another run with out_dir=..."
+                )
             if record["frozen"] != self._frozen:
                 raise UserError(
                     f"the base is not the one that {self._dir.parent} was trained on so far; put "
@@ -148,6 +162,10 @@ class Checkpoints:
             shutil.rmtree(aside / str(step), ignore_errors=True)
             (self._dir / str(step)).rename(aside / str(step))
         self._manager.reload()
+
+
+def _words(quantized: dict[str, str]) -> str:
+    return ", ".join(f"{part} in {to}" for part, to in quantized.items()) or "nothing quantised"
 
 
 def _one_voice() -> AbstractContextManager[None]:
