@@ -105,27 +105,56 @@ def plan(config: TrainConfig) -> None:
     Raises UserError where it does not fit, naming the nearest slice where it does.
     """
     assert config.plan is not None
-    found = make_plan(config, Slice.of(config.plan))
-    Console(width=max(100, Console().width)).print(table(found))
-    if found.fits:
-        return
-    for other in found.where.larger():
+    where = Slice.of(config.plan)
+    try:
+        found = make_plan(config, where)
+    except OutOfMemoryError as error:
+        reason = str(error)
+    else:
+        Console(width=max(100, Console().width)).print(table(found))
+        if found.fits:
+            return
+        reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
+    for other in where.larger():
         # More chips share more samples: as many for each as were asked for.
-        batch = config.data.batch_size * other.chips // found.where.chips
+        batch = config.data.batch_size * other.chips // where.chips
         data = dataclasses.replace(config.data, batch_size=batch)
-        if make_plan(dataclasses.replace(config, data=data), other).fits:
+        if _fits(dataclasses.replace(config, data=data), other):
             nearest = f"plan={other.name} data.batch_size={batch} fits"
             break
     else:
         nearest = "nor does any larger slice of that kind"
-    raise UserError(
-        f"{found.memory / GB:.1f} GB do not fit a chip's {found.where.chip.memory / GB:.1f} GB; "
-        f"{nearest}"
-    )
+    smaller = "" if config.quantize == "nf4" or config.lora is None else " (or quantize=nf4)"
+    raise UserError(f"{reason}; {nearest}{smaller}")
+
+
+class OutOfMemoryError(Exception):
+    """The compiler has no program that fits a chip: its own words."""
+
+
+def _fits(config: TrainConfig, where: Slice) -> bool:
+    try:
+        return make_plan(config, where).fits
+    except OutOfMemoryError:
+        return False
+
+
+def _compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = re.search(r"RESOURCE_EXHAUSTED: (?:E\d+: \w+: )?(.*?)(?:\. HLO|\n|$)", str(error))
+        if said is None:
+            raise
+        raise OutOfMemoryError(f"the compiler says: {said[1]}") from error
 
 
 def make_plan(config: TrainConfig, where: Slice) -> Plan:
-    """The plan of a run on a slice. Takes about a minute for a model of 12 B parameters."""
+    """The plan of a run on a slice. Takes some minutes for a model of 12 B parameters, nearly all
+    of them in the TPU's compiler: for the transformer, and for the autoencoder's convolutions.
+
+    Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
+    """
     mesh = make_mesh(config.mesh, _devices(where.topology))
     check_batch(config, mesh)
     parts_of, text_length = _configs(config)
@@ -137,7 +166,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         state = trainer.abstract_state(trained)
         batch = _batch(config, model, text_length, mesh)
         step: Any = trainer.step
-        compiled = step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
+        compiled = _compiled(step.lower(state, trainer.frozen, trainer.autoencoder, batch))
     used = compiled.memory_analysis()
     parts = _parts(state, trainer, batch)
     held = sum(parts.values())

@@ -2,9 +2,9 @@
 
 python -m tests.training.sharded_steps FOLDER QUANTIZATION [MESH ...]
 
-On a base whose kernels are kept as QUANTIZATION says, for each mesh (all, where none is named): the loss and the gradient's norm of two steps, and the
-trained parameters after them, as relative errors; and how many bytes of the base the first device
-holds, of all.
+On a base whose kernels are kept as QUANTIZATION says, for each mesh (all, where none is named): the
+loss and the gradient's norm of two steps, and the trained parameters after them, as relative
+errors; and how many bytes of the base the first device holds, of all.
 """
 
 import json
