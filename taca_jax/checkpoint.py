@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +33,16 @@ from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from taca_jax.models.flux import FluxConfig, FluxTransformer
-from taca_jax.models.layers import Fixed, LoRAParam
+from taca_jax.models.layers import Fixed, LoRAParam, Quantized
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.sd3 import SD3Config, SD3Transformer
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.models.vae import AutoencoderKL, VAEConfig
+from taca_jax.quantize import load_quantized
+from taca_jax.quantize import quantize as quantize_kernels
 from taca_jax.quiet import quiet
 from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensors
 
@@ -89,11 +93,16 @@ def save_model(
     """Writes a model folder, whole or not at all; a model folder that was there is replaced.
 
     Parameters are stored in `dtype`, or as they are. Raises UserError when `path` holds something
-    else, or cannot be written.
+    else, or cannot be written, and for a quantised model.
     """
     path = Path(path)
     _check_free(path)
     params = flat_params(model)
+    if any(isinstance(param, Quantized) for param in params.values()):
+        raise UserError(
+            f"{path}: a quantised model is not written; keep the one that it was made of, and "
+            "quantise as you load it"
+        )
     if format == "orbax" and params:
         arrays = {name: _streamed(param, dtype) for name, param in params.items()}
         return save_streamed(path, model.config, arrays)
@@ -141,12 +150,15 @@ def load_model(
     param_dtype: DTypeLike | None = None,
     remat: Remat = "none",
     place: Callable[[str, str, Shape], Sharding] | None = None,
+    quantize: Quantization = "none",
 ) -> Any:
     """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
 
     `place(kind, path, shape)` says where each parameter goes (`sharding.placement`); without it all
-    are on the first device. `remat` is the transformers'. Raises UserError that names everything
-    missing, left over or mis-shaped, and for files that are absent, truncated or damaged.
+    are on the first device. `remat` is the transformers'. `quantize` is what the kernels of blocks
+    are kept in, encoded a layer at a time as they are read. Raises UserError that names everything
+    missing, left over or mis-shaped, for files that are absent, truncated or damaged, and for a
+    model that cannot be quantised.
     """
     path = Path(path)
     config = load_config(path)
@@ -155,18 +167,34 @@ def load_model(
     if not wanted:  # pixels: the config is all
         return model
     if (path / PARAMS).is_dir():
-        given, read = _open_orbax(path / PARAMS)
+        stored = _open_orbax(path / PARAMS)
     elif (path / SAFETENSORS).is_file():
-        given, read = _open_safetensors(path / SAFETENSORS)
+        stored = _open_safetensors(path / SAFETENSORS)
     else:
         raise UserError(f"{path} has neither {PARAMS}/ nor {SAFETENSORS}; write the folder again")
-    if problems := differences(wanted, given):
+    if problems := differences(wanted, stored.shapes):
         raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
-    if place is None:
-        placed = dict.fromkeys(wanted, SingleDeviceSharding(jax.devices()[0]))
-    else:
-        placed = {name: place(kind_of(config), name, shape) for name, shape in wanted.items()}
-    return filled(model, read(placed, param_dtype))
+
+    def placed(name: str, shape: Shape) -> Sharding:
+        if place is None:
+            return SingleDeviceSharding(jax.devices()[0])
+        return place(kind_of(config), name, shape)
+
+    arrays: dict[str, jax.Array] = {}
+    quantize_kernels(model, kind_of(config), quantize)
+    for name, param in flat_params(model).items():
+        layer = name.removesuffix("_scale")
+        if isinstance(param, Quantized) and name != layer:
+            arrays[layer], arrays[name] = load_quantized(
+                wanted[layer],
+                quantize,
+                path=layer,
+                codes_at=placed(layer, wanted[layer]),
+                scales_at=placed(name, param.shape),
+                read=partial(stored.part, layer),
+            )
+    rest = {name: placed(name, shape) for name, shape in wanted.items() if name not in arrays}
+    return filled(model, arrays | stored.read(rest, param_dtype))
 
 
 def kind_of(config: Any) -> str:
@@ -195,42 +223,70 @@ def filled(model: Any, arrays: Mapping[str, jax.Array]) -> Any:
     return nnx.merge(graph, state)
 
 
-_Placed = Mapping[str, Sharding]
-_Read = Callable[[_Placed, DTypeLike | None], dict[str, jax.Array]]
+@dataclass(frozen=True)
+class _Stored:
+    """The parameters in a file or folder, by their shapes.
+
+    read: (where each goes, dtype or as stored) -> those, on the devices.
+    part: (name, layer of a stack or (), part of its matrix) -> that part, on the host.
+    """
+
+    shapes: Mapping[str, Shape]
+    read: Callable[[Mapping[str, Sharding], DTypeLike | None], dict[str, jax.Array]]
+    part: Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]
 
 
-def _open_safetensors(file: Path) -> tuple[Mapping[str, Shape], _Read]:
+def _open_safetensors(file: Path) -> _Stored:
     tensors = open_tensors(file)
 
-    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+    def read(placed: Mapping[str, Sharding], dtype: DTypeLike | None) -> dict[str, jax.Array]:
         arrays = {}
-        for name in tensors.shapes:
+        for name, sharding in placed.items():
             array = tensors.read(name)
             array = array if dtype is None else array.astype(jnp.dtype(dtype))
-            arrays[name] = jax.device_put(array, placed[name])
+            arrays[name] = jax.device_put(array, sharding)
         return arrays
 
-    return tensors.shapes, read
+    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        if not layer:
+            return tensors.read(name)[part]
+        return tensors.read(name, slice(layer[0], layer[0] + 1))[0][part]
+
+    return _Stored(tensors.shapes, read, part)
 
 
-def _open_orbax(folder: Path) -> tuple[dict[str, Shape], _Read]:
+def _open_orbax(folder: Path) -> _Stored:
     # Orbax finds damage only while it reads, and then prints every read that it drops.
     shapes = {array.name: _checked_shape(array) for array in folder.iterdir() if array.is_dir()}
 
-    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+    def read(placed: Mapping[str, Sharding], dtype: DTypeLike | None) -> dict[str, jax.Array]:
         stored = None if dtype is None else jnp.dtype(dtype)
         args = {
             name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=stored)
             for name, sharding in placed.items()
         }
-        request = ocp.args.PyTreeRestore(restore_args=_nested(args))
+        wanted = {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in placed}
+        request = ocp.args.PyTreeRestore(
+            item=_nested(wanted), restore_args=_nested(args), partial_restore=True
+        )
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 return dict(_flat(checkpointer.restore(folder.absolute(), request)))
         except Exception as error:  # what Orbax raises, and it raises that class itself
             raise _damaged(folder, str(error)) from error
 
-    return shapes, read
+    @cache
+    def store(name: str) -> ts.TensorStore:
+        kvstore = {"driver": "file", "path": f"{folder.absolute() / name}/"}
+        return ts.open({"driver": "zarr", "kvstore": kvstore}).result()
+
+    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        try:
+            return store(name)[(*layer, *part)].read().result()
+        except ValueError as error:  # what TensorStore raises
+            raise _damaged(folder / name, str(error)) from error
+
+    return _Stored(shapes, read, part)
 
 
 def _checked_shape(array: Path) -> Shape:

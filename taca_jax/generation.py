@@ -37,7 +37,12 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
     if config.lora is not None:
         open_tensors(find_weights(config.lora))  # a missing one is refused before the model loads
-    pipeline = load_pipeline(config.base, dtype=config.dtype)
+    pipeline = load_pipeline(
+        config.base,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+    )
     if config.lora is not None and config.taca is None:
         print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
     elif config.lora is not None:

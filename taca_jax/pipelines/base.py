@@ -21,9 +21,10 @@ from taca_jax.fields import from_json, to_json
 from taca_jax.formats.lora_files import read_lora
 from taca_jax.lora import linears, remove_lora
 from taca_jax.mesh import on
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.pixels import Pixels
 from taca_jax.models.stack import Remat
-from taca_jax.models.t5 import T5Encoder
+from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
@@ -136,6 +137,8 @@ class Pipeline:
         param_dtype: Literal["float32", "bfloat16"] | None = None,
         mesh: Mesh | None = None,
         remat: Remat = "none",
+        quantize: Quantization = "none",
+        quantize_text: Quantization = "none",
     ) -> Self:
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
@@ -144,7 +147,9 @@ class Pipeline:
 
         `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
         go straight to their places on `mesh` (`sharding.make_mesh`), over which the pipeline then
-        runs; without one, to the first device. `remat` matters to training only.
+        runs; without one, to the first device. `remat` matters to training only. `quantize` is what
+        the kernels of the transformer's blocks are kept in, `int8`, `nf4` or `none` (as parameters
+        are), and `quantize_text` those of T5's; they are encoded as they are read.
 
         Raises UserError where the folder or a part of it is missing, damaged, or of another kind of
         model.
@@ -166,9 +171,14 @@ class Pipeline:
         kind = kind_of(load_config(path / "transformer"))
         if kind != cls.kind:
             raise UserError(f"{path} is of kind {kind}; {cls.__name__} reads {cls.kind}")
-        transformer = load(path / "transformer", remat=remat)
+        transformer = load(path / "transformer", remat=remat, quantize=quantize)
         text_encoder = tokenizer = autoencoder = None
-        text = cls._load_text(path, load, settings, transformer.config)
+
+        def load_text(part: Path) -> Any:
+            is_t5 = isinstance(load_config(part), T5Config)
+            return load(part, quantize=quantize_text if is_t5 else "none")
+
+        text = cls._load_text(path, load_text, settings, transformer.config)
         if text is not None:
             text_encoder, tokenizer = text
         if (path / "autoencoder").is_dir():
