@@ -3,7 +3,7 @@
 import sys
 
 from taca_jax.config import TrainConfig, parse_cli
-from taca_jax.errors import UserError
+from taca_jax.errors import StoppedError, UserError
 
 
 def main() -> None:
@@ -16,6 +16,8 @@ def main() -> None:
         train(config)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
     except KeyboardInterrupt:
         sys.exit(f"stopped; go on with resume=true out_dir={config.run_dir}")
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +33,16 @@ from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from taca_jax.models.flux import FluxConfig, FluxTransformer
-from taca_jax.models.layers import Fixed, LoRAParam
+from taca_jax.models.layers import Fixed, LoRAParam, Quantized
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.sd3 import SD3Config, SD3Transformer
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.models.vae import AutoencoderKL, VAEConfig
+from taca_jax.quantize import load_quantized
+from taca_jax.quantize import quantize as quantize_kernels
 from taca_jax.quiet import quiet
 from taca_jax.streams import StreamedArray, put
 from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensors
@@ -81,11 +84,16 @@ def save_model(
     """Writes a model folder, whole or not at all; a model folder that was there is replaced.
 
     Parameters are stored in `dtype`, or as they are. Raises UserError when `path` holds something
-    else, or cannot be written.
+    else, or cannot be written, and for a quantised model.
     """
     path = Path(path)
     _check_free(path)
     params = flat_params(model)
+    if any(isinstance(param, Quantized) for param in params.values()):
+        raise UserError(
+            f"{path}: a quantised model is not written; keep the one that it was made of, and "
+            "quantise as you load it"
+        )
     if format == "orbax" and params:
         arrays = {name: _streamed(param, dtype) for name, param in params.items()}
         return save_streamed(path, model.config, arrays)
@@ -133,12 +141,15 @@ def load_model(
     param_dtype: DTypeLike | None = None,
     remat: Remat = "none",
     place: Place | None = None,
+    quantize: Quantization = "none",
 ) -> Any:
     """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
 
     `place(kind, path, shape)` says where each parameter goes (`sharding.placement`); without it all
-    are on the first device. `remat` is the transformers'. Raises UserError that names everything
-    missing, left over or mis-shaped, and for files that are absent, truncated or damaged.
+    are on the first device. `remat` is the transformers'. `quantize` is what the kernels of blocks
+    are kept in, encoded a layer at a time as they are read. Raises UserError that names everything
+    missing, left over or mis-shaped, for files that are absent, truncated or damaged, and for a
+    model that cannot be quantised.
     """
     path = Path(path)
     config = load_config(path)
@@ -153,7 +164,13 @@ def load_model(
     if problems := differences(shapes_of(config), stored.shapes):
         raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
     return load_stored(
-        config, stored, dtype=dtype, param_dtype=param_dtype, remat=remat, place=place
+        config,
+        stored,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        place=place,
+        quantize=quantize,
     )
 
 
@@ -161,11 +178,13 @@ def load_model(
 class Stored:
     """The parameters of a model where they are kept, by dotted path.
 
-    `read(path, dtype)` is one of them, in a dtype or, for None, as it is stored.
+    read: (path, dtype or None as it is stored) -> one of them, to be put on devices.
+    part: (path, layer of a stack or (), part of its matrix) -> that part, on the host.
     """
 
     shapes: Mapping[str, Shape]
     read: Callable[[str, DTypeLike | None], StreamedArray]
+    part: Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]
 
 
 def load_stored(
@@ -176,19 +195,36 @@ def load_stored(
     param_dtype: DTypeLike | None = None,
     remat: Remat = "none",
     place: Place | None = None,
+    quantize: Quantization = "none",
 ) -> Any:
     """The model of a config with the parameters that `stored` has, one at a time.
 
     The other parameters are as of `load_model`; of stored ones, shapes are not compared here.
     """
-    arrays = {}
-    for name, shape in shapes_of(config).items():
+
+    def placed(name: str, shape: Shape) -> Sharding:
         if place is None:
-            where: Sharding = SingleDeviceSharding(jax.devices()[0])
-        else:
-            where = place(kind_of(config), name, shape)
-        arrays[name] = put(stored.read(name, param_dtype), where)
-    return filled(abstract_model(config, dtype=dtype, remat=remat), arrays)
+            return SingleDeviceSharding(jax.devices()[0])
+        return place(kind_of(config), name, shape)
+
+    model, wanted = abstract_model(config, dtype=dtype, remat=remat), shapes_of(config)
+    arrays: dict[str, jax.Array] = {}
+    quantize_kernels(model, kind_of(config), quantize)
+    for name, param in flat_params(model).items():
+        layer = name.removesuffix("_scale")
+        if isinstance(param, Quantized) and name != layer:
+            arrays[layer], arrays[name] = load_quantized(
+                wanted[layer],
+                quantize,
+                path=layer,
+                codes_at=placed(layer, wanted[layer]),
+                scales_at=placed(name, param.shape),
+                read=partial(stored.part, layer),
+            )
+    for name, shape in wanted.items():
+        if name not in arrays:
+            arrays[name] = put(stored.read(name, param_dtype), placed(name, shape))
+    return filled(model, arrays)
 
 
 def kind_of(config: Any) -> str:
@@ -235,7 +271,12 @@ def _open_safetensors(file: Path) -> Stored:
 
         return StreamedArray(tensors.shapes[name], target, pieces, stacked=False)
 
-    return Stored(tensors.shapes, read)
+    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        if not layer:
+            return tensors.read(name)[part]
+        return tensors.read(name, slice(layer[0], layer[0] + 1))[0][part]
+
+    return Stored(tensors.shapes, read, part)
 
 
 def _open_orbax(folder: Path) -> Stored:
@@ -246,6 +287,14 @@ def _open_orbax(folder: Path) -> Stored:
     """
     stored = {array.name: _checked(array) for array in folder.iterdir() if array.is_dir()}
 
+    def chunk_of(name: str, first: int) -> np.ndarray:
+        shape, chunk, kept = stored[name]
+        file = folder / name / ".".join(map(str, (first, *(0,) * (len(shape) - 1))))
+        try:
+            return np.fromfile(file, kept).reshape(chunk)
+        except (OSError, ValueError) as error:
+            raise _damaged(file, str(error)) from error
+
     def read(name: str, dtype: DTypeLike | None) -> StreamedArray:
         shape, chunk, kept = stored[name]
         stacked = chunk != shape
@@ -253,17 +302,18 @@ def _open_orbax(folder: Path) -> Stored:
 
         def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
             for layer in range(shape[0] if stacked else 1):
-                file = folder / name / ".".join(map(str, (layer, *(0,) * (len(shape) - 1))))
-                try:
-                    piece = np.fromfile(file, kept).reshape(chunk)
-                except (OSError, ValueError) as error:
-                    raise _damaged(file, str(error)) from error
-                piece = piece.astype(target, copy=False)
+                piece = chunk_of(name, layer).astype(target, copy=False)
                 yield ((layer,), piece[0]) if stacked else ((), piece)
 
         return StreamedArray(shape, target, pieces, stacked)
 
-    return Stored({name: shape for name, (shape, _, _) in stored.items()}, read)
+    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        shape, chunk, _ = stored[name]
+        if chunk != shape:
+            return chunk_of(name, layer[0])[0][part]
+        return chunk_of(name, 0)[(*layer, *part)]
+
+    return Stored({name: shape for name, (shape, _, _) in stored.items()}, read, part)
 
 
 def _checked(array: Path) -> tuple[Shape, Shape, np.dtype]:

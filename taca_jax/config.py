@@ -22,6 +22,7 @@ from taca_jax.fields import difference, from_json, to_json
 from taca_jax.lora import LoRAConfig
 from taca_jax.losses import TimestepSampling
 from taca_jax.models.flux import FluxConfig
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config
@@ -227,6 +228,9 @@ class TrainConfig:
       from random numbers.
     model: the transformer's shape when there is no base.
     lora: the adapter to train; none trains everything.
+    quantize: what the transformer's kernels are kept in under a LoRA: `int8`, `nf4` (4 bits), or
+      none, which is dtype.
+    quantize_text: the same of T5.
     text: captions to text tokens.
     autoencoder: `pixels` trains a new model on the pictures themselves and a base on what it was
       made with; a path trains on the latents of that folder's autoencoder.
@@ -260,6 +264,8 @@ class TrainConfig:
     base: str | None = None
     model: FluxConfig | None = None
     lora: LoRAConfig | None = None
+    quantize: Quantization = "none"
+    quantize_text: Quantization = "none"
     text: TextConfig = field(default_factory=TextConfig)
     autoencoder: str = "pixels"
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
@@ -328,6 +334,12 @@ class TrainConfig:
                 f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, of "
                 "which lora trains none; set optimizer.kind=adamw, or lora=none"
             )
+        for name, to in {"quantize": self.quantize, "quantize_text": self.quantize_text}.items():
+            if self.lora is None and to != "none":
+                raise UserError(
+                    f"{name}={to} is for a base that stays as it is, and lora=none trains it; give "
+                    f"a lora, or {name}=none"
+                )
         if self.sample_every and not self.sample_prompts:
             raise UserError(
                 f"sample_every is {self.sample_every} without sample_prompts; give some"
@@ -361,6 +373,9 @@ class GenerateConfig:
       beside `out`, after each step, what the picture is predicted to become; `own` is the model's
       own autoencoder, where that is small; none draws nothing.
     progress: a bar of the steps; none shows it on a terminal only.
+    quantize: what the transformer's kernels are kept in: `int8`, `nf4` (4 bits), or none, which is
+      dtype.
+    quantize_text: the same of T5.
     out: the PNG to write (numbered for several pictures); its settings go into its metadata.
     """
 
@@ -380,6 +395,8 @@ class GenerateConfig:
     tiling: Tiling | None = field(default_factory=Tiling)
     preview: str | None = None
     progress: bool | None = None
+    quantize: Quantization = "none"
+    quantize_text: Quantization = "none"
     out: str = "out.png"
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that end a program in one line: the user can mend this, or asked for it."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,11 @@ class UserError(ValueError):
 
     The command line programs print it as `error: <message>` and exit with status 1;
     anything else that escapes is a defect and keeps its traceback.
+    """
+
+
+class StoppedError(Exception):
+    """The run was told to stop, and its state is on disk: the message says how to go on.
+
+    The command line programs print it and exit with status 0.
     """

@@ -41,7 +41,12 @@ def generate(config: GenerateConfig) -> list[Path]:
         open_tensors(find_weights(config.lora))  # a missing one is refused before the model loads
     if config.preview not in (None, OWN):
         check_previewer(Path(config.preview))
-    pipeline = load_pipeline(config.base, dtype=config.dtype)
+    pipeline = load_pipeline(
+        config.base,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+    )
     if config.lora is not None and config.taca is None:
         print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
     elif config.lora is not None:

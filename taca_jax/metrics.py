@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,16 +22,27 @@ class RunLog:
     """Progress and metrics of a training run; a context manager.
 
     Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. On resuming after `start` steps, lines
-    of later steps are dropped first, so that each step stands there once.
+    of later steps are dropped first, so that each step stands there once. `utilisation_of` gives,
+    for a step of so many seconds, the share of the devices' peak FLOP/s that the model used, where
+    that is known.
     """
 
-    def __init__(self, run_dir: Path, *, start: int, steps: int, samples_per_step: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        start: int,
+        steps: int,
+        samples_per_step: int,
+        utilisation_of: Callable[[float], float] | None = None,
+    ):
         self.console = Console(stderr=True)
         self._jsonl = run_dir / "metrics.jsonl"
         self._keep_before(start)
         self._file = self._jsonl.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._samples_per_step = samples_per_step
+        self._utilisation_of = utilisation_of
         self._steps = steps
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -69,7 +81,10 @@ class RunLog:
             **metrics,
             "seconds_per_step": seconds,
             "samples_per_second": self._samples_per_step / seconds,
+            **device_memory(),
         }
+        if self._utilisation_of is not None:
+            record["model_flops_utilisation"] = self._utilisation_of(seconds)
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
         for name, value in record.items():
@@ -78,6 +93,8 @@ class RunLog:
             f"loss {metrics['loss']:.4f}  {seconds:.3f} s/step  "
             f"{record['samples_per_second']:.1f} samples/s"
         )
+        if self._utilisation_of is not None:
+            numbers += f"  {record['model_flops_utilisation']:.0%} of peak"
         self._progress.update(self._task, completed=step, numbers=numbers)
         late = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
         if not self.console.is_terminal and late:
@@ -102,3 +119,17 @@ class RunLog:
                 continue  # a line cut off by a kill
         with whole_file(self._jsonl) as file:
             file.write_text("".join(line + "\n" for line in kept))
+
+
+def device_memory() -> dict[str, float]:
+    """GB in use, and the most so far, on the fullest of this process's devices.
+
+    Empty where devices do not say, as CPUs.
+    """
+    found = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"device_memory_gb": "bytes_in_use", "device_memory_peak_gb": "peak_bytes_in_use"}
+    return {
+        name: max(stats[key] for stats in found) / 1e9
+        for name, key in names.items()
+        if found and all(key in stats for stats in found)
+    }

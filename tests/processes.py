@@ -1,12 +1,17 @@
 """Python in a process of its own, for what JAX and libtpu read once, when they start."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+TIMEOUT = 900
 
 
 def run_python(
@@ -16,18 +21,55 @@ def run_python(
 
     `environment` is added to ours; `devices` are how many virtual ones JAX finds, by default one.
     """
+    return ended(start_python(*arguments, environment=environment, devices=devices))
+
+
+def start_python(
+    *arguments: str, environment: Mapping[str, str] | None = None, devices: int | None = None
+) -> subprocess.Popen[str]:
+    """As `run_python`, without waiting for it."""
     ours = os.environ | {"JAX_PLATFORMS": "cpu"} | dict(environment or {})
     if devices is not None:
         count = f"--xla_force_host_platform_device_count={devices}"
         ours["XLA_FLAGS"] = f"{ours.get('XLA_FLAGS', '')} {count}"
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=ours,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=900,
     )
+
+
+def run_cluster(
+    *arguments: str, processes: int, devices: int, environment: Mapping[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs Python as so many processes, with so many virtual devices each, joined over gloo."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    started = [
+        start_python(
+            *arguments,
+            environment={**(environment or {}), **cluster, "JAX_PROCESS_ID": str(index)},
+            devices=devices,
+        )
+        for index in range(processes)
+    ]
+    with ThreadPoolExecutor(processes) as readers:  # a full pipe would stop one, and so all
+        return list(readers.map(ended, started))
+
+
+def ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """What a process left, once it has ended; kills it when that takes too long."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -52,6 +52,36 @@ def test_seconds_are_per_step_where_steps_are_left_out(tmp_path, monkeypatch):
     assert [line["seconds_per_step"] for line in lines(tmp_path)] == [1.0, 0.5]
 
 
+def test_utilisation_is_there_where_a_peak_is_known(tmp_path, monkeypatch, capsys):
+    clock = iter([100.0, 102.0, 100.0, 102.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    peak = {"utilisation_of": lambda seconds: 0.8 / seconds}
+    with RunLog(tmp_path, start=0, steps=1, samples_per_step=8, **peak) as log:
+        log.write(1, {"loss": 1.0})
+    assert lines(tmp_path)[0]["model_flops_utilisation"] == 0.4
+    assert "4.0 samples/s  40% of peak  " in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    log_steps(other, 1, 1)
+    assert "model_flops_utilisation" not in lines(other)[0]
+
+
+class Device:
+    def __init__(self, used):
+        self.used = used
+
+    def memory_stats(self):
+        return self.used and {"bytes_in_use": self.used, "peak_bytes_in_use": 3 * self.used}
+
+
+def test_memory_is_the_fullest_devices_where_they_say(monkeypatch):
+    assert metrics.device_memory() == {}  # on a CPU
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device(10**9), Device(2 * 10**9)])
+    assert metrics.device_memory() == {"device_memory_gb": 2.0, "device_memory_peak_gb": 6.0}
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device(None)])
+    assert metrics.device_memory() == {}
+
+
 def test_going_on_drops_what_comes_again(tmp_path):
     log_steps(tmp_path, 1, 5)
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import train
+from taca_jax.errors import StoppedError
 from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +111,16 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     code, err = run_here(monkeypatch, capsys, *command(out_dir=str(tmp_path)))
     assert code == 1
     assert err == f"stopped; go on with resume=true out_dir={tmp_path}\n"
+
+
+def test_a_run_that_was_told_to_stop_exits_with_0(monkeypatch, capsys, tmp_path):
+    def stopped(config):
+        raise StoppedError("told to stop: saved after step 3 of 6")
+
+    monkeypatch.setattr("taca_jax.training.train", stopped)
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(out_dir=str(tmp_path))])
+    train.main()
+    assert capsys.readouterr().err == "told to stop: saved after step 3 of 6\n"
 
 
 def test_a_run_from_the_command_line_and_what_stands_in_its_way(monkeypatch, capsys, tmp_path):

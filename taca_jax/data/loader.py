@@ -1,15 +1,16 @@
 """Batches for training: shuffled, repeated, tokenised, read ahead, and resumable exactly.
 
-All processes share one endless stream: epoch after epoch, each a new permutation of the source.
-Process p of n reads the stream's positions p, p + n, p + 2n, ... A position decides its example
-and whether its caption is dropped, so the state of a loader is one number.
+All processes share one endless stream: epoch after epoch, each a new permutation of the source. A
+batch is the stream's next places, and each process reads those rows of it that its devices hold. A
+place alone decides its example and whether its caption is dropped: the batches are the same however
+many processes read them, and the state of a loader is one number.
 """
 
 import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypedDict
@@ -18,7 +19,8 @@ import grain
 import numpy as np
 
 from taca_jax.data.config import DataConfig
-from taca_jax.data.sources import BadExampleError, FolderSource, Source
+from taca_jax.data.sources import BadExampleError, Example, FolderSource, Source
+from taca_jax.data.stalls import StallWatch
 from taca_jax.errors import UserError
 
 Tokenize = Callable[[list[str]], np.ndarray]
@@ -39,18 +41,15 @@ class Batch(TypedDict):
 class LoaderState(TypedDict):
     """Where a loader is; plain numbers, for a checkpoint. All but `position` must stay."""
 
-    position: int  # in the process's part of the stream
+    position: int  # in the stream, of the next batch's first row
     size: int
     seed: int
-    process_index: int
-    process_count: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """The usable examples among some neighbouring positions."""
+    """Some neighbouring examples of this process's part of the stream."""
 
-    positions: np.ndarray  # int64 [n], rising, in the process's part of the stream
     image: np.ndarray
     tokens: np.ndarray
     id: list[str]
@@ -59,29 +58,22 @@ class _Chunk:
 class Loader:
     """An endless iterator of full batches, over threads that read ahead; see `make_loader`."""
 
-    def __init__(
-        self,
-        source: Source,
-        data: DataConfig,
-        tokenize: Tokenize,
-        process_index: int,
-        process_count: int,
-    ):
+    def __init__(self, source: Source, data: DataConfig, tokenize: Tokenize, rows: np.ndarray):
         self._source = source
+        self._stalls = StallWatch()
         self._tokenize = tokenize
         self._tokenize_lock = threading.Lock()  # Rust tokenizers refuse two threads at a time
         self._seed = data.seed
         self._caption_dropout = data.caption_dropout
-        self._process_index = process_index
-        self._process_count = process_count
-        self._batch_size = data.batch_size // process_count
+        self._batch_size = data.batch_size
+        self._rows = rows
         if isinstance(source, FolderSource):
             # Decoding leaves Python: small chunks spread over the cores.
             threads, self._chunk_size = min(_threads(), _MAX_THREADS), _FILES_PER_CHUNK
         else:
             # Drawing is Python: a second thread would only wait for the first.
             threads, self._chunk_size = 1, _DRAWN_PER_CHUNK
-        ahead = _BATCHES_AHEAD * -(-self._batch_size // self._chunk_size)
+        ahead = _BATCHES_AHEAD * -(-len(rows) // self._chunk_size)
         self._order = _Order(len(source), data.seed)
         # Grain reads ahead, by chunks: its work for an element is more than drawing one. Its own
         # shuffle takes milliseconds an index where there are few.
@@ -90,22 +82,22 @@ class Loader:
         self._chunks = iter(chunks.to_iter_dataset(options))
         self._chunk: _Chunk | None = None
         self._offset = 0  # in the chunk
-        self._position = 0
+        self._batches = 0  # given so far
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. Raises UserError when too many examples are bad."""
+        """This process's rows of the next batch. Raises UserError when too many are bad."""
         parts: list[tuple[_Chunk, slice]] = []
-        left = self._batch_size
+        left = len(self._rows)
         while left:
             chunk = self._current()
             part = slice(self._offset, min(self._offset + left, len(chunk.id)))
             parts.append((chunk, part))
             left -= part.stop - part.start
             self._offset = part.stop
-            self._position = int(chunk.positions[part.stop - 1]) + 1
+        self._batches += 1
         return {
             "image": np.concatenate([chunk.image[part] for chunk, part in parts]),
             "tokens": np.concatenate([chunk.tokens[part] for chunk, part in parts]),
@@ -113,17 +105,16 @@ class Loader:
         }
 
     def get_state(self) -> LoaderState:
-        """The state after the last batch given; what was read ahead does not matter."""
+        """The state after the last batch given; the same in every process."""
         return {
-            "position": self._position,
+            "position": self._batches * self._batch_size,
             "size": len(self._source),
             "seed": self._seed,
-            "process_index": self._process_index,
-            "process_count": self._process_count,
         }
 
     def set_state(self, state: LoaderState) -> None:
-        """Goes on where `state` was taken. Raises UserError if that was of other data."""
+        """Goes on where `state` was taken, by however many processes. Raises UserError if that was
+        of other data."""
         now = self.get_state()
         for name, value in now.items():
             if name != "position" and state.get(name) != value:
@@ -131,12 +122,19 @@ class Loader:
                     f"the checkpoint's data had {name}={state.get(name)}, now it is {value}: "
                     "resume with the same data, or start a new run from the checkpoint's weights"
                 )
-        self._position = int(state["position"])
+        self._batches, odd = divmod(int(state["position"]), self._batch_size)
+        if odd:
+            raise UserError(
+                f"the checkpoint's data stopped after {state['position']} samples, which are no "
+                f"whole batches of {self._batch_size}; start a new run from its weights"
+            )
         self._chunk = None
-        self._chunks.set_state({"next_index": self._position // self._chunk_size})
+        number, self._offset = divmod(self._batches * len(self._rows), self._chunk_size)
+        self._chunks.set_state({"next_index": number})
 
     def close(self) -> None:
         """Ends reading ahead."""
+        self._stalls.close()
         self._chunks.close()
 
     def __enter__(self) -> "Loader":
@@ -152,25 +150,20 @@ class Loader:
 
     def _current(self) -> _Chunk:
         """The chunk that holds the next example, which is at `_offset`."""
-        while self._chunk is None or self._offset == len(self._chunk.id):
-            self._chunk = next(self._chunks)
-            self._offset = int(np.searchsorted(self._chunk.positions, self._position))
+        if self._chunk is not None and self._offset == len(self._chunk.id):
+            self._chunk, self._offset = None, 0
+        if self._chunk is None:
+            with self._stalls.waiting():
+                self._chunk = next(self._chunks)
         return self._chunk
 
     def _read(self, number: int) -> _Chunk:
         """Runs on the reading threads."""
-        positions = number * self._chunk_size + np.arange(self._chunk_size)
-        stream = positions * self._process_count + self._process_index
-        examples, kept = [], []
-        for i, index in enumerate(self._order.indices(stream)):
-            try:
-                examples.append(self._source[index])
-            except BadExampleError:  # the source has counted and logged it
-                continue
-            kept.append(i)
-        if not examples:
-            return _Chunk(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), [])
-        dropped = _uniform(stream[kept], self._seed, _CAPTIONS) < self._caption_dropout
+        ours = number * self._chunk_size + np.arange(self._chunk_size)
+        batches, rows = np.divmod(ours, len(self._rows))
+        places = batches * self._batch_size + self._rows[rows]
+        examples = [self._example(int(place)) for place in places]
+        dropped = _uniform(places, self._seed, _CAPTIONS) < self._caption_dropout
         captions = [
             "" if drop else example["caption"]
             for example, drop in zip(examples, dropped, strict=True)
@@ -178,7 +171,20 @@ class Loader:
         with self._tokenize_lock:
             tokens = np.asarray(self._tokenize(captions), np.int32)
         image = np.stack([example["image"] for example in examples])
-        return _Chunk(positions[kept], image, tokens, [example["id"] for example in examples])
+        return _Chunk(image, tokens, [example["id"] for example in examples])
+
+    def _example(self, place: int) -> Example:
+        """The example at a place of the stream; instead of a bad one another of the same epoch.
+
+        To go on with the next would move all that follow, differently in each process.
+        """
+        for index in self._order.at(place):
+            try:
+                with self._stalls.reading(f"example {index}"):
+                    return self._source[index]
+            except BadExampleError:  # the source has counted and logged it
+                continue
+        raise UserError("no example can be read")  # the source says so first, naming one
 
 
 def make_loader(
@@ -186,23 +192,19 @@ def make_loader(
     *,
     data: DataConfig,
     tokenize: Tokenize,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Loader:
-    """Endless batches of `data.batch_size / process_count` examples of `source`, always full.
+    """Endless batches of `data.batch_size` examples of `source`, always full.
 
     tokenize: captions -> int32 [n, length]; called on many captions at a time, by one thread at a
       time.
-    Raises UserError for an empty source and a batch that the processes cannot share evenly.
+    rows: which of a batch's rows this process reads (`sharding.local_rows`), rising; else all.
+    Raises UserError for an empty source.
     """
     if len(source) == 0:
         raise UserError(f"data.source={data.source} has no examples")
-    if data.batch_size % process_count:
-        raise UserError(
-            f"data.batch_size is {data.batch_size}; {process_count} processes share it, so it must "
-            f"be a multiple of {process_count}"
-        )
-    return Loader(source, data, tokenize, process_index, process_count)
+    ours = np.arange(data.batch_size) if rows is None else np.asarray(rows)
+    return Loader(source, data, tokenize, ours)
 
 
 class _Order:
@@ -214,13 +216,16 @@ class _Order:
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def indices(self, stream: np.ndarray) -> list[int]:
-        """The source's index at each of some neighbouring places of the stream."""
-        epochs, within = np.divmod(stream, self._size)
-        starts = np.flatnonzero(np.diff(epochs, prepend=-1))
-        parts = np.split(within, starts[1:])
-        found = [self._epoch(int(epochs[at]))[part] for at, part in zip(starts, parts, strict=True)]
-        return np.concatenate(found).tolist()
+    def at(self, place: int) -> Iterator[int]:
+        """The source's index at a place of the stream, then those to take instead of it, in turn.
+
+        Those begin half an epoch away, and so hardly in the same batch.
+        """
+        epoch, within = divmod(place, self._size)
+        order = self._epoch(epoch)
+        yield int(order[within])
+        for step in range(self._size):
+            yield int(order[(within + self._size // 2 + step) % self._size])
 
     def _epoch(self, epoch: int) -> np.ndarray:
         with self._lock:

@@ -19,6 +19,7 @@ from taca_jax.evaluation.statistics import paired_difference, wilson_interval
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.variants import Variant
+from taca_jax.processes import is_first
 from taca_jax.taca import TacaConfig
 
 PROMPT_SEED = 0
@@ -67,7 +68,9 @@ def measure(
             [
                 _sample(pipeline, prompts, start, variant, evaluate)
                 for start in track(
-                    range(0, len(prompts), evaluate.batch_size), f"sampling {variant.name}"
+                    range(0, len(prompts), evaluate.batch_size),
+                    f"sampling {variant.name}",
+                    disable=not is_first(),
                 )
             ]
         )
@@ -158,6 +161,8 @@ def evaluate_shapes(
 ) -> None:
     """Measures, prints the table, and writes evaluation.json and evaluation.png into `run_dir`."""
     alignment, grid = measure(pipeline, variants(taca, lora=lora), evaluate)
+    if not is_first():  # the processes draw together, and the first says what came of it
+        return
     rows = summary(alignment)
     (run_dir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
     grid.save(run_dir / "evaluation.png")

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from taca_jax.checkpoint import Model, Place, Stored, flat_params, load_stored, shapes_of
 from taca_jax.errors import UserError
 from taca_jax.formats.table import Piece, Table
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.stack import Remat
 from taca_jax.streams import StreamedArray
 from taca_jax.tensor_files import FLOAT8, Shape, Tensors, differences, summary
@@ -73,6 +74,7 @@ def load(
     param_dtype: DTypeLike | None = None,
     remat: Remat = "none",
     place: Place | None = None,
+    quantize: Quantization = "none",
 ) -> Any:
     """The model of `config` with these weights, straight onto its devices, a tensor at a time.
 
@@ -80,9 +82,24 @@ def load(
     """
     shapes = shapes_of(config)
     found = match(table, tensors, shapes)
-    stored = Stored(shapes, lambda path, target: _array(tensors, shapes[path], found[path], target))
+
+    def read(path: str, target: DTypeLike | None) -> StreamedArray:
+        return _array(tensors, shapes[path], found[path], target)
+
+    def part(path: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        piece = found[path][layer[0] if layer else 0]
+        array = piece.transform.load(tensors.read(piece.key, piece.rows))[part]
+        return contiguous(array.astype(_kept(array.dtype), copy=False))
+
+    stored = Stored(shapes, read, part)
     return load_stored(
-        config, stored, dtype=dtype, param_dtype=param_dtype, remat=remat, place=place
+        config,
+        stored,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        place=place,
+        quantize=quantize,
     )
 
 

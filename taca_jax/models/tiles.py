@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from taca_jax.errors import UserError
 
@@ -63,7 +63,7 @@ TILING = Tiling()
 
 
 def decode_in_tiles(
-    decode: Callable[[Float[Array, "1 h w z"]], Float[Array, "1 H W c"]],
+    decode: Callable[[Float[Array, "1 h w z"]], Float[ArrayLike, "1 H W c"]],
     latents: Float[Array, "b h w z"],
     tiling: Tiling,
     downscale: int,
@@ -78,7 +78,7 @@ def decode_in_tiles(
 
 
 def encode_in_tiles(
-    encode: Callable[[Float[Array, "1 H W c"]], Float[Array, "1 h w z"]],
+    encode: Callable[[Float[Array, "1 H W c"]], Float[ArrayLike, "1 h w z"]],
     images: Float[Array, "b H W c"],
     tiling: Tiling,
     downscale: int,
@@ -98,7 +98,7 @@ class _Cuts:
 
 
 def _in_tiles(
-    run: Callable[[jax.Array], jax.Array],
+    run: Callable[[jax.Array], ArrayLike],
     x: Float[Array, "b h w i"],
     size: int,
     overlap: int,

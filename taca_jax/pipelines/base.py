@@ -20,8 +20,9 @@ from taca_jax.fields import to_json
 from taca_jax.formats.lora_files import read_lora
 from taca_jax.lora import linears, remove_lora
 from taca_jax.mesh import on
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.stack import Remat
-from taca_jax.models.t5 import T5Encoder
+from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiles import TILING, Tiling
 from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
 from taca_jax.pipelines.parts import (
@@ -128,6 +129,8 @@ class Pipeline:
         param_dtype: Literal["float32", "bfloat16"] | None = None,
         mesh: Mesh | None = None,
         remat: Remat = "none",
+        quantize: Quantization = "none",
+        quantize_text: Quantization = "none",
     ) -> Self:
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
@@ -139,13 +142,23 @@ class Pipeline:
         `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
         go straight to their places on `mesh` (`sharding.make_mesh`), a tensor at a time; over it
         the pipeline then runs. Without one they go to the first device. `remat` matters to training
-        only.
+        only. `quantize` is what the kernels of the transformer's blocks are kept in, `int8`, `nf4`
+        or `none` (as parameters are), and `quantize_text` those of T5's; they are encoded as they
+        are read.
 
         Raises UserError where the pipeline or a part of it is missing, damaged, or of another kind
         of model.
         """
         parts = open_parts(find_weights(path))
-        return cls.from_parts(parts, dtype, param_dtype=param_dtype, mesh=mesh, remat=remat)
+        return cls.from_parts(
+            parts,
+            dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            remat=remat,
+            quantize=quantize,
+            quantize_text=quantize_text,
+        )
 
     @classmethod
     def from_parts(
@@ -156,16 +169,23 @@ class Pipeline:
         param_dtype: Literal["float32", "bfloat16"] | None,
         mesh: Mesh | None,
         remat: Remat,
+        quantize: Quantization,
+        quantize_text: Quantization,
     ) -> Self:
         """What `from_pretrained` makes of an opened pipeline."""
 
-        def load(part: Part, remat: Remat = "none") -> Any:
+        def load(part: Part, remat: Remat = "none", quantize: Quantization = "none") -> Any:
             return part.load(
                 dtype=jnp.dtype(dtype),
                 param_dtype=jnp.dtype(param_dtype or dtype),
                 place=placement(mesh),
                 remat=remat,
+                quantize=quantize,
             )
+
+        def load_text(part: Part) -> Any:
+            is_t5 = isinstance(part.config, T5Config)
+            return load(part, quantize=quantize_text if is_t5 else "none")
 
         config = parts.models[TRANSFORMER].config
         if kind_of(config) != cls.kind:
@@ -180,9 +200,9 @@ class Pipeline:
                     f"{autoencoder.where} has {given} latent channels, the transformer expects "
                     f"{expected}; it is of another model"
                 )
-        text_encoder, tokenizer = cls._load_text(parts, load, config) or (None, None)
+        text_encoder, tokenizer = cls._load_text(parts, load_text, config) or (None, None)
         return cls(
-            load(parts.models[TRANSFORMER], remat),
+            load(parts.models[TRANSFORMER], remat, quantize),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             autoencoder=None if autoencoder is None else load(autoencoder),

@@ -1,7 +1,5 @@
 """Latents to pictures: at once or in squares, as arrays or PIL's."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from taca_jax.models.pixels import Pixels
 from taca_jax.models.tiles import Tiling, decode_in_tiles
 from taca_jax.models.tiny_vae import TinyVAE
 from taca_jax.models.vae import AutoencoderKL
+from taca_jax.processes import on_host
 
 Autoencoder = Pixels | TinyVAE | AutoencoderKL
 
@@ -29,8 +28,10 @@ def decode(
     height, width = (side * downscale for side in latents.shape[1:3])
     # Pixels are decoded one by one: squares would be for nothing.
     if tiling is None or isinstance(autoencoder, Pixels) or not tiling.is_for(height, width):
-        return np.asarray(_decode(graph, state, latents))
-    return decode_in_tiles(partial(_decode, graph, state), latents, tiling, downscale)
+        return on_host(_decode(graph, state, latents))
+    return decode_in_tiles(
+        lambda square: on_host(_decode(graph, state, square)), latents, tiling, downscale
+    )
 
 
 def to_pil(images: Float[np.ndarray, "b H W 3"]) -> list[Image.Image]:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from taca_jax.checkpoint import kind_of
 from taca_jax.errors import UserError
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.stack import Remat
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.flux import FluxPipeline
@@ -24,6 +25,8 @@ def load_pipeline(
     param_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: Mesh | None = None,
     remat: Remat = "none",
+    quantize: Quantization = "none",
+    quantize_text: Quantization = "none",
 ) -> Pipeline:
     """`from_pretrained` of the class that the transformer at `path` is of; raises as it does."""
     parts = open_parts(find_weights(path))
@@ -33,4 +36,12 @@ def load_pipeline(
         known = ", ".join(each.kind for each in PIPELINES)
         where = parts.models[TRANSFORMER].where
         raise UserError(f"{where} is of kind {kind}; expected one of {known}")
-    return found[0].from_parts(parts, dtype, param_dtype=param_dtype, mesh=mesh, remat=remat)
+    return found[0].from_parts(
+        parts,
+        dtype,
+        param_dtype=param_dtype,
+        mesh=mesh,
+        remat=remat,
+        quantize=quantize,
+        quantize_text=quantize_text,
+    )

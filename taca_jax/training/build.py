@@ -39,7 +39,13 @@ def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> Pipeline:
         # A frozen base may rest in the activations' precision; what is trained may not.
         param_dtype = "float32" if config.lora is None else config.dtype
         pipeline = load_pipeline(
-            config.base, config.dtype, param_dtype=param_dtype, mesh=mesh, remat=config.remat
+            config.base,
+            config.dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            remat=config.remat,
+            quantize=config.quantize,
+            quantize_text=config.quantize_text,
         )
     else:
         pipeline = _new_pipeline(config)

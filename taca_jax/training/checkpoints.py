@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.processes import all_of, is_first, wait_for_all
+from taca_jax.quantize import quantized_parts
 from taca_jax.quiet import quiet
 from taca_jax.training.step import TrainState
 
@@ -26,16 +28,22 @@ class Checkpoints:
     Each holds the training state (trained parameters, their average, optimizer, step, rng) and the
     data iterator's position. They are written beside the run and appear whole or not at all; sums
     of each array's bits find damage that happens to them later, which storage layers do not. The
-    `frozen` parameters are not in them, but their sum is: to go on, they must be the same.
+    `frozen` parameters are not in them, but their sum is, and what they are quantised to: to go on,
+    they must be the same. Of several processes each writes and reads what its devices hold, and all
+    must call everything here at the same time.
     """
 
     def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
+        self._quantized = quantized_parts(frozen)
         self._frozen = sum(_sums(_as_dict(frozen)).values())
         self._dir = (run_dir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
             self._dir,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                max_to_keep=keep,
+                create=True,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
             ),
         )
         self._failed = False
@@ -62,9 +70,14 @@ class Checkpoints:
         # Asked before: a disk that fills up on the way makes Orbax print a traceback per array.
         needed = sum(array.nbytes for array in arrays.values()) + _OVERHEAD_BYTES
         free = shutil.disk_usage(self._dir).free
-        if free < needed:
+        if not all_of(free >= needed):
             raise self._refused(f"it takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
-        record = {"data": data, "sums": _sums(arrays), "frozen": self._frozen}
+        record = {
+            "data": data,
+            "sums": _sums(arrays),
+            "frozen": self._frozen,
+            "quantized": self._quantized,
+        }
         with self._refusals():
             self._manager.save(
                 step,
@@ -111,21 +124,21 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            try:
-                with _one_voice():
-                    restored = self._manager.restore(
-                        step,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-                        ),
-                    )
-                arrays, record = restored["state"], restored["record"]
-                if _sums(arrays) != record["sums"]:
-                    raise ValueError("its bits are not those that were saved")
-            except Exception as error:  # Orbax raises what its storage layers raise
-                warn(f"checkpoint {step} cannot be read ({_reason(error)}); trying the one before")
+            arrays, record, reason = self._read(step, abstract)
+            if not all_of(reason is None):
+                reason = reason or "another process cannot"
+            elif _sums(arrays) != record.get("sums"):
+                reason = "its bits are not those that were saved"
+            if reason is not None:
+                warn(f"checkpoint {step} cannot be read ({reason}); trying the one before")
                 continue
-            if record["frozen"] != self._frozen:
+            if (quantized := record.get("quantized", {})) != self._quantized:
+                raise UserError(
+                    f"{self._dir.parent} was trained on a base with {_words(quantized)}, and this "
+                    f"one has {_words(self._quantized)}; load it as it was (quantize, "
+                    "quantize_text), or start another run with out_dir=..."
+                )
+            if record.get("frozen") != self._frozen:
                 raise UserError(
                     f"the base is not the one that {self._dir.parent} was trained on so far; put "
                     "that one back, or start another run with out_dir=..."
@@ -140,14 +153,41 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Any, str | None]:
+        """The arrays and the record of a checkpoint, or why this process cannot read them."""
+        index = jax.process_index()
+        # Alone, though there are others: one that fails would leave them waiting for it.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"read{index}"
+        )
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+        )
+        request = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+        )
+        reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
+        try:
+            with _one_voice(), reader:
+                found = reader.restore(self._dir / str(step), args=request)
+            return found["state"], found["record"], None
+        except Exception as error:  # Orbax raises what its storage layers raise
+            return {}, {}, _reason(error)
+
     def _set_aside(self, steps: list[int]) -> None:
         """Out of the way of those to come, and not lost: what cannot be read may yet be mended."""
-        aside = self._dir.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        for step in steps:
-            shutil.rmtree(aside / str(step), ignore_errors=True)
-            (self._dir / str(step)).rename(aside / str(step))
+        if is_first():
+            aside = self._dir.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                (self._dir / str(step)).rename(aside / str(step))
+        wait_for_all("checkpoints set aside")
         self._manager.reload()
+
+
+def _words(quantized: dict[str, str]) -> str:
+    return ", ".join(f"{part} in {to}" for part, to in quantized.items()) or "nothing quantised"
 
 
 def _one_voice() -> AbstractContextManager[None]:
@@ -172,6 +212,8 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
 @jax.jit
 def _add_words(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def add(array: jax.Array) -> jax.Array:
+        if array.dtype == jnp.uint4:  # of which bits are cast in pairs only
+            array = array.astype(jnp.uint8)
         words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
         return jnp.sum(words, dtype=jnp.uint32)
 

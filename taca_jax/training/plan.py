@@ -8,7 +8,6 @@ that must move, so that a real step takes longer.
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +23,20 @@ from taca_jax.checkpoint import abstract_model, kind_of, load_config
 from taca_jax.config import TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json
-from taca_jax.lora import add_lora, linears
+from taca_jax.lora import add_lora
 from taca_jax.mesh import on
 from taca_jax.models.clip import CLIP_L, CLIPConfig
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
-from taca_jax.models.layers import LoRAParam
+from taca_jax.models.layers import LoRAParam, Quantized
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.t5 import T5_XXL, T5Config
 from taca_jax.models.vae import FLUX_VAE
 from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
+from taca_jax.quantize import quantize
 from taca_jax.sharding import batch_sharding, make_mesh, placement
 from taca_jax.text import FluxText
 from taca_jax.training.build import check_batch, check_sizes
+from taca_jax.training.flops import step_flops
 from taca_jax.training.slices import Slice
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 from taca_jax.weights import find_weights
@@ -103,27 +105,56 @@ def plan(config: TrainConfig) -> None:
     Raises UserError where it does not fit, naming the nearest slice where it does.
     """
     assert config.plan is not None
-    found = make_plan(config, Slice.of(config.plan))
-    Console(width=max(100, Console().width)).print(table(found))
-    if found.fits:
-        return
-    for other in found.where.larger():
+    where = Slice.of(config.plan)
+    try:
+        found = make_plan(config, where)
+    except OutOfMemoryError as error:
+        reason = str(error)
+    else:
+        Console(width=max(100, Console().width)).print(table(found))
+        if found.fits:
+            return
+        reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
+    for other in where.larger():
         # More chips share more samples: as many for each as were asked for.
-        batch = config.data.batch_size * other.chips // found.where.chips
+        batch = config.data.batch_size * other.chips // where.chips
         data = dataclasses.replace(config.data, batch_size=batch)
-        if make_plan(dataclasses.replace(config, data=data), other).fits:
+        if _fits(dataclasses.replace(config, data=data), other):
             nearest = f"plan={other.name} data.batch_size={batch} fits"
             break
     else:
         nearest = "nor does any larger slice of that kind"
-    raise UserError(
-        f"{found.memory / GB:.1f} GB do not fit a chip's {found.where.chip.memory / GB:.1f} GB; "
-        f"{nearest}"
-    )
+    smaller = "" if config.quantize == "nf4" or config.lora is None else " (or quantize=nf4)"
+    raise UserError(f"{reason}; {nearest}{smaller}")
+
+
+class OutOfMemoryError(Exception):
+    """The compiler has no program that fits a chip: its own words."""
+
+
+def _fits(config: TrainConfig, where: Slice) -> bool:
+    try:
+        return make_plan(config, where).fits
+    except OutOfMemoryError:
+        return False
+
+
+def _compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = re.search(r"RESOURCE_EXHAUSTED: (?:E\d+: \w+: )?(.*?)(?:\. HLO|\n|$)", str(error))
+        if said is None:
+            raise
+        raise OutOfMemoryError(f"the compiler says: {said[1]}") from error
 
 
 def make_plan(config: TrainConfig, where: Slice) -> Plan:
-    """The plan of a run on a slice. Takes about a minute for a model of 12 B parameters."""
+    """The plan of a run on a slice. Takes some minutes for a model of 12 B parameters, nearly all
+    of them in the TPU's compiler: for the transformer, and for the autoencoder's convolutions.
+
+    Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
+    """
     mesh = make_mesh(config.mesh, _devices(where.topology))
     check_batch(config, mesh)
     parts_of, text_length = _configs(config)
@@ -135,9 +166,11 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         state = trainer.abstract_state(trained)
         batch = _batch(config, model, text_length, mesh)
         step: Any = trainer.step
-        compiled = step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
+        compiled = _compiled(step.lower(state, trainer.frozen, trainer.autoencoder, batch))
     used = compiled.memory_analysis()
     parts = _parts(state, trainer, batch)
+    patch = autoencoder.config.downscale * parts_of["transformer"].patch_size
+    side = config.data.resolution // patch
     held = sum(parts.values())
     total = (
         used.argument_size_in_bytes
@@ -153,7 +186,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         config.data.resolution,
         parts,
         max(total - held, 0),
-        _flops(config, model, autoencoder, text_length),
+        step_flops(config, parts_of["transformer"], image=side * side, text=text_length),
         _gathered(trainer, state, mesh, passes=_passes(config)),
     )
 
@@ -210,6 +243,7 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
 
     def made(part: str, **options: Any) -> Any:
         model = abstract_model(parts[part], dtype=dtype, **options)
+        quantize(model, kind_of(parts[part]), _quantization(config, part, parts[part]))
         if part == "transformer" and config.lora is not None:
             lora = config.lora
             graph, state = nnx.split(model)
@@ -219,6 +253,8 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
         for path, param in nnx.to_flat_state(state):
             name = ".".join(map(str, path))
             wide = jnp.float32 if isinstance(param, LoRAParam) else base_dtype
+            if isinstance(param, Quantized):
+                wide = param.get_value().dtype
             sharding = place(kind, name, param.shape)
             param.set_value(jax.ShapeDtypeStruct(param.shape, wide, sharding=sharding))
         return nnx.merge(graph, state)
@@ -228,6 +264,13 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
     t5 = made(next(part for part, c in parts.items() if isinstance(c, T5Config)))
     encoder = t5 if clip is None else FluxText(made(clip), t5)
     return TextToImage(transformer, encoder), made("autoencoder")
+
+
+def _quantization(config: TrainConfig, part: str, model: Any) -> Quantization:
+    """What a part's kernels are kept in."""
+    if part == "transformer":
+        return config.quantize
+    return config.quantize_text if isinstance(model, T5Config) else "none"
 
 
 def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: Any) -> nnx.Module:
@@ -316,43 +359,14 @@ _WORDS = {"transformer": "transformer, frozen", "text_encoder": "text encoders, 
 
 def _local_bytes(array: Any) -> int:
     shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    return math.prod(shape) * array.dtype.itemsize
+    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
+    bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
+    return math.prod(shape) * bits // 8
 
 
 def _passes(config: TrainConfig) -> int:
     """How often a step reads every parameter of the transformer."""
     return 3 if config.remat == "full" else 2
-
-
-def _flops(config: TrainConfig, model: TextToImage, autoencoder: Any, text: int) -> float:
-    """Of one optimizer step: products of the transformer alone, twice a multiply-add.
-
-    Forward, the gradient of activations, and with everything trained that of weights; what
-    rematerialisation computes again is not counted.
-    """
-    transformer = model.transformer
-    flux = transformer.config
-    assert isinstance(flux, FluxConfig)  # what is planned at all
-    side = config.data.resolution // autoencoder.config.downscale // flux.patch_size
-    image = side * side
-    once = 0.0
-    for path, layer in linears(transformer):
-        once += 2 * math.prod(layer.kernel.shape) * _tokens(path, image, text)
-    layers = flux.num_double_blocks + flux.num_single_blocks
-    once += layers * 4 * flux.hidden * (image + text) ** 2
-    times = 2 if config.lora is not None else 3
-    return once * times * config.data.batch_size * config.grad_accumulation
-
-
-def _tokens(path: str, image: int, text: int) -> int:
-    """On how many tokens of a sample a layer acts."""
-    if re.search(r"(mod|_in\.linear_[12])$", path):
-        return 1
-    if path.startswith("single_blocks"):
-        return image + text
-    if ".txt." in path or path == "txt_in":
-        return text
-    return image
 
 
 def _gathered(trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int) -> float:

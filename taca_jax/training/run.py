@@ -1,29 +1,45 @@
 """A training run from start (or checkpoint) to exported weights and their measurement."""
 
+import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from taca_jax.atomic import whole_file
 from taca_jax.config import TrainConfig, difference, from_json, to_json
 from taca_jax.data.loader import Loader, make_loader
 from taca_jax.data.sources import open_source
-from taca_jax.errors import UserError
+from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
 from taca_jax.formats.lora_files import write_lora
 from taca_jax.mesh import on
 from taca_jax.metrics import RunLog
+from taca_jax.models.layers import LoRAParam
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
-from taca_jax.sharding import batch_sharding, make_mesh
+from taca_jax.processes import (
+    do_not_wait_at_exit,
+    first_before_others,
+    is_first,
+    join_processes,
+    on_host,
+    wait_for_all,
+)
+from taca_jax.sharding import batch_sharding, local_rows, make_mesh
+from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline, check_batch
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.flops import step_flops
+from taca_jax.training.health import Health, Step
 from taca_jax.training.plan import plan
+from taca_jax.training.preemption import Notice
+from taca_jax.training.slices import peak_flops
 from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
 
 # What may differ between a run and its resumption without making it another run.
@@ -50,14 +66,22 @@ def train(config: TrainConfig) -> None:
 
     That folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and
     `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
-    `.png` where asked for. With config.plan nothing is trained (see `training.plan`). Raises
-    UserError for what the user can mend.
+    `.png` where asked for. Of several processes all run it, and the first writes. With config.plan
+    nothing is trained (see `training.plan`). Raises UserError for what the user can mend, and
+    StoppedError when told to stop (SIGTERM), once everything is saved.
     """
     if config.plan is not None:
         return plan(config)
+    join_processes()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    with on(mesh):
-        _run(config, mesh)
+    try:
+        with on(mesh):
+            _run(config, mesh)
+    except StoppedError:
+        raise
+    except BaseException:
+        do_not_wait_at_exit()
+        raise
     return None
 
 
@@ -68,11 +92,17 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     pipeline = build_pipeline(config, mesh)
     _check_prompts(config, pipeline)
     try:
-        source = open_source(config.data)
+        with first_before_others("data that is made on first use"):
+            source = open_source(config.data)
         # Only now: what fails before this leaves no run behind.
-        with whole_file(run_dir / RECORD) as record:
-            record.write_text(to_json(config))
-        with make_loader(source, data=config.data, tokenize=_tokenizer(pipeline)) as loader:
+        wait_for_all("a run that can begin")
+        if is_first():
+            with whole_file(run_dir / RECORD) as record:
+                record.write_text(to_json(config))
+        rows = None if mesh is None else local_rows(mesh, config.data.batch_size)
+        with make_loader(
+            source, data=config.data, tokenize=_tokenizer(pipeline), rows=rows
+        ) as loader:
             _train(config, pipeline, loader, mesh)
         _export(config, pipeline, run_dir)
         if config.evaluate is not None:
@@ -90,7 +120,9 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
     """Raises UserError unless the folder is new, or holds this run and is to be gone on with."""
     record = run_dir / RECORD
     if not record.is_file():
-        if config.resume:  # so that one command serves the first start and every restart
+        if (
+            config.resume and is_first()
+        ):  # so that one command serves the first start and every restart
             print(f"{run_dir} holds no run yet: starting one", file=sys.stderr)
         return
     if not config.resume:
@@ -130,11 +162,16 @@ def _train(config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh |
     ) as checkpoints:
         if config.resume:
             restored = checkpoints.restore(
-                state, warn=lambda line: print(f"warning: {line}", file=sys.stderr)
+                state,
+                warn=lambda line: (
+                    print(f"warning: {line}", file=sys.stderr) if is_first() else None
+                ),
             )
             if restored is not None:
                 state, position = restored
                 loader.set_state(position)
+                if is_first():
+                    print(f"going on after step {int(state.step)}")
         state = _loop(config, pipeline, trainer, state, loader, checkpoints, mesh)
     _install(pipeline, trainer.merge(state.best))
 
@@ -154,33 +191,79 @@ def _loop(
     mesh: Mesh | None,
 ) -> TrainState:
     start = int(state.step)
-    pending: tuple[int, dict[str, Any]] | None = None
-    samples = config.data.batch_size * config.grad_accumulation
-    log = RunLog(config.run_dir, start=start, steps=config.steps, samples_per_step=samples)
-    with log:
-        for step in range(start + 1, config.steps + 1):
-            batch = _next_batch(loader, config.grad_accumulation, mesh)
+    before: Step | None = None
+    log = _log(config, pipeline, start) if is_first() else None
+    health = Health()
+
+    def report(step: Step) -> None:
+        health.check(step)
+        due = step.number % config.log_every == 0 or step.number in (start + 1, config.steps)
+        if log is not None and due:
+            log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
+
+    with Notice() as notice, nullcontext() if log is None else log:
+        for number in range(start + 1, config.steps + 1):
+            batch, names = _next_batch(loader, config.grad_accumulation, mesh)
             state, metrics = trainer.run(state, batch)
             # Read the step before while this one runs, so that the device never waits for us.
-            if pending is not None:
-                _report(log, *pending)
-            due = step % config.log_every == 0 or step in (start + 1, config.steps)
-            pending = (step, metrics) if due else None
-            if step % config.save_every == 0 or step == config.steps:
+            if before is not None:
+                report(before)
+            before = Step(number, metrics, names)
+            told = notice.reached(number) and number < config.steps
+            if number % config.save_every == 0 or number == config.steps or told:
                 # A checkpoint of NaNs would push the good ones out.
-                _check_finite(step, metrics)
+                health.check(before)
                 checkpoints.save(state, loader.get_state())
-            if config.sample_every and step % config.sample_every == 0:
+            if told:
+                report(before)
+                checkpoints.wait()
+                raise StoppedError(
+                    f"told to stop: saved after step {number} of {config.steps}; go on with "
+                    f"resume=true out_dir={config.run_dir}"
+                )
+            if config.sample_every and number % config.sample_every == 0:
                 _install(pipeline, trainer.merge(state.best))
-                _sample(config, pipeline, log, step)
-        if pending is not None:
-            _report(log, *pending)
+                _sample(config, pipeline, log, number)
+        if before is not None:
+            report(before)
         checkpoints.wait()
     return state
 
 
-def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> Batch:
-    """Batches for every part of a step; each process brings its own share of the samples."""
+def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
+    peak = peak_flops(jax.devices()[0].device_kind)
+    utilisation_of = None
+    if peak is not None:
+        flops = _step_flops(config, pipeline)
+        utilisation_of = lambda seconds: flops / (seconds * peak * jax.device_count())  # noqa: E731
+    return RunLog(
+        config.run_dir,
+        start=start,
+        steps=config.steps,
+        samples_per_step=config.data.batch_size * config.grad_accumulation,
+        utilisation_of=utilisation_of,
+    )
+
+
+def _step_flops(config: TrainConfig, pipeline: Pipeline) -> float:
+    encoder, autoencoder, tokenizer = (
+        pipeline.text_encoder,
+        pipeline.autoencoder,
+        _tokenizer(pipeline),
+    )
+    assert encoder is not None  # build_pipeline saw to both
+    assert autoencoder is not None
+    transformer = pipeline.transformer.config
+    side = config.data.resolution // (autoencoder.config.downscale * transformer.patch_size)
+    text = jax.eval_shape(lambda tokens: encode(encoder, tokens, tokenizer.pad_id), tokenizer([""]))
+    return step_flops(config, transformer, image=side * side, text=text.txt.shape[1])
+
+
+def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, list[str]]:
+    """Batches for every part of a step, and the names of this process's samples in them.
+
+    Each process brings the samples that its devices hold.
+    """
     batches = [next(loader) for _ in range(parts)]
 
     def placed(arrays: list[np.ndarray]) -> jax.Array:
@@ -189,34 +272,22 @@ def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> Batch:
             return jax.device_put(local)
         return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), local)
 
-    return Batch(
+    batch = Batch(
         image=placed([batch["image"] for batch in batches]),
         tokens=placed([batch["tokens"] for batch in batches]),
     )
-
-
-def _report(log: RunLog, step: int, metrics: dict[str, Any]) -> None:
-    _check_finite(step, metrics)
-    log.write(step, {name: float(value) for name, value in metrics.items()})
-
-
-def _check_finite(step: int, metrics: dict[str, Any]) -> None:
-    for name in ("loss", "gradient_norm"):
-        if not np.isfinite(metrics[name]):
-            raise UserError(
-                f"the {name.replace('_', ' ')} is {float(metrics[name])} at step {step}; start "
-                "another run (out_dir=...) with a lower optimizer.learning_rate or a smaller "
-                "optimizer.clip_norm"
-            )
+    return batch, [name for batch in batches for name in batch["id"]]
 
 
 def _install(pipeline: Pipeline, model: TextToImage) -> None:
     pipeline.transformer, pipeline.text_encoder = model.transformer, model.text_encoder
 
 
-def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog, step: int) -> None:
+def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog | None, step: int) -> None:
     prompts = list(config.sample_prompts)
     pictures = pipeline(prompts, taca=config.taca, seed=config.seed, progress=False).images
+    if log is None:  # the processes draw together, and the first keeps the pictures
+        return
     assert isinstance(pictures, list)
     grid = caption_grid(pictures, prompts)
     folder = config.run_dir / "samples"
@@ -226,9 +297,25 @@ def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog, step: int) -> 
 
 
 def _export(config: TrainConfig, pipeline: Pipeline, run_dir: Path) -> None:
-    if config.lora is not None:
+    lora = config.lora is not None
+    if jax.process_count() > 1:
+        pipeline = _gathered(pipeline, LoRAParam if lora else nnx.Variable)
+    if not is_first():
+        return
+    if lora:
         write_lora(run_dir / "lora.safetensors", pipeline.transformer)
         print(f"LoRA written to {run_dir / 'lora.safetensors'}")
     else:
         pipeline.save(run_dir / "model", dtype="bfloat16")
         print(f"model written to {run_dir / 'model'}")
+
+
+def _gathered(pipeline: Pipeline, kind: type[nnx.Variable]) -> Pipeline:
+    """A copy of the pipeline whose parameters of a kind are on the host, in every process."""
+    found = copy.copy(pipeline)
+    for name in ("transformer", "text_encoder", "autoencoder"):
+        part = getattr(pipeline, name)
+        if part is not None:
+            graph, ours, others = nnx.split(part, kind, ...)
+            setattr(found, name, nnx.merge(graph, jax.tree.map(on_host, ours), others))
+    return found

@@ -23,6 +23,16 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 918e12, 448e9),
     "v5p": Chip(95 * 2**30, 459e12, 600e9),
 }
+_DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p"}
+"""What JAX calls them."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 FLOP/s of one JAX device, by its `device_kind`; None for what is not in CHIPS."""
+    name = _DEVICE_KINDS.get(device_kind)
+    return None if name is None else CHIPS[name].flops
+
+
 _SIDES = {
     "v5e": {
         1: "1x1",

@@ -69,6 +69,9 @@ def test_a_diffusers_folder_of_flux(tmp_path, dtype):
     original = FluxPipeline.from_pretrained(src, dtype)
     converted = FluxPipeline.from_pretrained(tmp_path / "converted", dtype)
     assert_same_pipeline(original, converted)
+    eighth = FluxPipeline.from_pretrained(src, dtype, quantize="int8")
+    folder = tmp_path / "converted"
+    assert_same_pipeline(eighth, FluxPipeline.from_pretrained(folder, dtype, quantize="int8"))
     if dtype == "float32":
         assert np.array_equal(drawn(original), drawn(converted))
 

@@ -1,10 +1,10 @@
 """Training steps on meshes of eight virtual devices; prints their distance from one device as JSON.
 
-python -m tests.training.sharded_steps FOLDER [MESH ...]
+python -m tests.training.sharded_steps FOLDER QUANTIZATION [MESH ...]
 
-For each mesh (all, where none is named): the loss and the gradient's norm of two steps, and the
-trained parameters after them, as relative errors; and how many bytes of the base the first device
-holds, of all.
+On a base whose kernels are kept as QUANTIZATION says, for each mesh (all, where none is named): the
+loss and the gradient's norm of two steps, and the trained parameters after them, as relative
+errors; and how many bytes of the base the first device holds, of all.
 """
 
 import json
@@ -34,7 +34,7 @@ STEPS = 2
 
 
 def main() -> None:
-    folder, *names = sys.argv[1:]
+    folder, quantization, *names = sys.argv[1:]
     tiny_pipeline().save(folder)
     config = tiny_config(
         "unused",
@@ -42,6 +42,8 @@ def main() -> None:
         model=None,
         text=TextConfig(),
         lora=LoRAConfig(rank=4),
+        quantize=quantization,
+        quantize_text=quantization,
         taca=TacaConfig(threshold=500),
         data=DataConfig(source="generated:shapes/64", batch_size=8, resolution=40),
         optimizer=OptimizerConfig(learning_rate=1e-2),

@@ -7,12 +7,15 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from taca_jax.config import DataConfig, LoRAConfig, TextConfig, to_json
 from taca_jax.errors import UserError
 from taca_jax.taca import TacaConfig
+from taca_jax.training import plan as plan_module
 from taca_jax.training.plan import _configs
 from taca_jax.training.slices import Slice, slice_names
 from tests.processes import last_line, run_python
@@ -71,6 +74,30 @@ def test_a_base_without_a_part_is_refused(base, part, message):
         _configs(config_on(base))
 
 
+def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
+    said = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (22.55G) exceeds available HBM (15.75G). HLO module: j."
+    )
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(said)
+
+    def make_plan(config, where):
+        if where.chips == 1:
+            plan_module._compiled(Lowered())
+        return SimpleNamespace(fits=where.chips > 4)
+
+    monkeypatch.setattr(plan_module, "make_plan", make_plan)
+    message = (
+        r"^the compiler says: Ran out of memory on HBM, .* \(22.55G\) exceeds available HBM "
+        r"\(15.75G\); plan=v5e-8 data.batch_size=16 fits \(or quantize=nf4\)$"
+    )
+    with pytest.raises(UserError, match=message):
+        plan_module.plan(config_on(base, plan="v5e-1"))
+
+
 SCRIPT = """
 import json, sys
 from taca_jax.config import TrainConfig, from_json
@@ -86,7 +113,8 @@ print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.fl
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_small_plan(base, tmp_path):
     data = DataConfig(source="generated:shapes/64", batch_size=4, resolution=40)
-    (tmp_path / "config.json").write_text(to_json(config_on(base, data=data)))
+    config = config_on(base, data=data, quantize="nf4", quantize_text="int8")
+    (tmp_path / "config.json").write_text(to_json(config))
     plan = json.loads(last_line(run_python("-c", SCRIPT, str(tmp_path / "config.json"))))
     assert plan["fits"]
     assert plan["parts"]["trained parameters, optimizer"] > 0

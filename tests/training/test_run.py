@@ -3,12 +3,15 @@
 import dataclasses
 import gc
 import json
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import optax
 import pytest
 from flax import nnx
 from PIL import Image
@@ -17,16 +20,20 @@ from taca_jax.checkpoint import load_config
 from taca_jax.config import DataConfig, EvalConfig, OptimizerConfig, TextConfig, from_json, to_json
 from taca_jax.data.loader import Loader
 from taca_jax.data.shapes_captions import CATEGORIES
-from taca_jax.errors import UserError
+from taca_jax.errors import StoppedError, UserError
 from taca_jax.lora import LoRAConfig, linears
+from taca_jax.models.layers import Quantized
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.t5 import T5Config
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.quantize import encode
 from taca_jax.taca import TacaConfig
 from taca_jax.training import run as run_module
 from taca_jax.training import train
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.step import TrainState
 from tests.processes import run_python
+from tests.training.checkpoints import saved_checkpoint, saved_steps
 from tests.training.tiny import tiny_config
 
 STEPS, SAVE_EVERY = 6, 2
@@ -68,15 +75,8 @@ def lora_config(base, out_dir, **changes):
 
 
 def saved(config, step=STEPS):
-    """The arrays and the data's position of a checkpoint."""
-    with ocp.CheckpointManager((config.run_dir / "checkpoints").absolute()) as manager:
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()
-            ),
-        )
-    return {name: np.asarray(value) for name, value in found["state"].items()}, found["record"]
+    """The arrays and the record of a checkpoint."""
+    return saved_checkpoint(config.run_dir, step)
 
 
 def assert_same_checkpoint(one, other, step=STEPS):
@@ -204,6 +204,53 @@ def test_a_lora_does_not_go_on_with_another_base(base, tmp_path, monkeypatch):
         train(dataclasses.replace(config, resume=True))
 
 
+def test_a_lora_does_not_go_on_with_its_base_in_other_bits(tmp_path):
+    """The run's record says so before anything is loaded, and each checkpoint by itself."""
+    config = lora_config("base", tmp_path, quantize="nf4", resume=True)
+    (tmp_path / "config.json").write_text(to_json(config))
+    with pytest.raises(UserError, match="was started with other values of quantize;"):
+        train(dataclasses.replace(config, quantize="int8"))
+
+    def frozen(to):
+        layer = nnx.Dict(kernel=nnx.Param(jnp.ones((32, 4))), kernel_scale=None)
+        if to != "none":
+            codes, scales = encode(layer.kernel[...], to)
+            layer = nnx.Dict(kernel=Quantized(codes), kernel_scale=Quantized(scales))
+        return nnx.state(nnx.Dict(transformer=layer))
+
+    empty = nnx.State({})
+    state = TrainState(jnp.int32(1), jnp.zeros(2, jnp.uint32), empty, optax.EmptyState(), None)
+    with Checkpoints(tmp_path, keep=1, frozen=frozen("nf4")) as checkpoints:
+        checkpoints.save(state, data=None)
+        checkpoints.wait()
+        assert checkpoints.restore(state, warn=pytest.fail) is not None
+    for to, said in (("int8", "has transformer in int8"), ("none", "has nothing quantised")):
+        with (
+            Checkpoints(tmp_path, keep=1, frozen=frozen(to)) as checkpoints,
+            pytest.raises(UserError, match=f"on a base with transformer in nf4, and .* {said}"),
+        ):
+            checkpoints.restore(state, warn=pytest.fail)
+
+
+@pytest.mark.slow
+def test_a_lora_trains_on_a_quantised_base_and_goes_on(base, tmp_path, monkeypatch):
+    """Interrupted or not it is the same, to the last bit; its file is used as any other."""
+    bits = {"quantize": "nf4", "quantize_text": "int8", "sample_every": 4}
+    whole = lora_config(base, tmp_path / "whole", **bits, sample_prompts=PROMPTS)
+    train(whole)
+    parts = dataclasses.replace(whole, out_dir=str(tmp_path / "parts"))
+    train_until(monkeypatch, parts, 5)
+    train(dataclasses.replace(parts, resume=True))
+    assert_same_checkpoint(whole, parts)
+    assert saved(whole)[1]["quantized"] == {"transformer": "nf4", "text_encoder": "int8"}
+    pipeline = FluxPipeline.from_pretrained(base, "float32", quantize="int8", quantize_text="nf4")
+    pipeline.load_lora(whole.run_dir / "lora.safetensors")
+    drawn = pipeline(PROMPTS[0], taca=TacaConfig(threshold=800), output="array").images
+    assert np.isfinite(drawn).all()
+    with pytest.raises(UserError, match="a quantised model is not written"):
+        pipeline.save(tmp_path / "saved")
+
+
 def test_the_measurement_at_the_end(base, tmp_path):
     evaluate = EvalConfig(prompts=1, steps=1, batch_size=6)
     config = lora_config(base, tmp_path, steps=1, evaluate=evaluate)
@@ -239,6 +286,22 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(finish
     config = base_config(tmp_path / "run", steps=SAVE_EVERY)
     train(config)
     assert_same_checkpoint(finished, config, SAVE_EVERY)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    def state(step):
+        trained = {"kernel": jnp.full((2, 3), float(step))}
+        return TrainState(jnp.int32(step), jnp.zeros(2, jnp.uint32), trained, (), None)
+
+    with Checkpoints(tmp_path, keep=2, frozen=nnx.State({})) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(state(step), {"position": 10 * step})
+            checkpoints.save(state(step), {"position": -1})  # it is there
+    assert saved_steps(tmp_path) == [4, 5]
+    with Checkpoints(tmp_path, keep=2, frozen=nnx.State({})) as checkpoints:
+        found, data = checkpoints.restore(state(0), warn=pytest.fail)
+    assert data == {"position": 50}
+    assert np.array_equal(found.trained["kernel"], np.full((2, 3), 5.0))
 
 
 def test_accumulated_steps_of_muon_resume_exactly(tmp_path, monkeypatch):
@@ -290,6 +353,33 @@ def test_killed_and_resumed_is_never_stopped(finished, tmp_path, environment):
     assert [line["step"] for line in metrics(config)] == list(range(1, STEPS + 1))
 
 
+def test_told_to_stop_and_resumed_is_never_stopped(finished, tmp_path, monkeypatch, capsys):
+    config = base_config(tmp_path / "run")
+    real, calls = run_module._next_batch, []
+
+    def told(loader, parts, mesh):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(loader, parts, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_next_batch", told)
+        with pytest.raises(StoppedError) as stop:
+            train(config)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert one_line(stop) == (
+        f"told to stop: saved after step 3 of 6; go on with resume=true out_dir={config.run_dir}"
+    )
+    assert metrics(config)[-1]["step"] == 3
+    train(dataclasses.replace(config, resume=True))
+    assert "going on after step 3" in capsys.readouterr().out
+    assert_same_checkpoint(finished, config)
+    assert [line["loss"] for line in metrics(config)] == [
+        line["loss"] for line in metrics(finished)
+    ]
+
+
 def copied(finished, tmp_path, **changes):
     """The finished run at another place, to be gone on with."""
     shutil.copytree(finished.run_dir, tmp_path / "run")
@@ -336,11 +426,14 @@ def test_what_does_not_change_the_run_may_change(finished, tmp_path):
 
 # Orbax drops the reads that are under way when it finds damage, to be complained of when collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "record"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "half", "record"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys, damage):
     config = copied(finished, tmp_path)
     newest = config.run_dir / "checkpoints" / str(STEPS)
-    if damage == "record":
+    if damage == "half":  # a copy that was cut short
+        for file in sorted(path for path in newest.rglob("*") if path.is_file())[::2]:
+            file.unlink()
+    elif damage == "record":
         (newest / "record" / "metadata").write_text('{"posi')
     else:
         file = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
@@ -348,11 +441,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, c
         middle = len(content) // 2
         if damage == "truncate":
             file.write_bytes(content[:middle])
-        elif damage == "flip":
+        else:
             content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle:][:64])
             file.write_bytes(content)
-        else:
-            shutil.rmtree(newest / "state")
     train(config)
     gc.collect()
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
@@ -388,7 +479,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     )
     with pytest.raises(UserError) as refusal:
         train(config)
-    assert "lower optimizer.learning_rate or a smaller optimizer.clip_norm" in one_line(refusal)
+    message = one_line(refusal)
+    assert "lower optimizer.learning_rate or a smaller optimizer.clip_norm" in message
+    assert re.search(r" at step \d, on the samples train-\S+, train-\S+; ", message), message
     assert all(np.isfinite(line["loss"]) for line in metrics(config))
     kept = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
     assert str(STEPS) not in kept

@@ -1,0 +1,150 @@
+"""Several processes as one run: whether there are others, and what they must agree on.
+
+Each process of a pod holds its own devices; all run the same program, and every computation over
+the mesh is one that all of them enter. Alone, all of this does nothing.
+"""
+
+import atexit
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from taca_jax.errors import UserError
+
+_GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""To say it by hand: host:port of process 0, how many processes there are, which this one is."""
+
+_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+"""What launchers say of how many there are."""
+
+_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+"""On GKE: the hosts of a slice, with commas between them."""
+
+
+def join_processes() -> None:
+    """Connects to the run's other processes, where this one was started as one of several.
+
+    On one host there is nothing to set. A cluster is one that SLURM, Open MPI, GKE or a TPU VM
+    says there is, or that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe.
+    To be called before JAX looks for devices. Raises UserError for half a description.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if any(name in os.environ for name in _GIVEN):
+        address, count, index = _described(os.environ)
+        jax.distributed.initialize(address, count, index)
+    elif _one_of_several(os.environ):
+        jax.distributed.initialize()
+    elif _on_tpu_vm(os.environ):
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # what JAX says where nothing tells it of other hosts
+            if "coordinator_address" not in str(error):
+                raise
+
+
+def _described(environment: Mapping[str, str]) -> tuple[str, int | None, int | None]:
+    """Address, count and index; the last two may be left to a launcher that knows them."""
+    missing = [name for name in _GIVEN if not environment.get(name)]
+    if missing == list(_GIVEN[1:]) and _one_of_several(environment):
+        return environment[_GIVEN[0]], None, None
+    if missing:
+        raise UserError(f"a cluster is described by {', '.join(_GIVEN)}; set {missing[0]} too")
+    address, *numbers = (environment[name] for name in _GIVEN)
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        raise UserError(
+            f"JAX_NUM_PROCESSES is {numbers[0]} and JAX_PROCESS_ID {numbers[1]}; give numbers"
+        )
+    count, index = map(int, numbers)
+    if not index < count:
+        raise UserError(f"JAX_PROCESS_ID is {index}; of {count} processes the last is {count - 1}")
+    return address, count, index
+
+
+def _one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher says so, without asking anything over a network."""
+    counts = [environment.get(name, "1") for name in _COUNTS]
+    hosts = [environment.get(name, "") for name in _HOSTS]
+    return any(count.isdigit() and int(count) > 1 for count in counts) or any(
+        "," in names for names in hosts
+    )
+
+
+def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
+    """Whether this host has TPU chips and may ask who else has."""
+    asked = "TPU_SKIP_MDS_QUERY" not in environment and "TPU_WORKER_HOSTNAMES" not in environment
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
+    return asked and bool(chips)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has called it; `what` names the place, the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextmanager
+def first_before_others(what: str) -> Iterator[None]:
+    """The first process runs the block, then all others do: what it leaves on a disk is there for
+    them, and made once."""
+    if not is_first():
+        wait_for_all(what)
+    yield
+    if is_first():
+        wait_for_all(what)
+
+
+def all_of(holds: bool) -> bool:
+    """Whether it holds in every process."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))
+
+
+def do_not_wait_at_exit() -> None:
+    """For a process that fails: JAX would wait for the others at its exit, and they for it in the
+    middle of a computation. Gone at once, it is missed by them, and they end too."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    if jax.process_count() > 1:
+        atexit.register(leave)
+
+
+def names_of_all(names: Sequence[str]) -> list[str]:
+    """The names that each process has, process after process."""
+    if jax.process_count() == 1:
+        return list(names)
+    text = "\n".join(names).encode()
+    sizes = multihost_utils.process_allgather(np.asarray(len(text)))
+    padded = np.frombuffer(text.ljust(int(sizes.max())), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        name
+        for row, size in zip(rows, sizes, strict=True)
+        for name in row[: int(size)].tobytes().decode().split("\n")
+    ]
+
+
+def on_host(array: Any) -> np.ndarray:
+    """All of an array, also where other processes hold parts of it; then all must call it."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

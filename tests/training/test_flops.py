@@ -1,0 +1,67 @@
+"""The count of arithmetic against XLA's, and against what is published of the full-size model."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from taca_jax.checkpoint import abstract_model
+from taca_jax.config import DataConfig, LoRAConfig, TextConfig
+from taca_jax.models.flux import FLUX_DEV
+from taca_jax.models.sd3 import SD35_MEDIUM
+from taca_jax.training.flops import forward_flops, step_flops
+from taca_jax.training.slices import CHIPS, peak_flops
+from tests.training.tiny import tiny_config
+
+# XLA counts a loop's body once: one layer of each kind.
+ONE_LAYER = {
+    "flux": replace(FLUX_DEV, num_heads=4, num_double_blocks=1, num_single_blocks=1, txt_dim=256),
+    "sd3": replace(
+        SD35_MEDIUM, num_heads=8, num_layers=3, num_dual_layers=1, position_size=16, txt_dim=256
+    ),
+}
+SIDE, TEXT, BATCH = 16, 48, 2
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_the_count_is_that_of_xla(name):
+    config = ONE_LAYER[name]
+    graph, state = nnx.split(abstract_model(config, dtype=jnp.float32))
+    options = {"guidance": jnp.ones(BATCH)} if name == "flux" else {}
+
+    def forward(state, latents, timestep, txt, pooled):
+        model = nnx.merge(graph, state)
+        return model(latents, timestep, txt, pooled, attention="reference", **options)
+
+    shapes = (
+        (BATCH, SIDE, SIDE, config.latent_channels),
+        (BATCH,),
+        (BATCH, TEXT, config.txt_dim),
+        (BATCH, config.pooled_dim),
+    )
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    theirs = jax.jit(forward).lower(state, *inputs).cost_analysis()["flops"]
+    ours = BATCH * forward_flops(config, image=(SIDE // config.patch_size) ** 2, text=TEXT)
+    assert ours == pytest.approx(theirs, rel=0.03)
+
+
+def test_of_the_full_size_model_it_is_what_others_count():
+    """MaxDiffusion's 3 x 74.4 TFLOP an image at 1024 px, forward and both gradients."""
+    assert forward_flops(FLUX_DEV, image=4096, text=512) == pytest.approx(74.4e12, rel=0.05)
+
+
+def test_a_step_is_forward_and_its_gradients():
+    once = forward_flops(tiny_config("run").model, image=100, text=16)
+    data = DataConfig("generated:shapes/64", 8, 40)
+    config = tiny_config("run", data=data, grad_accumulation=2)
+    assert step_flops(config, config.model, image=100, text=16) == 3 * 16 * once
+    lora = replace(config, lora=LoRAConfig(), model=None, base="base", text=TextConfig())
+    assert step_flops(lora, config.model, image=100, text=16) == 2 * 16 * once
+
+
+def test_peaks_are_known_of_tpus_alone():
+    assert peak_flops("TPU v5 lite") == CHIPS["v5e"].flops
+    assert peak_flops("TPU v5") == CHIPS["v5p"].flops
+    assert peak_flops("cpu") is None
