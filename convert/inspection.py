@@ -27,6 +27,7 @@ from taca_jax.errors import UserError
 from taca_jax.formats import clip as clip_format
 from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
 from taca_jax.formats import t5 as t5_format
+from taca_jax.formats.float8 import ScaledTensors, unscaled
 from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
 from taca_jax.formats.lora_native import is_native
 from taca_jax.formats.settings import read_settings
@@ -144,14 +145,15 @@ def _inferred(
 ) -> list[str]:
     try:
         config = _config(infer(tensors))
+        tensors = unscaled(tensors)
     except UserError as error:  # what it is can be said all the same
         config = f"  config: {error}"
     return [f"{where}{table.name}", _sizes(tensors), config]
 
 
 def _sd3(where: str, tensors: TensorFiles) -> list[str]:
-    config = sd3_native.inferred(tensors)
-    return [f"{where}{sd3_native.table_of(config).name}", _sizes(tensors), _config(config)]
+    table = sd3_native.table_of(sd3_native.inferred(tensors))
+    return _inferred(where, table, tensors, sd3_native.inferred)
 
 
 def _autoencoder(where: str, tensors: TensorFiles) -> list[str]:
@@ -175,6 +177,8 @@ def _sizes(tensors: Tensors) -> str:
         for name, shape in tensors.shapes.items()
     )
     dtypes = ", ".join(sorted({str(dtype) for dtype in tensors.dtypes.values()})) or "nothing"
+    if isinstance(tensors, ScaledTensors):
+        dtypes += f", times {len(tensors.scales)} scales"
     return (
         f"  {count:,} parameters in {len(tensors.shapes)} tensors, {size / 1e6:,.1f} MB of {dtypes}"
     )

@@ -23,6 +23,7 @@ from taca_jax.formats import t5 as t5_format
 from taca_jax.formats import tiny_vae as tiny_vae_format
 from taca_jax.formats import vae as vae_format
 from taca_jax.formats.engine import streamed
+from taca_jax.formats.float8 import unscaled
 from taca_jax.formats.lora_files import Kind, Layout, load_adapter, save_adapter
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
@@ -71,9 +72,8 @@ def flux(src: Path, axes_dim: tuple[int, int, int] | None = None) -> Source:
             f"{src} is no FLUX in Black Forest Labs' names: {_names(tensors)}; of diffusers' files "
             f"give the folder with their {CONFIG}"
         )
-    _check_unscaled(found)
     config = flux_bfl.inferred(found, axes_dim)
-    return Source(flux_bfl.TABLE, config, found, others(tensors, found))
+    return Source(flux_bfl.TABLE, config, unscaled(found), others(tensors, found))
 
 
 def sd3(src: Path) -> Source:
@@ -88,9 +88,8 @@ def sd3(src: Path) -> Source:
             f"{src} is no Stable Diffusion 3 in Stability AI's names: {_names(tensors)}; of "
             f"diffusers' files give the folder with their {CONFIG}"
         )
-    _check_unscaled(found)
     config = sd3_native.inferred(found)
-    return Source(sd3_native.table_of(config), config, found, others(tensors, found))
+    return Source(sd3_native.table_of(config), config, unscaled(found), others(tensors, found))
 
 
 def t5(src: Path) -> Source:
@@ -102,7 +101,7 @@ def t5(src: Path) -> Source:
 
 
 def _bare_t5(tensors: TensorFiles) -> Source:
-    return Source(t5_format.TABLE, t5_format.inferred(tensors), tensors)
+    return Source(t5_format.TABLE, t5_format.inferred(tensors), unscaled(tensors))
 
 
 def clip(
@@ -129,7 +128,7 @@ def _bare_clip(
     tensors: TensorFiles, *, num_heads: int | None = None, activation: Activation | None = None
 ) -> Source:
     config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
-    return Source(clip_format.table_of(tensors), config, tensors)
+    return Source(clip_format.table_of(tensors), config, unscaled(tensors))
 
 
 Latents = Literal["flux", "sd3"]
@@ -188,18 +187,6 @@ def _names(tensors: TensorFiles) -> str:
     return f"it has {summary(sorted(tensors.shapes), limit=3) or 'no tensors'}"
 
 
-def _check_unscaled(tensors: TensorFiles) -> None:
-    """Raises UserError for float8 weights whose values are only right times a stored scale."""
-    scales = [name for name in tensors.shapes if name.endswith(("scale_weight", "scale_input"))] + [
-        name for name in tensors.shapes if name == "scaled_fp8"
-    ]
-    if scales:
-        raise UserError(
-            f"{tensors.where} has weights that are to be multiplied by {len(scales)} scales: "
-            f"{summary(scales)}; scaled float8 is not supported: give unscaled weights"
-        )
-
-
 def _check_not_given(src: Path, **options: Any) -> None:
     for name, value in options.items():
         if value is not None:
@@ -237,15 +224,17 @@ def sd3_parts(src: Path) -> dict[str, Source]:
     """Every model in a single file of Stability AI's, by the name of its folder in a pipeline's."""
     parts = {"transformer": sd3(src)}
     tensors = open_tensors(src)
+    found = []
     for prefix, _ in VAE_PREFIXES:
-        if prefix and vae_bfl.is_autoencoder(found := under(tensors, prefix)):
-            parts["autoencoder"] = _bfl_vae(found, "sd3")
+        if prefix and vae_bfl.is_autoencoder(autoencoder := under(tensors, prefix)):
+            parts["autoencoder"] = _bfl_vae(autoencoder, "sd3")
+            found.append(autoencoder)
     for prefix, (made, read) in TEXT_PREFIXES.items():
-        found = under(tensors, prefix)
-        if found.shapes:
-            _check_unscaled(found)
-            parts[made] = read(found)
-    left_out = others(tensors, *(part.tensors for part in parts.values()))
+        if (encoder := under(tensors, prefix)).shapes:
+            parts[made] = read(encoder)
+            found.append(encoder)
+    rest = set(others(tensors, *found))
+    left_out = tuple(name for name in parts["transformer"].left_out if name in rest)
     return parts | {"transformer": dataclasses.replace(parts["transformer"], left_out=left_out)}
 
 
