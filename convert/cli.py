@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from convert.exporting import Layout as ExportLayout
+from convert.exporting import export
 from convert.inspection import inspect
 from convert.models import (
     Latents,
@@ -169,6 +171,31 @@ class LoRA:
 
 
 @dataclass(frozen=True)
+class Export:
+    """A converted or trained FLUX, Stable Diffusion 3 or autoencoder to what others read.
+
+    Of a pipeline folder all of these that it has; LoRA factors have files of their own.
+    """
+
+    src: Path
+    """The model folder, or the pipeline folder."""
+    dst: Path
+    """The folder to make, new or empty; with --to original the safetensors file."""
+    to: ExportLayout = "diffusers"
+    """diffusers: a folder with config.json that `from_pretrained` reads. original: one file in the
+    names of Black Forest Labs or Stability AI, which ComfyUI reads."""
+    dtype: Dtype | None = None
+    """What to store tensors in; by default as they are."""
+    shard_gb: float = 10.0
+    """Longest file of a folder in GB; what is longer becomes several with an index."""
+
+    def run(self) -> list[str]:
+        if not self.shard_gb > 0:
+            raise UserError(f"--shard-gb is {self.shard_gb}; it must be above 0")
+        return export(self.src, self.dst, self.to, self.dtype, int(self.shard_gb * 1e9))
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets."""
 
@@ -200,6 +227,7 @@ Command = (
     | Annotated[VAE, tyro.conf.subcommand("vae")]
     | Annotated[TinyVAE, tyro.conf.subcommand("tiny_vae")]
     | Annotated[LoRA, tyro.conf.subcommand("lora")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
 )

@@ -27,6 +27,7 @@ from taca_jax.errors import UserError
 from taca_jax.formats import clip as clip_format
 from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
 from taca_jax.formats import t5 as t5_format
+from taca_jax.formats import vae as vae_format
 from taca_jax.formats.float8 import ScaledTensors, unscaled
 from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
 from taca_jax.formats.lora_native import is_native
@@ -37,7 +38,7 @@ from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, u
 _BY_CLASS: dict[str, Callable[[Path], Source]] = {
     flux_diffusers.CLASS: flux,
     sd3_diffusers.CLASS: sd3,
-    "AutoencoderKL": vae,
+    vae_format.CLASS: vae,
     "t5": t5,
     "clip_text_model": clip,
 }

@@ -4,16 +4,14 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from convert.writing import check_free, progress
 from taca_jax.atomic import whole_folder
 from taca_jax.checkpoint import CONFIG, StreamedArray, save_streamed
 from taca_jax.errors import UserError
@@ -253,7 +251,7 @@ def convert_model(
 
     Raises UserError, with nothing at `dst`, for bad weights, and for a `dst` that holds something.
     """
-    _check_free(dst)
+    check_free(dst)
     source = read(src)
     return [_write(source, dst, dtype), *_left_out(source)]
 
@@ -280,7 +278,7 @@ def convert_sd3(src: Path, dst: Path, dtype: str | None) -> list[str]:
         return _convert_folder(sd3, src, dst, dtype)
     if (src / CONFIG).is_file():
         return convert_model(sd3, src, dst, dtype)
-    _check_free(dst)
+    check_free(dst)
     parts = sd3_parts(src)
     left_out = _left_out(parts["transformer"])
     if len(parts) == 1:
@@ -301,7 +299,7 @@ def _convert_folder(
     read_transformer: Callable[[Path], Source], src: Path, dst: Path, dtype: str | None
 ) -> list[str]:
     """Makes a pipeline folder of diffusers'. Raises as `convert_model` does."""
-    _check_free(dst)
+    check_free(dst)
     # Everything is read and checked, bar the tensors themselves, before anything is written.
     sources = {"transformer": read_transformer(src / "transformer")}
     for name, made, read in PIPELINE_PARTS[1:]:
@@ -371,7 +369,7 @@ def _pipeline_settings(config: Any, schedule: FlowSchedule) -> dict[str, Any]:
 def _write(source: Source, dst: Path, dtype: str | None) -> str:
     arrays = streamed(source.table, source.tensors, source.config, dtype)
     size = sum(_nbytes(array) for array in arrays.values())
-    with _progress(dst.name, size) as advance:
+    with progress(dst.name, size) as advance:
         save_streamed(
             dst, source.config, {path: _counted(array, advance) for path, array in arrays.items()}
         )
@@ -396,21 +394,3 @@ def _counted(array: StreamedArray, advance: Callable[[int], None]) -> StreamedAr
 
 def _nbytes(array: StreamedArray) -> int:
     return int(np.prod(array.shape)) * array.dtype.itemsize
-
-
-@contextmanager
-def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=size)
-        yield lambda amount: progress.advance(task, amount)
-
-
-def _check_free(dst: Path) -> None:
-    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise UserError(f"{dst} exists and is not empty; give a new folder or empty that one")

@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from taca_jax.atomic import whole_file
 from taca_jax.errors import UserError
@@ -34,6 +34,9 @@ _DTYPES = {
     "I32": np.dtype(np.int32),
     "U8": np.dtype(np.uint8),
 }
+
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its JSON header, little-endian."""
 
 
 class Tensors(Protocol):
@@ -153,16 +156,55 @@ def under(tensors: TensorFiles, prefix: str) -> TensorFiles:
     )
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written."""
+
+    shape: Shape
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
-    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with whole_file(path) as made:
-        try:
-            save_file(contiguous, made, None if metadata is None else dict(metadata))
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    lazy = {
+        name: LazyTensor(array.shape, array.dtype, partial(arrays.get, name))
+        for name, array in arrays.items()
+    }
+    write_streamed(path, lazy, metadata)
+
+
+def write_streamed(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """As `write_tensors`, of tensors that need not fit into memory together."""
+    stored_as = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    # The widest first, as the library does: each tensor begins at a multiple of its width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": stored_as[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with whole_file(path) as made, made.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name in names:
+            array = np.ascontiguousarray(tensors[name].make())
+            file.write(array.reshape(-1).view(np.uint8))
 
 
 def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
@@ -246,10 +288,6 @@ def _open_sharded(index: Path) -> TensorFiles:
             "download the shards again"
         )
     return _tensor_files(index, headers, {})
-
-
-_LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its JSON header, little-endian."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Weights in another layout to our parameters and back: all or nothing, a tensor at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +12,15 @@ from taca_jax.checkpoint import Model, StreamedArray, abstract_model, filled, fl
 from taca_jax.errors import UserError
 from taca_jax.formats.float8 import cast
 from taca_jax.formats.table import Piece, Table
-from taca_jax.tensor_files import FLOAT8, Shape, Tensors, differences, summary
+from taca_jax.tensor_files import (
+    FLOAT8,
+    ArrayTensors,
+    LazyTensor,
+    Shape,
+    Tensors,
+    differences,
+    summary,
+)
 
 
 def match(
@@ -82,16 +90,40 @@ def load(
 def export(table: Table, model: Model) -> dict[str, np.ndarray]:
     """The model's parameters, LoRA factors left out, in the layout of the table."""
     params = {path: np.asarray(param.get_value()) for path, param in flat_params(model).items()}
-    tensors: dict[str, np.ndarray] = {}
-    for piece in table.pieces({path: param.shape for path, param in params.items()}):
-        array = params[piece.path]
-        theirs = piece.transform.store(array if piece.layer is None else array[piece.layer])
-        if piece.rows is not None:
-            whole = tensors.setdefault(piece.key, np.empty(piece.shape, theirs.dtype))
-            whole[piece.rows] = theirs
-        else:
-            tensors[piece.key] = theirs
+    tensors = exported(table, ArrayTensors("the model", params))
+    return {key: tensor.make() for key, tensor in tensors.items()}
+
+
+def exported(
+    table: Table, params: Tensors, dtype: DTypeLike | None = None
+) -> dict[str, LazyTensor]:
+    """Our parameters in the layout of the table, read as they are written.
+
+    In `dtype`, or as stored here; parts of one tensor in what holds them all.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for piece in table.pieces(params.shapes):
+        pieces.setdefault(piece.key, []).append(piece)
+    tensors = {}
+    for key, parts in pieces.items():
+        stored = np.result_type(*(params.dtypes[part.path] for part in parts))
+        target = stored if dtype is None else jnp.dtype(dtype)
+        make = partial(_theirs, params, parts, target)
+        tensors[key] = LazyTensor(parts[0].shape, target, make)
     return tensors
+
+
+def _theirs(params: Tensors, parts: Sequence[Piece], dtype: np.dtype) -> np.ndarray:
+    """One tensor of theirs, of one of our parameters or of several."""
+    arrays = []
+    for part in parts:
+        array = (
+            params.read(part.path)
+            if part.layer is None
+            else params.read(part.path, slice(part.layer, part.layer + 1))[0]
+        )
+        arrays.append(contiguous(part.transform.store(array).astype(dtype, copy=False)))
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 @cache
