@@ -12,11 +12,11 @@ import tyro
 from convert.exporting import Layout as ExportLayout
 from convert.exporting import export
 from convert.inspection import inspect
+from convert.loras import For, convert_lora
 from convert.models import (
     Latents,
     clip,
     convert_flux,
-    convert_lora,
     convert_model,
     convert_sd3,
     t5,
@@ -25,7 +25,7 @@ from convert.models import (
 )
 from convert.verification import verify
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import Kind, Layout
+from taca_jax.formats.lora_files import Layout
 from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -161,10 +161,11 @@ class LoRA:
     """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
     .lora_A.weight`), read by diffusers and PEFT. kohya: `lora_unet_double_blocks_0_img_attn_qkv
     .lora_down.weight`, read by ComfyUI and most others. native: our names, all layers of a kind in
-    one array (`double_blocks.img.qkv.q.lora_a`), of FLUX only. Alpha is folded into the factors in
-    all."""
-    model: Kind | None = None
-    """What it was trained for; by default what its names and widths are of, else FLUX."""
+    one array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in all."""
+    model: For | None = None
+    """What it was trained for; by default what its names and widths are of, else FLUX. Our names
+    differ from one Stable Diffusion 3 to another, so that from and to native it must be known which
+    it is: it is asked for where the widths do not tell."""
 
     def run(self) -> list[str]:
         return convert_lora(self.src, self.dst, self.to, self.model)

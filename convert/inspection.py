@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from convert.loras import doubts
 from convert.models import (
     PIPELINE_FILE,
     PIPELINE_PARTS,
@@ -98,7 +99,12 @@ def _tensors(path: Path) -> list[str]:
     dialects = [dialect for kind in get_args(Kind) for dialect in dialects_of(kind)]
     if is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes):
         file = load_adapter(path)
-        return [f"{path}: of {file.kind}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
+        return [
+            f"{path}: of {file.kind}: {file.summary}",
+            *(f"  {line}" for line in doubts(file)),
+            _sizes(tensors),
+            *_metadata(tensors),
+        ]
     lines: list[str] = []
     models = list(_models(tensors))
     for prefix, found, read in models:

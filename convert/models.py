@@ -22,7 +22,6 @@ from taca_jax.formats import tiny_vae as tiny_vae_format
 from taca_jax.formats import vae as vae_format
 from taca_jax.formats.engine import streamed
 from taca_jax.formats.float8 import unscaled
-from taca_jax.formats.lora_files import Kind, Layout, load_adapter, save_adapter
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
 from taca_jax.models.clip import Activation
@@ -343,18 +342,6 @@ def _write_pipeline(
                 shutil.copytree(tokenizers / name, folder / name)
         (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     return lines
-
-
-def convert_lora(src: Path, dst: Path, to: Layout, kind: Kind | None = None) -> list[str]:
-    """Writes the LoRA file `dst` of the one at `src`, for a kind of model or what it seems to be.
-
-    Raises UserError as `convert_model` does.
-    """
-    if dst.exists():
-        raise UserError(f"{dst} exists; give a new name or remove it")
-    file = load_adapter(src, kind)
-    written = save_adapter(dst, file.adapter, to, kind=file.kind)
-    return [f"{src}: {file.summary}", f"{dst}: {written}"]
 
 
 def _pipeline_settings(config: Any, schedule: FlowSchedule) -> dict[str, Any]:
