@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from convert.arguments import parse
 from convert.exporting import Layout as ExportLayout
 from convert.exporting import export
 from convert.inspection import inspect
@@ -24,6 +25,7 @@ from convert.models import (
     vae,
 )
 from convert.verification import verify
+from taca_jax.cli import say
 from taca_jax.errors import UserError
 from taca_jax.formats.lora_files import Layout
 from taca_jax.models.clip import Activation
@@ -220,32 +222,37 @@ class Verify:
         return verify(self.src, self.dst)
 
 
-Command = (
-    Annotated[Flux, tyro.conf.subcommand("flux")]
-    | Annotated[SD3, tyro.conf.subcommand("sd3")]
-    | Annotated[T5, tyro.conf.subcommand("t5")]
-    | Annotated[CLIP, tyro.conf.subcommand("clip")]
-    | Annotated[VAE, tyro.conf.subcommand("vae")]
-    | Annotated[TinyVAE, tyro.conf.subcommand("tiny_vae")]
-    | Annotated[LoRA, tyro.conf.subcommand("lora")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-)
+COMMANDS = {
+    "flux": Flux,
+    "sd3": SD3,
+    "t5": T5,
+    "clip": CLIP,
+    "vae": VAE,
+    "tiny_vae": TinyVAE,
+    "lora": LoRA,
+    "export": Export,
+    "inspect": Inspect,
+    "verify": Verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and prints what was made or found.
 
-    Bad input, and a checkpoint that is not what its source is, prints one line, `error: ...`, on
-    stderr and exits with status 1, nothing written; a command line that is not understood exits
-    with status 2.
+    What is wrong prints one line, `error: ...`, on stderr, nothing written: with status 2 for a
+    command line that is not understood, with status 1 for bad input and for a checkpoint that is
+    not what its source is.
     """
-    command = tyro.cli(Command, prog="python -m convert", description=__doc__, args=argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        command = parse(words, COMMANDS, prog="python -m convert", about=__doc__ or "")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     try:
         made = command.run()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; nothing was written")
-    print("\n".join(made))
+    say(made)
