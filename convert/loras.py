@@ -13,7 +13,7 @@ from taca_jax.tensor_files import open_tensors
 
 For = Literal["flux", "sd3", "sd3.5-medium", "sd3.5-large", "sd3-medium"]
 """What a file was trained for."""
-_KINDS: Mapping[For, tuple[Kind, Any]] = {
+_KINDS: Mapping[str, tuple[Kind, Any]] = {
     "flux": ("flux", None),
     "sd3": ("sd3", None),
     **{name: ("sd3", config) for name, config in lora_sd3.RELEASED.items()},

@@ -175,7 +175,7 @@ def write_tensors(
     """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     lazy = {
-        name: LazyTensor(array.shape, array.dtype, partial(arrays.get, name))
+        name: LazyTensor(array.shape, array.dtype, partial(arrays.__getitem__, name))
         for name, array in arrays.items()
     }
     write_streamed(path, lazy, metadata)
@@ -204,7 +204,7 @@ def write_streamed(
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for name in names:
             array = np.ascontiguousarray(tensors[name].make())
-            file.write(array.reshape(-1).view(np.uint8))
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
@@ -339,7 +339,7 @@ def _read(place: Place, skipped: int, shape: Shape, dtype: np.dtype) -> np.ndarr
     made = np.empty(shape, dtype)
     with _unspoilt(place.path), place.path.open("rb") as file:
         file.seek(place.start + skipped * dtype.itemsize)
-        if file.readinto(made.reshape(-1).view(np.uint8)) != made.nbytes:
+        if file.readinto(made.reshape(-1).view(np.uint8).data) != made.nbytes:
             raise OSError("it ended early")
     return made
 
