@@ -198,13 +198,16 @@ def write_streamed(
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     with whole_file(path) as made, made.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for name in names:
-            array = np.ascontiguousarray(tensors[name].make())
-            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(_bytes(tensors[name].make()))
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
