@@ -258,15 +258,15 @@ def _open_safetensors(file: Path) -> _Stored:
 
 def _open_orbax(folder: Path) -> _Stored:
     # Orbax finds damage only while it reads, and then prints every read that it drops.
-    shapes = {array.name: _checked_shape(array) for array in folder.iterdir() if array.is_dir()}
+    stored = {array.name: _checked(array) for array in folder.iterdir() if array.is_dir()}
 
     def read(placed: Mapping[str, Sharding], dtype: DTypeLike | None) -> dict[str, jax.Array]:
-        stored = None if dtype is None else jnp.dtype(dtype)
+        wide = None if dtype is None else jnp.dtype(dtype)
         args = {
-            name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=stored)
+            name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=wide)
             for name, sharding in placed.items()
         }
-        wanted = {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in placed}
+        wanted = {name: stored[name] for name in placed}  # without dtypes they would be float32
         request = ocp.args.PyTreeRestore(
             item=_nested(wanted), restore_args=_nested(args), partial_restore=True
         )
@@ -287,26 +287,26 @@ def _open_orbax(folder: Path) -> _Stored:
         except ValueError as error:  # what TensorStore raises
             raise _damaged(folder / name, str(error)) from error
 
-    return _Stored(shapes, read, part)
+    return _Stored({name: array.shape for name, array in stored.items()}, read, part)
 
 
-def _checked_shape(array: Path) -> Shape:
-    """The shape of one stored array, all of whose chunks are there in full."""
+def _checked(array: Path) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one stored array, all of whose chunks are there in full."""
     try:
         header = json.loads((array / ".zarray").read_text())
         shape, chunks = header["shape"], header["chunks"]
-        itemsize = jnp.dtype(header["dtype"]).itemsize
+        dtype = jnp.dtype(header["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(array, f"its .zarray: {error}") from error
     counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
     for index in itertools.product(*map(range, counts)):
         chunk = array / ".".join(map(str, index))
         size = chunk.stat().st_size if chunk.is_file() else None
-        expected = math.prod(chunks) * itemsize
+        expected = math.prod(chunks) * dtype.itemsize
         if size != expected:
             found = "missing" if size is None else f"{size} bytes"
             raise _damaged(array, f"chunk {chunk.name} is {found}, expected {expected} bytes")
-    return tuple(shape)
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
