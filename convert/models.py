@@ -4,16 +4,14 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from convert.writing import check_free, progress
 from taca_jax.atomic import whole_folder
 from taca_jax.checkpoint import CONFIG, StreamedArray, save_streamed
 from taca_jax.errors import UserError
@@ -23,7 +21,7 @@ from taca_jax.formats import t5 as t5_format
 from taca_jax.formats import tiny_vae as tiny_vae_format
 from taca_jax.formats import vae as vae_format
 from taca_jax.formats.engine import streamed
-from taca_jax.formats.lora_files import Kind, Layout, load_adapter, save_adapter
+from taca_jax.formats.float8 import unscaled
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
 from taca_jax.models.clip import Activation
@@ -71,9 +69,8 @@ def flux(src: Path, axes_dim: tuple[int, int, int] | None = None) -> Source:
             f"{src} is no FLUX in Black Forest Labs' names: {_names(tensors)}; of diffusers' files "
             f"give the folder with their {CONFIG}"
         )
-    _check_unscaled(found)
     config = flux_bfl.inferred(found, axes_dim)
-    return Source(flux_bfl.TABLE, config, found, others(tensors, found))
+    return Source(flux_bfl.TABLE, config, unscaled(found), others(tensors, found))
 
 
 def sd3(src: Path) -> Source:
@@ -88,9 +85,8 @@ def sd3(src: Path) -> Source:
             f"{src} is no Stable Diffusion 3 in Stability AI's names: {_names(tensors)}; of "
             f"diffusers' files give the folder with their {CONFIG}"
         )
-    _check_unscaled(found)
     config = sd3_native.inferred(found)
-    return Source(sd3_native.table_of(config), config, found, others(tensors, found))
+    return Source(sd3_native.table_of(config), config, unscaled(found), others(tensors, found))
 
 
 def t5(src: Path) -> Source:
@@ -102,7 +98,7 @@ def t5(src: Path) -> Source:
 
 
 def _bare_t5(tensors: TensorFiles) -> Source:
-    return Source(t5_format.TABLE, t5_format.inferred(tensors), tensors)
+    return Source(t5_format.TABLE, t5_format.inferred(tensors), unscaled(tensors))
 
 
 def clip(
@@ -129,7 +125,7 @@ def _bare_clip(
     tensors: TensorFiles, *, num_heads: int | None = None, activation: Activation | None = None
 ) -> Source:
     config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
-    return Source(clip_format.table_of(tensors), config, tensors)
+    return Source(clip_format.table_of(tensors), config, unscaled(tensors))
 
 
 Latents = Literal["flux", "sd3"]
@@ -188,18 +184,6 @@ def _names(tensors: TensorFiles) -> str:
     return f"it has {summary(sorted(tensors.shapes), limit=3) or 'no tensors'}"
 
 
-def _check_unscaled(tensors: TensorFiles) -> None:
-    """Raises UserError for float8 weights whose values are only right times a stored scale."""
-    scales = [name for name in tensors.shapes if name.endswith(("scale_weight", "scale_input"))] + [
-        name for name in tensors.shapes if name == "scaled_fp8"
-    ]
-    if scales:
-        raise UserError(
-            f"{tensors.where} has weights that are to be multiplied by {len(scales)} scales: "
-            f"{summary(scales)}; scaled float8 is not supported: give unscaled weights"
-        )
-
-
 def _check_not_given(src: Path, **options: Any) -> None:
     for name, value in options.items():
         if value is not None:
@@ -237,15 +221,17 @@ def sd3_parts(src: Path) -> dict[str, Source]:
     """Every model in a single file of Stability AI's, by the name of its folder in a pipeline's."""
     parts = {"transformer": sd3(src)}
     tensors = open_tensors(src)
+    found = []
     for prefix, _ in VAE_PREFIXES:
-        if prefix and vae_bfl.is_autoencoder(found := under(tensors, prefix)):
-            parts["autoencoder"] = _bfl_vae(found, "sd3")
+        if prefix and vae_bfl.is_autoencoder(autoencoder := under(tensors, prefix)):
+            parts["autoencoder"] = _bfl_vae(autoencoder, "sd3")
+            found.append(autoencoder)
     for prefix, (made, read) in TEXT_PREFIXES.items():
-        found = under(tensors, prefix)
-        if found.shapes:
-            _check_unscaled(found)
-            parts[made] = read(found)
-    left_out = others(tensors, *(part.tensors for part in parts.values()))
+        if (encoder := under(tensors, prefix)).shapes:
+            parts[made] = read(encoder)
+            found.append(encoder)
+    rest = set(others(tensors, *found))
+    left_out = tuple(name for name in parts["transformer"].left_out if name in rest)
     return parts | {"transformer": dataclasses.replace(parts["transformer"], left_out=left_out)}
 
 
@@ -264,7 +250,7 @@ def convert_model(
 
     Raises UserError, with nothing at `dst`, for bad weights, and for a `dst` that holds something.
     """
-    _check_free(dst)
+    check_free(dst)
     source = read(src)
     return [_write(source, dst, dtype), *_left_out(source)]
 
@@ -291,7 +277,7 @@ def convert_sd3(src: Path, dst: Path, dtype: str | None) -> list[str]:
         return _convert_folder(sd3, src, dst, dtype)
     if (src / CONFIG).is_file():
         return convert_model(sd3, src, dst, dtype)
-    _check_free(dst)
+    check_free(dst)
     parts = sd3_parts(src)
     left_out = _left_out(parts["transformer"])
     if len(parts) == 1:
@@ -312,7 +298,7 @@ def _convert_folder(
     read_transformer: Callable[[Path], Source], src: Path, dst: Path, dtype: str | None
 ) -> list[str]:
     """Makes a pipeline folder of diffusers'. Raises as `convert_model` does."""
-    _check_free(dst)
+    check_free(dst)
     # Everything is read and checked, bar the tensors themselves, before anything is written.
     sources = {"transformer": read_transformer(src / "transformer")}
     for name, made, read in PIPELINE_PARTS[1:]:
@@ -358,18 +344,6 @@ def _write_pipeline(
     return lines
 
 
-def convert_lora(src: Path, dst: Path, to: Layout, kind: Kind | None = None) -> list[str]:
-    """Writes the LoRA file `dst` of the one at `src`, for a kind of model or what it seems to be.
-
-    Raises UserError as `convert_model` does.
-    """
-    if dst.exists():
-        raise UserError(f"{dst} exists; give a new name or remove it")
-    file = load_adapter(src, kind)
-    written = save_adapter(dst, file.adapter, to, kind=file.kind)
-    return [f"{src}: {file.summary}", f"{dst}: {written}"]
-
-
 def _pipeline_settings(config: Any, schedule: FlowSchedule) -> dict[str, Any]:
     """What a pipeline is told beside its weights (PipelineSettings)."""
     if isinstance(config, SD3Config):
@@ -382,7 +356,7 @@ def _pipeline_settings(config: Any, schedule: FlowSchedule) -> dict[str, Any]:
 def _write(source: Source, dst: Path, dtype: str | None) -> str:
     arrays = streamed(source.table, source.tensors, source.config, dtype)
     size = sum(_nbytes(array) for array in arrays.values())
-    with _progress(dst.name, size) as advance:
+    with progress(dst.name, size) as advance:
         save_streamed(
             dst, source.config, {path: _counted(array, advance) for path, array in arrays.items()}
         )
@@ -407,21 +381,3 @@ def _counted(array: StreamedArray, advance: Callable[[int], None]) -> StreamedAr
 
 def _nbytes(array: StreamedArray) -> int:
     return int(np.prod(array.shape)) * array.dtype.itemsize
-
-
-@contextmanager
-def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=size)
-        yield lambda amount: progress.advance(task, amount)
-
-
-def _check_free(dst: Path) -> None:
-    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise UserError(f"{dst} exists and is not empty; give a new folder or empty that one")
