@@ -4,19 +4,15 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from convert.writing import check_free, progress
 from taca_jax.atomic import whole_folder
 from taca_jax.checkpoint import CONFIG, StreamedArray, save_streamed
-from taca_jax.errors import UserError
 from taca_jax.formats.engine import streamed
-from taca_jax.formats.lora_files import Kind, Layout, load_adapter, save_adapter
 from taca_jax.formats.original_pipelines import (
     PIPELINE_PARTS,
     TEXT_ENCODERS,
@@ -39,7 +35,7 @@ def convert_model(
 
     Raises UserError, with nothing at `dst`, for bad weights, and for a `dst` that holds something.
     """
-    _check_free(dst)
+    check_free(dst)
     source = read(src)
     return [_write(source, dst, dtype), *_left_out(source)]
 
@@ -66,7 +62,7 @@ def convert_sd3(src: Path, dst: Path, dtype: str | None) -> list[str]:
         return _convert_folder(sd3, src, dst, dtype)
     if (src / CONFIG).is_file():
         return convert_model(sd3, src, dst, dtype)
-    _check_free(dst)
+    check_free(dst)
     parts = sd3_parts(src)
     left_out = _left_out(parts["transformer"])
     if len(parts) == 1:
@@ -87,7 +83,7 @@ def _convert_folder(
     read_transformer: Callable[[Path], Source], src: Path, dst: Path, dtype: str | None
 ) -> list[str]:
     """Makes a pipeline folder of diffusers'. Raises as `convert_model` does."""
-    _check_free(dst)
+    check_free(dst)
     # Everything is read and checked, bar the tensors themselves, before anything is written.
     original = open_folder(src, read_transformer)
     lines = _write_pipeline(original, dst, dtype, tokenizers=src)
@@ -118,22 +114,10 @@ def _write_pipeline(
     return lines
 
 
-def convert_lora(src: Path, dst: Path, to: Layout, kind: Kind | None = None) -> list[str]:
-    """Writes the LoRA file `dst` of the one at `src`, for a kind of model or what it seems to be.
-
-    Raises UserError as `convert_model` does.
-    """
-    if dst.exists():
-        raise UserError(f"{dst} exists; give a new name or remove it")
-    file = load_adapter(src, kind)
-    written = save_adapter(dst, file.adapter, to, kind=file.kind)
-    return [f"{src}: {file.summary}", f"{dst}: {written}"]
-
-
 def _write(source: Source, dst: Path, dtype: str | None) -> str:
     arrays = streamed(source.table, source.tensors, source.config, dtype)
     size = sum(_nbytes(array) for array in arrays.values())
-    with _progress(dst.name, size) as advance:
+    with progress(dst.name, size) as advance:
         save_streamed(
             dst, source.config, {path: _counted(array, advance) for path, array in arrays.items()}
         )
@@ -158,21 +142,3 @@ def _counted(array: StreamedArray, advance: Callable[[int], None]) -> StreamedAr
 
 def _nbytes(array: StreamedArray) -> int:
     return int(np.prod(array.shape)) * array.dtype.itemsize
-
-
-@contextmanager
-def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=size)
-        yield lambda amount: progress.advance(task, amount)
-
-
-def _check_free(dst: Path) -> None:
-    if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise UserError(f"{dst} exists and is not empty; give a new folder or empty that one")

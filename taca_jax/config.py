@@ -308,7 +308,13 @@ class TrainConfig:
         _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         _check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
         warmup = self.optimizer.warmup_steps
-        _check(warmup < self.steps, "optimizer.warmup_steps", warmup, f"below steps={self.steps}")
+        below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
+        _check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
+        source = self.data.source
+        if self.evaluate is not None and source.partition(":")[2].partition("/")[0] != "shapes":
+            raise UserError(
+                f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
+            )
         if self.taca is not None:
             threshold = self.taca.threshold
             _check(threshold < 1000, "taca.threshold", threshold, "below 1000, to train above it")

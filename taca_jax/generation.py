@@ -38,7 +38,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
     if config.lora is not None:
-        open_tensors(find_weights(config.lora))  # a missing one is refused before the model loads
+        _check_lora(config.lora)  # before the model loads
     if config.preview not in (None, OWN):
         check_previewer(Path(config.preview))
     pipeline = load_pipeline(
@@ -75,6 +75,16 @@ def generate(config: GenerateConfig) -> list[Path]:
     )
     _write(out, grid, config)
     return [out]
+
+
+def _check_lora(lora: str) -> None:
+    found = find_weights(lora)
+    if not found.exists():
+        raise UserError(
+            f"lora={lora} is not there; train it, name another file, or set lora=none to draw "
+            "without one"
+        )
+    open_tensors(found)
 
 
 def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Sequence[Image.Image]:

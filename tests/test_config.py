@@ -69,6 +69,12 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (DRAW, {"quantize_text": "int4"}, "quantize_text=int4: expected one of none, int8, nf4"),
         (SCRATCH, {"text.encoder": "none"}, "without a base there is no text encoder"),
         (ADAPT, {"optimizer.warmup_steps": "100"}, "warmup_steps is 100; it must be below steps"),
+        (ADAPT, {"optimizer.warmup_steps": "100"}, "optimizer.warmup_steps=0 warms up none"),
+        (
+            ADAPT,
+            {"data.source": "folder:x", "evaluate.prompts": "1"},
+            "evaluate reads shapes back, and data.source is folder:x; set evaluate=none",
+        ),
         (ADAPT, {"optimizer.warmup_steps": "-1"}, "optimizer.warmup_steps is -1; it must be 0"),
         (ADAPT, {"optimizer.learning_rate": "0"}, "optimizer.learning_rate is 0.0; it must be"),
         (ADAPT, {"optimizer.learning_rate": "nan"}, "optimizer.learning_rate is nan; it must be"),

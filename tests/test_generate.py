@@ -83,7 +83,7 @@ def test_a_missing_previewer_is_refused_before_the_model_loads(tmp_path, monkeyp
 
 def test_a_missing_lora_is_refused_before_the_model_loads(tmp_path, monkeypatch):
     monkeypatch.setattr("taca_jax.generation.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"nowhere\.safetensors is not there"):
+    with pytest.raises(UserError, match=r"nowhere\.safetensors is not there; .* lora=none"):
         generate(config(tmp_path / "x.png", lora="nowhere.safetensors"))
 
 

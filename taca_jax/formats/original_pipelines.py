@@ -19,7 +19,6 @@ from taca_jax.formats.sources import (
     Source,
     bare_clip,
     bare_t5,
-    check_unscaled,
     flux,
     original_vae,
     others,
@@ -164,13 +163,15 @@ def _parts(
 ) -> dict[str, Source]:
     parts = {"transformer": first}
     tensors = open_tensors(src)
+    found = []
     for prefix, _ in VAE_PREFIXES:
-        if prefix and vae_bfl.is_autoencoder(found := under(tensors, prefix)):
-            parts["autoencoder"] = original_vae(found, latents)
+        if prefix and vae_bfl.is_autoencoder(autoencoder := under(tensors, prefix)):
+            parts["autoencoder"] = original_vae(autoencoder, latents)
+            found.append(autoencoder)
     for prefix, (made, read) in text_prefixes.items():
-        found = under(tensors, prefix)
-        if found.shapes:
-            check_unscaled(found)
-            parts[made] = read(found)
-    left_out = others(tensors, *(part.tensors for part in parts.values()))
-    return parts | {"transformer": dataclasses.replace(parts["transformer"], left_out=left_out)}
+        if (encoder := under(tensors, prefix)).shapes:
+            parts[made] = read(encoder)
+            found.append(encoder)
+    rest = set(others(tensors, *found))
+    left_out = tuple(name for name in first.left_out if name in rest)
+    return parts | {"transformer": dataclasses.replace(first, left_out=left_out)}

@@ -16,6 +16,7 @@ from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native
 from taca_jax.formats import t5 as t5_format
 from taca_jax.formats import tiny_vae as tiny_vae_format
 from taca_jax.formats import vae as vae_format
+from taca_jax.formats.float8 import unscaled
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
 from taca_jax.models.clip import Activation
@@ -56,9 +57,8 @@ def flux(src: Path, axes_dim: tuple[int, int, int] | None = None) -> Source:
             f"{src} is no FLUX in Black Forest Labs' names: {_names(tensors)}; of diffusers' files "
             f"give the folder with their {CONFIG}"
         )
-    check_unscaled(found)
     config = flux_bfl.inferred(found, axes_dim)
-    return Source(flux_bfl.TABLE, config, found, others(tensors, found))
+    return Source(flux_bfl.TABLE, config, unscaled(found), others(tensors, found))
 
 
 def sd3(src: Path) -> Source:
@@ -73,9 +73,8 @@ def sd3(src: Path) -> Source:
             f"{src} is no Stable Diffusion 3 in Stability AI's names: {_names(tensors)}; of "
             f"diffusers' files give the folder with their {CONFIG}"
         )
-    check_unscaled(found)
     config = sd3_native.inferred(found)
-    return Source(sd3_native.table_of(config), config, found, others(tensors, found))
+    return Source(sd3_native.table_of(config), config, unscaled(found), others(tensors, found))
 
 
 def t5(src: Path) -> Source:
@@ -87,7 +86,7 @@ def t5(src: Path) -> Source:
 
 
 def bare_t5(tensors: TensorFiles) -> Source:
-    return Source(t5_format.TABLE, t5_format.inferred(tensors), tensors)
+    return Source(t5_format.TABLE, t5_format.inferred(tensors), unscaled(tensors))
 
 
 def clip(
@@ -114,7 +113,7 @@ def bare_clip(
     tensors: TensorFiles, *, num_heads: int | None = None, activation: Activation | None = None
 ) -> Source:
     config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
-    return Source(clip_format.table_of(tensors), config, tensors)
+    return Source(clip_format.table_of(tensors), config, unscaled(tensors))
 
 
 Latents = Literal["flux", "sd3"]
@@ -171,18 +170,6 @@ def others(tensors: TensorFiles, *found: TensorFiles) -> tuple[str, ...]:
 
 def _names(tensors: TensorFiles) -> str:
     return f"it has {summary(sorted(tensors.shapes), limit=3) or 'no tensors'}"
-
-
-def check_unscaled(tensors: TensorFiles) -> None:
-    """Raises UserError for float8 weights whose values are only right times a stored scale."""
-    scales = [name for name in tensors.shapes if name.endswith(("scale_weight", "scale_input"))] + [
-        name for name in tensors.shapes if name == "scaled_fp8"
-    ]
-    if scales:
-        raise UserError(
-            f"{tensors.where} has weights that are to be multiplied by {len(scales)} scales: "
-            f"{summary(scales)}; scaled float8 is not supported: give unscaled weights"
-        )
 
 
 def check_not_given(src: Path, **options: Any) -> None:

@@ -8,6 +8,7 @@ that must move, so that a real step takes longer.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -202,21 +203,32 @@ def table(plan: Plan) -> Table:
     out.add_column("on each chip")
     out.add_column("", justify="right")
     for name, size in plan.parts.items():
-        out.add_row(name, f"{size / GB:.2f} GB")
-    out.add_row("activations, gathered parameters, program", f"{plan.program / GB:.2f} GB")
+        out.add_row(name, in_units(size, "B"))
+    out.add_row("activations, gathered parameters, program", in_units(plan.program, "B"))
     share = plan.memory / chip.memory
     out.add_row(
-        "together", f"{plan.memory / GB:.2f} GB, {share:.0%} of its memory", end_section=True
+        "together", f"{in_units(plan.memory, 'B')}, {share:.0%} of its memory", end_section=True
     )
-    out.add_row("arithmetic of the step, all chips", f"{plan.flops / 1e12:,.1f} TFLOP")
-    out.add_row(
-        "transformer's parameters received", f"{plan.gathered / GB:.2f} GB", end_section=True
-    )
+    out.add_row("arithmetic of the step, all chips", in_units(plan.flops, "FLOP"))
+    out.add_row("transformer's parameters received", in_units(plan.gathered, "B"), end_section=True)
     for name, seconds in plan.seconds.items():
-        out.add_row(f"least time for {name}", f"{seconds:.3f} s")
+        out.add_row(f"least time for {name}", in_units(seconds, "s"))
     bound = max(plan.seconds, key=plan.seconds.__getitem__)
     out.add_row("bound by", bound)
     return out
+
+
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+
+
+def in_units(value: float, unit: str) -> str:
+    """A quantity with three digits or more in the largest unit that it fills: `1.25 GB`, `3 ms`."""
+    factor, prefix = next(
+        (each for each in PREFIXES if value >= each[0] and (unit != "s" or each[0] <= 1)),
+        (1.0, ""),
+    )
+    number = value / factor
+    return f"{number:,.0f} {prefix}{unit}" if number >= 100 else f"{number:.3g} {prefix}{unit}"
 
 
 def _devices(topology: str) -> list[Any]:

@@ -379,6 +379,22 @@ def diffusers_velocity(theirs, inputs, **options) -> np.ndarray:
         )[0].numpy()
 
 
+def test_exported_folders_load_in_diffusers(tmp_path, folder):
+    """The golden pipeline, there and back: diffusers reads what it read in the first place."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    main(["export", "--src", str(folder), "--dst", str(tmp_path / "theirs"), "--shard-gb", "1e-3"])
+    for name, cls in (
+        ("transformer", diffusers.SD3Transformer2DModel),
+        ("vae", diffusers.AutoencoderKL),
+    ):
+        first = cls.from_pretrained(shared_path("golden/sd3") / name).state_dict()
+        again, said = cls.from_pretrained(tmp_path / "theirs" / name, output_loading_info=True)
+        assert not any(said.values()), said
+        assert again.state_dict().keys() == first.keys()
+        assert all(again.state_dict()[key].equal(value) for key, value in first.items())
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"num_dual_layers": 0, "qk_norm": "none"}],

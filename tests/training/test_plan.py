@@ -16,7 +16,7 @@ from taca_jax.config import DataConfig, LoRAConfig, TextConfig, to_json
 from taca_jax.errors import UserError
 from taca_jax.taca import TacaConfig
 from taca_jax.training import plan as plan_module
-from taca_jax.training.plan import _configs
+from taca_jax.training.plan import _configs, in_units
 from taca_jax.training.slices import Slice, slice_names
 from tests.processes import last_line, run_python
 from tests.training.tiny import tiny_config, tiny_pipeline
@@ -32,6 +32,23 @@ def test_slices_are_named_as_they_are_rented():
     for name in ("v5e-3", "v5p-7", "v9-8", "16"):
         with pytest.raises(UserError, match=f"plan={name}: no such slice; there are v5e-1, v5e-4"):
             Slice.of(name)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "said"),
+    [
+        (6_618_000_000, "B", "6.62 GB"),
+        (123_400, "B", "123 kB"),
+        (12, "B", "12 B"),
+        (0, "B", "0 B"),
+        (1.59e14, "FLOP", "159 TFLOP"),
+        (0.76, "s", "760 ms"),
+        (4.2e-6, "s", "4.2 µs"),
+        (4000.0, "s", "4,000 s"),
+    ],
+)
+def test_units_fit_what_is_said(value, unit, said):
+    assert in_units(value, unit) == said
 
 
 @pytest.fixture
