@@ -46,8 +46,8 @@ NF4_SMALLEST_BLOCK = 16
 _CODES = {"int8": jnp.int8, "nf4": jnp.uint4}
 _SCALES = {"int8": jnp.float32, "nf4": jnp.bfloat16}
 
-Read = Callable[[tuple[int, ...], tuple[slice, ...]], Any]
-"""(which layer of a stack, or (); which part of its matrix) -> numpy array."""
+Read = Callable[[tuple[int, ...], Any], Any]
+"""(which layer of a stack, or (); slices of its matrix, which are a part) -> numpy array."""
 
 
 def quantized_layers(model: nnx.Module, kind: str) -> Iterator[tuple[str, Linear]]:
@@ -150,9 +150,10 @@ def load_quantized(
     """
     *stack, inputs, outputs = shape
     write = _writer(to, codes_at, scales_at)
-    made = tuple(
-        jnp.zeros(like.shape, like.dtype, device=at)
-        for like, at in zip(shapes(to, path, shape), (codes_at, scales_at), strict=True)
+    codes, scales = shapes(to, path, shape)
+    made = (
+        jnp.zeros(codes.shape, codes.dtype, device=codes_at),
+        jnp.zeros(scales.shape, scales.dtype, device=scales_at),
     )
     at = _of_a_layer(codes_at, len(stack))
     for layer in [(i,) for i in range(stack[0])] if stack else [()]:

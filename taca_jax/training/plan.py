@@ -188,7 +188,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         parts,
         max(total - held, 0),
         step_flops(config, parts_of["transformer"], image=side * side, text=text_length),
-        _gathered(trainer, state, mesh, passes=_passes(config)),
+        _gathered(trainer, state, mesh, passes=_passes(config), dtype=jnp.dtype(config.dtype)),
     )
 
 
@@ -381,14 +381,22 @@ def _passes(config: TrainConfig) -> int:
     return 3 if config.remat == "full" else 2
 
 
-def _gathered(trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int) -> float:
+def _gathered(
+    trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int, dtype: jnp.dtype
+) -> float:
     """Bytes of the transformer's parameters that a chip receives over `fsdp` in a step.
 
-    Trained ones are received in every pass too, and the sums of their gradients once.
+    Trained ones are received in every pass too, and the sums of their gradients once. int8's codes
+    are received as they are; each chip decodes its share of nf4's, which is received in `dtype`.
     """
+
+    def size(array: Any) -> int:
+        decoded = 2 * dtype.itemsize if array.dtype == jnp.uint4 else 1
+        return _local_bytes(array) * decoded
+
     others = mesh.shape["fsdp"] - 1
     frozen, trained = (
-        sum(_local_bytes(x) for x in jax.tree.leaves(tree.get("transformer", {})))
+        sum(size(x) for x in jax.tree.leaves(tree.get("transformer", {})))
         for tree in (trainer.frozen, state.trained)
     )
     return others * (frozen * passes + trained * (passes + 1))

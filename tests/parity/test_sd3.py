@@ -117,6 +117,21 @@ def test_forward(model, golden):
     assert relative_error(velocity(model, inputs), golden["forward.t700"]) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "limit"), [("int8", 0.02), ("nf4", 0.25)])
+def test_forward_of_a_quantised_model(folder, golden, to, limit):
+    inputs = (
+        nhwc(golden["latents"]),
+        jnp.full(1, 700.0),
+        jnp.asarray(golden["prompt_embeds"]),
+        jnp.asarray(golden["pooled_prompt_embeds"]),
+    )
+    quantised = load_model(folder / "transformer", dtype=jnp.float32, quantize=to)
+    error = relative_error(velocity(quantised, inputs), golden["forward.t700"])
+    print(to, error)
+    assert 1e-4 < error < limit
+
+
 def test_stability_ais_own_model_and_file(tmp_path):
     """float16 weights, q, k and v in one, no block between the dual ones and the last."""
     file = shared_path("golden/sd35_native/sd3.5_medium.safetensors")
