@@ -31,11 +31,10 @@ from taca_jax.processes import (
     wait_for_all,
 )
 from taca_jax.sharding import batch_sharding, local_rows, make_mesh
-from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline, check_batch
 from taca_jax.training.checkpoints import Checkpoints
-from taca_jax.training.flops import step_flops
+from taca_jax.training.flops import step_flops, text_tokens
 from taca_jax.training.health import Health, Step
 from taca_jax.training.plan import plan
 from taca_jax.training.preemption import Notice
@@ -120,9 +119,8 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
     """Raises UserError unless the folder is new, or holds this run and is to be gone on with."""
     record = run_dir / RECORD
     if not record.is_file():
-        if (
-            config.resume and is_first()
-        ):  # so that one command serves the first start and every restart
+        # Allowed, so that one command serves the first start and every restart.
+        if config.resume and is_first():
             print(f"{run_dir} holds no run yet: starting one", file=sys.stderr)
         return
     if not config.resume:
@@ -196,7 +194,7 @@ def _loop(
     health = Health()
 
     def report(step: Step) -> None:
-        health.check(step)
+        health.check(step, state)
         due = step.number % config.log_every == 0 or step.number in (start + 1, config.steps)
         if log is not None and due:
             log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
@@ -231,32 +229,24 @@ def _loop(
 
 
 def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
+    flops = _step_flops(config, pipeline)
     peak = peak_flops(jax.devices()[0].device_kind)
-    utilisation_of = None
-    if peak is not None:
-        flops = _step_flops(config, pipeline)
-        utilisation_of = lambda seconds: flops / (seconds * peak * jax.device_count())  # noqa: E731
     return RunLog(
         config.run_dir,
         start=start,
         steps=config.steps,
         samples_per_step=config.data.batch_size * config.grad_accumulation,
-        utilisation_of=utilisation_of,
+        flops_per_step=flops,
+        peak_flops=None if peak is None else peak * jax.device_count(),
     )
 
 
 def _step_flops(config: TrainConfig, pipeline: Pipeline) -> float:
-    encoder, autoencoder, tokenizer = (
-        pipeline.text_encoder,
-        pipeline.autoencoder,
-        _tokenizer(pipeline),
-    )
-    assert encoder is not None  # build_pipeline saw to both
-    assert autoencoder is not None
+    assert pipeline.autoencoder is not None  # build_pipeline saw to it
     transformer = pipeline.transformer.config
-    side = config.data.resolution // (autoencoder.config.downscale * transformer.patch_size)
-    text = jax.eval_shape(lambda tokens: encode(encoder, tokens, tokenizer.pad_id), tokenizer([""]))
-    return step_flops(config, transformer, image=side * side, text=text.txt.shape[1])
+    side = config.data.resolution // pipeline.autoencoder.config.downscale // transformer.patch_size
+    text = text_tokens(transformer, pipeline.settings.text_length)
+    return step_flops(config, transformer, image=side * side, text=text)
 
 
 def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, list[str]]:
