@@ -238,7 +238,9 @@ def _tokens(type_: Any, text: str, name: str) -> list[str]:
             return [_as_text(item) for item in json.loads(text)]
         except json.JSONDecodeError:
             raise UserError(f"{name}={text}: expected {describe(type_)}, or a JSON list") from None
-    return [item.strip() for item in text.strip("()").split(",") if item.strip()]
+    if text.startswith("(") and text.endswith(")"):  # and not `folder:pictures (2)`
+        text = text[1:-1]
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _value(type_: Any, tokens: list[str], name: str, shown: str) -> Any:
