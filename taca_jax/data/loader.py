@@ -20,7 +20,7 @@ from taca_jax.data.bad_examples import BadExampleError
 from taca_jax.data.config import DataConfig
 from taca_jax.data.order import CHOOSE, DROP, Bucket, Stream, uniform
 from taca_jax.data.picture_source import Example, PictureSource, Source, cores
-from taca_jax.data.sources import parts_of, read_example
+from taca_jax.data.sources import parts_of, read_example, summaries
 from taca_jax.data.stalls import StallWatch
 from taca_jax.errors import UserError
 
@@ -73,8 +73,10 @@ class Loader:
         rows: np.ndarray,
         threads: int,
         chunk_size: int,
+        skipped: Callable[[], list[str]],
     ):
-        """size: how many examples there are, for the state."""
+        """size: how many examples there are, for the state. skipped: lines on what was skipped."""
+        self.skipped = skipped
         self._stream = stream
         self._stalls = StallWatch()
         self._read_one = read
@@ -257,6 +259,7 @@ def make_loader(
         rows=np.arange(data.batch_size) if rows is None else np.asarray(rows),
         threads=threads,
         chunk_size=chunk_size,
+        skipped=lambda: summaries(source),
     )
 
 

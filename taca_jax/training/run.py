@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from taca_jax.atomic import whole_file
 from taca_jax.config import TrainConfig, difference, from_json, to_json
-from taca_jax.data.loader import Loader, make_loader
-from taca_jax.data.sources import open_source
+from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
 from taca_jax.formats.lora_files import write_lora
@@ -24,19 +23,19 @@ from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.processes import (
     do_not_wait_at_exit,
-    first_before_others,
     is_first,
     join_processes,
     on_host,
     wait_for_all,
 )
-from taca_jax.sharding import batch_sharding, local_rows, make_mesh
+from taca_jax.sharding import batch_sharding, make_mesh
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline, check_batch
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.flops import step_flops
 from taca_jax.training.health import Health, Step
+from taca_jax.training.inputs import open_loader
 from taca_jax.training.plan import plan
 from taca_jax.training.preemption import Notice
 from taca_jax.training.slices import peak_flops
@@ -92,18 +91,15 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     pipeline = build_pipeline(config, mesh)
     _check_prompts(config, pipeline)
     try:
-        with first_before_others("data that is made on first use"):
-            source = open_source(config.data)
-        # Only now: what fails before this leaves no run behind.
-        wait_for_all("a run that can begin")
-        if is_first():
-            with whole_file(run_dir / RECORD) as record:
-                record.write_text(to_json(config))
-        rows = None if mesh is None else local_rows(mesh, config.data.batch_size)
-        with make_loader(
-            source, data=config.data, tokenize=_tokenizer(pipeline), rows=rows
-        ) as loader:
+        with open_loader(config, pipeline, mesh) as loader:
+            # Only now: what fails before this leaves no run behind.
+            wait_for_all("a run that can begin")
+            if is_first():
+                with whole_file(run_dir / RECORD) as record:
+                    record.write_text(to_json(config))
             _train(config, pipeline, loader, mesh)
+            for line in loader.skipped():
+                print(line, file=sys.stderr)
         _export(config, pipeline, run_dir)
         if config.evaluate is not None:
             evaluate_shapes(

@@ -5,6 +5,7 @@ import logging
 import struct
 import zlib
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -99,8 +100,13 @@ CAPTIONS = [  # (of picture i, whether it can be read)
 ]
 
 
+@cache
 def inputs():
-    """COUNT of (name, bytes of the picture, bytes of the caption, whether it is good)."""
+    """COUNT of (name, its end, bytes of the picture, bytes of the caption, whether it is good)."""
+    return [*made()]
+
+
+def made():
     for i in range(COUNT):
         make, suffix, readable = KINDS[i % len(KINDS)]
         caption, decodable = CAPTIONS[(i // len(KINDS)) % len(CAPTIONS)]
