@@ -327,6 +327,17 @@ class TrainConfig:
                 f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, of "
                 "which lora trains none; set optimizer.kind=adamw, or lora=none"
             )
+        if self.data.encode == "cache":
+            if self.lora is None:
+                raise UserError(
+                    "data.encode=cache encodes captions once, and without a lora the text encoder "
+                    "trains with the model; set lora.*, or data.encode=online"
+                )
+            if self.sample_every:
+                raise UserError(
+                    f"sample_every is {self.sample_every}, and data.encode=cache trains without "
+                    "what samples are drawn with; set sample_every=0, or data.encode=online"
+                )
         if self.sample_every and not self.sample_prompts:
             raise UserError(
                 f"sample_every is {self.sample_every} without sample_prompts; give some"
@@ -336,6 +347,11 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """Where the run writes."""
         return Path(self.out_dir or Path("runs") / self.name)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where encoded examples are."""
+        return Path(self.data.cache or self.run_dir / "cache")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ class DataConfig:
     max_aspect: the longer over the shorter side of the longest bucket.
     min_side: pictures with a shorter side of fewer pixels are left out.
     caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
+    encode: `online` encodes pictures and captions in every step; `cache` does so once, before
+      training, which then has no text encoder and no autoencoder in memory.
+    cache: the folder of encoded examples, which a later run may use again; none is the run's own.
+    latents: `mean` trains on the middle of what the autoencoder makes of a picture, `sample` on
+      random latents of its distribution, new in every step.
     max_bad_share: training stops when more than this share of the pictures is missing, corrupt or
       without a caption; the others are counted, named in the log and skipped.
     seed: decides the order, the dropped captions, and which of several captions is read.
@@ -42,6 +47,9 @@ class DataConfig:
     max_aspect: float = 2.0
     min_side: int = 0
     caption_dropout: float = 0.1
+    encode: Literal["online", "cache"] = "online"
+    cache: str | None = None
+    latents: Literal["mean", "sample"] = "mean"
     max_bad_share: float = 0.05
     seed: int = 0
 
@@ -72,5 +80,10 @@ class DataConfig:
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise UserError(f"data.{name} is {share}; it must be between 0 and 1")
+        if self.cache is not None and self.encode != "cache":
+            raise UserError(
+                f"data.cache is {self.cache}, which data.encode={self.encode} does not read; set "
+                "data.encode=cache"
+            )
         if self.seed < 0:
             raise UserError(f"data.seed is {self.seed}; it must be 0 or more")

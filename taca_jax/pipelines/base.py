@@ -1,7 +1,7 @@
 """What the pipelines of all models share: their folder, their parts, and sampling."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
-from taca_jax.checkpoint import kind_of, load_config, load_model, save_model
+from taca_jax.checkpoint import abstract_model, kind_of, load_config, load_model, save_model
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.formats.lora_files import read_lora
@@ -46,6 +46,9 @@ from taca_jax.weights import find_weights
 
 TextEncoder = T5Encoder | FluxText | SD3Text
 Autoencoder = Pixels | TinyVAE | AutoencoderKL
+
+Part = Literal["transformer", "text", "autoencoder"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 SETTINGS_FILE = "pipeline.json"
 Output = Literal["pil", "array", "latents"]
@@ -136,6 +139,7 @@ class Pipeline:
         param_dtype: Literal["float32", "bfloat16"] | None = None,
         mesh: Mesh | None = None,
         remat: Remat = "none",
+        parts: Collection[Part] = PARTS,
     ) -> Self:
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
@@ -144,7 +148,8 @@ class Pipeline:
 
         `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
         go straight to their places on `mesh` (`sharding.make_mesh`), over which the pipeline then
-        runs; without one, to the first device. `remat` matters to training only.
+        runs; without one, to the first device. `remat` matters to training only. Of what `parts`
+        leaves out nothing is read; the transformer is then one of shapes.
 
         Raises UserError where the folder or a part of it is missing, damaged, or of another kind of
         model.
@@ -166,12 +171,16 @@ class Pipeline:
         kind = kind_of(load_config(path / "transformer"))
         if kind != cls.kind:
             raise UserError(f"{path} is of kind {kind}; {cls.__name__} reads {cls.kind}")
-        transformer = load(path / "transformer", remat=remat)
+        if "transformer" in parts:
+            transformer = load(path / "transformer", remat=remat)
+        else:
+            transformer = abstract_model(load_config(path / "transformer"), dtype=jnp.dtype(dtype))
         text_encoder = tokenizer = autoencoder = None
-        text = cls._load_text(path, load, settings, transformer.config)
-        if text is not None:
-            text_encoder, tokenizer = text
-        if (path / "autoencoder").is_dir():
+        if "text" in parts:
+            text = cls._load_text(path, load, settings, transformer.config)
+            if text is not None:
+                text_encoder, tokenizer = text
+        if "autoencoder" in parts and (path / "autoencoder").is_dir():
             autoencoder = load(path / "autoencoder")
             given, expected = autoencoder.config.latent_channels, transformer.config.latent_channels
             if given != expected:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from taca_jax.atomic import whole_file
 from taca_jax.config import TrainConfig, difference, from_json, to_json
+from taca_jax.data.cache import read_manifest
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
@@ -20,7 +21,7 @@ from taca_jax.mesh import on
 from taca_jax.metrics import RunLog
 from taca_jax.models.layers import LoRAParam
 from taca_jax.pictures import caption_grid
-from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.base import PARTS, Pipeline
 from taca_jax.processes import (
     do_not_wait_at_exit,
     is_first,
@@ -31,7 +32,8 @@ from taca_jax.processes import (
 from taca_jax.sharding import batch_sharding, make_mesh
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
-from taca_jax.training.build import build_pipeline, check_batch
+from taca_jax.training.build import autoencoder_config, build_pipeline, check_batch
+from taca_jax.training.caching import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.flops import step_flops
 from taca_jax.training.health import Health, Step
@@ -39,7 +41,14 @@ from taca_jax.training.inputs import open_loader
 from taca_jax.training.plan import plan
 from taca_jax.training.preemption import Notice
 from taca_jax.training.slices import peak_flops
-from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
+from taca_jax.training.step import (
+    Batch,
+    EncodedBatch,
+    TextToImage,
+    Trainer,
+    TrainState,
+    make_trainer,
+)
 
 # What may differ between a run and its resumption without making it another run.
 FREE_FIELDS = (
@@ -53,6 +62,7 @@ FREE_FIELDS = (
     "sample_every",
     "sample_prompts",
     "evaluate",
+    "data.cache",
     "data.max_bad_share",
 )
 
@@ -88,10 +98,12 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     run_dir = config.run_dir
     _check_free(config, run_dir)
     check_batch(config, mesh)
-    pipeline = build_pipeline(config, mesh)
+    cached = config.data.encode == "cache"
+    cache = ready_cache(config, mesh) if cached else None
+    pipeline = build_pipeline(config, mesh, parts=("transformer",) if cached else PARTS)
     _check_prompts(config, pipeline)
     try:
-        with open_loader(config, pipeline, mesh) as loader:
+        with open_loader(config, pipeline, mesh, cache) as loader:
             # Only now: what fails before this leaves no run behind.
             wait_for_all("a run that can begin")
             if is_first():
@@ -102,6 +114,8 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
                 print(line, file=sys.stderr)
         _export(config, pipeline, run_dir)
         if config.evaluate is not None:
+            if cached:
+                _complete(config, pipeline, mesh)
             evaluate_shapes(
                 pipeline, config.evaluate, run_dir, taca=config.taca, lora=config.lora is not None
             )
@@ -110,6 +124,13 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
             f"{error.filename or run_dir}: {error.strerror or error}; mend that and go on with "
             "resume=true"
         ) from error
+
+
+def _complete(config: TrainConfig, pipeline: Pipeline, mesh: Mesh | None) -> None:
+    """Reads the parts that training from a cache does without."""
+    others = build_pipeline(config, mesh, parts=("text", "autoencoder"))
+    pipeline.text_encoder, pipeline.tokenizer = others.text_encoder, others.tokenizer
+    pipeline.autoencoder = others.autoencoder
 
 
 def _check_free(config: TrainConfig, run_dir: Path) -> None:
@@ -146,11 +167,12 @@ def _check_prompts(config: TrainConfig, pipeline: Pipeline) -> None:
 
 def _train(config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh | None) -> None:
     """Runs all steps that are left, and puts what they made into `pipeline`."""
-    encoder, autoencoder = pipeline.text_encoder, pipeline.autoencoder
-    assert encoder is not None  # build_pipeline saw to both
-    assert autoencoder is not None
-    model = TextToImage(pipeline.transformer, encoder)
-    pad_id = _tokenizer(pipeline).pad_id
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    if config.data.encode == "cache":
+        autoencoder, pad_id = autoencoder_config(config), 0  # nothing is padded any more
+    else:
+        assert pipeline.autoencoder is not None  # build_pipeline saw to it
+        autoencoder, pad_id = pipeline.autoencoder, _tokenizer(pipeline).pad_id
     trainer, trained = make_trainer(config, model, autoencoder, pad_id=pad_id, mesh=mesh)
     state = trainer.begin(trained)
     with Checkpoints(
@@ -242,20 +264,24 @@ def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
 
 
 def _step_flops(config: TrainConfig, pipeline: Pipeline) -> float:
-    encoder, autoencoder, tokenizer = (
-        pipeline.text_encoder,
-        pipeline.autoencoder,
-        _tokenizer(pipeline),
-    )
-    assert encoder is not None  # build_pipeline saw to both
-    assert autoencoder is not None
+    manifest = read_manifest(config.cache_dir) if config.data.encode == "cache" else None
+    if manifest is not None:
+        downscale, text = manifest.downscale, manifest.text[0]
+    else:
+        encoder, tokenizer = pipeline.text_encoder, _tokenizer(pipeline)
+        assert encoder is not None  # build_pipeline saw to both
+        assert pipeline.autoencoder is not None
+        downscale = pipeline.autoencoder.config.downscale
+        found = jax.eval_shape(lambda ids: encode(encoder, ids, tokenizer.pad_id), tokenizer([""]))
+        text = found.txt.shape[1]
     transformer = pipeline.transformer.config
-    side = config.data.resolution // (autoencoder.config.downscale * transformer.patch_size)
-    text = jax.eval_shape(lambda tokens: encode(encoder, tokens, tokenizer.pad_id), tokenizer([""]))
-    return step_flops(config, transformer, image=side * side, text=text.txt.shape[1])
+    side = config.data.resolution // (downscale * transformer.patch_size)
+    return step_flops(config, transformer, image=side * side, text=text)
 
 
-def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, list[str]]:
+def _next_batch(
+    loader: Loader, parts: int, mesh: Mesh | None
+) -> tuple[Batch | EncodedBatch, list[str]]:
     """Batches for every part of a step, and the names of this process's samples in them.
 
     Each process brings the samples that its devices hold.
@@ -263,15 +289,14 @@ def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, l
     batches = [next(loader) for _ in range(parts)]
 
     def placed(arrays: list[np.ndarray]) -> jax.Array:
-        local = np.stack(arrays)
+        local = arrays[0][None] if parts == 1 else np.stack(arrays)
         if mesh is None:
             return jax.device_put(local)
         return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), local)
 
-    batch = Batch(
-        image=placed([batch["image"] for batch in batches]),
-        tokens=placed([batch["tokens"] for batch in batches]),
-    )
+    names = [name for name in batches[0] if name != "id"]
+    arrays = {name: placed([batch[name] for batch in batches]) for name in names}
+    batch = Batch(**arrays) if "image" in arrays else EncodedBatch(**arrays)
     return batch, [name for batch in batches for name in batch["id"]]
 
 

@@ -1,24 +1,18 @@
-"""Runs over pictures of several aspects: each bucket's step is compiled once."""
+"""Runs over pictures of several aspects: each bucket's step is compiled once. (The short form of it
+is in test_caching, where there are fewer models to compile.)"""
 
-import dataclasses
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from taca_jax.config import DataConfig, TextConfig
-from taca_jax.lora import LoRAConfig, add_lora
 from taca_jax.models.t5 import T5Config
-from taca_jax.tokenizers import load_tokenizer
 from taca_jax.training import run as run_module
 from taca_jax.training import train
-from taca_jax.training.inputs import open_loader
-from taca_jax.training.step import TextToImage, make_trainer
-from tests.random_models import random_model
-from tests.training.tiny import T5, tiny_config, tiny_pipeline
+from tests.training.tiny import tiny_config
 
 SIZES = [(40, 40)] * 5 + [(60, 40)] * 4 + [(40, 60)] * 6
 
@@ -79,28 +73,3 @@ def test_two_hundred_steps_compile_each_bucket_once(pictures, tmp_path, monkeypa
     check(step, shapes, 200)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
-
-
-def test_two_buckets_compile_twice(pictures, tmp_path, monkeypatch):
-    """The same without the run around it, of a LoRA alone."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    data = DataConfig(
-        source=f"folder:{pictures}", batch_size=5, resolution=40, aspect="buckets", max_aspect=1.6
-    )
-    lora = {"base": "unused", "model": None, "text": TextConfig(), "lora": LoRAConfig(rank=1)}
-    config = tiny_config(tmp_path, data=data, **lora)
-    pipeline = tiny_pipeline()
-    pipeline.tokenizer = load_tokenizer("bytes", 4)
-    pipeline.text_encoder = random_model(dataclasses.replace(T5, vocab_size=259))
-    add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(0))
-    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
-    trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
-    state, shapes = trainer.begin(trained), []
-    with open_loader(config, pipeline, None) as loader:
-        for _ in range(6):
-            batch, _ = run_module._next_batch(loader, 1, None)
-            shapes.append(batch.image.shape[2:4])
-            state, metrics = trainer.run(state, batch)
-    assert set(shapes) == {(40, 40), (48, 32)}  # four pictures are too few for a batch of five
-    assert trainer.step._cache_size() == 2
-    assert np.isfinite(metrics["loss"])
