@@ -211,7 +211,7 @@ def make_trainer(
         state = TrainState(state.step + 1, state.rng, trained, optimizer_state, average)
         return state, metrics
 
-    def begin(trained: nnx.State) -> TrainState:
+    def first(trained: nnx.State) -> TrainState:
         return TrainState(
             step=jnp.int32(0),
             rng=jax.random.key_data(jax.random.key(config.seed)),
@@ -222,13 +222,17 @@ def make_trainer(
 
     places = None
     if mesh is None:
+        # Bound to a device as what a step returns is: else the second step would be compiled anew.
+        def begin(trained: nnx.State) -> TrainState:
+            return jax.device_put(first(trained), jax.devices()[0])
+
         compiled = jax.jit(step, donate_argnames="state")
     else:
         kinds = {"transformer": kind_of(model.transformer.config)}
         if isinstance(model.text_encoder, T5Encoder):  # only such a one is ever trained
             kinds["text_encoder"] = kind_of(model.text_encoder.config)
-        places = state_shardings(jax.eval_shape(begin, trained), kinds, mesh)
-        begin = jax.jit(begin, out_shardings=places)
+        places = state_shardings(jax.eval_shape(first, trained), kinds, mesh)
+        begin = jax.jit(first, out_shardings=places)
         compiled = jax.jit(step, donate_argnames="state", out_shardings=(places, None))
     return Trainer(graph, frozen, ae_state, places, begin, compiled), trained
 
