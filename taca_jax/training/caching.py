@@ -51,7 +51,7 @@ from taca_jax.fields import to_json
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.text_folders import encoder_parts
-from taca_jax.processes import is_first, most_of_all, wait_for_all
+from taca_jax.processes import first_before_others, is_first, most_of_all, wait_for_all
 from taca_jax.sharding import batch_sharding, local_rows
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
@@ -75,6 +75,7 @@ def ready_cache(config: TrainConfig, mesh: Mesh | None) -> Cache:
     folder = config.cache_dir
     manifest = read_manifest(folder)
     stamp = _files_stamp(config)
+    wait_for_all("what there is of a cache")
     if manifest is not None:
         _check_data(config, folder, manifest)
     complete = manifest is not None and manifest.examples == len(encoded(folder))
@@ -163,7 +164,8 @@ def _encode_all(
 ) -> Manifest:
     """Encodes what is not yet in the cache, and completes it."""
     data, folder = config.data, config.cache_dir
-    source = open_source(data)
+    with first_before_others("data that is made on first use"):
+        source = open_source(data)
     encoders = Encoders(pipeline, mesh, data.batch_size, config.dtype)
     (empty,) = encoders.captions([""])
     manifest = Manifest(
