@@ -42,7 +42,7 @@ _MANIFEST, _EMPTY, _SIZES, _SHARDS = "manifest.json", "empty.bin", "sizes.npy", 
 _RECORDS, _INDEX = "records.array_record", "index.npy"
 _WRITE, _READ = "group_size:1,uncompressed", "readahead_buffer_size:0"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_MAX_THREADS, _EXAMPLES_PER_CHUNK = 16, 4
+_MAX_THREADS, _MOST_PER_CHUNK = 4, 16
 
 
 @dataclass(frozen=True)
@@ -329,16 +329,19 @@ def make_cached_loader(
     latents, [b, h, w, c]; `txt` [b, t, k] and `pooled` [b, p]."""
 
     def finish(examples: list[CachedExample], numbers: list[int]) -> dict[str, np.ndarray]:
-        texts = [cache.caption(*each) for each in zip(examples, numbers, strict=True)]
-        arrays = {
-            "mean": np.stack([example["latents"][0] for example in examples]),
-            "txt": np.stack([text["txt"] for text in texts]),
-            "pooled": np.stack([text["pooled"] for text in texts]),
-        }
+        arrays = {"mean": np.stack([example["latents"][0] for example in examples])}
+        for i, (example, number) in enumerate(zip(examples, numbers, strict=True)):
+            # One record at a time, whose memory the next one takes: fresh pages cost more than
+            # copying.
+            for name, array in cache.caption(example, number).items():
+                if i == 0:
+                    arrays[name] = np.empty((len(examples), *array.shape), array.dtype)
+                arrays[name][i] = array
         if data.latents == "sample":
             arrays["logvar"] = np.stack([example["latents"][1] for example in examples])
         return arrays
 
+    ours = np.arange(data.batch_size) if rows is None else np.asarray(rows)
     stream = Stream(
         cache.buckets(),
         weights=data.weights,
@@ -353,9 +356,10 @@ def make_cached_loader(
         finish,
         size=len(cache),
         data=data,
-        rows=np.arange(data.batch_size) if rows is None else np.asarray(rows),
+        rows=ours,
         threads=min(cores(), _MAX_THREADS),
-        chunk_size=_EXAMPLES_PER_CHUNK,
+        # Whole batches where they are not too large: to put them together would copy them again.
+        chunk_size=max(n for n in range(1, _MOST_PER_CHUNK + 1) if len(ours) % n == 0),
         skipped=list,
     )
 
