@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 
 import ml_dtypes
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from taca_jax.atomic import whole_file, whole_folder
 from taca_jax.data.bad_examples import BadExampleError
@@ -333,7 +333,8 @@ def make_cached_loader(
         for i, (example, number) in enumerate(zip(examples, numbers, strict=True)):
             # One record at a time, whose memory the next one takes: fresh pages cost more than
             # copying.
-            for name, array in cache.caption(example, number).items():
+            text = cache.caption(example, number)
+            for name, array in (("txt", text["txt"]), ("pooled", text["pooled"])):
                 if i == 0:
                     arrays[name] = np.empty((len(examples), *array.shape), array.dtype)
                 arrays[name][i] = array

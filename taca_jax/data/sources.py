@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 from taca_jax.data.config import DataConfig
 from taca_jax.data.folders import FolderSource
@@ -106,9 +107,10 @@ def _shapes(source: str, kind: str, place: str, data: DataConfig) -> Source:
                 f"data.source is {source}; after generated:shapes/ comes a number of "
                 f"examples, 1 to {_MAX_SIZE}"
             )
-        return GeneratedShapes("train", int(size))
+        return cast(Source, GeneratedShapes("train", int(size)))
     # Imported here because it takes seconds, which the other sources need not wait for.
     from taca_jax.data import shapes
 
     # `load` refuses an unknown size.
-    return shapes.load(rest or "small", "train", shapes.DEFAULT_DATA_DIR)  # pyright: ignore[reportArgumentType]
+    stored = shapes.load(rest or "small", "train", shapes.DEFAULT_DATA_DIR)  # pyright: ignore[reportArgumentType]
+    return cast(Source, stored)  # its examples have one caption, where others may have several

@@ -8,6 +8,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class TarSource(PictureSource):
     def stamp(self) -> bytes:
         return b"".join(self._stamps)
 
-    def _find(self, index: int) -> tuple[int, np.void]:
+    def _find(self, index: int) -> tuple[int, Any]:
         shard = int(np.searchsorted(self._starts, index, "right")) - 1
         return shard, self._shards[shard][index - self._starts[shard]]
 

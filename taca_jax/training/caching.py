@@ -80,11 +80,12 @@ def ready_cache(config: TrainConfig, mesh: Mesh | None) -> Cache:
         _check_data(config, folder, manifest)
     complete = manifest is not None and manifest.examples == len(encoded(folder))
     if manifest is None or not complete or manifest.files != stamp:
+        # Only here: on a complete cache of the same files nothing of this is in memory.
         pipeline = build_pipeline(config, mesh, parts=("text", "autoencoder"))
         made_with = _made_with(pipeline)
         if manifest is not None:
             _check_models(folder, manifest, made_with)
-        if not complete:
+        if manifest is None or not complete:
             manifest = _encode_all(config, pipeline, mesh, made_with, stamp)
         elif is_first():  # copied, or touched: the same all the same
             replace(manifest, files=stamp).write(folder)
@@ -243,16 +244,17 @@ class Encoders:
         def latents(state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
             model = nnx.merge(ae_graph, state)
             images = images.astype(jnp.float32) / 127.5 - 1
-            found = model.moments(images) if self.moments else (model.encode(images),)
+            kl = isinstance(model, AutoencoderKL)
+            found = model.moments(images) if kl else (model.encode(images),)
             return tuple(each.astype(latents_dtype) for each in found)
 
         def text(state: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
             found = encode(nnx.merge(text_graph, state), tokens, pad_id)
             return found.txt.astype(dtype), found.pooled.astype(jnp.float32)
 
-        places = {} if mesh is None else {"out_shardings": batch_sharding(mesh)}
-        self._latents = jax.jit(latents, **places)
-        self._text = jax.jit(text, **places)
+        places = None if mesh is None else batch_sharding(mesh)
+        self._latents = jax.jit(latents, out_shardings=places)
+        self._text = jax.jit(text, out_shardings=places)
 
     def start(self, images: np.ndarray, tokens: np.ndarray) -> "Encoding":
         """Starts to encode this process's rows of a batch, and of as many captions as there are.

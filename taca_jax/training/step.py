@@ -21,7 +21,7 @@ from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.sd3 import SD3Transformer
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.models.tiny_vae import TinyVAEConfig
-from taca_jax.models.vae import VAEConfig, to_latents
+from taca_jax.models.vae import AutoencoderKL, VAEConfig, to_latents
 from taca_jax.pipelines.base import Autoencoder
 from taca_jax.sampling import Conditioning
 from taca_jax.sharding import parameter_spec
@@ -171,10 +171,12 @@ def make_trainer(
             text = Conditioning(txt=batch.txt.astype(jnp.float32), pooled=batch.pooled)
             return encoded_objective(model.transformer, x0, text, rng, config=config)
         images = batch.image.astype(jnp.float32) / 127.5 - 1
+        assert ae_graph is not None  # only encoded batches do without
         encoder = nnx.merge(ae_graph, ae)
         if latents_rng is None:
             x0 = encoder.encode(images).astype(jnp.float32)
         else:
+            assert isinstance(encoder, AutoencoderKL)  # build.check_sizes saw to it
             x0 = encoder.encode(images, latents_rng).astype(jnp.float32)
         return objective(model, x0, batch.tokens, rng, config=config, pad_id=pad_id)
 
