@@ -8,16 +8,17 @@ from taca_jax.errors import StoppedError, UserError
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], TrainConfig)
-    from taca_jax.training import (
-        train,
-    )  # seconds of imports, which a mistyped key need not wait for
+    # Seconds of imports, which a mistyped key need not wait for.
+    from taca_jax.processes import is_first
+    from taca_jax.training import train
 
     try:
         train(config)
     except UserError as error:
         sys.exit(f"error: {error}")
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
+        if is_first():
+            print(stopped, file=sys.stderr)
     except KeyboardInterrupt:
         sys.exit(f"stopped; go on with resume=true out_dir={config.run_dir}")
 

@@ -8,11 +8,13 @@ program (`benchmarks.tpu_static` says what that leaves out; differences under 3 
 On a machine with a TPU it times that chip instead. `--search` tries block sizes and prints the best
 ones for `taca_jax/attention/pallas_tpu/blocks.py`.
 
-Stock kernels run plain attention, at the best of a few block sizes, on [b, h, s, d] as they take
-it; what XLA adds around a kernel is counted apart, in the column "around".
+Stock kernels run plain attention, at the best of some block sizes, on [b, h, s, d] as they take it;
+where their blocks do not divide the sequence, on a padded one whose padding they mask by segment.
+What XLA adds around a kernel is counted apart, in the column "around".
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -20,7 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import tpu_static  # first: it sets what libtpu reads when it starts
@@ -37,6 +39,7 @@ from taca_jax.attention.pallas_tpu import Blocks, BlockSizes
 from taca_jax.attention.pallas_tpu import joint_attention as kernel
 
 GAMMA = 1.2
+STOCK_MULTIPLE = 512
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:2x2x1"}
 
 
@@ -53,6 +56,17 @@ class Shape:
     @property
     def length(self) -> int:
         return self.text + self.image
+
+    @property
+    def padded(self) -> int:
+        """What the stock kernels' blocks divide."""
+        return -(-self.length // STOCK_MULTIPLE) * STOCK_MULTIPLE
+
+    def segments(self) -> jax.Array | None:
+        """Which of the padded tokens belong together; None where there is no padding."""
+        if self.padded == self.length:
+            return None
+        return (jnp.arange(self.padded) >= self.length).astype(jnp.int32)
 
     def flop(self, products: int) -> float:
         """Of so many products over the whole score matrix: 2 forward, 5 more backward."""
@@ -122,11 +136,17 @@ def our_candidate(name: str, attend: Attend) -> Candidate:
     return Candidate(name, attend, heads_first=False, rare_branches=False)
 
 
+def divisors(length: int, *sizes: int) -> list[int]:
+    """Those of `sizes` that divide `length`, and `length`."""
+    return [size for size in sizes if size < length and length % size == 0] + [length]
+
+
 def flash_candidates(shape: Shape) -> Iterable[Candidate]:
     scale = shape.head_dim**-0.5
-    for queries, keys in ((512, 512), (512, 1536), (1536, 512)):
-        if shape.length % queries or shape.length % keys:
-            continue
+    length = shape.padded
+    for queries, keys in itertools.product(
+        divisors(length, 512, 768, 1536)[:3], divisors(length, 512, 1536)
+    ):
         names = {
             name: queries if "block_q" in name else keys
             for name in flash.BlockSizes.__dataclass_fields__
@@ -136,18 +156,21 @@ def flash_candidates(shape: Shape) -> Iterable[Candidate]:
 
         def attend(q, k, v, gamma, sizes=sizes):
             del gamma
-            return flash.flash_attention(q, k, v, sm_scale=scale, block_sizes=sizes)
+            ids = shape.segments()
+            ids = None if ids is None else flash.SegmentIds(q=ids[None], kv=ids[None])
+            return flash.flash_attention(q, k, v, None, ids, sm_scale=scale, block_sizes=sizes)
 
         yield Candidate("jax flash_attention", attend, True, True, f"{queries}, {keys}")
 
 
 def splash_candidates(shape: Shape) -> Iterable[Candidate]:
     scale = shape.head_dim**-0.5
-    full = mask.MultiHeadMask(
-        [mask.FullMask((shape.length, shape.length)) for _ in range(shape.heads)]
-    )
-    for queries, keys, compute in ((768, 768, 256), (1536, 1536, 512), (512, 512, 512)):
-        if shape.length % queries or shape.length % keys:
+    length = shape.padded
+    full = mask.MultiHeadMask([mask.FullMask((length, length)) for _ in range(shape.heads)])
+    for queries, keys, compute in itertools.product(
+        divisors(length, 512, 768, 1536)[:3], divisors(length, 768, 1536), (256, 512, 768)
+    ):
+        if keys % compute:
             continue
         sizes = splash.BlockSizes(
             block_q=queries,
@@ -161,7 +184,10 @@ def splash_candidates(shape: Shape) -> Iterable[Candidate]:
 
         def attend(q, k, v, gamma, sizes=sizes):
             del gamma
+            ids = shape.segments()
+            ids = None if ids is None else splash.SegmentIds(q=ids, kv=ids)
             run = splash.make_splash_mha(full, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+            run = functools.partial(run, segment_ids=ids)
             return jax.vmap(run)((q * scale).astype(q.dtype), k, v)
 
         yield Candidate("jax splash_attention", attend, True, True, f"{queries}, {keys}, {compute}")
@@ -196,7 +222,7 @@ def arguments(shape: Shape, heads_first: bool) -> list[jax.ShapeDtypeStruct]:
     """q, k, v, gamma and the output's gradient."""
     size = (1, shape.length, shape.heads * shape.head_dim)
     if heads_first:
-        size = (1, shape.heads, shape.length, shape.head_dim)
+        size = (1, shape.heads, shape.padded, shape.head_dim)
     tensor = tpu_static.struct(size, "bfloat16")
     return [tensor, tensor, tensor, tpu_static.struct((1,), "float32"), tensor]
 
@@ -289,26 +315,39 @@ def compare(chip: str, shape: Shape, direction: str) -> list[Row]:
 
 
 def search(chip: str, shape: Shape) -> None:
-    """Prints every choice of block sizes with its cycles, forward and backward, best first."""
-    grid = itertools.product((256, 384, 512, 768, 1024), (128, 256, 512), (1, 2))
-    forward, backward = [], []
-    for queries, keys, prefetch in grid:
-        if shape.length < queries:
-            continue
-        plain = Blocks(queries, keys, prefetch)
-        small = Blocks(768, 256)
-        try_one = functools.partial(searched, chip, shape)
-        forward.append((try_one("forward", BlockSizes(plain, small)), plain))
-        if queries > 512 or keys > 256:
-            continue
-        for transposed in (False, True):
-            blocks = Blocks(queries, keys, prefetch, transposed=transposed)
-            both = try_one("forward + backward", BlockSizes(small, blocks))
-            backward.append((both, blocks))
-    for direction, found in (("forward", forward), ("forward + backward", backward)):
+    """Prints choices of block sizes with their cycles, best first.
+
+    Sizes are tried with a block a step; then the best of them with more.
+    """
+    small = Blocks(768, 256)
+    cycles = functools.partial(searched, chip, shape)
+
+    def forward(blocks: Blocks) -> float:
+        return cycles("forward", BlockSizes(blocks, small))
+
+    def backward(blocks: Blocks) -> float:
+        return cycles("forward + backward", BlockSizes(small, blocks))
+
+    sizes = itertools.product((256, 384, 512, 768, 1024), (128, 256, 512), (1, 2))
+    tried = [Blocks(q, k, prefetch=n, unroll=36) for q, k, n in sizes if q <= shape.length]
+    both = [
+        dataclasses.replace(blocks, transposed=transposed)
+        for blocks in tried
+        for transposed in (False, True)
+        if blocks.queries <= 512 and blocks.keys <= 256
+    ]
+    for direction, cost, all_blocks in (
+        ("forward", forward, tried),
+        ("forward + backward", backward, both),
+    ):
+        found = {blocks: cost(blocks) for blocks in all_blocks}
+        for blocks in sorted(found, key=found.__getitem__)[:3]:
+            for per_step in (2, 3):
+                more = dataclasses.replace(blocks, per_step=per_step)
+                found[more] = cost(more)
         print(f"\n{chip}, {shape.name}, {direction}")
-        for cycles, blocks in sorted(found, key=lambda pair: pair[0])[:8]:
-            print(f"  {cycles:12,.0f}  {blocks}")
+        for blocks in sorted(found, key=found.__getitem__)[:8]:
+            print(f"  {found[blocks]:12,.0f}  {blocks}")
 
 
 def searched(chip: str, shape: Shape, direction: str, blocks: BlockSizes) -> float:
@@ -350,7 +389,7 @@ def main() -> None:
             show(found)
             rows += found
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
     python -m benchmarks.convert_memory [--gigabytes N] [--folder DIR] [--rounds N] [--json FILE]
 
 A synthetic FLUX of FLUX.1-dev's width in diffusers' layout, bfloat16, in shards of 1 GB, as many
-blocks as the size asks for. Each round copies it (reading and writing every byte, and handing them
-to the disk, as conversion does), converts it with `python -m convert flux`, and compares what was
-made with `python -m convert verify`. Each command is a process of its own: its peak is the resident
-memory that the kernel saw, its time counts the start of Python and JAX, which is shown apart. Three
-times the size must be free in the folder.
+blocks as the size asks for. Each round copies it (reading and writing every byte through one
+buffer, and handing them to the disk, as conversion does) and converts it with `python -m convert
+flux`; which is first changes from round to round, and before each the system is made to finish its
+writing and to forget the source. At the end `python -m convert verify` compares what was made. Each
+command is a process of its own: its peak is the resident memory that the kernel saw, its time
+counts the start of Python and JAX, which is shown apart. Medians over the rounds. Twice the size
+must be free in the folder.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import ml_dtypes
 import numpy as np
@@ -45,19 +48,19 @@ print("peak", int(fields["VmHWM"].split()[0]) * 1024)
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds and bytes; `_cpu` is processor time, `ratio` converting / copying at their best."""
+    """Seconds and bytes; `_cpu` is processor time, `ratio` of the medians of both."""
 
     size: int
     tensors: int
     copy_seconds: list[float]
     convert_seconds: list[float]
-    verify_seconds: list[float]
+    verify_seconds: float
     start_seconds: float
     convert_peak: int
     verify_peak: int
     ratio: float
-    copy_cpu: float
-    convert_cpu: float
+    copy_cpu: list[float]
+    convert_cpu: list[float]
 
 
 def config_of(gigabytes: float) -> FluxConfig:
@@ -110,15 +113,24 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def forget(folder: Path) -> None:
+    """Has the system read the folder's files from the disk again, and finish what it is writing."""
+    os.sync()
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def copied(src: Path, dst: Path) -> float:
     """Seconds to copy a folder, the disk's part included."""
     start = time.perf_counter()
     dst.mkdir()
+    buffer = memoryview(bytearray(2**24))
     for file in src.iterdir():
         # Not shutil.copyfile: it may share the blocks instead of copying them.
-        with file.open("rb") as read, (dst / file.name).open("wb") as written:
-            shutil.copyfileobj(read, written, 2**24)
-            written.flush()
+        with file.open("rb", buffering=0) as read, (dst / file.name).open("wb", 0) as written:
+            while size := read.readinto(buffer):
+                written.write(buffer[:size])
             os.fsync(written.fileno())
     return time.perf_counter() - start
 
@@ -144,32 +156,40 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> Result:
     src, dst, copy = folder / "src", folder / "dst", folder / "copy"
     size, count = write_checkpoint(src, config_of(gigabytes))
     print(f"{size / 1e9:.2f} GB in {count} tensors, {len(list(src.glob('*.safetensors')))} shards")
-    copies, converts, verifies, peaks, cpu = [], [], [], [], []
-    for _ in range(rounds):
-        before = cpu_seconds()
-        copies.append(copied(src, copy))
-        between = cpu_seconds()
-        shutil.rmtree(copy)
-        seconds, peak, _ = command("flux", "--src", str(src), "--dst", str(dst))
-        converts.append(seconds)
-        cpu.append((between - before, cpu_seconds() - between))
-        verify_seconds, verify_peak, said = command("verify", "--src", str(src), "--dst", str(dst))
-        verifies.append(verify_seconds)
-        peaks.append((peak, verify_peak))
-        print(said.replace(str(dst), "verified"))
-        shutil.rmtree(dst)
+    seconds: dict[str, list[float]] = {"copy": [], "convert": []}
+    cpu: dict[str, list[float]] = {"copy": [], "convert": []}
+    peaks = []
+    for number in range(rounds):
+        for name in ("copy", "convert") if number % 2 == 0 else ("convert", "copy"):
+            for made in (dst, copy):
+                shutil.rmtree(made, ignore_errors=True)
+            forget(src)
+            before = cpu_seconds()
+            if name == "copy":
+                seconds[name].append(copied(src, copy))
+            else:
+                took, peak, _ = command("flux", "--src", str(src), "--dst", str(dst))
+                seconds[name].append(took)
+                peaks.append(peak)
+            cpu[name].append(cpu_seconds() - before)
+        print(f"round {number + 1}: {seconds['copy'][-1]:.1f} s, {seconds['convert'][-1]:.1f} s")
+    if not dst.exists():
+        command("flux", "--src", str(src), "--dst", str(dst))
+    forget(src)
+    verify_seconds, verify_peak, said = command("verify", "--src", str(src), "--dst", str(dst))
+    print(said.replace(str(dst), "verified"))
     return Result(
         size=size,
         tensors=count,
-        copy_seconds=copies,
-        convert_seconds=converts,
-        verify_seconds=verifies,
+        copy_seconds=seconds["copy"],
+        convert_seconds=seconds["convert"],
+        verify_seconds=verify_seconds,
         start_seconds=start_seconds(),
-        convert_peak=max(peak for peak, _ in peaks),
-        verify_peak=max(peak for _, peak in peaks),
-        ratio=min(converts) / min(copies),
-        copy_cpu=min(copy for copy, _ in cpu),
-        convert_cpu=min(convert for _, convert in cpu),
+        convert_peak=max(peaks),
+        verify_peak=verify_peak,
+        ratio=median(seconds["convert"]) / median(seconds["copy"]),
+        copy_cpu=cpu["copy"],
+        convert_cpu=cpu["convert"],
     )
 
 
@@ -177,19 +197,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=6.0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = measure(Path(folder), options.gigabytes, options.rounds)
-    print(f"{'':10}{'seconds':>22}{'peak memory':>14}")
-    for name, seconds, peak in (
-        ("copy", result.copy_seconds, None),
-        ("convert", result.convert_seconds, result.convert_peak),
-        ("verify", result.verify_seconds, result.verify_peak),
+    print(f"{'':10}{'seconds':>10}{'processor':>11}{'peak memory':>14}")
+    for name, seconds, cpu, peak in (
+        ("copy", result.copy_seconds, result.copy_cpu, None),
+        ("convert", result.convert_seconds, result.convert_cpu, result.convert_peak),
+        ("verify", [result.verify_seconds], None, result.verify_peak),
     ):
-        times = " ".join(f"{each:.1f}" for each in seconds)
-        print(f"{name:10}{times:>22}" + (f"{peak / 1e6:>11,.0f} MB" if peak else ""))
+        processor = f"{median(cpu):>11.1f}" if cpu else f"{'':11}"
+        memory = f"{peak / 1e6:>11,.0f} MB" if peak else ""
+        print(f"{name:10}{median(seconds):>10.1f}{processor}{memory}")
     print(
         f"convert / copy: {result.ratio:.2f}; starting Python and JAX: {result.start_seconds:.1f} s"
     )

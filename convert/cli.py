@@ -9,21 +9,17 @@ from typing import Annotated, Literal
 
 import tyro
 
+from convert.arguments import parse
+from convert.exporting import Layout as ExportLayout
+from convert.exporting import export
 from convert.inspection import inspect
-from convert.models import (
-    Latents,
-    clip,
-    convert_flux,
-    convert_lora,
-    convert_model,
-    convert_sd3,
-    t5,
-    tiny_vae,
-    vae,
-)
+from convert.loras import For, convert_lora
+from convert.models import convert_flux, convert_model, convert_sd3
 from convert.verification import verify
+from taca_jax.cli import say
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import Kind, Layout
+from taca_jax.formats.lora_files import Layout
+from taca_jax.formats.sources import Latents, clip, t5, tiny_vae, vae
 from taca_jax.models.clip import Activation
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -159,13 +155,39 @@ class LoRA:
     """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
     .lora_A.weight`), read by diffusers and PEFT. kohya: `lora_unet_double_blocks_0_img_attn_qkv
     .lora_down.weight`, read by ComfyUI and most others. native: our names, all layers of a kind in
-    one array (`double_blocks.img.qkv.q.lora_a`), of FLUX only. Alpha is folded into the factors in
-    all."""
-    model: Kind | None = None
-    """What it was trained for; by default what its names and widths are of, else FLUX."""
+    one array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in all."""
+    model: For | None = None
+    """What it was trained for; by default what its names and widths are of, else FLUX. Our names
+    differ from one Stable Diffusion 3 to another, so that from and to native it must be known which
+    it is: it is asked for where the widths do not tell."""
 
     def run(self) -> list[str]:
         return convert_lora(self.src, self.dst, self.to, self.model)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A converted or trained FLUX, Stable Diffusion 3 or autoencoder to what others read.
+
+    Of a pipeline folder all of these that it has; LoRA factors have files of their own.
+    """
+
+    src: Path
+    """The model folder, or the pipeline folder."""
+    dst: Path
+    """The folder to make, new or empty; with --to original the safetensors file."""
+    to: ExportLayout = "diffusers"
+    """diffusers: a folder with config.json that `from_pretrained` reads. original: one file in the
+    names of Black Forest Labs or Stability AI, which ComfyUI reads."""
+    dtype: Dtype | None = None
+    """What to store tensors in; by default as they are."""
+    shard_gb: float = 10.0
+    """Longest file of a folder in GB; what is longer becomes several with an index."""
+
+    def run(self) -> list[str]:
+        if not self.shard_gb > 0:
+            raise UserError(f"--shard-gb is {self.shard_gb}; it must be above 0")
+        return export(self.src, self.dst, self.to, self.dtype, int(self.shard_gb * 1e9))
 
 
 @dataclass(frozen=True)
@@ -192,31 +214,37 @@ class Verify:
         return verify(self.src, self.dst)
 
 
-Command = (
-    Annotated[Flux, tyro.conf.subcommand("flux")]
-    | Annotated[SD3, tyro.conf.subcommand("sd3")]
-    | Annotated[T5, tyro.conf.subcommand("t5")]
-    | Annotated[CLIP, tyro.conf.subcommand("clip")]
-    | Annotated[VAE, tyro.conf.subcommand("vae")]
-    | Annotated[TinyVAE, tyro.conf.subcommand("tiny_vae")]
-    | Annotated[LoRA, tyro.conf.subcommand("lora")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-)
+COMMANDS = {
+    "flux": Flux,
+    "sd3": SD3,
+    "t5": T5,
+    "clip": CLIP,
+    "vae": VAE,
+    "tiny_vae": TinyVAE,
+    "lora": LoRA,
+    "export": Export,
+    "inspect": Inspect,
+    "verify": Verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and prints what was made or found.
 
-    Bad input, and a checkpoint that is not what its source is, prints one line, `error: ...`, on
-    stderr and exits with status 1, nothing written; a command line that is not understood exits
-    with status 2.
+    What is wrong prints one line, `error: ...`, on stderr, nothing written: with status 2 for a
+    command line that is not understood, with status 1 for bad input and for a checkpoint that is
+    not what its source is.
     """
-    command = tyro.cli(Command, prog="python -m convert", description=__doc__, args=argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        command = parse(words, COMMANDS, prog="python -m convert", about=__doc__ or "")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     try:
         made = command.run()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; nothing was written")
-    print("\n".join(made))
+    say(made)

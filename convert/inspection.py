@@ -7,10 +7,21 @@ from typing import Any, get_args
 
 import numpy as np
 
-from convert.models import (
-    PIPELINE_FILE,
-    PIPELINE_PARTS,
-    TEXT_PREFIXES,
+from convert.loras import doubts
+from convert.models import PIPELINE_FILE
+from convert.stored import open_stored
+from taca_jax.checkpoint import CONFIG, kind_of, load_config
+from taca_jax.errors import UserError
+from taca_jax.formats import clip as clip_format
+from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
+from taca_jax.formats import t5 as t5_format
+from taca_jax.formats import vae as vae_format
+from taca_jax.formats.float8 import ScaledTensors, unscaled
+from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
+from taca_jax.formats.lora_native import is_native
+from taca_jax.formats.original_pipelines import PIPELINE_PARTS, TEXT_PREFIXES
+from taca_jax.formats.settings import read_settings
+from taca_jax.formats.sources import (
     VAE_PREFIXES,
     Source,
     clip,
@@ -21,22 +32,13 @@ from convert.models import (
     tiny_vae,
     vae,
 )
-from convert.stored import open_stored
-from taca_jax.checkpoint import CONFIG, kind_of, load_config
-from taca_jax.errors import UserError
-from taca_jax.formats import clip as clip_format
-from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
-from taca_jax.formats import t5 as t5_format
-from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
-from taca_jax.formats.lora_native import is_native
-from taca_jax.formats.settings import read_settings
 from taca_jax.formats.table import Table
 from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
 
 _BY_CLASS: dict[str, Callable[[Path], Source]] = {
     flux_diffusers.CLASS: flux,
     sd3_diffusers.CLASS: sd3,
-    "AutoencoderKL": vae,
+    vae_format.CLASS: vae,
     "t5": t5,
     "clip_text_model": clip,
 }
@@ -96,7 +98,12 @@ def _tensors(path: Path) -> list[str]:
     dialects = [dialect for kind in get_args(Kind) for dialect in dialects_of(kind)]
     if is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes):
         file = load_adapter(path)
-        return [f"{path}: of {file.kind}: {file.summary}", _sizes(tensors), *_metadata(tensors)]
+        return [
+            f"{path}: of {file.kind}: {file.summary}",
+            *(f"  {line}" for line in doubts(file)),
+            _sizes(tensors),
+            *_metadata(tensors),
+        ]
     lines: list[str] = []
     models = list(_models(tensors))
     for prefix, found, read in models:
@@ -144,14 +151,15 @@ def _inferred(
 ) -> list[str]:
     try:
         config = _config(infer(tensors))
+        tensors = unscaled(tensors)
     except UserError as error:  # what it is can be said all the same
         config = f"  config: {error}"
     return [f"{where}{table.name}", _sizes(tensors), config]
 
 
 def _sd3(where: str, tensors: TensorFiles) -> list[str]:
-    config = sd3_native.inferred(tensors)
-    return [f"{where}{sd3_native.table_of(config).name}", _sizes(tensors), _config(config)]
+    table = sd3_native.table_of(sd3_native.inferred(tensors))
+    return _inferred(where, table, tensors, sd3_native.inferred)
 
 
 def _autoencoder(where: str, tensors: TensorFiles) -> list[str]:
@@ -175,6 +183,8 @@ def _sizes(tensors: Tensors) -> str:
         for name, shape in tensors.shapes.items()
     )
     dtypes = ", ".join(sorted({str(dtype) for dtype in tensors.dtypes.values()})) or "nothing"
+    if isinstance(tensors, ScaledTensors):
+        dtypes += f", times {len(tensors.scales)} scales"
     return (
         f"  {count:,} parameters in {len(tensors.shapes)} tensors, {size / 1e6:,.1f} MB of {dtypes}"
     )

@@ -14,7 +14,9 @@ import math
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,14 +34,18 @@ from taca_jax.errors import UserError
 from taca_jax.fields import from_json, to_json
 from taca_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from taca_jax.models.flux import FluxConfig, FluxTransformer
-from taca_jax.models.layers import Fixed, LoRAParam
+from taca_jax.models.layers import Fixed, LoRAParam, Quantized
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.sd3 import SD3Config, SD3Transformer
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config, T5Encoder
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.models.vae import AutoencoderKL, VAEConfig
+from taca_jax.quantize import load_quantized
+from taca_jax.quantize import quantize as quantize_kernels
 from taca_jax.quiet import quiet
+from taca_jax.streams import StreamedArray, put
 from taca_jax.tensor_files import Shape, differences, open_tensors, write_tensors
 
 KINDS: dict[str, tuple[type, type]] = {
@@ -63,20 +69,10 @@ Model = (
     | Pixels
 )
 
+Place = Callable[[str, str, Shape], Sharding]
+"""(kind, path, shape) -> where a parameter goes, as `sharding.placement` says."""
+
 CONFIG, PARAMS, SAFETENSORS = "config.json", "params", "model.safetensors"
-
-
-@dataclass(frozen=True)
-class StreamedArray:
-    """An array that is written piece by piece: `pieces` yields (leading index, rest of the array).
-
-    A stack of layers comes layer by layer, indexed (0,), (1,), ...; any other at once, indexed ().
-    """
-
-    shape: Shape
-    dtype: np.dtype
-    pieces: Callable[[], Iterator[tuple[tuple[int, ...], np.ndarray]]]
-    stacked: bool
 
 
 def save_model(
@@ -89,11 +85,16 @@ def save_model(
     """Writes a model folder, whole or not at all; a model folder that was there is replaced.
 
     Parameters are stored in `dtype`, or as they are. Raises UserError when `path` holds something
-    else, or cannot be written.
+    else, or cannot be written, and for a quantised model.
     """
     path = Path(path)
     _check_free(path)
     params = flat_params(model)
+    if any(isinstance(param, Quantized) for param in params.values()):
+        raise UserError(
+            f"{path}: a quantised model is not written; keep the one that it was made of, and "
+            "quantise as you load it"
+        )
     if format == "orbax" and params:
         arrays = {name: _streamed(param, dtype) for name, param in params.items()}
         return save_streamed(path, model.config, arrays)
@@ -140,33 +141,91 @@ def load_model(
     dtype: DTypeLike,
     param_dtype: DTypeLike | None = None,
     remat: Remat = "none",
-    place: Callable[[str, str, Shape], Sharding] | None = None,
+    place: Place | None = None,
+    quantize: Quantization = "none",
 ) -> Any:
     """The model of a folder: computing in `dtype`, parameters in `param_dtype` or as stored.
 
     `place(kind, path, shape)` says where each parameter goes (`sharding.placement`); without it all
-    are on the first device. `remat` is the transformers'. Raises UserError that names everything
-    missing, left over or mis-shaped, and for files that are absent, truncated or damaged.
+    are on the first device. `remat` is the transformers'. `quantize` is what the kernels of blocks
+    are kept in, encoded a layer at a time as they are read. Raises UserError that names everything
+    missing, left over or mis-shaped, for files that are absent, truncated or damaged, and for a
+    model that cannot be quantised.
     """
     path = Path(path)
     config = load_config(path)
-    model = abstract_model(config, dtype=dtype, remat=remat)
-    wanted = {name: param.shape for name, param in flat_params(model).items()}
-    if not wanted:  # pixels: the config is all
-        return model
+    if not shapes_of(config):  # pixels: the config is all
+        return abstract_model(config, dtype=dtype, remat=remat)
     if (path / PARAMS).is_dir():
-        given, read = _open_orbax(path / PARAMS)
+        stored = _open_orbax(path / PARAMS)
     elif (path / SAFETENSORS).is_file():
-        given, read = _open_safetensors(path / SAFETENSORS)
+        stored = _open_safetensors(path / SAFETENSORS)
     else:
         raise UserError(f"{path} has neither {PARAMS}/ nor {SAFETENSORS}; write the folder again")
-    if problems := differences(wanted, given):
+    if problems := differences(shapes_of(config), stored.shapes):
         raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
-    if place is None:
-        placed = dict.fromkeys(wanted, SingleDeviceSharding(jax.devices()[0]))
-    else:
-        placed = {name: place(kind_of(config), name, shape) for name, shape in wanted.items()}
-    return filled(model, read(placed, param_dtype))
+    return load_stored(
+        config,
+        stored,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        place=place,
+        quantize=quantize,
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The parameters of a model where they are kept, by dotted path.
+
+    read: (path, dtype or None as it is stored) -> one of them, to be put on devices.
+    part: (path, layer of a stack or (), part of its matrix) -> that part, on the host.
+    """
+
+    shapes: Mapping[str, Shape]
+    read: Callable[[str, DTypeLike | None], StreamedArray]
+    part: Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]
+
+
+def load_stored(
+    config: Any,
+    stored: Stored,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike | None = None,
+    remat: Remat = "none",
+    place: Place | None = None,
+    quantize: Quantization = "none",
+) -> Any:
+    """The model of a config with the parameters that `stored` has, one at a time.
+
+    The other parameters are as of `load_model`; of stored ones, shapes are not compared here.
+    """
+
+    def placed(name: str, shape: Shape) -> Sharding:
+        if place is None:
+            return SingleDeviceSharding(jax.devices()[0])
+        return place(kind_of(config), name, shape)
+
+    model, wanted = abstract_model(config, dtype=dtype, remat=remat), shapes_of(config)
+    arrays: dict[str, jax.Array] = {}
+    quantize_kernels(model, kind_of(config), quantize)
+    for name, param in flat_params(model).items():
+        layer = name.removesuffix("_scale")
+        if isinstance(param, Quantized) and name != layer:
+            arrays[layer], arrays[name] = load_quantized(
+                wanted[layer],
+                quantize,
+                path=layer,
+                codes_at=placed(layer, wanted[layer]),
+                scales_at=placed(name, param.shape),
+                read=partial(stored.part, layer),
+            )
+    for name, shape in wanted.items():
+        if name not in arrays:
+            arrays[name] = put(stored.read(name, param_dtype), placed(name, shape))
+    return filled(model, arrays)
 
 
 def kind_of(config: Any) -> str:
@@ -195,61 +254,88 @@ def filled(model: Any, arrays: Mapping[str, jax.Array]) -> Any:
     return nnx.merge(graph, state)
 
 
-_Placed = Mapping[str, Sharding]
-_Read = Callable[[_Placed, DTypeLike | None], dict[str, jax.Array]]
+@cache
+def shapes_of(config: Any) -> Mapping[str, Shape]:
+    """The parameters of a config's models by dotted path."""
+    model = abstract_model(config, dtype=jnp.float32)
+    return {path: param.shape for path, param in flat_params(model).items()}
 
 
-def _open_safetensors(file: Path) -> tuple[Mapping[str, Shape], _Read]:
+def _open_safetensors(file: Path) -> Stored:
     tensors = open_tensors(file)
 
-    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
-        arrays = {}
-        for name in tensors.shapes:
-            array = tensors.read(name)
-            array = array if dtype is None else array.astype(jnp.dtype(dtype))
-            arrays[name] = jax.device_put(array, placed[name])
-        return arrays
+    def read(name: str, dtype: DTypeLike | None) -> StreamedArray:
+        target = tensors.dtypes[name] if dtype is None else jnp.dtype(dtype)
 
-    return tensors.shapes, read
+        def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+            yield (), tensors.read(name).astype(target, copy=False)
+
+        return StreamedArray(tensors.shapes[name], target, pieces, stacked=False)
+
+    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        if not layer:
+            return tensors.read(name)[part]
+        return tensors.read(name, slice(layer[0], layer[0] + 1))[0][part]
+
+    return Stored(tensors.shapes, read, part)
 
 
-def _open_orbax(folder: Path) -> tuple[dict[str, Shape], _Read]:
-    # Orbax finds damage only while it reads, and then prints every read that it drops.
-    shapes = {array.name: _checked_shape(array) for array in folder.iterdir() if array.is_dir()}
+def _open_orbax(folder: Path) -> Stored:
+    """What `_StreamedHandler` wrote: each array, or each layer of a stack, is the bytes of a file.
 
-    def read(placed: _Placed, dtype: DTypeLike | None) -> dict[str, jax.Array]:
-        stored = None if dtype is None else jnp.dtype(dtype)
-        args = {
-            name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=stored)
-            for name, sharding in placed.items()
-        }
-        request = ocp.args.PyTreeRestore(restore_args=_nested(args))
+    They are read here as they are: Orbax's own reader would have whole stacks on the host and many
+    at a time, and TensorStore's threads keep what they have freed.
+    """
+    stored = {array.name: _checked(array) for array in folder.iterdir() if array.is_dir()}
+
+    def chunk_of(name: str, first: int) -> np.ndarray:
+        shape, chunk, kept = stored[name]
+        file = folder / name / ".".join(map(str, (first, *(0,) * (len(shape) - 1))))
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return dict(_flat(checkpointer.restore(folder.absolute(), request)))
-        except Exception as error:  # what Orbax raises, and it raises that class itself
-            raise _damaged(folder, str(error)) from error
+            return np.fromfile(file, kept).reshape(chunk)
+        except (OSError, ValueError) as error:
+            raise _damaged(file, str(error)) from error
 
-    return shapes, read
+    def read(name: str, dtype: DTypeLike | None) -> StreamedArray:
+        shape, chunk, kept = stored[name]
+        stacked = chunk != shape
+        target = kept if dtype is None else jnp.dtype(dtype)
+
+        def pieces() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+            for layer in range(shape[0] if stacked else 1):
+                piece = chunk_of(name, layer).astype(target, copy=False)
+                yield ((layer,), piece[0]) if stacked else ((), piece)
+
+        return StreamedArray(shape, target, pieces, stacked)
+
+    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+        shape, chunk, _ = stored[name]
+        if chunk != shape:
+            return chunk_of(name, layer[0])[0][part]
+        return chunk_of(name, 0)[(*layer, *part)]
+
+    return Stored({name: shape for name, (shape, _, _) in stored.items()}, read, part)
 
 
-def _checked_shape(array: Path) -> Shape:
-    """The shape of one stored array, all of whose chunks are there in full."""
+def _checked(array: Path) -> tuple[Shape, Shape, np.dtype]:
+    """Shape, chunk and dtype of one stored array, all of whose chunks are there in full."""
     try:
         header = json.loads((array / ".zarray").read_text())
-        shape, chunks = header["shape"], header["chunks"]
-        itemsize = jnp.dtype(header["dtype"]).itemsize
+        shape, chunks = tuple(header["shape"]), tuple(header["chunks"])
+        dtype = jnp.dtype(header["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(array, f"its .zarray: {error}") from error
+    if chunks not in (shape, (1, *shape[1:])):
+        raise _damaged(array, f"chunks of {chunks} of {shape}, expected layers or all")
     counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
     for index in itertools.product(*map(range, counts)):
         chunk = array / ".".join(map(str, index))
         size = chunk.stat().st_size if chunk.is_file() else None
-        expected = math.prod(chunks) * itemsize
+        expected = math.prod(chunks) * dtype.itemsize
         if size != expected:
             found = "missing" if size is None else f"{size} bytes"
             raise _damaged(array, f"chunk {chunk.name} is {found}, expected {expected} bytes")
-    return tuple(shape)
+    return shape, chunks, dtype
 
 
 def _damaged(folder: Path, reason: str) -> UserError:
@@ -278,39 +364,47 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
         del args
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
-            chunks = (1, *value.shape[1:]) if value.stacked else value.shape
-            store = await _written(
+            folder = info.parent_dir / info.name
+            await _created(
                 ts.open(
                     {
                         "driver": "zarr",
-                        "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
+                        "kvstore": {"driver": "file", "path": f"{folder}/"},
                         "metadata": {
                             "shape": value.shape,
-                            "chunks": chunks,
+                            "chunks": (1, *value.shape[1:]) if value.stacked else value.shape,
                             "dtype": _zarr_dtype(value.dtype),
                             "compressor": None,  # weights hardly shrink
                         },
-                        # Zeros too: a chunk that is not there then means a damaged folder.
-                        "store_data_equal_to_fill_value": True,
                         # The whole folder is handed to the disk at its end.
                         "context": {"file_io_sync": False},
                     },
                     create=True,
                 )
             )
-            writing = None  # one piece, while the next one is read
-            for index, piece in value.pieces():
-                request = store[index].write(piece, can_reference_source_data_indefinitely=True)
-                request.commit.force()
+            with ThreadPoolExecutor(max_workers=1) as writer:
+                writing = None  # one piece, while the next one is read
+                for index, piece in value.pieces():
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(_write_chunk, Path(folder), index, piece)
                 if writing is not None:
-                    await _written(writing)
-                writing = request
-            if writing is not None:
-                await _written(writing)
+                    writing.result()
         return []
 
 
-async def _written(request: Awaitable[Any]) -> Any:
+def _write_chunk(folder: Path, index: tuple[int, ...], piece: np.ndarray) -> None:
+    """One chunk of an array without compression: a file of its numbers, named by its place.
+
+    TensorStore would copy it first, which takes ten times as long as writing.
+    """
+    array = np.ascontiguousarray(piece)
+    place = (*index, *(0,) * piece.ndim)
+    with (folder / ".".join(map(str, place))).open("wb") as file:
+        file.write(array.reshape(-1).view(np.uint8).data)
+
+
+async def _created(request: Awaitable[Any]) -> Any:
     """What TensorStore answers; its refusals to write become the OSError that they report."""
     try:
         return await request
@@ -357,11 +451,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, node in tree.items():
-        if isinstance(node, Mapping):
-            yield from _flat(node, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", node

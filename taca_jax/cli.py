@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 import textwrap
@@ -32,6 +33,15 @@ def parse_cli(
         raise SystemExit(2) from None
 
 
+def say(lines: Sequence[str]) -> None:
+    """Prints the lines; whoever reads them may leave before the end, as `head` does."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # Python writes what is left once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
     preset, values = None, {}
     wants_help = False
@@ -43,7 +53,7 @@ def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
         elif key == "--config":
             preset = value if equals else next(rest, "")
             if not preset or preset.startswith("-"):
-                print("\n".join(_presets(package, kind, attribute)))
+                say(_presets(package, kind, attribute))
                 raise SystemExit(0)
         elif not equals:
             raise UserError(f"{argument}: expected key=value{_as_assignment(argument)}")
@@ -55,7 +65,7 @@ def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
             values[key] = value
     config = None if preset is None else _load(preset, package, kind, attribute)
     if wants_help:
-        print(_help(kind, config, preset, _presets(package, kind, attribute)))
+        say([_help(kind, config, preset, _presets(package, kind, attribute))])
         raise SystemExit(0)
     if config is None:
         names = ", ".join(_presets(package, kind, attribute))
@@ -68,12 +78,21 @@ def _as_assignment(argument: str) -> str:
     return f"; write {name}=VALUE" if name.replace(".", "").isidentifier() else ""
 
 
-def _presets(package: str, kind: type, attribute: str) -> list[str]:
-    """The names of the package's modules that have a preset of this kind."""
-    names = [
+PURPOSES = {"CONFIG": "trains", "GENERATE": "draws"}
+"""What a preset under each name is for, in our own modules."""
+
+
+def _modules(package: str) -> list[str]:
+    return [
         module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
     ]
-    return [name for name in names if isinstance(_preset(name, package, attribute), kind)]
+
+
+def _presets(package: str, kind: type, attribute: str) -> list[str]:
+    """The names of the package's modules that have a preset of this kind."""
+    return [
+        name for name in _modules(package) if isinstance(_preset(name, package, attribute), kind)
+    ]
 
 
 def _preset(name: str, package: str, attribute: str) -> Any:
@@ -82,9 +101,17 @@ def _preset(name: str, package: str, attribute: str) -> Any:
 
 def _load(name: str, package: str, kind: type[C], attribute: str) -> C:
     presets = _presets(package, kind, attribute)
-    if name not in presets:
-        raise UserError(f"unknown preset {name}; there are {', '.join(nearest(name, presets))}")
-    return _preset(name, package, attribute)
+    if name in presets:
+        return _preset(name, package, attribute)
+    problem = f"unknown preset {name}"
+    if name in _modules(package):
+        purposes = [
+            purpose
+            for each, purpose in PURPOSES.items()
+            if _preset(name, package, each) is not None
+        ]
+        problem = f"the preset {name} only {' and '.join(purposes)}" if purposes else problem
+    raise UserError(f"{problem}; there are {', '.join(nearest(name, presets))}")
 
 
 def _help(kind: type, config: Any, preset: str | None, presets: list[str]) -> str:

@@ -22,9 +22,11 @@ from taca_jax.fields import difference, from_json, to_json
 from taca_jax.lora import LoRAConfig
 from taca_jax.losses import TimestepSampling
 from taca_jax.models.flux import FluxConfig
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5Config
+from taca_jax.models.tiles import Tiling
 from taca_jax.sampling import MAX_SEED
 from taca_jax.sharding import MeshConfig
 from taca_jax.taca import TacaConfig
@@ -226,6 +228,9 @@ class TrainConfig:
       from random numbers.
     model: the transformer's shape when there is no base.
     lora: the adapter to train; none trains everything.
+    quantize: what the transformer's kernels are kept in under a LoRA: `int8`, `nf4` (4 bits), or
+      none, which is dtype.
+    quantize_text: the same of T5.
     text: captions to text tokens.
     autoencoder: `pixels` trains a new model on the pictures themselves and a base on what it was
       made with; a path trains on the latents of that folder's autoencoder.
@@ -259,6 +264,8 @@ class TrainConfig:
     base: str | None = None
     model: FluxConfig | None = None
     lora: LoRAConfig | None = None
+    quantize: Quantization = "none"
+    quantize_text: Quantization = "none"
     text: TextConfig = field(default_factory=TextConfig)
     autoencoder: str = "pixels"
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
@@ -301,7 +308,13 @@ class TrainConfig:
         _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         _check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
         warmup = self.optimizer.warmup_steps
-        _check(warmup < self.steps, "optimizer.warmup_steps", warmup, f"below steps={self.steps}")
+        below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
+        _check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
+        source = self.data.source
+        if self.evaluate is not None and source.partition(":")[2].partition("/")[0] != "shapes":
+            raise UserError(
+                f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
+            )
         if self.taca is not None:
             threshold = self.taca.threshold
             _check(threshold < 1000, "taca.threshold", threshold, "below 1000, to train above it")
@@ -338,6 +351,12 @@ class TrainConfig:
                     f"sample_every is {self.sample_every}, and data.encode=cache trains without "
                     "what samples are drawn with; set sample_every=0, or data.encode=online"
                 )
+        for name, to in {"quantize": self.quantize, "quantize_text": self.quantize_text}.items():
+            if self.lora is None and to != "none":
+                raise UserError(
+                    f"{name}={to} is for a base that stays as it is, and lora=none trains it; give "
+                    f"a lora, or {name}=none"
+                )
         if self.sample_every and not self.sample_prompts:
             raise UserError(
                 f"sample_every is {self.sample_every} without sample_prompts; give some"
@@ -371,6 +390,14 @@ class GenerateConfig:
     seed: decides the noise.
     compare: draw the same noise plain, with TACA, and with TACA and LoRA, side by side.
     dtype: of parameters and activations.
+    tiling: how large pictures are decoded in squares, to save memory; none never does.
+    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws
+      beside `out`, after each step, what the picture is predicted to become; `own` is the model's
+      own autoencoder, where that is small; none draws nothing.
+    progress: a bar of the steps; none shows it on a terminal only.
+    quantize: what the transformer's kernels are kept in: `int8`, `nf4` (4 bits), or none, which is
+      dtype.
+    quantize_text: the same of T5.
     out: the PNG to write (numbered for several pictures); its settings go into its metadata.
     """
 
@@ -387,6 +414,11 @@ class GenerateConfig:
     seed: int = 0
     compare: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    tiling: Tiling | None = field(default_factory=Tiling)
+    preview: str | None = None
+    progress: bool | None = None
+    quantize: Quantization = "none"
+    quantize_text: Quantization = "none"
     out: str = "out.png"
 
     def __post_init__(self):

@@ -15,6 +15,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -118,11 +119,11 @@ def nearest(word: str, names: Sequence[str]) -> list[str]:
     return sorted(names, key=likeness, reverse=True)
 
 
-def unknown(key: str, names: Sequence[str]) -> str:
+def unknown(key: str, names: Sequence[str], what: str = "key") -> str:
     """The words for a key that is not among `names`: what was given, and the nearest right name."""
     closest = nearest(key, names)[:1]
     hint = f"; did you mean {closest[0]}?" if closest else ""
-    return f"unknown key {key}{hint}"
+    return f"unknown {what} {key}{hint}"
 
 
 def describe(type_: Any) -> str:
@@ -136,7 +137,13 @@ def describe(type_: Any) -> str:
         if items[-1] is Ellipsis:
             return f"a comma list, each {describe(items[0])}"
         return f"a comma list of {len(items)}: {', '.join(describe(item) for item in items)}"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+    }
     return words.get(type_, getattr(type_, "__name__", str(type_)))
 
 
@@ -153,6 +160,41 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def tokens_of(type_: Any, text: str, said: str) -> list[str]:
+    """The elements of a comma list or JSON list for a tuple type, else the text alone."""
+    if get_origin(_present(type_)) is not tuple:
+        return [text]
+    if text.lstrip().startswith("["):
+        try:
+            return [_as_text(item) for item in json.loads(text)]
+        except json.JSONDecodeError:
+            raise UserError(f"{said}: expected {describe(type_)}, or a JSON list") from None
+    if text.startswith("(") and text.endswith(")"):  # and not `folder:pictures (2)`
+        text = text[1:-1]
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def value_of(type_: Any, tokens: list[str], said: str) -> Any:
+    """The value of a type that words stand for.
+
+    Raises UserError, which begins with what was `said`, for words that are no such value.
+    """
+    if _optional(type_) and [token.lower() for token in tokens] == ["none"]:
+        return None
+    present = _present(type_)
+    if present is str and len(tokens) == 1:
+        return tokens[0]  # any text is right, and tyro would take `-x` for a flag
+    if get_origin(present) is tuple and get_args(present) == (str, ...):
+        return tuple(tokens)
+    if present is bool:
+        tokens = [token.capitalize() for token in tokens]
+    try:  # tyro knows the types, the errors are ours
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            return tyro.cli(present, args=tokens, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        raise UserError(f"{said}: expected {describe(type_)}") from None
+
+
 def _update(
     config: Any, cls: type, values: Mapping[str, str], prefix: str, known: Mapping[str, Field]
 ) -> Any:
@@ -166,8 +208,8 @@ def _update(
         if rest:
             members.setdefault(head, {})[rest] = text
         elif (group := known[full].group) is None:
-            expected = known[full].annotation
-            changes[head] = _value(expected, _tokens(expected, text, full), full, text)
+            expected, said = known[full].annotation, f"{full}={text}"
+            changes[head] = value_of(expected, tokens_of(expected, text, said), said)
         elif known[full].optional and text.lower() == "none":
             changes[head] = None
         else:
@@ -211,7 +253,7 @@ def _from_tree(cls: type, tree: Any, prefix: str) -> Any:
             values[name] = _from_tree(group, value, f"{full}.")
         else:
             tokens = [_as_text(item) for item in (value if isinstance(value, list) else [value])]
-            values[name] = _value(hints[name], tokens, full, json.dumps(value))
+            values[name] = value_of(hints[name], tokens, f"{full}={json.dumps(value)}")
     return _make(lambda: cls(**values), prefix)
 
 
@@ -227,38 +269,6 @@ def _make(construct: Callable[[], Any], prefix: str) -> Any:
 
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else show(value)
-
-
-def _tokens(type_: Any, text: str, name: str) -> list[str]:
-    """The elements of a comma list or JSON list for a tuple type, else the text alone."""
-    if get_origin(_present(type_)) is not tuple:
-        return [text]
-    if text.lstrip().startswith("["):
-        try:
-            return [_as_text(item) for item in json.loads(text)]
-        except json.JSONDecodeError:
-            raise UserError(f"{name}={text}: expected {describe(type_)}, or a JSON list") from None
-    if text.startswith("(") and text.endswith(")"):  # and not `folder:pictures (2)`
-        text = text[1:-1]
-    return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _value(type_: Any, tokens: list[str], name: str, shown: str) -> Any:
-    """The value that `tokens` stand for; tyro knows the types, the errors are ours."""
-    if _optional(type_) and [token.lower() for token in tokens] == ["none"]:
-        return None
-    present = _present(type_)
-    if present is str and len(tokens) == 1:
-        return tokens[0]  # any text is right, and tyro would take `-x` for a flag
-    if get_origin(present) is tuple and get_args(present) == (str, ...):
-        return tuple(tokens)
-    if present is bool:
-        tokens = [token.capitalize() for token in tokens]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return tyro.cli(present, args=tokens, config=(tyro.conf.FlagConversionOff,))
-    except SystemExit:
-        raise UserError(f"{name}={shown}: expected {describe(type_)}") from None
 
 
 def _documentation(cls: type) -> dict[str, str]:

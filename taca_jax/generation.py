@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.loading import load_pipeline
 from taca_jax.pipelines.variants import Variant
+from taca_jax.pipelines.watching import check_previewer
 from taca_jax.taca import TacaConfig
 from taca_jax.tensor_files import open_tensors
 from taca_jax.weights import find_weights
@@ -36,12 +38,23 @@ def generate(config: GenerateConfig) -> list[Path]:
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
     if config.lora is not None:
-        open_tensors(find_weights(config.lora))  # a missing one is refused before the model loads
-    pipeline = load_pipeline(config.base, dtype=config.dtype)
+        _check_lora(config.lora)  # before the model loads
+    if config.preview not in (None, OWN):
+        check_previewer(Path(config.preview))
+    pipeline = load_pipeline(
+        config.base,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+    )
     if config.lora is not None and config.taca is None:
         print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
     elif config.lora is not None:
         print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    if config.preview is not None:
+        if config.preview != OWN:
+            pipeline.load_previewer(config.preview)
+        print(f"previews: {preview_path(config)}, after each step")
     if not config.compare:
         drawn_as = Variant(_describe(config.taca), config.taca, 1.0)
         names = [out] if config.num_images == 1 else _numbered(out, config.num_images)
@@ -64,6 +77,16 @@ def generate(config: GenerateConfig) -> list[Path]:
     return [out]
 
 
+def _check_lora(lora: str) -> None:
+    found = find_weights(lora)
+    if not found.exists():
+        raise UserError(
+            f"lora={lora} is not there; train it, name another file, or set lora=none to draw "
+            "without one"
+        )
+    open_tensors(found)
+
+
 def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Sequence[Image.Image]:
     images = pipeline(
         config.prompt,
@@ -76,9 +99,33 @@ def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Seque
         num_images=config.num_images,
         taca=variant.taca,
         lora_strength=variant.lora_strength,
+        tiling=config.tiling,
+        preview=None if config.preview is None else partial(_write_preview, preview_path(config)),
+        progress=config.progress,
     ).images
     assert isinstance(images, list)  # output="pil"
     return images
+
+
+OWN = "own"
+"""As `preview`: the model's own autoencoder."""
+
+
+def preview_path(config: GenerateConfig) -> Path:
+    """Where previews are written, each in place of the last."""
+    out = Path(config.out)
+    return out.with_stem(f"{out.stem}-preview")
+
+
+def _write_preview(path: Path, step: int, pictures: list[Image.Image]) -> None:
+    """All pictures of the run side by side."""
+    del step
+    width, height = pictures[0].size
+    row = Image.new("RGB", (width * len(pictures), height))
+    for i, picture in enumerate(pictures):
+        row.paste(picture, (i * width, 0))
+    with whole_file(path) as file:
+        row.save(file, format="PNG")
 
 
 def _describe(taca: TacaConfig | None) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -22,9 +22,8 @@ class RunLog:
     """Progress and metrics of a training run; a context manager.
 
     Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. On resuming after `start` steps, lines
-    of later steps are dropped first, so that each step stands there once. `utilisation_of` gives,
-    for a step of so many seconds, the share of the devices' peak FLOP/s that the model used, where
-    that is known.
+    of later steps are dropped first, so that each step stands there once. The share of the peak
+    FLOP/s of all devices that the model used is there where that peak is known.
     """
 
     def __init__(
@@ -34,7 +33,8 @@ class RunLog:
         start: int,
         steps: int,
         samples_per_step: int,
-        utilisation_of: Callable[[float], float] | None = None,
+        flops_per_step: float = 0.0,
+        peak_flops: float | None = None,
     ):
         self.console = Console(stderr=True)
         self._jsonl = run_dir / "metrics.jsonl"
@@ -42,7 +42,8 @@ class RunLog:
         self._file = self._jsonl.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._samples_per_step = samples_per_step
-        self._utilisation_of = utilisation_of
+        self._flops_per_step = flops_per_step
+        self._peak_flops = peak_flops
         self._steps = steps
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -83,8 +84,9 @@ class RunLog:
             "samples_per_second": self._samples_per_step / seconds,
             **device_memory(),
         }
-        if self._utilisation_of is not None:
-            record["model_flops_utilisation"] = self._utilisation_of(seconds)
+        if self._peak_flops is not None:
+            used = self._flops_per_step / seconds
+            record["model_flops_utilisation"] = used / self._peak_flops
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
         for name, value in record.items():
@@ -93,7 +95,7 @@ class RunLog:
             f"loss {metrics['loss']:.4f}  {seconds:.3f} s/step  "
             f"{record['samples_per_second']:.1f} samples/s"
         )
-        if self._utilisation_of is not None:
+        if self._peak_flops is not None:
             numbers += f"  {record['model_flops_utilisation']:.0%} of peak"
         self._progress.update(self._task, completed=step, numbers=numbers)
         late = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps

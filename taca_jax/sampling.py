@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.errors import UserError
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
@@ -178,6 +178,16 @@ class Trajectory:
     x0: Float[Array, "n b H W c"]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """How far a run is: its latents, the x0 predicted last, and the trajectory where asked for."""
+
+    latents: Float[Array, "b H W c"]
+    x0: Float[Array, "b H W c"]
+    trajectory: Trajectory | None
+
+
 def denoise(
     transformer: nnx.Module,
     latents: Float[Array, "b H W c"],
@@ -188,42 +198,63 @@ def denoise(
     *,
     skip: Bool[Array, " layers"] | None = None,
     trajectory: bool = False,
+    watch: Callable[[int, Sampled], None] | None = None,
 ) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
     """Euler steps along `plan` from noise to latents, compiled as one program.
 
     `negative` turns classifier-free guidance on: v = v_negative + cfg_scale (v - v_negative), both
     in one batch. `skip` adds skip_scale (v - v without those layers) where the plan's skip_scale
     is not 0. The transformer is called as FluxTransformer is; latents stay float32.
+
+    `watch(step, now)` is called after each step; its arrays may be under way still. The same
+    program then runs step by step, so that watching changes no bit of what is drawn.
     """
     graph, state = nnx.split(transformer)
-    return _denoise(
-        graph, state, latents, plan, positive, negative, cfg_scale, skip, trajectory=trajectory
-    )
+    x = jnp.asarray(latents, jnp.float32)
+    steps = len(plan.sigma)
+    seen = None
+    if trajectory:
+        empty = jnp.zeros((steps, *x.shape), jnp.float32)
+        seen = Trajectory(latents=empty, x0=empty)
+    now = Sampled(latents=x, x0=x, trajectory=seen)
+    run = partial(_denoise, graph, state, plan, positive, negative, cfg_scale, skip)
+    if watch is None:
+        now = run(now, 0, steps)
+    else:
+        for i in range(steps):
+            now = run(now, i, i + 1)
+            watch(i, now)
+    return now.latents, now.trajectory
 
 
-@jax.jit(static_argnames=("graph", "trajectory"))
+@jax.jit(static_argnames=("graph",))
 def _denoise(
     graph: nnx.GraphDef,
     state: nnx.State,
-    latents: Float[Array, "b H W c"],
     plan: Plan,
     positive: Conditioning,
     negative: Conditioning | None,
     cfg_scale: Float[Array, ""],
     skip: Bool[Array, " layers"] | None,
-    *,
-    trajectory: bool,
-) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
+    now: Sampled,
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+) -> Sampled:
+    """The steps from `start` to before `stop`, which are data, so that this is compiled once."""
     model = nnx.merge(graph, state)
     velocity = guided_velocity(model, positive, negative, cfg_scale, skip)
 
-    def step(x: jax.Array, now: Plan) -> tuple[jax.Array, Trajectory | None]:
-        v = velocity(x, now)
-        after = x + (now.next_sigma - now.sigma) * v
-        seen = Trajectory(latents=after, x0=x - now.sigma * v) if trajectory else None
-        return after, seen
+    def step(i: jax.Array, now: Sampled) -> Sampled:
+        level = jax.tree.map(lambda steps: steps[i], plan)
+        v = velocity(now.latents, level)
+        after = now.latents + (level.next_sigma - level.sigma) * v
+        x0 = now.latents - level.sigma * v
+        seen = now.trajectory
+        if seen is not None:
+            seen = Trajectory(latents=seen.latents.at[i].set(after), x0=seen.x0.at[i].set(x0))
+        return Sampled(latents=after, x0=x0, trajectory=seen)
 
-    return jax.lax.scan(step, latents.astype(jnp.float32), plan)
+    return jax.lax.fori_loop(start, stop, step, now)
 
 
 def guided_velocity(

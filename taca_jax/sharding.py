@@ -2,9 +2,9 @@
 
 A table names layers by regular expression and says over which axes the two sides of their kernels
 are shared. The rest follows: a bias lies as its kernel's outputs do over `tensor`, LoRA's A as the
-inputs and B as the outputs, both over `fsdp` too, and the layer axis of stacked blocks is never
-shared. `fsdp` stands where a kernel would otherwise be whole on each device: XLA gathers it, layer
-by layer, where it is used.
+inputs and B as the outputs, both over `fsdp` too, as do the scales of a quantised kernel, and the
+layer axis of stacked blocks is never shared. `fsdp` stands where a kernel would otherwise be whole
+on each device: XLA gathers it, layer by layer, where it is used.
 """
 
 import re
@@ -158,6 +158,8 @@ def parameter_spec(kind: str, path: str, shape: Sequence[int], mesh: Mesh | Abst
     sides = {
         "kernel": (inputs, outputs),
         "embedding": (inputs, outputs),
+        # Blocks of inputs are few: what fsdp shares of them are the outputs.
+        "kernel_scale": (tuple(axis for axis in inputs if axis != "fsdp"), _with_fsdp(outputs)),
         "bias": (outputs if outputs == _TENSOR else _WHOLE,),
         "lora_a": (_with_fsdp(inputs), _WHOLE),
         "lora_b": (_WHOLE, _with_fsdp(outputs)),

@@ -1,35 +1,42 @@
 """Safetensors files, single or sharded with an index, a tensor at a time as numpy."""
 
+import contextlib
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from taca_jax.atomic import whole_file
 from taca_jax.errors import UserError
 
 Shape = tuple[int, ...]
 
-FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-"""What weights are stored in to save space; nothing computes in it here."""
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+"""What weights are stored in to save space; nothing computes in them here."""
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": FLOAT8,
+    "F8_E4M3": FLOAT8[0],
+    "F8_E5M2": FLOAT8[1],
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
 }
+
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its JSON header, little-endian."""
 
 
 class Tensors(Protocol):
@@ -71,14 +78,20 @@ class ArrayTensors:
 
 
 @dataclass(frozen=True)
-class TensorFiles:
-    """The tensors of one model's files. `metadata` is the text in a single file's header.
+class Place:
+    """Where a tensor lies: the file, its name there, and its first byte."""
 
-    `places` says where each is: the file, and its name there.
-    """
+    path: Path
+    name: str
+    start: int
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of one model's files. `metadata` is the text in a single file's header."""
 
     where: str
-    places: Mapping[str, tuple[Path, str]]
+    places: Mapping[str, Place]
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, np.dtype]
     duplicates: Sequence[str]
@@ -86,16 +99,12 @@ class TensorFiles:
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """One tensor, or rows of its first axis; bfloat16 and float8 come as ml_dtypes' types."""
-        # Opened anew each time: a file that stays open stays mapped, and all that was read from
-        # it counts as this process's memory.
-        path, stored_name = self.places[name]
-        if self.dtypes[name] == FLOAT8:
-            whole = _read_float8(path, stored_name)
-            return whole if rows is None else whole[rows]
-        with _open(path) as file:
-            return (
-                file.get_tensor(stored_name) if rows is None else file.get_slice(stored_name)[rows]
-            )
+        shape = self.shapes[name]
+        if rows is None:
+            return _read(self.places[name], 0, shape, self.dtypes[name])
+        first, stop, _ = rows.indices(shape[0])
+        part = (max(stop - first, 0), *shape[1:])
+        return _read(self.places[name], first * math.prod(shape[1:]), part, self.dtypes[name])
 
 
 def open_tensors(path: Path) -> TensorFiles:
@@ -110,8 +119,8 @@ def open_tensors(path: Path) -> TensorFiles:
         raise UserError(f"{path} is not there; give a .safetensors file or a folder with one")
     if path.suffix == ".json":
         return _open_sharded(path)
-    kinds, metadata = _header(path)
-    return _tensor_files(path, {path: kinds}, metadata)
+    header = _header(path)
+    return _tensor_files(path, [header], header.metadata)
 
 
 def joined(where: str, parts: Mapping[str, TensorFiles]) -> TensorFiles:
@@ -147,16 +156,58 @@ def under(tensors: TensorFiles, prefix: str) -> TensorFiles:
     )
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written."""
+
+    shape: Shape
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
-    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with whole_file(path) as made:
-        try:
-            save_file(contiguous, made, None if metadata is None else dict(metadata))
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    lazy = {
+        name: LazyTensor(array.shape, array.dtype, partial(arrays.__getitem__, name))
+        for name, array in arrays.items()
+    }
+    write_streamed(path, lazy, metadata)
+
+
+def write_streamed(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """As `write_tensors`, of tensors that need not fit into memory together."""
+    stored_as = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    # The widest first, as the library does: each tensor begins at a multiple of its width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": stored_as[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with whole_file(path) as made, made.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name in names:
+            file.write(_bytes(tensors[name].make()))
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
@@ -232,67 +283,75 @@ def _open_sharded(index: Path) -> TensorFiles:
             f"{len(absent)} of the {len(shards)} shards that {index} names are missing: "
             f"{summary(absent)}; download them again"
         )
-    found = {index.parent / shard: _header(index.parent / shard)[0] for shard in shards}
-    held = {name for kinds in found.values() for name in kinds}
+    headers = [_header(index.parent / shard) for shard in shards]
+    held = {name for header in headers for name in header.places}
     if lost := [name for name in weight_map if name not in held]:
         raise UserError(
             f"{len(lost)} tensors that {index} names are in no shard: {summary(lost)}; "
             "download the shards again"
         )
-    return _tensor_files(index, found, {})
+    return _tensor_files(index, headers, {})
 
 
-_Kind = tuple[Shape, np.dtype]
-
-_LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its JSON header, little-endian."""
+@dataclass(frozen=True)
+class _Header:
+    places: Mapping[str, Place]
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, np.dtype]
+    metadata: Mapping[str, str]
 
 
 def _tensor_files(
-    where: Path, found: Mapping[Path, Mapping[str, _Kind]], metadata: Mapping[str, str]
+    where: Path, headers: Sequence[_Header], metadata: Mapping[str, str]
 ) -> TensorFiles:
-    places = {name: (file, name) for file, kinds in found.items() for name in kinds}
-    shapes = {name: shape for kinds in found.values() for name, (shape, _) in kinds.items()}
-    dtypes = {name: dtype for kinds in found.values() for name, (_, dtype) in kinds.items()}
-    counts = Counter(name for kinds in found.values() for name in kinds)
+    places = {name: place for header in headers for name, place in header.places.items()}
+    shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
+    dtypes = {name: dtype for header in headers for name, dtype in header.dtypes.items()}
+    counts = Counter(name for header in headers for name in header.places)
     duplicates = [name for name, count in counts.items() if count > 1]
     return TensorFiles(str(where), places, shapes, dtypes, duplicates, metadata)
 
 
-def _header(path: Path) -> tuple[dict[str, _Kind], dict[str, str]]:
-    kinds = {}
-    with _open(path) as file:
+def _header(path: Path) -> _Header:
+    """What is where in a file, which the library has checked; UserError where it is damaged."""
+    shapes, dtypes = {}, {}
+    with _unspoilt(path), safe_open(path, framework="np") as file:
+        metadata = dict(file.metadata() or {})
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
             tensor = file.get_slice(name)
-            dtype = tensor.get_dtype()
-            if dtype not in _DTYPES:
-                raise UserError(
-                    f"{path}: {name} is stored as {dtype}; expected one of {', '.join(_DTYPES)}"
-                )
-            kinds[name] = tuple(tensor.get_shape()), _DTYPES[dtype]
-        return kinds, dict(file.metadata() or {})
+            shapes[name], dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise UserError(
+                f"{path}: {name} is stored as {dtype}; expected one of {', '.join(_DTYPES)}"
+            )
+    with _unspoilt(path), path.open("rb") as file:
+        size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        entries = json.loads(file.read(size))
+        data = _LENGTH_BYTES + size
+        places = {
+            name: Place(path, name, data + entries[name]["data_offsets"][0]) for name in shapes
+        }
+    return _Header(places, shapes, {n: _DTYPES[d] for n, d in dtypes.items()}, metadata)
 
 
-def _read_float8(path: Path, name: str) -> np.ndarray:
-    """The library's numpy reader knows no float8; `_header` has had it check the file's offsets."""
+def _read(place: Place, skipped: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An array from a tensor's bytes, after as many of its numbers as are `skipped`."""
+    # Neither mapped nor through the library: pages of a mapped file count as this process's memory,
+    # and its arrays are copies of copies.
+    made = np.empty(shape, dtype)
+    with _unspoilt(place.path), place.path.open("rb") as file:
+        file.seek(place.start + skipped * dtype.itemsize)
+        if file.readinto(made.reshape(-1).view(np.uint8).data) != made.nbytes:
+            raise OSError("it ended early")
+    return made
+
+
+@contextlib.contextmanager
+def _unspoilt(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            entry = json.loads(file.read(size))[name]
-            start, end = entry["data_offsets"]
-            file.seek(_LENGTH_BYTES + size + start)
-            data = file.read(end - start)
-        return np.frombuffer(data, FLOAT8).reshape(entry["shape"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} is truncated or damaged ({error}); download or write it again"
-        ) from error
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{path} is truncated or damaged ({error}); download or write it again"
         ) from error

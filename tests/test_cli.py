@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from taca_jax.cli import parse_cli
+from taca_jax.config import GenerateConfig
 from taca_jax.errors import UserError
 
 
@@ -62,6 +63,21 @@ def test_a_preset_is_changed_field_by_field(presets):
 def test_another_kind_of_preset_stands_under_another_name(presets):
     drawn = parse_cli(["--config", "draw"], Adapter, package=presets, attribute="DRAW")
     assert drawn == Adapter(3)
+
+
+def test_a_preset_of_another_program_is_said_to_be_one(capsys):
+    for attribute, preset, said in (
+        (
+            "GENERATE",
+            "pictures_base",
+            "the preset pictures_base only trains; there are shapes",
+        ),
+        ("GENERATE", "pictures_bas", "unknown preset pictures_bas; there are"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parse_cli(["--config", preset], GenerateConfig, attribute=attribute)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,22 @@ def test_compare_shows_plain_taca_and_lora(tmp_path):
     assert pixels(three).shape[1] > pixels(two).shape[1]
 
 
+def test_previews_are_written_beside_the_picture(tmp_path, capsys):
+    [path] = generate(config(tmp_path / "x.png", preview="own"))
+    assert f"previews: {tmp_path / 'x-preview.png'}, after each step" in capsys.readouterr().out
+    # The last step is predicted to become what it becomes.
+    np.testing.assert_array_equal(pixels(tmp_path / "x-preview.png"), pixels(path))
+
+
+def test_a_missing_previewer_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("taca_jax.generation.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"taef1_encoder\.safetensors is not there"):
+        generate(config(tmp_path / "x.png", preview=str(tmp_path / "taef1")))
+
+
 def test_a_missing_lora_is_refused_before_the_model_loads(tmp_path, monkeypatch):
     monkeypatch.setattr("taca_jax.generation.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"nowhere\.safetensors is not there"):
+    with pytest.raises(UserError, match=r"nowhere\.safetensors is not there; .* lora=none"):
         generate(config(tmp_path / "x.png", lora="nowhere.safetensors"))
 
 

@@ -55,7 +55,7 @@ def test_seconds_are_per_step_where_steps_are_left_out(tmp_path, monkeypatch):
 def test_utilisation_is_there_where_a_peak_is_known(tmp_path, monkeypatch, capsys):
     clock = iter([100.0, 102.0, 100.0, 102.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    peak = {"utilisation_of": lambda seconds: 0.8 / seconds}
+    peak = {"flops_per_step": 8e12, "peak_flops": 1e13}
     with RunLog(tmp_path, start=0, steps=1, samples_per_step=8, **peak) as log:
         log.write(1, {"loss": 1.0})
     assert lines(tmp_path)[0]["model_flops_utilisation"] == 0.4

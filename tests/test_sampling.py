@@ -9,7 +9,7 @@ from flax import nnx
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig, add_lora
 from taca_jax.models.layers import LoRAParam
-from taca_jax.sampling import Conditioning, FlowSchedule, Plan, denoise, make_plan
+from taca_jax.sampling import Conditioning, FlowSchedule, denoise, make_plan
 from taca_jax.taca import TacaConfig
 from tests.random_models import random_model, randomise
 from tests.training.tiny import FLUX
@@ -245,11 +245,16 @@ def test_low_precision_latents_become_float32(model, prompt, noise):
     assert end.dtype == jnp.float32
 
 
-def test_a_plan_slices_into_steps(model, prompt, noise):
+def test_a_watched_run_is_the_same_to_the_bit(model, prompt, noise):
     plan = make_plan(SIGMAS, TacaConfig(threshold=850))
     whole, _ = denoise(model, noise, plan, prompt)
-    x = noise
-    for i in range(6):
-        now = Plan(**{name: value[i : i + 1] for name, value in vars(plan).items()})
-        x, _ = denoise(model, x, now, prompt)
-    np.testing.assert_allclose(x, whole, atol=1e-5)
+    seen = []
+    end, _ = denoise(
+        model, noise, plan, prompt, watch=lambda *step: seen.append(jax.device_get(step))
+    )
+    assert np.array_equal(end, whole)
+    assert [step for step, _ in seen] == list(range(6))
+    _, steps = denoise(model, noise, plan, prompt, trajectory=True)
+    for (_, now), latents, x0 in zip(seen, steps.latents, steps.x0, strict=True):
+        np.testing.assert_allclose(now.latents, latents, atol=1e-5)
+        np.testing.assert_allclose(now.x0, x0, atol=1e-5)

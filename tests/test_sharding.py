@@ -1,6 +1,7 @@
 """Where parameters lie: the tables against whole models, and what meshes there are."""
 
 import math
+from functools import cache
 
 import jax.numpy as jnp
 import pytest
@@ -15,6 +16,7 @@ from taca_jax.models.flux import FLUX_DEV, FLUX_SCHNELL
 from taca_jax.models.sd3 import SD35_LARGE, SD35_MEDIUM
 from taca_jax.models.t5 import T5_XXL
 from taca_jax.models.vae import FLUX_VAE
+from taca_jax.quantize import LAYERS, quantize
 from taca_jax.sharding import TABLES, MeshConfig, parameter_spec
 
 FULL_SIZE = {
@@ -32,9 +34,15 @@ def mesh_of(**sizes):
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
-def shapes_of(config):
+@cache
+def params_of(config, quantization):
     model = abstract_model(config, dtype=jnp.bfloat16)
-    return {path: param.shape for path, param in flat_params(model).items()}
+    quantize(model, kind_of(config), quantization)
+    return flat_params(model)
+
+
+def shapes_of(config, quantization="none"):
+    return {path: param.shape for path, param in params_of(config, quantization).items()}
 
 
 def local_size(shape, spec, mesh):
@@ -65,6 +73,27 @@ def test_full_size_models_are_shared_evenly(name, sizes):
     assert held < 1.15 * everything / mesh.size + 0.003 * everything
 
 
+QUANTIZED = [name for name, config in FULL_SIZE.items() if kind_of(config) in LAYERS]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 4, "tensor": 2}, {"fsdp": 64}])
+def test_quantised_models_are_shared_as_evenly(name, quantization, sizes):
+    """Codes as the kernels that they are of, and their scales too."""
+    config, mesh = FULL_SIZE[name], mesh_of(**sizes)
+    plain, quantised = shapes_of(config), shapes_of(config, quantization)
+    for path, shape in quantised.items():
+        spec = parameter_spec(kind_of(config), path, shape, mesh)
+        kernel = path.removesuffix("_scale")
+        if path == kernel:
+            assert spec == parameter_spec(kind_of(config), path, plain[path], mesh)
+        else:
+            # int8 has one block of inputs, which a tensor-parallel layer that sums up cannot share.
+            parts = mesh.size if quantization == "nf4" else mesh.shape["fsdp"]
+            assert local_size(shape, spec, mesh) <= math.prod(shape) // parts, path
+
+
 def test_data_parallel_parameters_are_whole():
     for path, shape in shapes_of(FLUX_DEV).items():
         spec = parameter_spec("flux", path, shape, mesh_of(data=8, context=2))
@@ -86,6 +115,9 @@ def test_the_autoencoder_is_whole_everywhere():
         ("double_blocks.txt.out.kernel", (19, 3072, 3072), P(None, "tensor", "fsdp")),
         ("double_blocks.txt.out.lora_a", (19, 3072, 64), P(None, ("tensor", "fsdp"), None)),
         ("double_blocks.txt.out.bias", (19, 3072), P(None, None)),
+        ("double_blocks.img.qkv.q.kernel_scale", (19, 48, 3072), P(None, None, ("tensor", "fsdp"))),
+        ("double_blocks.txt.out.kernel_scale", (19, 48, 3072), P(None, "tensor", "fsdp")),
+        ("double_blocks.txt.out.kernel_scale", (19, 1, 3072), P(None, None, "fsdp")),
         ("single_blocks.qkv.q_norm.scale", (38, 128), P()),
         ("double_blocks.img.qkv.q.kernel", (19, 3070, 3072), P(None, None, "tensor")),
     ],

@@ -1,13 +1,14 @@
 """TACA joint attention in plain XLA, a piece of the scores at a time: the CPU's implementation.
 
-Exact (gamma multiplies the float32 logits), differentiable in reverse, and linear in memory: the
-backward pass computes each piece's weights again from the softmax's maxima and sums, and adds
-gradients of keys and values up (Dao 2023, arXiv 2307.08691, algorithm 2).
+Exact, differentiable in reverse, and linear in memory: the backward pass computes each piece's
+weights again from the softmax's maxima and sums, and adds gradients of keys and values up (Dao
+2023, arXiv 2307.08691, algorithm 2). Queries of text and of images are done apart, each with keys
+that hold their factor already, 1 / sqrt(d) and gamma: scores are then what a product returns.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,14 @@ MAX_SCORES = 2**22
 last cache and under what allocators return to the system at once (a page fault per 4 KiB costs
 more than the exponentials); large enough that small models run in one piece."""
 
-PIECES = 16
-"""Where they do not fit, scores are done head by head in pieces of MAX_SCORES / PIECES: 1 MiB, what
-one core's own cache holds."""
+FORWARD_PIECES, BACKWARD_PIECES = 4, 16
+"""Where they do not fit, scores are done some heads after another in pieces of a part of
+MAX_SCORES: small enough for a core's own cache, which has to hold four arrays of them backward;
+large enough for a product to be worth sharing between cores."""
+
+LONG_ROW = 128
+"""Scores per row from which the backward pass avoids lengths that a power of two divides: one of
+its products reads down columns, which then fall into the same few cache sets (twice as slow)."""
 
 
 def joint_attention(
@@ -33,141 +39,202 @@ def joint_attention(
     text_len: int,
     gamma: Float[Array, " b"],
 ) -> Float[Array, "b s h d"]:
-    """As `reference.joint_attention`: any sizes, gamma per sample, float32 softmax."""
-    b, s, h, d = q.shape
-    # Heads outermost: matrix products over [s, d] slabs are what XLA's CPU backend is fast at; the
-    # same einsum over b s h d is several times slower there.
-    q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * h, s, d) for x in (q, k, v))
-    out: Any = _attention(q, k, v, jnp.repeat(gamma.astype(jnp.float32), h), text_len)
-    return out.reshape(b, h, s, d).transpose(0, 2, 1, 3)
+    """As `reference.joint_attention`: any sizes, gamma per sample, all in float32 inside."""
+    return _attention(q, k, v, gamma.astype(jnp.float32), text_len)
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs. high, share: the softmax's maxima and 1 / its sums."""
+
+    q: Float[Array, "b s h d"]
+    k: Float[Array, "b s h d"]
+    v: Float[Array, "b s h d"]
+    out: Float[Array, "b s h d"]
+    high: Float[Array, "b s h 1"]
+    share: Float[Array, "b s h 1"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(
-    q: Float[Array, "h s d"],
-    k: Float[Array, "h s d"],
-    v: Float[Array, "h s d"],
-    gamma: Float[Array, " h"],
-    text_len: int,
-) -> jax.Array:
+def _attention(q: Any, k: Any, v: Any, gamma: Float[Array, " b"], text_len: int) -> jax.Array:
     return _forward(q, k, v, gamma, text_len)[0]
 
 
-def _forward(q: Any, k: Any, v: Any, gamma: Any, text_len: int) -> tuple[jax.Array, tuple]:
-    """The output; and the inputs, the output and the softmax's maxima and 1 / sums, `[h, s, 1]`."""
-    heads, length, _ = q.shape
-    group, size = _piece(heads, length)
+def _forward(
+    q: Any, k: Any, v: Any, gamma: Float[Array, " b"], text_len: int
+) -> tuple[jax.Array, tuple[_Saved, jax.Array]]:
+    piece = _Piece.of(q.shape, FORWARD_PIECES)
 
-    def some_heads(q: Any, k: Any, v: Any, gamma: Any) -> tuple[jax.Array, ...]:
-        def attend(_: Any, position: Any, q: Any) -> tuple[Any, tuple]:
-            factor = _factor(gamma, position, length, text_len, q.shape[-1])
-            logits = _product("hqd,hkd->hqk", q, k) * factor
-            high = logits.max(-1, keepdims=True)
-            weights = jnp.exp(logits - high)
-            share = 1 / weights.sum(-1, keepdims=True)
-            out = _product("hqk,hkd->hqd", weights.astype(v.dtype), v) * share
-            return None, (out.astype(q.dtype), high, share)
+    def some_heads(gamma: Any, q: Any, k: Any, v: Any) -> tuple[jax.Array, ...]:
+        parts = []
+        for queries, factor in _segments(gamma, text_len, q.shape):
+            keys = k * factor
 
-        return _over_queries(attend, None, size, q)[1]
+            def attend(_: None, q: Any, keys: Any = keys) -> tuple[None, tuple]:
+                scores = jnp.einsum("hqd,hkd->hqk", q, keys)
+                high = scores.max(-1, keepdims=True)
+                weights = jnp.exp(scores - high)
+                share = 1 / weights.sum(-1, keepdims=True)
+                return None, (jnp.einsum("hqk,hkd->hqd", weights, v) * share, high, share)
 
-    out, high, share = _over_heads(some_heads, group, q, k, v, gamma)
-    return out, (q, k, v, gamma, out, high, share)
+            parts.append(_over_queries(attend, None, q[:, queries], most=piece.queries(q))[1])
+        return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+
+    row = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
+    out, high, share = _over_heads(some_heads, piece, (q, row, row), gamma, q, k, v)
+    return out, (_Saved(q, k, v, out, high, share), gamma)
 
 
-def _backward(text_len: int, saved: tuple, d_out: jax.Array) -> tuple[jax.Array, ...]:
-    heads, length, head_dim = d_out.shape
-    group, size = _piece(heads, length)
+def _backward(
+    text_len: int, kept: tuple[_Saved, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, ...]:
+    saved, gamma = kept
+    piece = _Piece.of(d_out.shape, BACKWARD_PIECES)
 
-    def some_heads(
-        q: Any, k: Any, v: Any, gamma: Any, out: Any, high: Any, share: Any, d_out: Any
-    ) -> tuple[jax.Array, ...]:
-        mean = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
+    def some_heads(gamma: Any, *arrays: Any) -> tuple[jax.Array, ...]:
+        q, k, v, out, high, share, d_out = arrays
+        mean = (out * d_out).sum(-1, keepdims=True)
+        dq, dk, dv, d_gamma = [], jnp.zeros_like(k), jnp.zeros_like(v), jnp.zeros_like(gamma)
+        for queries, factor in _segments(gamma, text_len, q.shape):
+            keys = k * factor
 
-        # Scores are transposed here, keys by queries: two products of three then need no turning.
-        def add(kept: Any, position: Any, *rows: Any) -> tuple[Any, tuple]:
-            q, high, share, mean, d_out = rows
-            high, share, mean = (x.swapaxes(1, 2) for x in (high, share, mean))
-            factor = _factor(gamma, position, length, text_len, head_dim).swapaxes(1, 2)
-            raw = _product("hkd,hqd->hkq", k, q)
-            weights = jnp.exp(raw * factor - high) * share
-            d_logits = weights * (_product("hkd,hqd->hkq", v, d_out) - mean)
-            image = (position >= text_len).astype(jnp.float32)
-            d_gamma = (d_logits[:, :text_len] * raw[:, :text_len] * image).sum((1, 2))
-            weights = weights.astype(v.dtype)
-            d_raw = (d_logits * factor).astype(k.dtype)
-            dk = kept[0] + _product("hkq,hqd->hkd", d_raw, q)
-            dv = kept[1] + _product("hkq,hqd->hkd", weights, d_out)
-            dq = _product("hkq,hkd->hqd", d_raw, k).astype(q.dtype)
-            return (dk, dv, kept[2] + d_gamma * head_dim**-0.5), (dq,)
+            # Scores are transposed here, keys by queries: two products of three need no turning.
+            def add(sums: Any, *rows: Any, keys: Any = keys) -> tuple[Any, tuple]:
+                q, high, share, mean, d_out = rows
+                high, share, mean = (x.swapaxes(1, 2) for x in (high, share, mean))
+                scores = jnp.einsum("hkd,hqd->hkq", keys, q)
+                weights = jnp.exp(scores - high) * share
+                d_scores = weights * (jnp.einsum("hkd,hqd->hkq", v, d_out) - mean)
+                d_keys = sums[0] + jnp.einsum("hkq,hqd->hkd", d_scores, q)
+                dv = sums[1] + jnp.einsum("hkq,hqd->hkd", weights, d_out)
+                return (d_keys, dv), (jnp.einsum("hkq,hkd->hqd", d_scores, keys),)
 
-        nothing = (*(jnp.zeros(k.shape, jnp.float32) for _ in "kv"), jnp.zeros(gamma.shape))
-        (dk, dv, d_gamma), (dq,) = _over_queries(
-            *(add, nothing, size), *(q, high, share, mean, d_out)
-        )
-        return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_gamma
+            rows = (x[:, queries] for x in (q, high, share, mean, d_out))
+            (d_keys, dv), (part,) = _over_queries(
+                add, (jnp.zeros_like(k), dv), *rows, most=piece.queries(q), down_columns=True
+            )
+            dq.append(part)
+            dk += d_keys * factor
+            if queries.start == text_len:
+                of_text = (d_keys[:, :text_len] * k[:, :text_len]).sum((1, 2))
+                d_gamma += of_text * k.shape[-1] ** -0.5
+        return jnp.concatenate(dq, axis=1), dk, dv, d_gamma[:, None, None]
 
-    return _over_heads(some_heads, group, *saved, d_out)
+    batch, _, heads, _ = d_out.shape
+    per_head = jax.ShapeDtypeStruct((batch, 1, heads, 1), jnp.float32)
+    results = (saved.q, saved.k, saved.v, per_head)
+    dq, dk, dv, d_gamma = _over_heads(some_heads, piece, results, gamma, *saved, d_out)
+    return dq, dk, dv, d_gamma.sum((1, 2, 3))
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
-
-
-def _factor(
-    gamma: Float[Array, " h"], position: Int[Array, " q"], keys: int, text_len: int, head_dim: int
-) -> Float[Array, "h q k"]:
-    """What a product of q and k is multiplied by: 1 / sqrt(d), and gamma where it belongs."""
+def _segments(
+    gamma: Float[Array, " h"], text_len: int, shape: tuple[int, int, int]
+) -> list[tuple[slice, float | Float[Array, "h k 1"]]]:
+    """The rows of text and of image queries, where there are any, and what their keys are
+    multiplied by: 1 / sqrt(d), and gamma where it belongs. shape: of the heads, `h s d`."""
+    _, length, head_dim = shape
     scale = head_dim**-0.5
-    image_to_text = (position >= text_len)[:, None] & (jnp.arange(keys) < text_len)
-    return jnp.where(image_to_text, gamma[:, None, None] * scale, scale)
+    image = jnp.where(jnp.arange(length) < text_len, gamma[:, None] * scale, scale)[..., None]
+    segments = (slice(0, text_len), scale), (slice(text_len, length), image)
+    return [(rows, factor) for rows, factor in segments if rows.stop > rows.start]
 
 
-def _piece(heads: int, length: int) -> tuple[int, int]:
-    """How many heads and how many of their queries are done at once."""
-    if heads * length**2 <= MAX_SCORES:
-        return heads, length
-    scores = max(1, MAX_SCORES // PIECES)
-    most = max(1, scores // length**2)
-    group = max(n for n in range(1, most + 1) if heads % n == 0)
-    return group, max(1, min(length, scores // (group * length)))
+class _Piece(NamedTuple):
+    """What is done at once: of so many samples so many heads, and of those so many scores."""
+
+    samples: int
+    heads: int
+    scores: int
+
+    def queries(self, q: Float[Array, "h s d"]) -> int:
+        """Of those heads: so many rows have so many scores."""
+        return max(1, self.scores // (q.shape[0] * q.shape[1]))
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], pieces: int) -> "_Piece":
+        """For q of a shape, `b s h d`, in pieces of 1 / `pieces` of MAX_SCORES if not in one."""
+        batch, length, heads, _ = shape
+        if batch * heads * length**2 <= MAX_SCORES:
+            return cls(batch, heads, MAX_SCORES)
+        scores = max(1, MAX_SCORES // pieces)
+        most = max(1, scores // length**2)
+        group = max(n for n in range(1, heads + 1) if n <= most and heads % n == 0)
+        return cls(1, group, scores)
 
 
 def _over_heads(
-    call: Callable[..., tuple[jax.Array, ...]], group: int, *arrays: Float[Array, "h ..."]
-) -> tuple[Float[Array, "h ..."], ...]:
-    """`call` on `group` heads after another."""
-    heads = arrays[0].shape[0]
-    if group == heads:
-        return call(*arrays)
-    groups = tuple(x.reshape(-1, group, *x.shape[1:]) for x in arrays)
-    out = jax.lax.map(lambda x: call(*x), groups)
-    return tuple(x.reshape(heads, *x.shape[2:]) for x in out)
+    call: Callable[..., tuple[Float[Array, "h ..."], ...]],
+    piece: _Piece,
+    results: tuple[Any, ...],
+    gamma: Float[Array, " b"],
+    *arrays: Float[Array, "b s h _"],
+) -> tuple[Float[Array, "b ..."], ...]:
+    """`call(gamma of each head, *arrays as [heads, s, _] in float32)` on some heads after another.
+
+    results: arrays or structs of what `call` returns, once heads are where the arrays have them.
+    They are cut out and put back as the loop comes to them, which is faster than to turn all.
+    """
+    batch, _, heads, _ = arrays[0].shape
+    samples, group, _ = piece
+
+    def run(sample: int | Array, head: int | Array) -> list[Array]:
+        def cut(x: Float[Array, "b s h w"]) -> Float[Array, "g s w"]:
+            size = (samples, x.shape[1], group, x.shape[3])
+            x = jax.lax.dynamic_slice(x, (sample, 0, head, 0), size).astype(jnp.float32)
+            return x.swapaxes(1, 2).reshape(-1, *size[1::2])
+
+        own = jnp.repeat(jax.lax.dynamic_slice(gamma, (sample,), (samples,)), group)
+        # Cut for good: a slice that is computed again inside of a loop over scores is slow.
+        found = call(own, *jax.lax.optimization_barrier([cut(x) for x in arrays]))
+        return [
+            x.reshape(samples, group, *x.shape[1:]).swapaxes(1, 2).astype(like.dtype)
+            for x, like in zip(found, results, strict=True)
+        ]
+
+    if (samples, group) == (batch, heads):
+        return tuple(run(0, 0))
+    groups = heads // group
+
+    def body(n: Array, whole: list[Array]) -> list[Array]:
+        sample, head = n // groups, n % groups * group
+        parts = run(sample, head)
+        return [
+            jax.lax.dynamic_update_slice(x, part, (sample, 0, head, 0))
+            for x, part in zip(whole, parts, strict=True)
+        ]
+
+    empty = [jnp.zeros(x.shape, x.dtype) for x in results]
+    return tuple(jax.lax.fori_loop(0, batch * groups, body, empty))
 
 
 def _over_queries(
-    call: Callable[..., tuple[Any, tuple]], kept: Any, size: int, *rows: Float[Array, "h s _"]
-) -> tuple[Any, tuple[Float[Array, "h s _"], ...]]:
-    """`kept, out = call(kept, positions, *rows)` on about `size` queries after another.
+    call: Callable[..., tuple[Any, tuple]],
+    kept: Any,
+    *rows: Float[Array, "h q _"],
+    most: int,
+    down_columns: bool = False,
+) -> tuple[Any, tuple[Float[Array, "h q _"], ...]]:
+    """`kept, out = call(kept, *rows)` on some queries after another, at most `most` at once.
 
     The last are filled up with zeros, which add nothing to gradients.
     """
     length = rows[0].shape[1]
+    size = min(length, most)
+    size = -(-length // -(-length // size))  # of so many pieces, all alike
+    if down_columns and size >= LONG_ROW:
+        size = -(-size // 8) * 8 + 8 * (-(-size // 8) % 2 == 0)  # an odd number of eights
     pieces = -(-length // size)
-    if pieces == 1:
-        return call(kept, jnp.arange(length), *rows)
-    size = -(-length // pieces)
+    if size == length:
+        return call(kept, *rows)
 
     def cut(x: Float[Array, "h s w"]) -> Float[Array, "p h q w"]:
         x = jnp.pad(x, ((0, 0), (0, pieces * size - length), (0, 0)))
         return x.reshape(x.shape[0], pieces, size, -1).swapaxes(0, 1)
 
-    positions = jnp.arange(pieces * size).reshape(pieces, size)
-    kept, out = jax.lax.scan(
-        lambda kept, x: call(kept, *x), kept, (positions, *(cut(x) for x in rows))
-    )
+    pieces_of_rows = jax.lax.optimization_barrier(tuple(cut(x) for x in rows))
+    kept, out = jax.lax.scan(lambda kept, x: call(kept, *x), kept, pieces_of_rows)
     return kept, tuple(
         x.swapaxes(0, 1).reshape(x.shape[1], pieces * size, -1)[:, :length] for x in out
     )

@@ -107,6 +107,7 @@ def _sample(
         taca=variant.taca,
         lora_strength=variant.lora_strength,
         output="array",
+        progress=False,
     ).images
     return np.asarray(images)[: len(chosen)]
 

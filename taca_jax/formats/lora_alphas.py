@@ -49,8 +49,8 @@ def _config_text(tensors: TensorFiles) -> tuple[str, str]:
     """Where the JSON of a LoraConfig is, in words, and that JSON; an empty one where it is not."""
     if METADATA in tensors.metadata:
         return f"{tensors.where}: its metadata {METADATA}", tensors.metadata[METADATA]
-    for name, (file, _) in tensors.places.items():
-        beside = file.with_name(PEFT_CONFIG)
+    for name, place in tensors.places.items():
+        beside = place.path.with_name(PEFT_CONFIG)
         if name.startswith(PEFT_PREFIX) and beside.is_file():
             return str(beside), beside.read_text(errors="replace")
     return tensors.where, "{}"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 import numpy as np
 
 from taca_jax.errors import UserError
@@ -139,6 +140,12 @@ def parse(tensors: TensorFiles, dialect: Dialect) -> dict[Place, Factors]:
         other = modules.setdefault(found.module, {}).setdefault(found.kind, key)
         if other != key:
             problems.append(f"{key} and {other} are the same factor")
+    for keys in modules.values():
+        problems += [
+            f"{key} is of {tensors.dtypes[key]}, quantised in a way that is not read"
+            for kind, key in keys.items()
+            if kind != _ALPHA and not jnp.issubdtype(tensors.dtypes[key], jnp.floating)
+        ]
     for module, keys in modules.items():
         problems += _unusable(keys, tensors.shapes, len(targets[module]))
     if problems or not modules:

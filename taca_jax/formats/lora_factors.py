@@ -9,8 +9,7 @@ from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.lora import attach, linears
-from taca_jax.models.layers import Linear
-from taca_jax.tensor_files import summary
+from taca_jax.tensor_files import Shape, summary
 
 Place = tuple[str, int | None]
 """A linear layer: its dotted path, and which of a stack it is (None: not stacked)."""
@@ -78,19 +77,24 @@ def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
     here or of another size, with both sizes.
     """
     layers = dict(linears(model))
+    check_fits(adapter, {path: layer.kernel.shape for path, layer in layers.items()}, where)
+    depths = {path: layers[path].kernel.shape[0] for path, index in adapter if index is not None}
+    for path, (a, b) in stacked(adapter, depths).items():
+        attach(layers[path], jnp.asarray(a), jnp.asarray(b), 1.0)
+
+
+def check_fits(adapter: Adapter, kernels: Mapping[str, Shape], where: str) -> None:
+    """Raises UserError that names the factors of no layer with these kernels, with both sizes."""
     problems = [
         problem
         for place, factors in adapter.items()
-        if (problem := _misfit(place, factors, layers.get(place[0])))
+        if (problem := _misfit(place, factors, kernels.get(place[0])))
     ]
     if problems:
         raise UserError(
             f"{where} is a LoRA of another model: {len(problems)} of its {len(adapter)} layers do "
             f"not fit: {summary(problems, limit=4)}"
         )
-    depths = {path: layers[path].kernel.shape[0] for path, index in adapter if index is not None}
-    for path, (a, b) in stacked(adapter, depths).items():
-        attach(layers[path], jnp.asarray(a), jnp.asarray(b), 1.0)
 
 
 def depths_of(adapter: Adapter) -> dict[str, int]:
@@ -155,12 +159,12 @@ def unstacked(path: str, a: np.ndarray, b: np.ndarray) -> dict[Place, Factors]:
     }
 
 
-def _misfit(place: Place, factors: Factors, layer: Linear | None) -> str | None:
-    """Why these factors are not that layer's, in words; None when they fit."""
+def _misfit(place: Place, factors: Factors, kernel: Shape | None) -> str | None:
+    """Why these factors are not of the layer with that kernel, in words; None when they fit."""
     _, index = place
-    if layer is None:
+    if kernel is None:
         return f"{factors.name} is no layer of this model"
-    *stack, inputs, outputs = layer.kernel.shape
+    *stack, inputs, outputs = kernel
     if index is not None and index >= stack[0]:
         return f"{factors.name} is beyond the model's {stack[0]} layers"
     if (factors.a.shape[0], factors.b.shape[1]) != (inputs, outputs):

@@ -16,6 +16,7 @@ from taca_jax.formats.lora_factors import (
     summarise,
 )
 from taca_jax.lora import linears
+from taca_jax.models.flux import FLUX_DEV
 from taca_jax.models.sd3 import SD3Config
 from taca_jax.tensor_files import TensorFiles, open_tensors, write_tensors
 
@@ -43,12 +44,13 @@ def dialects_of(kind: Kind, config: Any = None) -> tuple[Dialect, ...]:
 @dataclass(frozen=True)
 class LoRAFile:
     """What was read: the kind of model it is for, the dialect's name, the factors, and the text
-    encoders' keys, left out."""
+    encoders' keys, left out. `guessed` where nothing in the file told the kind."""
 
     kind: Kind
     dialect: str
     adapter: Adapter
     left_out: tuple[str, ...] = ()
+    guessed: bool = False
 
     @property
     def summary(self) -> LoRASummary:
@@ -90,10 +92,10 @@ def load_adapter(path: Path, kind: Kind | None = None, config: Any = None) -> Lo
     tensors = open_tensors(path)
     if lora_native.is_native(tensors):
         return LoRAFile(kind or _native_kind(tensors), "native", lora_native.parse(tensors))
-    kind = recognise_kind(tensors) if kind is None else kind
+    kind, guessed = recognise_kind(tensors) if kind is None else (kind, False)
     dialect = recognise(tensors, dialects_of(kind, config))
     left_out = tuple(key for key in tensors.shapes if is_text_encoders(key))
-    return LoRAFile(kind, dialect.name, parse(tensors, dialect), left_out)
+    return LoRAFile(kind, dialect.name, parse(tensors, dialect), left_out, guessed)
 
 
 def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
@@ -101,18 +103,21 @@ def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
     return max(dialects, key=lambda dialect: _known(tensors, dialect))
 
 
-def recognise_kind(tensors: TensorFiles) -> Kind:
-    """Which model a file is for.
+def recognise_kind(tensors: TensorFiles) -> tuple[Kind, bool]:
+    """Which model a file is for, and whether that is a guess.
 
-    Where its layers are in both, a width that only Stable Diffusion 3 has decides, else it is FLUX.
+    Where its layers are in both, the widths of the released models decide; others are FLUX's, as a
+    guess.
     """
     flux, sd3 = (
         max(_known(tensors, dialect) for dialect in dialects_of(kind)) for kind in get_args(Kind)
     )
     if flux != sd3:
-        return "sd3" if sd3 > flux else "flux"
-    wide = any(size in lora_sd3.WIDTHS for shape in tensors.shapes.values() for size in shape)
-    return "sd3" if wide else "flux"
+        return ("sd3" if sd3 > flux else "flux"), False
+    sizes = {size for shape in tensors.shapes.values() for size in shape}
+    if sizes & lora_sd3.WIDTHS:
+        return "sd3", False
+    return "flux", FLUX_DEV.hidden not in sizes
 
 
 def _known(tensors: TensorFiles, dialect: Dialect) -> int:

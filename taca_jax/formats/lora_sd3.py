@@ -11,10 +11,16 @@ from taca_jax.formats.lora_alphas import PEFT_PREFIX, PREFIX
 from taca_jax.formats.lora_dialect import Dialect, underscored
 from taca_jax.formats.lora_kohya import PREFIXES
 from taca_jax.formats.table import Table
-from taca_jax.models.sd3 import SD3Config
+from taca_jax.models.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
+from taca_jax.tensor_files import Tensors
 
-WIDTHS = (1536, 2432)
-"""Of the released models (3.5-Medium and 3-Medium, 3.5-Large); FLUX has another."""
+RELEASED = {
+    "sd3.5-medium": SD35_MEDIUM,
+    "sd3.5-large": SD35_LARGE,
+    "sd3-medium": SD3_MEDIUM,
+}
+WIDTHS = {config.hidden for config in RELEASED.values()}
+"""FLUX has another."""
 
 _ANY = "any_blocks"
 _DIFFUSERS = Table(
@@ -46,3 +52,15 @@ def dialects(config: SD3Config | None) -> tuple[Dialect, ...]:
         Dialect("ComfyUI", native, ("diffusion_model.", sd3_native.PREFIX)),
         Dialect("Stability AI", native, ("",)),
     )
+
+
+def released(tensors: Tensors) -> SD3Config | None:
+    """The only released model that a file can be for; None where there are none or several."""
+    sizes = {size for shape in tensors.shapes.values() for size in shape}
+    dual = any("attn2" in name or name.startswith("dual_blocks.") for name in tensors.shapes)
+    fitting = [
+        config
+        for config in RELEASED.values()
+        if config.hidden in sizes and (config.num_dual_layers or not dual)
+    ]
+    return fitting[0] if len(fitting) == 1 else None

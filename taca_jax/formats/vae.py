@@ -1,8 +1,12 @@
 """FLUX's and SD3's autoencoders as diffusers stores them (`AutoencoderKL`)."""
 
+from typing import Any
+
 from taca_jax.formats.settings import Settings
 from taca_jax.formats.table import Rule, Table, convolution, linear, norm
 from taca_jax.models.vae import VAEConfig
+
+CLASS = "AutoencoderKL"
 
 
 def _resnets(block: str) -> tuple[Rule, ...]:
@@ -50,7 +54,7 @@ def config_of(settings: Settings) -> VAEConfig:
 
     Raises UserError for another class and for what FLUX's and SD3's do not have.
     """
-    settings.expect("_class_name", "AutoencoderKL")
+    settings.expect("_class_name", CLASS)
     settings.expect("use_quant_conv", False)
     settings.expect("use_post_quant_conv", False)
     settings.expect("mid_block_add_attention", True)
@@ -64,3 +68,26 @@ def config_of(settings: Settings) -> VAEConfig:
         "image_channels": settings["in_channels"],
     }
     return settings.build(VAEConfig, values)
+
+
+def settings_of(config: VAEConfig) -> dict[str, Any]:
+    """diffusers' config.json for a config."""
+    levels = len(config.channels)
+    return {
+        "_class_name": CLASS,
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "act_fn": "silu",
+        "sample_size": 1024,
+        "mid_block_add_attention": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }

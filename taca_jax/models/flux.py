@@ -15,6 +15,7 @@ from taca_jax.attention import Implementation, joint_attention
 from taca_jax.errors import UserError
 from taca_jax.models.layers import (
     TIMESTEP_CHANNELS,
+    ZEROS,
     Linear,
     MLPEmbedder,
     modulate,
@@ -129,8 +130,8 @@ class FluxTransformer(nnx.Module):
             config.num_single_blocks,
             rngs,
         )
-        self.final_mod = Linear(hidden, 2 * hidden, zero_init=True, **types)
-        self.final_out = Linear(hidden, config.token_features, zero_init=True, **types)
+        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **types)
+        self.final_out = Linear(hidden, config.token_features, kernel_init=ZEROS, **types)
 
     def __call__(
         self,
@@ -247,7 +248,7 @@ class SingleBlock(nnx.Module):
         self, config: FluxConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
     ):
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.mod = Linear(config.hidden, 3 * config.hidden, zero_init=True, **types)
+        self.mod = Linear(config.hidden, 3 * config.hidden, kernel_init=ZEROS, **types)
         self.qkv = QKV(config, **types)
         self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)
         self.out = Linear(config.hidden + config.mlp_hidden, config.hidden, **types)

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from taca_jax.models.low_bit import low_bit_matmul
+
 TIMESTEP_CHANNELS = 256
 """Sinusoidal channels of a time or guidance embedding, in FLUX and SD3 alike."""
 
@@ -18,6 +20,14 @@ class LoRAParam(nnx.Param):
 
 class Fixed(nnx.Variable):
     """What is stored and placed as a parameter is and never trained: a table of positions."""
+
+
+class Quantized(Fixed):
+    """The codes of a quantised kernel, or their scales; their dtypes are their own."""
+
+
+XAVIER = nnx.initializers.xavier_uniform()
+ZEROS = nnx.initializers.zeros
 
 
 @jax.custom_vjp
@@ -53,8 +63,10 @@ class Linear(nnx.Module):
 
     kernel `[in, out]`, bias `[out]` or None, lora_a `[in, r]`, lora_b `[r, out]`, whose strength
     alpha / r is `lora_alpha_over_rank`; parameters in `param_dtype`, computation in `dtype`. A
-    stack of layers carries a leading layer axis on each. `zero_init` starts the kernel at zero, as
-    adaptive-norm layers and output heads do, otherwise it is Xavier-uniform; the bias is zero.
+    stack of layers carries a leading layer axis on each. The kernel starts as `kernel_init` says
+    (adaptive-norm layers and output heads at zero), the bias at zero.
+
+    Of a quantised kernel (`quantize.py`), `kernel` holds the codes and `kernel_scale` their scales.
     """
 
     def __init__(
@@ -66,10 +78,11 @@ class Linear(nnx.Module):
         param_dtype: jnp.dtype,
         dtype: jnp.dtype,
         bias: bool = True,
-        zero_init: bool = False,
+        kernel_init: nnx.Initializer = XAVIER,
     ):
-        init = nnx.initializers.zeros if zero_init else nnx.initializers.xavier_uniform()
-        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
+        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        self.kernel: nnx.Variable[jax.Array] = nnx.Param(kernel)
+        self.kernel_scale: Quantized | None = nnx.data(None)
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if bias else nnx.data(None)
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
@@ -80,7 +93,10 @@ class Linear(nnx.Module):
         self, x: Float[Array, "b *s i"], lora_scale: Float[Array, " b"] | None = None
     ) -> Float[Array, "b *s o"]:
         x = x.astype(self.dtype)
-        y = matmul(x, self.kernel[...].astype(self.dtype))
+        if self.kernel_scale is None:
+            y = matmul(x, self.kernel[...].astype(self.dtype))
+        else:
+            y = low_bit_matmul(x, self.kernel[...], self.kernel_scale[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation
-from taca_jax.models.layers import Linear, RMSNorm, from_tiles, modulate, to_tiles
+from taca_jax.models.layers import ZEROS, Linear, RMSNorm, from_tiles, modulate, to_tiles
 
 NORM_EPSILON = 1e-6
 
@@ -102,7 +102,7 @@ class Stream(nnx.Module):
     ):
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
         self.mods = mods
-        self.mod = Linear(config.hidden, mods * config.hidden, zero_init=True, **types)
+        self.mod = Linear(config.hidden, mods * config.hidden, kernel_init=ZEROS, **types)
         self.qkv = QKV(config, norms=norms, **types)
         self.out = Linear(config.hidden, config.hidden, **types)
         self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)

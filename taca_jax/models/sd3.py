@@ -17,6 +17,7 @@ from taca_jax.attention import Implementation, joint_attention
 from taca_jax.errors import UserError
 from taca_jax.models.layers import (
     TIMESTEP_CHANNELS,
+    ZEROS,
     Linear,
     MLPEmbedder,
     modulate,
@@ -142,8 +143,10 @@ class SD3Transformer(nnx.Module):
         self.dual_blocks = stack(config.num_dual_layers, dual=True)
         self.joint_blocks = stack(config.num_joint_layers, dual=False)
         self.last_block = LastBlock(config, rngs=rngs, **types)
-        self.final_mod = Linear(hidden, 2 * hidden, zero_init=True, rngs=rngs, **types)
-        self.final_out = Linear(hidden, config.token_features, zero_init=True, rngs=rngs, **types)
+        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, rngs=rngs, **types)
+        self.final_out = Linear(
+            hidden, config.token_features, kernel_init=ZEROS, rngs=rngs, **types
+        )
 
     def __call__(
         self,
@@ -271,7 +274,7 @@ class TextEnd(nnx.Module):
         self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
     ):
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.mod = Linear(config.hidden, 2 * config.hidden, zero_init=True, **types)
+        self.mod = Linear(config.hidden, 2 * config.hidden, kernel_init=ZEROS, **types)
         self.qkv = QKV(config, norms=config.has_qk_norm, **types)
 
 

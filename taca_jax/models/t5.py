@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from taca_jax.models.layers import RMSNorm
+from taca_jax.models.layers import Linear, RMSNorm
 from taca_jax.models.stack import Remat, make_stack, run_stack
 
 NORM_EPSILON = 1e-6
@@ -70,14 +70,14 @@ def relative_position_bucket(
 
 def _linear(
     in_dim: int, out_dim: int, std: float, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-) -> nnx.Linear:
-    return nnx.Linear(
+) -> Linear:
+    return Linear(
         in_dim,
         out_dim,
-        use_bias=False,
+        bias=False,
         kernel_init=nnx.initializers.normal(std),
-        param_dtype=param_dtype,
-        dtype=dtype,
+        param_dtype=jnp.dtype(param_dtype),
+        dtype=jnp.dtype(dtype),
         rngs=rngs,
     )
 

@@ -1,9 +1,8 @@
 """What the pipelines of all models share: their folder, their parts, and sampling."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -15,24 +14,41 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
-from taca_jax.checkpoint import abstract_model, kind_of, load_config, load_model, save_model
+from taca_jax.checkpoint import abstract_model, kind_of, save_model
 from taca_jax.errors import UserError
-from taca_jax.fields import from_json, to_json
+from taca_jax.fields import to_json
 from taca_jax.formats.lora_files import read_lora
 from taca_jax.lora import linears, remove_lora
 from taca_jax.mesh import on
-from taca_jax.models.pixels import Pixels
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.stack import Remat
-from taca_jax.models.t5 import T5Encoder
-from taca_jax.models.tiny_vae import TinyVAE
-from taca_jax.models.vae import AutoencoderKL
+from taca_jax.models.t5 import T5Config, T5Encoder
+from taca_jax.models.tiles import TILING, Tiling
+from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
+from taca_jax.pipelines.parts import (
+    AUTOENCODER,
+    ROLES,
+    SETTINGS_FILE,
+    TRANSFORMER,
+    Part,
+    Parts,
+    PipelineSettings,
+    Role,
+    open_parts,
+)
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
-from taca_jax.processes import on_host
+from taca_jax.pipelines.watching import (
+    Callback,
+    Preview,
+    Previewer,
+    find_previewer,
+    read_previewer,
+    step_bar,
+    watcher,
+)
 from taca_jax.sampling import (
     MAX_SEED,
     Conditioning,
-    FlowSchedule,
-    Plan,
     SkipLayers,
     Trajectory,
     denoise,
@@ -45,33 +61,8 @@ from taca_jax.tokenizers import Tokenizer, announce_cuts
 from taca_jax.weights import find_weights
 
 TextEncoder = T5Encoder | FluxText | SD3Text
-Autoencoder = Pixels | TinyVAE | AutoencoderKL
 
-Part = Literal["transformer", "text", "autoencoder"]
-PARTS: tuple[Part, ...] = get_args(Part)
-
-SETTINGS_FILE = "pipeline.json"
 Output = Literal["pil", "array", "latents"]
-
-
-@dataclass(frozen=True)
-class PipelineSettings:
-    """What a pipeline folder says beside its weights.
-
-    tokenizer: T5's, as in TextConfig, or None where the pipeline's folder has it, as `tokenizer/`
-      beside `text_encoder/`, `tokenizer_2/` beside `text_encoder_2/`, and so on.
-    text_length: tokens that T5 reads.
-    resolution: pixels per side that the model was trained at.
-    steps, guidance: what a call takes that names none.
-    schedule: the sampler's noise levels.
-    """
-
-    tokenizer: str | None
-    text_length: int
-    resolution: int
-    steps: int
-    guidance: float
-    schedule: FlowSchedule
 
 
 @dataclass(frozen=True)
@@ -101,9 +92,9 @@ class Pipeline:
 
     @classmethod
     def _load_text(
-        cls, folder: Path, load: Load, settings: PipelineSettings, config: Any
+        cls, parts: Parts, load: Load, config: Any
     ) -> tuple[TextEncoder, Tokenizer] | None:
-        """What reads prompts, from the pipeline's folder; None where a part of it is left out."""
+        """What reads prompts; None where a part of it is left out."""
         raise NotImplementedError
 
     def _check_grid(self, rows: int, columns: int) -> None:
@@ -129,6 +120,7 @@ class Pipeline:
         self.autoencoder = autoencoder
         self.settings = settings
         self.mesh = mesh
+        self.previewer: Previewer | None = None
 
     @classmethod
     def from_pretrained(
@@ -139,61 +131,93 @@ class Pipeline:
         param_dtype: Literal["float32", "bfloat16"] | None = None,
         mesh: Mesh | None = None,
         remat: Remat = "none",
-        parts: Collection[Part] = PARTS,
+        quantize: Quantization = "none",
+        quantize_text: Quantization = "none",
     ) -> Self:
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
 
-        `path` may also be the name of a model that comes with the package (`shapes_base`).
+        `path` may also be the name of a model that comes with the package (`shapes_base`), or an
+        original that nobody has converted: a diffusers pipeline folder, or a single file of Black
+        Forest Labs' or Stability AI's with what is beside it (`open_original`).
 
         `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
-        go straight to their places on `mesh` (`sharding.make_mesh`), over which the pipeline then
-        runs; without one, to the first device. `remat` matters to training only. Of what `parts`
-        leaves out nothing is read; the transformer is then one of shapes.
+        go straight to their places on `mesh` (`sharding.make_mesh`), a tensor at a time; over it
+        the pipeline then runs. Without one they go to the first device. `remat` matters to training
+        only. `quantize` is what the kernels of the transformer's blocks are kept in, `int8`, `nf4`
+        or `none` (as parameters are), and `quantize_text` those of T5's; they are encoded as they
+        are read.
 
-        Raises UserError where the folder or a part of it is missing, damaged, or of another kind of
-        model.
+        Raises UserError where the pipeline or a part of it is missing, damaged, or of another kind
+        of model.
         """
-        path = find_weights(path)
-        settings_file = path / SETTINGS_FILE
-        if not settings_file.is_file():
-            hint = ""
-            if (path / "model_index.json").is_file() or path.suffix == ".safetensors":
-                hint = f"; convert it: python -m convert {cls.kind} --src {path} --dst NEW_FOLDER"
-            raise UserError(f"{path} is no pipeline folder: it has no {SETTINGS_FILE}{hint}")
-        settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
-        load = partial(
-            load_model,
-            dtype=jnp.dtype(dtype),
-            param_dtype=jnp.dtype(param_dtype or dtype),
-            place=placement(mesh),
+        parts = open_parts(find_weights(path))
+        return cls.from_parts(
+            parts,
+            dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            remat=remat,
+            quantize=quantize,
+            quantize_text=quantize_text,
         )
-        kind = kind_of(load_config(path / "transformer"))
-        if kind != cls.kind:
-            raise UserError(f"{path} is of kind {kind}; {cls.__name__} reads {cls.kind}")
-        if "transformer" in parts:
-            transformer = load(path / "transformer", remat=remat)
-        else:
-            transformer = abstract_model(load_config(path / "transformer"), dtype=jnp.dtype(dtype))
-        text_encoder = tokenizer = autoencoder = None
-        if "text" in parts:
-            text = cls._load_text(path, load, settings, transformer.config)
-            if text is not None:
-                text_encoder, tokenizer = text
-        if "autoencoder" in parts and (path / "autoencoder").is_dir():
-            autoencoder = load(path / "autoencoder")
-            given, expected = autoencoder.config.latent_channels, transformer.config.latent_channels
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Parts,
+        dtype: Literal["float32", "bfloat16"],
+        *,
+        param_dtype: Literal["float32", "bfloat16"] | None,
+        mesh: Mesh | None,
+        remat: Remat,
+        quantize: Quantization,
+        quantize_text: Quantization,
+        only: Collection[Role] = ROLES,
+    ) -> Self:
+        """What `from_pretrained` makes of an opened pipeline.
+
+        Of what `only` leaves out nothing is read; the transformer is then one of shapes.
+        """
+
+        def load(part: Part, remat: Remat = "none", quantize: Quantization = "none") -> Any:
+            return part.load(
+                dtype=jnp.dtype(dtype),
+                param_dtype=jnp.dtype(param_dtype or dtype),
+                place=placement(mesh),
+                remat=remat,
+                quantize=quantize,
+            )
+
+        def load_text(part: Part) -> Any:
+            is_t5 = isinstance(part.config, T5Config)
+            return load(part, quantize=quantize_text if is_t5 else "none")
+
+        config = parts.models[TRANSFORMER].config
+        if kind_of(config) != cls.kind:
+            raise UserError(
+                f"{parts.where} is of kind {kind_of(config)}; {cls.__name__} reads {cls.kind}"
+            )
+        autoencoder = parts.models.get(AUTOENCODER) if "autoencoder" in only else None
+        if autoencoder is not None:
+            given, expected = autoencoder.config.latent_channels, config.latent_channels
             if given != expected:
                 raise UserError(
-                    f"{path / 'autoencoder'} has {given} latent channels, the transformer expects "
+                    f"{autoencoder.where} has {given} latent channels, the transformer expects "
                     f"{expected}; it is of another model"
                 )
+        text = cls._load_text(parts, load_text, config) if "text" in only else None
+        text_encoder, tokenizer = text or (None, None)
+        if "transformer" in only:
+            transformer = load(parts.models[TRANSFORMER], remat, quantize)
+        else:
+            transformer = abstract_model(config, dtype=jnp.dtype(dtype))
         return cls(
             transformer,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            autoencoder=autoencoder,
-            settings=settings,
+            autoencoder=None if autoencoder is None else load(autoencoder),
+            settings=parts.settings,
             mesh=mesh,
         )
 
@@ -248,6 +272,15 @@ class Pipeline:
         """Takes LoRA factors off; without any this does nothing."""
         remove_lora(self.transformer)
 
+    def load_previewer(self, path: str | Path) -> None:
+        """Reads the tiny autoencoder that draws previews: TAEF1 for FLUX.1, TAESD3 for Stable
+        Diffusion 3; a converted folder, or the beginning of the names of its two published files.
+
+        Raises UserError where it is missing, damaged, or of another model.
+        """
+        config = self.transformer.config
+        self.previewer = read_previewer(Path(path), config.latent_channels)
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of prompts; a warning says what of one is too long to be read.
 
@@ -266,7 +299,7 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -283,23 +316,35 @@ class Pipeline:
         latents: Float[Array, "b h w c"] | None = None,
         skip_layers: SkipLayers | Sequence[int] | None = None,
         output: Output = "pil",
+        tiling: Tiling | None = TILING,
         trajectory: bool = False,
-        callback: Callable[[int, Float[Array, "b h w c"]], None] | None = None,
+        callback: Callback | None = None,
+        preview: Preview | None = None,
+        progress: bool | None = None,
     ) -> PipelineOutput:
         """Pictures of `prompt` (one or several, each `num_images` times).
 
         Sizes are in pixels. `guidance` is embedded where the model takes it; other models use it
-        for classifier-free guidance against `negative_prompt` ("" by default) when it is above 1.
+        for classifier-free guidance against `negative_prompt` ("" by default; one for all, or one
+        for each prompt) when it is above 1.
         A model with embedded guidance refuses `negative_prompt`. Picture i starts from the noise of
         `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
         while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to Stable
         Diffusion 3's classifier-free one, away from the model without those layers (7, 8, 9 of
-        3.5-Medium): layers, or SkipLayers for its strength and time too. `callback(step, latents)`
-        runs after each step (and keeps the loop from being one program).
+        3.5-Medium): layers, or SkipLayers for its strength and time too. `tiling` says how large
+        pictures are decoded in squares, None that they never are.
+
+        After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with
+        what each picture is predicted to become, drawn by the previewer (`load_previewer`). A bar
+        on stderr shows `progress`, by default on a terminal only. None of these changes what is
+        drawn.
 
         Raises UserError for input that does not fit together.
         """
         self._check_output(output)
+        previewer = None
+        if preview is not None:
+            previewer = find_previewer(self.previewer, self.autoencoder)
         if guidance is None:
             guidance = self.settings.guidance
         if not 0 <= guidance < math.inf:
@@ -329,36 +374,20 @@ class Pipeline:
         if skip is not None:
             skip.announce(len(sigmas) - 1)
         plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
-        run = partial(
-            denoise,
-            positive=positive,
-            negative=negative,
-            cfg_scale=jnp.float32(guidance),
-            skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
-            trajectory=trajectory,
-        )
+        with on(self.mesh), step_bar(len(sigmas) - 1, progress) as advance:
+            x, seen = denoise(
+                self.transformer,
+                x,
+                plan,
+                positive,
+                negative,
+                jnp.float32(guidance),
+                skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
+                trajectory=trajectory,
+                watch=watcher(advance, callback, preview, previewer),
+            )
         with on(self.mesh):
-            if callback is None:
-                x, seen = run(self.transformer, x, plan)
-            else:
-                x, seen = self._step_by_step(run, x, plan, callback)
-            return PipelineOutput(self._pictures(x, output), x, seen)
-
-    def _step_by_step(
-        self,
-        run: Callable[..., tuple[jax.Array, Trajectory | None]],
-        x: Float[Array, "b h w c"],
-        plan: Plan,
-        callback: Callable[[int, Float[Array, "b h w c"]], None],
-    ) -> tuple[Float[Array, "b h w c"], Trajectory | None]:
-        steps_seen = []
-        for i in range(len(plan.sigma)):
-            now = jax.tree.map(lambda steps, i=i: steps[i : i + 1], plan)
-            x, one = run(self.transformer, x, now)
-            steps_seen.append(one)
-            callback(i, x)
-        # Without a trajectory each is None, an empty tree.
-        return x, jax.tree.map(lambda *each: jnp.concatenate(each), *steps_seen)
+            return PipelineOutput(self._pictures(x, output, tiling), x, seen)
 
     def _check_output(self, output: str) -> None:
         """Before anything is drawn that could not be given."""
@@ -417,7 +446,7 @@ class Pipeline:
 
     def _negative(
         self,
-        prompt: str | None,
+        prompt: str | Sequence[str] | None,
         embeds: Float[Array, "b t k"] | None,
         pooled: Float[Array, "b p"] | None,
         guidance: float,
@@ -501,16 +530,13 @@ class Pipeline:
         return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
 
     def _pictures(
-        self, latents: Float[Array, "b h w c"], output: Output
+        self, latents: Float[Array, "b h w c"], output: Output, tiling: Tiling | None
     ) -> list[Image.Image] | np.ndarray | None:
         if output == "latents":
             return None
         assert self.autoencoder is not None  # _check_output saw to it
-        graph, state = nnx.split(self.autoencoder)
-        images = on_host(_decode(graph, state, latents))
-        if output == "array":
-            return images
-        return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+        images = decode(self.autoencoder, latents, tiling)
+        return images if output == "array" else to_pil(images)
 
 
 def _repeated(text: Conditioning, times: int) -> Conditioning:
@@ -520,11 +546,3 @@ def _repeated(text: Conditioning, times: int) -> Conditioning:
 @jax.jit(static_argnames=("graph", "pad_id"))
 def _encode(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, pad_id: int) -> Conditioning:
     return encode(nnx.merge(graph, state), tokens, pad_id)
-
-
-@jax.jit(static_argnames=("graph",))
-def _decode(
-    graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
-) -> Float[Array, "b H W 3"]:
-    images = nnx.merge(graph, state).decode(latents).astype(jnp.float32)
-    return jnp.clip((images + 1) / 2, 0, 1)

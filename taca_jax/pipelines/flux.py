@@ -1,11 +1,11 @@
 """Prompt to picture with FLUX and TACA."""
 
-from pathlib import Path
 from typing import Any
 
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.t5 import T5Encoder
-from taca_jax.pipelines.base import Pipeline, PipelineSettings
+from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.parts import Parts
 from taca_jax.pipelines.text_folders import Load, load_flux_text
 from taca_jax.text import FluxText
 from taca_jax.tokenizers import Tokenizer
@@ -26,16 +26,9 @@ class FluxPipeline(Pipeline):
 
     @classmethod
     def _load_text(
-        cls, folder: Path, load: Load, settings: PipelineSettings, config: Any
+        cls, parts: Parts, load: Load, config: Any
     ) -> tuple[T5Encoder | FluxText, Tokenizer] | None:
-        return load_flux_text(
-            folder,
-            load,
-            tokenizer=settings.tokenizer,
-            t5_length=settings.text_length,
-            txt_dim=config.txt_dim,
-            pooled_dim=config.pooled_dim,
-        )
+        return load_flux_text(parts, load, txt_dim=config.txt_dim, pooled_dim=config.pooled_dim)
 
     def _embeds_guidance(self) -> bool:
         return self.transformer.config.guidance_embed

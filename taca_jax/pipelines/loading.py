@@ -1,4 +1,4 @@
-"""The pipeline of a folder, whichever model is in it."""
+"""The pipeline at a path, whichever model it is of."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -6,11 +6,13 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from taca_jax.checkpoint import kind_of, load_config
+from taca_jax.checkpoint import kind_of
 from taca_jax.errors import UserError
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.stack import Remat
-from taca_jax.pipelines.base import PARTS, Part, Pipeline
+from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.parts import ROLES, TRANSFORMER, Role, open_parts
 from taca_jax.pipelines.sd3 import SD3Pipeline
 from taca_jax.weights import find_weights
 
@@ -24,18 +26,28 @@ def load_pipeline(
     param_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: Mesh | None = None,
     remat: Remat = "none",
-    parts: Collection[Part] = PARTS,
+    quantize: Quantization = "none",
+    quantize_text: Quantization = "none",
+    only: Collection[Role] = ROLES,
 ) -> Pipeline:
-    """`from_pretrained` of the class that the folder's transformer is of; raises as it does."""
-    folder = find_weights(path)
-    chosen: type[Pipeline] = FluxPipeline  # it says what is wrong with no folder of a pipeline
-    if (folder / "transformer" / "config.json").is_file():
-        kind = kind_of(load_config(folder / "transformer"))
-        found = [each for each in PIPELINES if each.kind == kind]
-        if not found:
-            known = ", ".join(each.kind for each in PIPELINES)
-            raise UserError(f"{folder}/transformer is of kind {kind}; expected one of {known}")
-        chosen = found[0]
-    return chosen.from_pretrained(
-        folder, dtype, param_dtype=param_dtype, mesh=mesh, remat=remat, parts=parts
+    """`from_pretrained` of the class that the transformer at `path` is of; raises as it does.
+
+    `only` is as of `from_parts`.
+    """
+    parts = open_parts(find_weights(path))
+    kind = kind_of(parts.models[TRANSFORMER].config)
+    found = [each for each in PIPELINES if each.kind == kind]
+    if not found:
+        known = ", ".join(each.kind for each in PIPELINES)
+        where = parts.models[TRANSFORMER].where
+        raise UserError(f"{where} is of kind {kind}; expected one of {known}")
+    return found[0].from_parts(
+        parts,
+        dtype,
+        param_dtype=param_dtype,
+        mesh=mesh,
+        remat=remat,
+        quantize=quantize,
+        quantize_text=quantize_text,
+        only=only,
     )

@@ -1,11 +1,11 @@
 """Prompt to picture with Stable Diffusion 3 and 3.5, and TACA."""
 
-from pathlib import Path
 from typing import Any
 
 from taca_jax.errors import UserError
 from taca_jax.models.sd3 import SD3Transformer
-from taca_jax.pipelines.base import Pipeline, PipelineSettings
+from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.parts import Parts
 from taca_jax.pipelines.text_folders import Load, load_sd3_text
 from taca_jax.text import SD3Text
 from taca_jax.tokenizers import Tokenizer
@@ -25,17 +25,8 @@ class SD3Pipeline(Pipeline):
     has_skip_layers = True
 
     @classmethod
-    def _load_text(
-        cls, folder: Path, load: Load, settings: PipelineSettings, config: Any
-    ) -> tuple[SD3Text, Tokenizer] | None:
-        return load_sd3_text(
-            folder,
-            load,
-            tokenizer=settings.tokenizer,
-            t5_length=settings.text_length,
-            txt_dim=config.txt_dim,
-            pooled_dim=config.pooled_dim,
-        )
+    def _load_text(cls, parts: Parts, load: Load, config: Any) -> tuple[SD3Text, Tokenizer] | None:
+        return load_sd3_text(parts, load, txt_dim=config.txt_dim, pooled_dim=config.pooled_dim)
 
     def _check_grid(self, rows: int, columns: int) -> None:
         config = self.transformer.config

@@ -17,9 +17,10 @@ from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.sd3 import SD3Transformer
 from taca_jax.models.t5 import T5Encoder
 from taca_jax.models.vae import AutoencoderKL
-from taca_jax.pipelines.base import PARTS, Autoencoder, Part, Pipeline, PipelineSettings
+from taca_jax.pipelines.base import Autoencoder, Pipeline, PipelineSettings
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.pipelines.loading import load_pipeline
+from taca_jax.pipelines.parts import AUTOENCODER, ROLES, Role, open_parts
 from taca_jax.sampling import FlowSchedule
 from taca_jax.sharding import placement, samples_together
 from taca_jax.tokenizers import load_tokenizer
@@ -29,13 +30,13 @@ DEFAULT_STEPS = 20
 
 
 def build_pipeline(
-    config: TrainConfig, mesh: Mesh | None = None, parts: Collection[Part] = PARTS
+    config: TrainConfig, mesh: Mesh | None = None, only: Collection[Role] = ROLES
 ) -> Pipeline:
     """The pipeline to train: the base with fresh LoRA factors, or a new one from random numbers.
 
     Trained parameters are float32, activations config.dtype; what is read lies on `mesh`. Of a base
-    only `parts` are read (a transformer that is not is one of shapes). Raises UserError where parts
-    do not fit.
+    `only` some parts are read (a transformer that is not is one of shapes). Raises UserError where
+    parts do not fit.
     """
     dtype = jnp.dtype(config.dtype)
     if config.base is not None:
@@ -51,7 +52,9 @@ def build_pipeline(
             param_dtype=param_dtype,
             mesh=mesh,
             remat=config.remat,
-            parts=parts,
+            quantize=config.quantize,
+            quantize_text=config.quantize_text,
+            only=only,
         )
     else:
         pipeline = _new_pipeline(config)
@@ -60,19 +63,19 @@ def build_pipeline(
             raise UserError(
                 f"autoencoder={config.autoencoder} says what latents are; leave out pixels.*"
             )
-        if "autoencoder" in parts:
+        if "autoencoder" in only:
             pipeline.autoencoder = load_model(
                 config.autoencoder, dtype=dtype, param_dtype=dtype, place=placement(mesh)
             )
-    no_text = "text" in parts and pipeline.text_encoder is None
-    if no_text or ("autoencoder" in parts and pipeline.autoencoder is None):
+    no_text = "text" in only and pipeline.text_encoder is None
+    if no_text or ("autoencoder" in only and pipeline.autoencoder is None):
         raise UserError(
             f"training from base={config.base} needs its text encoders and an autoencoder "
             "(autoencoder=FOLDER)"
         )
     autoencoder = pipeline.autoencoder or abstract_model(autoencoder_config(config), dtype=dtype)
     check_sizes(config, pipeline.transformer, autoencoder, mesh)
-    if config.lora is not None and "transformer" in parts:
+    if config.lora is not None and "transformer" in only:
         add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(config.seed))
     return pipeline
 
@@ -80,8 +83,14 @@ def build_pipeline(
 def autoencoder_config(config: TrainConfig) -> Any:
     """The config of the autoencoder that a base is trained with. Raises UserError where none is."""
     assert config.base is not None
-    own = find_weights(config.base) / "autoencoder"
-    return load_config(own if config.autoencoder == "pixels" else config.autoencoder)
+    if config.autoencoder != "pixels":
+        return load_config(config.autoencoder)
+    own = open_parts(find_weights(config.base)).models.get(AUTOENCODER)
+    if own is None:
+        raise UserError(
+            f"training from base={config.base} needs an autoencoder (autoencoder=FOLDER)"
+        )
+    return own.config
 
 
 def _new_pipeline(config: TrainConfig) -> FluxPipeline:

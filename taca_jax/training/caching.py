@@ -50,6 +50,7 @@ from taca_jax.errors import UserError
 from taca_jax.fields import to_json
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.parts import TRANSFORMER
 from taca_jax.pipelines.text_folders import encoder_parts
 from taca_jax.processes import first_before_others, is_first, most_of_all, wait_for_all
 from taca_jax.sharding import batch_sharding, local_rows
@@ -81,7 +82,7 @@ def ready_cache(config: TrainConfig, mesh: Mesh | None) -> Cache:
     complete = manifest is not None and manifest.examples == len(encoded(folder))
     if manifest is None or not complete or manifest.files != stamp:
         # Only here: on a complete cache of the same files nothing of this is in memory.
-        pipeline = build_pipeline(config, mesh, parts=("text", "autoencoder"))
+        pipeline = build_pipeline(config, mesh, only=("text", "autoencoder"))
         made_with = _made_with(pipeline)
         if manifest is not None:
             _check_models(folder, manifest, made_with)
@@ -141,15 +142,19 @@ def _made_with(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _files_stamp(config: TrainConfig) -> str:
-    """A digest of the names, sizes and times of all files that encoders are read from."""
+    """A digest of the names, sizes and times of all files that encoders are read from, and of how
+    they are kept."""
     assert config.base is not None  # a lora has one
     base = find_weights(config.base)
-    folders = [*base.glob("text_encoder*"), *base.glob("tokenizer*"), base / "pipeline.json"]
-    folders.append(
-        base / "autoencoder" if config.autoencoder == "pixels" else Path(config.autoencoder)
-    )
-    files = sorted({file for folder in folders for file in (folder, *folder.rglob("*"))})
-    return _digest(b"".join(map(stamp_of, files)))
+    if base.is_dir():  # all but the transformer
+        roots = [each for each in base.iterdir() if each.name != TRANSFORMER]
+    else:
+        beside = ("text_encoder*", "tokenizer*")
+        roots = [base, *(each for names in beside for each in base.parent.glob(names))]
+    if config.autoencoder != "pixels":
+        roots.append(Path(config.autoencoder))
+    files = sorted({file for root in roots for file in (root, *root.rglob("*"))})
+    return _digest(b"".join(map(stamp_of, files)) + config.quantize_text.encode())
 
 
 def _digest(content: bytes) -> str:

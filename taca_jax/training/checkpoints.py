@@ -15,6 +15,7 @@ from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.processes import all_of, is_first, wait_for_all
+from taca_jax.quantize import quantized_parts
 from taca_jax.quiet import quiet
 from taca_jax.training.step import TrainState
 
@@ -27,12 +28,13 @@ class Checkpoints:
     Each holds the training state (trained parameters, their average, optimizer, step, rng) and the
     data iterator's position. They are written beside the run and appear whole or not at all; sums
     of each array's bits find damage that happens to them later, which storage layers do not. The
-    `frozen` parameters are not in them, but their sum is: to go on, they must be the same.
-    Of several processes each writes and reads what its devices hold, and all must call everything
-    here at the same time.
+    `frozen` parameters are not in them, but their sum is, and what they are quantised to: to go on,
+    they must be the same. Of several processes each writes and reads what its devices hold, and all
+    must call everything here at the same time.
     """
 
     def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
+        self._quantized = quantized_parts(frozen)
         self._frozen = sum_of(frozen)
         self._dir = (run_dir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
@@ -70,7 +72,12 @@ class Checkpoints:
         free = shutil.disk_usage(self._dir).free
         if not all_of(free >= needed):
             raise self._refused(f"it takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
-        record = {"data": data, "sums": _sums(arrays), "frozen": self._frozen}
+        record = {
+            "data": data,
+            "sums": _sums(arrays),
+            "frozen": self._frozen,
+            "quantized": self._quantized,
+        }
         with self._refusals():
             self._manager.save(
                 step,
@@ -125,6 +132,12 @@ class Checkpoints:
             if reason is not None:
                 warn(f"checkpoint {step} cannot be read ({reason}); trying the one before")
                 continue
+            if (quantized := record.get("quantized", {})) != self._quantized:
+                raise UserError(
+                    f"{self._dir.parent} was trained on a base with {_words(quantized)}, and this "
+                    f"one has {_words(self._quantized)}; load it as it was (quantize, "
+                    "quantize_text), or start another run with out_dir=..."
+                )
             if record.get("frozen") != self._frozen:
                 raise UserError(
                     f"the base is not the one that {self._dir.parent} was trained on so far; put "
@@ -173,6 +186,10 @@ class Checkpoints:
         self._manager.reload()
 
 
+def _words(quantized: dict[str, str]) -> str:
+    return ", ".join(f"{part} in {to}" for part, to in quantized.items()) or "nothing quantised"
+
+
 def _one_voice() -> AbstractContextManager[None]:
     """Keeps Orbax from logging a traceback for each array and thread that an error meets."""
     return quiet("absl", "asyncio", below=logging.CRITICAL)
@@ -200,6 +217,8 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
 @jax.jit
 def _add_words(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def add(array: jax.Array) -> jax.Array:
+        if array.dtype == jnp.uint4:  # of which bits are cast in pairs only
+            array = array.astype(jnp.uint8)
         words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
         return jnp.sum(words, dtype=jnp.uint32)
 

@@ -1,5 +1,6 @@
 """The arithmetic of a model and of a training step, counted from the model's shape."""
 
+import functools
 import math
 import re
 
@@ -8,10 +9,17 @@ import jax.numpy as jnp
 from taca_jax.checkpoint import abstract_model
 from taca_jax.config import TrainConfig
 from taca_jax.lora import linears
+from taca_jax.models.clip import CLIP_L
 from taca_jax.models.flux import FluxConfig
 from taca_jax.models.sd3 import SD3Config
 
 
+def text_tokens(config: FluxConfig | SD3Config, t5_tokens: int) -> int:
+    """How many text tokens a model reads: T5's, before which Stable Diffusion 3 has CLIP's."""
+    return t5_tokens + (CLIP_L.max_tokens if isinstance(config, SD3Config) else 0)
+
+
+@functools.cache
 def forward_flops(config: FluxConfig | SD3Config, *, image: int, text: int) -> float:
     """FLOPs of the transformer's forward pass on one sample of `image` and `text` tokens.
 

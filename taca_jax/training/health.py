@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,8 +37,8 @@ class Health:
         self._usual = float("inf")
         self._checked = 0
 
-    def check(self, step: Step) -> None:
-        """Waits for the step; each counts once.
+    def check(self, step: Step, under_way: Any = None) -> None:
+        """Waits for the step; each counts once. `under_way` is what has been started since.
 
         Raises UserError, in every process alike, where the loss or the gradient is no number, or
         the loss more than EXPLODED times the usual: the lowest median of ten in a row so far.
@@ -48,18 +49,19 @@ class Health:
         for name in ("loss", "gradient_norm"):
             value = float(step.metrics[name])
             if not np.isfinite(value):
-                raise _refused(step, f"the {name.replace('_', ' ')} is {value}")
+                raise _refused(step, f"the {name.replace('_', ' ')} is {value}", under_way)
         loss = float(step.metrics["loss"])
         if loss > EXPLODED * self._usual:
-            raise _refused(
-                step, f"the loss is {loss:.4g}, {loss / self._usual:.0f} times the usual"
-            )
+            times = loss / self._usual
+            raise _refused(step, f"the loss is {loss:.4g}, {times:.0f} times the usual", under_way)
         self._recent.append(loss)
         if len(self._recent) == _RECENT:
             self._usual = min(self._usual, median(self._recent))
 
 
-def _refused(step: Step, what: str) -> UserError:
+def _refused(step: Step, what: str, under_way: Any) -> UserError:
+    # One thing at a time over the mesh: elsewhere it may come in another order.
+    jax.block_until_ready(under_way)
     return UserError(
         f"{what} at step {step.number}, on the samples {', '.join(names_of_all(step.samples))}; "
         "start another run (out_dir=...) with a lower optimizer.learning_rate or a smaller "

@@ -8,6 +8,7 @@ that must move, so that a real step takes longer.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,12 @@ from taca_jax.lora import add_lora
 from taca_jax.mesh import on
 from taca_jax.models.clip import CLIP_L, CLIPConfig
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
-from taca_jax.models.layers import LoRAParam
+from taca_jax.models.layers import LoRAParam, Quantized
+from taca_jax.models.low_bit import Quantization
 from taca_jax.models.t5 import T5_XXL, T5Config
 from taca_jax.models.vae import FLUX_VAE
 from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
+from taca_jax.quantize import quantize
 from taca_jax.sharding import batch_sharding, make_mesh, placement
 from taca_jax.text import FluxText
 from taca_jax.training.build import check_batch, check_sizes
@@ -102,28 +105,62 @@ def plan(config: TrainConfig) -> None:
 
     Raises UserError where it does not fit, naming the nearest slice where it does.
     """
+    if config.data.encode == "cache":
+        raise UserError(
+            "plan compiles the step that encodes as it goes; leave out data.encode=cache, without "
+            "which a step takes more memory"
+        )
     assert config.plan is not None
-    found = make_plan(config, Slice.of(config.plan))
-    Console(width=max(100, Console().width)).print(table(found))
-    if found.fits:
-        return
-    for other in found.where.larger():
+    where = Slice.of(config.plan)
+    try:
+        found = make_plan(config, where)
+    except OutOfMemoryError as error:
+        reason = str(error)
+    else:
+        Console(width=max(100, Console().width)).print(table(found))
+        if found.fits:
+            return
+        reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
+    for other in where.larger():
         # More chips share more samples: as many for each as were asked for.
-        batch = config.data.batch_size * other.chips // found.where.chips
+        batch = config.data.batch_size * other.chips // where.chips
         data = dataclasses.replace(config.data, batch_size=batch)
-        if make_plan(dataclasses.replace(config, data=data), other).fits:
+        if _fits(dataclasses.replace(config, data=data), other):
             nearest = f"plan={other.name} data.batch_size={batch} fits"
             break
     else:
         nearest = "nor does any larger slice of that kind"
-    raise UserError(
-        f"{found.memory / GB:.1f} GB do not fit a chip's {found.where.chip.memory / GB:.1f} GB; "
-        f"{nearest}"
-    )
+    smaller = "" if config.quantize == "nf4" or config.lora is None else " (or quantize=nf4)"
+    raise UserError(f"{reason}; {nearest}{smaller}")
+
+
+class OutOfMemoryError(Exception):
+    """The compiler has no program that fits a chip: its own words."""
+
+
+def _fits(config: TrainConfig, where: Slice) -> bool:
+    try:
+        return make_plan(config, where).fits
+    except OutOfMemoryError:
+        return False
+
+
+def _compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = re.search(r"RESOURCE_EXHAUSTED: (?:E\d+: \w+: )?(.*?)(?:\. HLO|\n|$)", str(error))
+        if said is None:
+            raise
+        raise OutOfMemoryError(f"the compiler says: {said[1]}") from error
 
 
 def make_plan(config: TrainConfig, where: Slice) -> Plan:
-    """The plan of a run on a slice. Takes about a minute for a model of 12 B parameters."""
+    """The plan of a run on a slice. Takes some minutes for a model of 12 B parameters, nearly all
+    of them in the TPU's compiler: for the transformer, and for the autoencoder's convolutions.
+
+    Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
+    """
     mesh = make_mesh(config.mesh, _devices(where.topology))
     check_batch(config, mesh)
     parts_of, text_length = _configs(config)
@@ -135,7 +172,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         state = trainer.abstract_state(trained)
         batch = _batch(config, model, text_length, mesh)
         step: Any = trainer.step
-        compiled = step.lower(state, trainer.frozen, trainer.autoencoder, batch).compile()
+        compiled = _compiled(step.lower(state, trainer.frozen, trainer.autoencoder, batch))
     used = compiled.memory_analysis()
     parts = _parts(state, trainer, batch)
     patch = autoencoder.config.downscale * parts_of["transformer"].patch_size
@@ -156,7 +193,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         parts,
         max(total - held, 0),
         step_flops(config, parts_of["transformer"], image=side * side, text=text_length),
-        _gathered(trainer, state, mesh, passes=_passes(config)),
+        _gathered(trainer, state, mesh, passes=_passes(config), dtype=jnp.dtype(config.dtype)),
     )
 
 
@@ -171,21 +208,32 @@ def table(plan: Plan) -> Table:
     out.add_column("on each chip")
     out.add_column("", justify="right")
     for name, size in plan.parts.items():
-        out.add_row(name, f"{size / GB:.2f} GB")
-    out.add_row("activations, gathered parameters, program", f"{plan.program / GB:.2f} GB")
+        out.add_row(name, in_units(size, "B"))
+    out.add_row("activations, gathered parameters, program", in_units(plan.program, "B"))
     share = plan.memory / chip.memory
     out.add_row(
-        "together", f"{plan.memory / GB:.2f} GB, {share:.0%} of its memory", end_section=True
+        "together", f"{in_units(plan.memory, 'B')}, {share:.0%} of its memory", end_section=True
     )
-    out.add_row("arithmetic of the step, all chips", f"{plan.flops / 1e12:,.1f} TFLOP")
-    out.add_row(
-        "transformer's parameters received", f"{plan.gathered / GB:.2f} GB", end_section=True
-    )
+    out.add_row("arithmetic of the step, all chips", in_units(plan.flops, "FLOP"))
+    out.add_row("transformer's parameters received", in_units(plan.gathered, "B"), end_section=True)
     for name, seconds in plan.seconds.items():
-        out.add_row(f"least time for {name}", f"{seconds:.3f} s")
+        out.add_row(f"least time for {name}", in_units(seconds, "s"))
     bound = max(plan.seconds, key=plan.seconds.__getitem__)
     out.add_row("bound by", bound)
     return out
+
+
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+
+
+def in_units(value: float, unit: str) -> str:
+    """A quantity with three digits or more in the largest unit that it fills: `1.25 GB`, `3 ms`."""
+    factor, prefix = next(
+        (each for each in PREFIXES if value >= each[0] and (unit != "s" or each[0] <= 1)),
+        (1.0, ""),
+    )
+    number = value / factor
+    return f"{number:,.0f} {prefix}{unit}" if number >= 100 else f"{number:.3g} {prefix}{unit}"
 
 
 def _devices(topology: str) -> list[Any]:
@@ -212,6 +260,7 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
 
     def made(part: str, **options: Any) -> Any:
         model = abstract_model(parts[part], dtype=dtype, **options)
+        quantize(model, kind_of(parts[part]), _quantization(config, part, parts[part]))
         if part == "transformer" and config.lora is not None:
             lora = config.lora
             graph, state = nnx.split(model)
@@ -221,6 +270,8 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
         for path, param in nnx.to_flat_state(state):
             name = ".".join(map(str, path))
             wide = jnp.float32 if isinstance(param, LoRAParam) else base_dtype
+            if isinstance(param, Quantized):
+                wide = param.get_value().dtype
             sharding = place(kind, name, param.shape)
             param.set_value(jax.ShapeDtypeStruct(param.shape, wide, sharding=sharding))
         return nnx.merge(graph, state)
@@ -230,6 +281,13 @@ def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tupl
     t5 = made(next(part for part, c in parts.items() if isinstance(c, T5Config)))
     encoder = t5 if clip is None else FluxText(made(clip), t5)
     return TextToImage(transformer, encoder), made("autoencoder")
+
+
+def _quantization(config: TrainConfig, part: str, model: Any) -> Quantization:
+    """What a part's kernels are kept in."""
+    if part == "transformer":
+        return config.quantize
+    return config.quantize_text if isinstance(model, T5Config) else "none"
 
 
 def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: Any) -> nnx.Module:
@@ -318,7 +376,9 @@ _WORDS = {"transformer": "transformer, frozen", "text_encoder": "text encoders, 
 
 def _local_bytes(array: Any) -> int:
     shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    return math.prod(shape) * array.dtype.itemsize
+    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
+    bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
+    return math.prod(shape) * bits // 8
 
 
 def _passes(config: TrainConfig) -> int:
@@ -326,14 +386,22 @@ def _passes(config: TrainConfig) -> int:
     return 3 if config.remat == "full" else 2
 
 
-def _gathered(trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int) -> float:
+def _gathered(
+    trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int, dtype: jnp.dtype
+) -> float:
     """Bytes of the transformer's parameters that a chip receives over `fsdp` in a step.
 
-    Trained ones are received in every pass too, and the sums of their gradients once.
+    Trained ones are received in every pass too, and the sums of their gradients once. int8's codes
+    are received as they are; each chip decodes its share of nf4's, which is received in `dtype`.
     """
+
+    def size(array: Any) -> int:
+        decoded = 2 * dtype.itemsize if array.dtype == jnp.uint4 else 1
+        return _local_bytes(array) * decoded
+
     others = mesh.shape["fsdp"] - 1
     frozen, trained = (
-        sum(_local_bytes(x) for x in jax.tree.leaves(tree.get("transformer", {})))
+        sum(size(x) for x in jax.tree.leaves(tree.get("transformer", {})))
         for tree in (trainer.frozen, state.trained)
     )
     return others * (frozen * passes + trained * (passes + 1))

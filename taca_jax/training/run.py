@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from taca_jax.atomic import whole_file
 from taca_jax.config import TrainConfig, difference, from_json, to_json
-from taca_jax.data.cache import read_manifest
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
@@ -21,7 +20,8 @@ from taca_jax.mesh import on
 from taca_jax.metrics import RunLog
 from taca_jax.models.layers import LoRAParam
 from taca_jax.pictures import caption_grid
-from taca_jax.pipelines.base import PARTS, Pipeline
+from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.parts import ROLES
 from taca_jax.processes import (
     do_not_wait_at_exit,
     is_first,
@@ -30,12 +30,11 @@ from taca_jax.processes import (
     wait_for_all,
 )
 from taca_jax.sharding import batch_sharding, make_mesh
-from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import autoencoder_config, build_pipeline, check_batch
 from taca_jax.training.caching import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
-from taca_jax.training.flops import step_flops
+from taca_jax.training.flops import step_flops, text_tokens
 from taca_jax.training.health import Health, Step
 from taca_jax.training.inputs import open_loader
 from taca_jax.training.plan import plan
@@ -100,7 +99,7 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     check_batch(config, mesh)
     cached = config.data.encode == "cache"
     cache = ready_cache(config, mesh) if cached else None
-    pipeline = build_pipeline(config, mesh, parts=("transformer",) if cached else PARTS)
+    pipeline = build_pipeline(config, mesh, only=("transformer",) if cached else ROLES)
     _check_prompts(config, pipeline)
     try:
         with open_loader(config, pipeline, mesh, cache) as loader:
@@ -128,7 +127,7 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
 
 def _complete(config: TrainConfig, pipeline: Pipeline, mesh: Mesh | None) -> None:
     """Reads the parts that training from a cache does without."""
-    others = build_pipeline(config, mesh, parts=("text", "autoencoder"))
+    others = build_pipeline(config, mesh, only=("text", "autoencoder"))
     pipeline.text_encoder, pipeline.tokenizer = others.text_encoder, others.tokenizer
     pipeline.autoencoder = others.autoencoder
 
@@ -137,9 +136,8 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
     """Raises UserError unless the folder is new, or holds this run and is to be gone on with."""
     record = run_dir / RECORD
     if not record.is_file():
-        if (
-            config.resume and is_first()
-        ):  # so that one command serves the first start and every restart
+        # Allowed, so that one command serves the first start and every restart.
+        if config.resume and is_first():
             print(f"{run_dir} holds no run yet: starting one", file=sys.stderr)
         return
     if not config.resume:
@@ -214,7 +212,7 @@ def _loop(
     health = Health()
 
     def report(step: Step) -> None:
-        health.check(step)
+        health.check(step, state)
         due = step.number % config.log_every == 0 or step.number in (start + 1, config.steps)
         if log is not None and due:
             log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
@@ -249,33 +247,27 @@ def _loop(
 
 
 def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
+    flops = _step_flops(config, pipeline)
     peak = peak_flops(jax.devices()[0].device_kind)
-    utilisation_of = None
-    if peak is not None:
-        flops = _step_flops(config, pipeline)
-        utilisation_of = lambda seconds: flops / (seconds * peak * jax.device_count())  # noqa: E731
     return RunLog(
         config.run_dir,
         start=start,
         steps=config.steps,
         samples_per_step=config.data.batch_size * config.grad_accumulation,
-        utilisation_of=utilisation_of,
+        flops_per_step=flops,
+        peak_flops=None if peak is None else peak * jax.device_count(),
     )
 
 
 def _step_flops(config: TrainConfig, pipeline: Pipeline) -> float:
-    manifest = read_manifest(config.cache_dir) if config.data.encode == "cache" else None
-    if manifest is not None:
-        downscale, text = manifest.downscale, manifest.text[0]
+    if config.data.encode == "cache":
+        downscale = autoencoder_config(config).downscale
     else:
-        encoder, tokenizer = pipeline.text_encoder, _tokenizer(pipeline)
-        assert encoder is not None  # build_pipeline saw to both
-        assert pipeline.autoencoder is not None
+        assert pipeline.autoencoder is not None  # build_pipeline saw to it
         downscale = pipeline.autoencoder.config.downscale
-        found = jax.eval_shape(lambda ids: encode(encoder, ids, tokenizer.pad_id), tokenizer([""]))
-        text = found.txt.shape[1]
     transformer = pipeline.transformer.config
-    side = config.data.resolution // (downscale * transformer.patch_size)
+    side = config.data.resolution // downscale // transformer.patch_size
+    text = text_tokens(transformer, pipeline.settings.text_length)
     return step_flops(config, transformer, image=side * side, text=text)
 
 
@@ -306,7 +298,7 @@ def _install(pipeline: Pipeline, model: TextToImage) -> None:
 
 def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog | None, step: int) -> None:
     prompts = list(config.sample_prompts)
-    pictures = pipeline(prompts, taca=config.taca, seed=config.seed).images
+    pictures = pipeline(prompts, taca=config.taca, seed=config.seed, progress=False).images
     if log is None:  # the processes draw together, and the first keeps the pictures
         return
     assert isinstance(pictures, list)

@@ -16,8 +16,11 @@ from taca_jax.attention import reference
 from taca_jax.attention.pallas_tpu import Blocks, BlockSizes, joint_attention
 
 SMALL = BlockSizes(Blocks(128, 32), Blocks(128, 32))
-LOOPED = BlockSizes(Blocks(128, 16, unroll=2), Blocks(128, 16, unroll=2))
-TRANSPOSED = BlockSizes(Blocks(128, 128, prefetch=3), Blocks(128, 128, prefetch=2, transposed=True))
+LOOPED = BlockSizes(Blocks(128, 16, per_step=2, unroll=2), Blocks(128, 16, per_step=2, unroll=2))
+TRANSPOSED = BlockSizes(
+    Blocks(128, 128, per_step=3, prefetch=3),
+    Blocks(128, 128, per_step=3, prefetch=2, transposed=True),
+)
 TRANSPOSED_LOOP = BlockSizes(
     Blocks(128, 128, unroll=1), Blocks(128, 128, unroll=1, transposed=True)
 )
@@ -236,6 +239,7 @@ def test_a_schedule_runs_in_one_compiled_kernel():
         ({"queries": 100, "keys": 32}, r"blocks.queries is 100; it must be a multiple of 128"),
         ({"queries": 128, "keys": 40}, r"blocks.keys is 40; it must be a multiple of 16"),
         ({"queries": 128, "keys": 32, "prefetch": 0}, r"blocks.prefetch is 0"),
+        ({"queries": 128, "keys": 32, "per_step": 0}, r"blocks.per_step is 0"),
     ],
 )
 def test_blocks_that_no_kernel_has(sizes, message):

@@ -59,14 +59,6 @@ def test_what_shapes_do_not_tell_is_asked_for(checkpoint, tmp_path, capsys):
     assert f"{tmp_path / 'x'}: 126 tensors: 126 equal, 0 rounded to bfloat16" in lines
 
 
-def test_scaled_weights_are_refused(tmp_path, capsys):
-    tensors = engine.export(flux_bfl.TABLE, random_model(FLUX))
-    scale = "double_blocks.0.img_attn.qkv.scale_weight"
-    write_tensors(tmp_path / "x.safetensors", tensors | {scale: np.ones((), np.float32)})
-    where = ("--src", tmp_path / "x.safetensors", "--dst", tmp_path / "x")
-    assert f"1 scales: {scale}; scaled float8 is not" in refused(capsys, "flux", *where)
-
-
 def test_folders_of_originals_and_of_ours(tmp_path, capsys):
     original_t5(tmp_path / "src", shards=3)
     lines = said(capsys, "inspect", tmp_path / "src")

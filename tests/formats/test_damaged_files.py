@@ -20,8 +20,10 @@ TYPES = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "I64": np.int64,
     "I32": np.int32,
+    "U8": np.uint8,
 }
 NUMBERS = (-1, 0, 1, 2, 3, 7, 8, 2**31, 2**63, 2**64, 1e300, 0.5, "8", None, [], True)
 
@@ -67,7 +69,7 @@ def edited(rng: random.Random, file: bytes) -> bytes:
     entry = header[name]
     match rng.randrange(8):
         case 0:
-            entry["dtype"] = rng.choice([*TYPES, "U8", "F8_E5M2", "X", "", None, 3])
+            entry["dtype"] = rng.choice([*TYPES, "BOOL", "F8_E8M0", "X", "", None, 3])
         case 1:
             entry["shape"] = [rng.choice(NUMBERS) for _ in range(rng.randrange(4))]
         case 2:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from taca_jax.checkpoint import abstract_model, flat_params
 from taca_jax.errors import UserError
@@ -37,7 +38,7 @@ from taca_jax.models.t5 import T5Config
 from taca_jax.models.tiny_vae import TAEF1, TinyVAEConfig
 from taca_jax.models.vae import FLUX_VAE, VAEConfig
 from taca_jax.sampling import FlowSchedule
-from taca_jax.tensor_files import ArrayTensors, open_tensors, write_tensors
+from taca_jax.tensor_files import FLOAT8, ArrayTensors, open_tensors, write_tensors
 from tests.random_models import random_model
 from tests.shared import shared_path
 
@@ -235,8 +236,8 @@ def test_shards_that_do_not_fit_their_index(tmp_path):
 
 
 def test_types_that_are_not_weights_are_refused(tmp_path):
-    write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(3, np.uint8)})
-    assert "a is stored as U8; expected one of F64" in refused(tmp_path)
+    save_file({"a": np.zeros(3, np.int16)}, tmp_path / "x.safetensors")
+    assert "a is stored as I16; expected one of F64" in refused(tmp_path)
 
 
 # Configs.
@@ -382,6 +383,21 @@ def test_a_fused_tensor_of_another_size_is_named():
     tensors = Shapes(flux_shapes() | {"single_blocks.1.linear1.weight": (111, 16)})
     with pytest.raises(UserError, match=r"linear1.weight is \(111, 16\) instead of \(112, 16\)"):
         engine.streamed(flux_bfl.TABLE, tensors, FLUX)
+
+
+# What is read as it lies and written as it lies.
+
+
+@pytest.mark.parametrize("shape", [(300, 130), (128, 256), (1, 5), (5, 1), (0, 3), (7,), (3, 4, 5)])
+def test_arrays_in_c_order(shape):
+    rng = np.random.default_rng(0)
+    for dtype in (np.float64, np.float32, jnp.bfloat16, FLOAT8[0]):
+        array = rng.normal(size=shape).astype(dtype)
+        for view in (array, array.T, array[::-1].T):
+            made = engine.contiguous(view)
+            assert made.flags.c_contiguous
+            assert made.dtype == array.dtype
+            assert made.tobytes() == view.tobytes()
 
 
 # TAESD.

@@ -317,6 +317,14 @@ def test_fused_layers_of_impossible_shapes(tmp_path):
         load(tmp_path, {f"{name}.lora_down.weight": a[:0], f"{name}.lora_up.weight": b[:, :0]})
 
 
+def test_factors_of_integers(tmp_path):
+    tensors = kohya(random_pairs(["img_in"]))
+    key = f"lora_unet_img_in.{KOHYA[1]}"
+    tensors[key] = tensors[key].astype(np.uint8)
+    with pytest.raises(UserError, match=rf"{re.escape(key)} is of uint8, quantised in a way"):
+        load(tmp_path, tensors)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_key_that_is_spoilt_is_refused_or_used(tmp_path, name):
     """Never loaded and ignored: a changed letter is named; a changed number is another layer."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,7 +16,7 @@ from taca_jax.formats.settings import Settings
 from taca_jax.formats.table import Table
 from taca_jax.models.clip import CLIP_BIGG, CLIP_L, CLIPConfig
 from taca_jax.models.t5 import T5_XXL, T5Config
-from taca_jax.tensor_files import FLOAT8, ArrayTensors, open_tensors, write_tensors
+from taca_jax.tensor_files import ArrayTensors, write_tensors
 from tests.random_models import random_model
 
 CLIP = CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)
@@ -169,51 +168,3 @@ def test_the_command_line_cannot_contradict_a_config(tmp_path, model):
     said = refused("clip", tmp_path / "src", "--activation", "quick_gelu")
     assert "says activation is gelu, the command line quick_gelu" in said
     assert converted("clip", tmp_path / "src", "--activation", "gelu").config.num_heads == 2
-
-
-def test_every_float8_is_read_and_written_as_bfloat16(tmp_path):
-    every = np.arange(256, dtype=np.uint8).view(FLOAT8).reshape(4, 8, 8)
-    write_tensors(tmp_path / "f8.safetensors", {"b": every[:2], "a": every[2:], "c": every[0, :0]})
-    tensors = open_tensors(tmp_path / "f8.safetensors")
-    assert tensors.dtypes["a"] == FLOAT8
-    read = np.concatenate([tensors.read("b"), tensors.read("a")])
-    assert read.dtype == FLOAT8
-    np.testing.assert_array_equal(read.view(np.uint8), every.view(np.uint8))
-    assert tensors.read("c").shape == (0, 8)
-    wide = every.astype(np.float32)
-    np.testing.assert_array_equal(every.astype(ml_dtypes.bfloat16).astype(np.float32), wide)
-
-
-def test_float8_models(tmp_path):
-    """t5xxl_fp8_e4m3fn.safetensors: matrices in float8, some files' norms in another type."""
-    tensors = engine.export(t5.TABLE, random_model(T5))
-    stored = {
-        name: tensor.astype(np.float16 if "layer_norm" in name else FLOAT8)
-        for name, tensor in tensors.items()
-    }
-    file = tmp_path / "t5xxl_fp8_e4m3fn.safetensors"
-    write_tensors(file, stored)
-    again = converted("t5", file)
-    params = flat_params(again)
-    kinds = {path: str(param.dtype) for path, param in params.items()}
-    assert set(kinds.values()) == {"bfloat16", "float16"}
-    assert kinds["final_norm.scale"] == "float16"
-    exported = engine.export(t5.TABLE, again)
-    for name, tensor in stored.items():
-        np.testing.assert_array_equal(exported[name].astype(np.float32), tensor.astype(np.float32))
-
-    # A scaled file means other numbers than it stores: never read as if it did not.
-    scale = "encoder.block.0.layer.0.SelfAttention.q.scale_weight"
-    write_tensors(tmp_path / "scaled.safetensors", stored | {scale: np.ones(1, np.float32)})
-    assert f"1 left over: {scale}" in refused("t5", tmp_path / "scaled.safetensors")
-
-
-def test_a_truncated_float8_file_is_refused(tmp_path):
-    file = tmp_path / "f8.safetensors"
-    write_tensors(file, {"a": np.zeros((4, 4), FLOAT8)})
-    tensors = open_tensors(file)
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(UserError, match="truncated or damaged"):
-        open_tensors(file)
-    with pytest.raises(UserError, match="truncated or damaged"):
-        tensors.read("a")

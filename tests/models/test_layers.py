@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from taca_jax.models import rope
 from taca_jax.models.layers import (
     TIMESTEP_CHANNELS,
+    ZEROS,
     Linear,
     LoRAParam,
     MLPEmbedder,
@@ -66,8 +67,8 @@ class TestLinear:
         assert layer.kernel[...].dtype == jnp.float32
         assert layer(noise(3, 6)).dtype == jnp.bfloat16
 
-    def test_zero_init_starts_at_zero(self):
-        layer = Linear(6, 4, rngs=nnx.Rngs(0), zero_init=True, **F32)
+    def test_a_kernel_starts_as_it_is_told(self):
+        layer = Linear(6, 4, rngs=nnx.Rngs(0), kernel_init=ZEROS, **F32)
         assert not layer(noise(3, 6)).any()
 
 

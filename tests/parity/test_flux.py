@@ -106,6 +106,22 @@ def test_forward(model, golden):
     assert relative_error(ours, golden["forward.t0.7.g3.5"]) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "limit"), [("int8", 0.02), ("nf4", 0.25)])
+def test_forward_of_a_quantised_model(folder, golden, to, limit):
+    inputs = (
+        nhwc(golden["latents"]),
+        jnp.full(2, 700.0),
+        jnp.asarray(golden["prompt_embeds"]),
+        jnp.asarray(golden["pooled_prompt_embeds"]),
+    )
+    quantised = load_model(folder / "transformer", dtype=jnp.float32, quantize=to)
+    ours = tokens_of(quantised, inputs, guidance=jnp.full(2, 3.5))
+    error = relative_error(ours, golden["forward.t0.7.g3.5"])
+    print(to, error)
+    assert 1e-4 < error < limit
+
+
 def test_forward_on_the_tpu_kernel(model, adapted, golden, train):
     """With the Pallas kernel, interpreted: plainly, and with a gamma per sample and the LoRA."""
 

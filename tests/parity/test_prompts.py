@@ -7,7 +7,6 @@ transformers writes go through `python -m convert` and the loaders of pipelines.
 import json
 import logging
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -16,9 +15,10 @@ import pytest
 from flax import nnx
 
 from convert.cli import main
-from taca_jax.checkpoint import load_model
 from taca_jax.errors import UserError
+from taca_jax.formats.sd3_diffusers import SCHEDULE
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.parts import PipelineSettings, converted_parts
 from taca_jax.pipelines.text_folders import encoder_parts, load_sd3_text, save_tokenizers
 from taca_jax.text import FluxText, SD3Text
 from taca_jax.tokenizers import load_tokenizer
@@ -47,11 +47,20 @@ def perturbed(model, seed: int):
     return model.eval()
 
 
-def clip(kind: str, dim: int, *, activation: str = "quick_gelu", seed: int = 0):
+def clip(
+    kind: str,
+    dim: int,
+    *,
+    activation: str = "quick_gelu",
+    seed: int = 0,
+    hidden: int | None = None,
+):
+    """A CLIP `hidden` wide, by default as wide as what it projects to, which is `dim`."""
     torch.manual_seed(seed)
+    hidden = dim if hidden is None else hidden
     settings = transformers.CLIPTextConfig(
-        hidden_size=dim,
-        intermediate_size=2 * dim,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=3,
         num_attention_heads=2,
         projection_dim=dim,
@@ -205,9 +214,17 @@ def sd3(tmp_path_factory):
 
 
 def load_sd3(folder, **changes):
-    load = partial(load_model, dtype=jnp.float32)
-    options = {"t5_length": SD3_T5_TOKENS, "txt_dim": SD3_WIDTH, "pooled_dim": SD3_POOLED}
-    return load_sd3_text(folder, load, **({"tokenizer": None} | options | changes))
+    settings = PipelineSettings(
+        tokenizer=None,
+        text_length=SD3_T5_TOKENS,
+        resolution=64,
+        steps=4,
+        guidance=1.0,
+        schedule=SCHEDULE,
+    )
+    options = {"txt_dim": SD3_WIDTH, "pooled_dim": SD3_POOLED} | changes
+    parts = converted_parts(folder, settings)
+    return load_sd3_text(parts, lambda part: part.load(dtype=jnp.float32), **options)
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,21 @@ def test_forward(model, golden):
     assert relative_error(velocity(model, inputs), golden["forward.t700"]) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "limit"), [("int8", 0.02), ("nf4", 0.25)])
+def test_forward_of_a_quantised_model(folder, golden, to, limit):
+    inputs = (
+        nhwc(golden["latents"]),
+        jnp.full(1, 700.0),
+        jnp.asarray(golden["prompt_embeds"]),
+        jnp.asarray(golden["pooled_prompt_embeds"]),
+    )
+    quantised = load_model(folder / "transformer", dtype=jnp.float32, quantize=to)
+    error = relative_error(velocity(quantised, inputs), golden["forward.t700"])
+    print(to, error)
+    assert 1e-4 < error < limit
+
+
 def test_stability_ais_own_model_and_file(tmp_path):
     """float16 weights, q, k and v in one, no block between the dual ones and the last."""
     file = shared_path("golden/sd35_native/sd3.5_medium.safetensors")
@@ -377,6 +392,22 @@ def diffusers_velocity(theirs, inputs, **options) -> np.ndarray:
             return_dict=False,
             **options,
         )[0].numpy()
+
+
+def test_exported_folders_load_in_diffusers(tmp_path, folder):
+    """The golden pipeline, there and back: diffusers reads what it read in the first place."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    main(["export", "--src", str(folder), "--dst", str(tmp_path / "theirs"), "--shard-gb", "1e-3"])
+    for name, cls in (
+        ("transformer", diffusers.SD3Transformer2DModel),
+        ("vae", diffusers.AutoencoderKL),
+    ):
+        first = cls.from_pretrained(shared_path("golden/sd3") / name).state_dict()
+        again, said = cls.from_pretrained(tmp_path / "theirs" / name, output_loading_info=True)
+        assert not any(said.values()), said
+        assert again.state_dict().keys() == first.keys()
+        assert all(again.state_dict()[key].equal(value) for key, value in first.items())
 
 
 @pytest.mark.parametrize(

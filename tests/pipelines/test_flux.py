@@ -10,20 +10,25 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from taca_jax.checkpoint import save_model
 from taca_jax.errors import UserError
 from taca_jax.formats.lora_files import write_lora
 from taca_jax.lora import LoRAConfig, add_lora, linears
 from taca_jax.models.layers import LoRAParam
 from taca_jax.models.pixels import Pixels, PixelsConfig
+from taca_jax.models.tiles import TILING, Tiling, decode_in_tiles
 from taca_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from taca_jax.pipelines.decoding import decode
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.sharding import MeshConfig, make_mesh
 from taca_jax.taca import TacaConfig
 from tests.random_models import random_model, randomise
+from tests.shared import shared_path
 from tests.training.tiny import FLUX, tiny_pipeline
 
 PROMPT = "a red circle and a blue square"
 TACA = TacaConfig(gamma=2.0, threshold=500)
+SMALL_VAE = TinyVAEConfig(4, 3, 8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +185,7 @@ def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
     )
     whole = pipeline(PROMPT, taca=TACA, trajectory=True)
     assert [step for step, _ in seen] == [0, 1, 2]
-    np.testing.assert_allclose(stepped.latents, whole.latents, atol=1e-5)
+    assert np.array_equal(stepped.latents, whole.latents)
     for name in ("latents", "x0"):
         one, other = getattr(stepped.trajectory, name), getattr(whole.trajectory, name)
         assert one.shape == other.shape == (3, 1, 40, 40, 3)
@@ -188,6 +193,52 @@ def test_a_callback_sees_every_step_and_changes_nothing(pipeline):
     for (_, latents), expected in zip(seen, whole.trajectory.latents, strict=True):
         np.testing.assert_allclose(latents, expected, atol=1e-5)
     assert pipeline(PROMPT).trajectory is None
+
+
+def test_previews_are_what_the_picture_is_predicted_to_become(pipeline, image):
+    seen = []
+    drawn = pipeline(
+        PROMPT,
+        num_images=2,
+        output="array",
+        trajectory=True,
+        preview=lambda step, pictures: seen.append((step, pictures)),
+    )
+    np.testing.assert_allclose(drawn.images[:1], image, atol=1e-5)
+    assert [step for step, _ in seen] == [0, 1, 2]
+    for (_, pictures), x0 in zip(seen, drawn.trajectory.x0, strict=True):
+        expected = np.round(np.clip((np.asarray(x0) + 1) / 2, 0, 1) * 255)
+        assert [type(picture) for picture in pictures] == [Image.Image] * 2
+        assert np.abs(np.stack(pictures) - expected).max() <= 1
+    assert np.array_equal(np.asarray(seen[-1][1][0]), np.round(drawn.images[0] * 255))
+
+
+def test_a_previewer_is_a_tiny_autoencoder_of_these_latents(tmp_path):
+    pipeline = tiny_pipeline(dataclasses.replace(FLUX, latent_channels=16))
+    pipeline.autoencoder = None
+    with pytest.raises(UserError, match=r"by a tiny autoencoder \(TAEF1 .* load_previewer\(PATH\)"):
+        pipeline(PROMPT, output="latents", preview=lambda step, pictures: None)
+    taef1 = shared_path("assets/tae") / "taef1"
+    pipeline.load_previewer(taef1)
+    save_model(tmp_path / "converted", pipeline.previewer)
+    loaded = pipeline.previewer
+    pipeline.load_previewer(tmp_path / "converted")
+    for one, other in zip(
+        *(jax.tree.leaves(nnx.state(each)) for each in (loaded, pipeline.previewer)), strict=True
+    ):
+        assert np.array_equal(one, other)
+    with pytest.raises(UserError, match="has 16 latent channels, the transformer expects 3"):
+        tiny_pipeline().load_previewer(taef1)
+    save_model(tmp_path / "pixels", Pixels())
+    with pytest.raises(UserError, match="is of a pixels; previews take a tiny_vae"):
+        pipeline.load_previewer(tmp_path / "pixels")
+
+
+def test_a_bar_shows_where_it_is_asked_for(pipeline, image, capfd):
+    assert np.array_equal(array(pipeline), image)
+    assert capfd.readouterr().err == ""  # no terminal
+    assert np.array_equal(array(pipeline, progress=True), image)
+    assert "steps" in capfd.readouterr().err
 
 
 def test_guidance_is_against_the_negative_prompt(pipeline, image):
@@ -284,9 +335,8 @@ def test_without_an_autoencoder_there_are_latents_only(pipeline):
 
 
 def test_an_autoencoder_decodes_and_is_saved_with_the_rest(tmp_path):
-    small = TinyVAEConfig(4, 3, 8, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
     pipeline = tiny_pipeline(dataclasses.replace(FLUX, latent_channels=4, patch_size=2))
-    pipeline.autoencoder = random_model(small)
+    pipeline.autoencoder = random_model(SMALL_VAE)
     drawn = pipeline(PROMPT, output="array")
     assert drawn.latents.shape == (1, 20, 20, 4)
     assert drawn.images.shape == (1, 40, 40, 3)
@@ -294,6 +344,34 @@ def test_an_autoencoder_decodes_and_is_saved_with_the_rest(tmp_path):
     loaded = FluxPipeline.from_pretrained(tmp_path / "model", "float32")
     assert isinstance(loaded.autoencoder, TinyVAE)
     assert np.array_equal(array(loaded), drawn.images)
+
+
+def test_large_pictures_are_decoded_in_squares_where_asked(pipeline, monkeypatch):
+    seen = []
+
+    def in_tiles(decode, latents, tiling, downscale):
+        seen.append((tiling, latents.shape))
+        return decode_in_tiles(decode, latents, tiling, downscale)
+
+    monkeypatch.setattr("taca_jax.pipelines.decoding.decode_in_tiles", in_tiles)
+    # Half of the overlap is most of what a position of this decoder sees.
+    small, tiling = random_model(SMALL_VAE), Tiling(above=48, size=48, overlap=24)
+    latents = jax.random.normal(jax.random.key(0), (2, 32, 24, 4))
+    at_once = decode(small, latents, TILING)
+    np.testing.assert_allclose(decode(small, latents, tiling), at_once, atol=5e-3)
+    decode(small, latents[:, :24], tiling)
+    assert seen == [(tiling, latents.shape)]
+    with pytest.raises(UserError, match="takes multiples of 2 pixels"):
+        decode(small, latents, Tiling(above=0, size=23, overlap=0))
+    # What a call says reaches the decoder; pixels need none of it.
+    given = []
+    monkeypatch.setattr(
+        "taca_jax.pipelines.base.decode", lambda *args: given.append(args[2]) or decode(*args)
+    )
+    for options in ({}, {"tiling": None}, {"tiling": Tiling(above=0, size=24, overlap=0)}):
+        array(pipeline, **options)
+    assert given == [TILING, None, Tiling(above=0, size=24, overlap=0)]
+    assert len(seen) == 2
 
 
 def test_pixels_are_normalised_as_the_folder_says(tmp_path):

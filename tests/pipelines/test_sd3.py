@@ -6,6 +6,7 @@ import pytest
 
 from taca_jax.errors import UserError
 from taca_jax.formats.sd3_diffusers import SCHEDULE
+from taca_jax.models.clip import CLIPConfig
 from taca_jax.models.sd3 import SD3Config
 from taca_jax.pipelines.base import PipelineSettings
 from taca_jax.pipelines.flux import FluxPipeline
@@ -13,6 +14,8 @@ from taca_jax.pipelines.loading import load_pipeline
 from taca_jax.pipelines.sd3 import SD3Pipeline
 from taca_jax.sampling import SkipLayers
 from taca_jax.taca import TacaConfig
+from taca_jax.text import SD3Text
+from taca_jax.tokenizers import ByteTokenizer, JoinedTokenizer
 from tests.random_models import random_model
 
 TINY = SD3Config(
@@ -28,6 +31,9 @@ TINY = SD3Config(
     txt_dim=12,
     pooled_dim=10,
 )
+
+
+CLIP = CLIPConfig(ByteTokenizer(1).vocab_size, 4, 6, 8, 2, 2, "gelu", TINY.pooled_dim // 2, None)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,41 @@ def test_guidance_needs_something_to_go_away_from(pipeline, drawn):
     assert np.abs(one - drawn).max() > 1e-3
     with pytest.raises(UserError, match="a negative prompt acts with guidance above 1; it is 1"):
         latents(pipeline, guidance=1.0)
+
+
+def test_several_pictures_of_several_prompts(pipeline):
+    """Each prompt's pictures one after another, from the noise of seeds that go on."""
+    reader = SD3Pipeline(
+        pipeline.transformer,
+        text_encoder=SD3Text(
+            random_model(CLIP), random_model(CLIP, seed=1), None, width=TINY.txt_dim, t5_length=1
+        ),
+        tokenizer=JoinedTokenizer((ByteTokenizer(4), ByteTokenizer(4))),
+        autoencoder=None,
+        settings=pipeline.settings,
+    )
+    prompts = ["ab", "c"]
+    several = reader(prompts, "d", num_images=2, seed=5, output="latents").latents
+    assert several.shape == (4, 8, 8, 4)
+    both = reader(prompts, ["d", "d"], num_images=2, seed=5, output="latents").latents
+    np.testing.assert_allclose(both, several, atol=1e-4)
+    # And given as embeddings and as noise.
+    given = {}
+    for sign, which in (("", prompts), ("negative_", ["d"])):
+        read = reader.encode_prompts(which)
+        given |= {f"{sign}prompt_embeds": read.txt, f"{sign}pooled_prompt_embeds": read.pooled}
+    noise = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4)) for seed in range(5, 9)])
+    out = pipeline(**given, num_images=2, latents=noise, seed=0, output="latents").latents
+    np.testing.assert_allclose(out, several, atol=1e-4)
+    for i, prompt in ((0, prompts[0]), (3, prompts[1])):
+        one = reader([prompt] * 2, "d", num_images=2, latents=noise, output="latents").latents
+        np.testing.assert_allclose(one[i], several[i], atol=1e-4)
+    assert np.abs(several[1] - several[0]).max() > 0.1
+    three = text(batch=3, sign="negative_")
+    with pytest.raises(UserError, match="3 negative prompts for 4 pictures; give one"):
+        pipeline(**text(batch=2), **three, num_images=2, output="latents")
+    with pytest.raises(UserError, match=r"latents are \(4, 8, 8, 4\); expected 2 of 4 channels"):
+        reader(prompts, latents=noise, output="latents")
 
 
 def test_taca_on_one_half_or_both(pipeline, drawn):

@@ -89,8 +89,16 @@ def test_attention_compiles_at_every_size(topology):
     check_attention(topology, shapes)
 
 
-def test_the_forward_kernel_keeps_its_cycles():
-    """0.90 M for FLUX's 24 heads at 1024 px on v6e: schedules are fragile, and this one was had."""
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v6e:1x1", "v5e:2x2"])
+def test_full_size_blocks_hand_tensors_to_the_kernels_as_they_lie(topology):
+    """Around the kernels of a FLUX.1 block nothing is copied into another layout."""
+    found = compile_in_a_process("compile_flux_blocks", topology)
+    assert found == {"forward": 2, "backward": 2, "turned": 0}
+
+
+def test_the_kernels_keep_their_cycles():
+    """For FLUX's 24 heads at 1024 px on v6e: schedules are fragile, and these were had."""
     found = compile_in_a_process("count_cycles", "v6e:1x1", "1,128,512,4096")
-    assert found["kernels"] == 1
-    assert 24 * found["per_head"] <= 0.90e6
+    assert 0 < 24 * found["forward"] <= 0.87e6
+    assert 0 < 24 * found["backward"] <= 2.0e6

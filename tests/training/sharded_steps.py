@@ -1,10 +1,11 @@
 """Training steps on meshes of eight virtual devices; prints their distance from one device as JSON.
 
-python -m tests.training.sharded_steps FOLDER [MESH ...]
+python -m tests.training.sharded_steps FOLDER QUANTIZATION [MESH ...]
 
-For each mesh (all, where none is named): the loss and the gradient's norm of two steps, and the
-trained parameters after them, as relative errors; and how many bytes of the base the first device
-holds, of all.
+On a base whose kernels are kept as QUANTIZATION says, for each mesh (all, where none is named): the
+loss and the gradient's norm of two steps, and the trained parameters after them, as relative
+errors; and how many bytes of the base the first device holds, of all (of its quantised kernels,
+where there are some: small as they are, what is whole would outweigh them).
 """
 
 import json
@@ -16,7 +17,7 @@ from flax import nnx
 
 from taca_jax.config import DataConfig, LoRAConfig, OptimizerConfig, TextConfig
 from taca_jax.mesh import on
-from taca_jax.models.layers import LoRAParam
+from taca_jax.models.layers import LoRAParam, Quantized
 from taca_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from taca_jax.taca import TacaConfig
 from taca_jax.training.build import build_pipeline
@@ -34,7 +35,7 @@ STEPS = 2
 
 
 def main() -> None:
-    folder, *names = sys.argv[1:]
+    folder, quantization, *names = sys.argv[1:]
     tiny_pipeline().save(folder)
     config = tiny_config(
         "unused",
@@ -42,6 +43,8 @@ def main() -> None:
         model=None,
         text=TextConfig(),
         lora=LoRAConfig(rank=4),
+        quantize=quantization,
+        quantize_text=quantization,
         taca=TacaConfig(threshold=500),
         data=DataConfig(source="generated:shapes/64", batch_size=8, resolution=40),
         optimizer=OptimizerConfig(learning_rate=1e-2),
@@ -57,7 +60,8 @@ def main() -> None:
             if getattr(layer, "lora_b", None) is not None:
                 layer.lora_b[...] = jax.random.normal(jax.random.key(1), layer.lora_b.shape) * 0.1
         model = TextToImage(pipeline.transformer, pipeline.text_encoder)
-        base = jax.tree.leaves(nnx.state(model.transformer, nnx.Not(nnx.OfType(LoRAParam))))
+        kind = nnx.Not(nnx.OfType(LoRAParam)) if quantization == "none" else Quantized
+        base = jax.tree.leaves(nnx.state(model.transformer, kind))
         local = sum(x.addressable_shards[0].data.nbytes for x in base)
         share = local / sum(x.nbytes for x in base)
         trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0, mesh=mesh)

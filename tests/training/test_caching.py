@@ -128,7 +128,7 @@ def test_a_cache_gives_what_is_made_in_every_step(made):
     config, folder = made
     assert len(encoded(folder)) == len(SIZES) - 1
     cache = ready_cache(config, None)
-    pipeline = build_pipeline(config, parts=("text", "autoencoder"))
+    pipeline = build_pipeline(config, only=("text", "autoencoder"))
     vae_graph, vae = nnx.split(pipeline.autoencoder)
     text_graph, text = nnx.split(pipeline.text_encoder)
 
@@ -262,7 +262,7 @@ def test_a_cache_of_other_weights_or_pictures_is_refused(made, base, pictures, t
 def test_steps_from_a_cache_compile_once_for_each_bucket(made):
     config, _ = made
     cache = ready_cache(config, None)
-    pipeline = build_pipeline(config, parts=("transformer",))
+    pipeline = build_pipeline(config, only=("transformer",))
     assert pipeline.text_encoder is None
     assert pipeline.autoencoder is None
     model = TextToImage(pipeline.transformer, None)

@@ -11,7 +11,7 @@ from taca_jax.checkpoint import abstract_model
 from taca_jax.config import DataConfig, LoRAConfig, TextConfig
 from taca_jax.models.flux import FLUX_DEV
 from taca_jax.models.sd3 import SD35_MEDIUM
-from taca_jax.training.flops import forward_flops, step_flops
+from taca_jax.training.flops import forward_flops, step_flops, text_tokens
 from taca_jax.training.slices import CHIPS, peak_flops
 from tests.training.tiny import tiny_config
 
@@ -59,6 +59,11 @@ def test_a_step_is_forward_and_its_gradients():
     assert step_flops(config, config.model, image=100, text=16) == 3 * 16 * once
     lora = replace(config, lora=LoRAConfig(), model=None, base="base", text=TextConfig())
     assert step_flops(lora, config.model, image=100, text=16) == 2 * 16 * once
+
+
+def test_stable_diffusion_reads_clip_before_t5():
+    assert text_tokens(FLUX_DEV, 512) == 512
+    assert text_tokens(SD35_MEDIUM, 256) == 333
 
 
 def test_peaks_are_known_of_tpus_alone():

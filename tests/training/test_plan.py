@@ -7,13 +7,16 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from taca_jax.config import DataConfig, LoRAConfig, TextConfig, to_json
 from taca_jax.errors import UserError
 from taca_jax.taca import TacaConfig
-from taca_jax.training.plan import _configs
+from taca_jax.training import plan as plan_module
+from taca_jax.training.plan import _configs, in_units
 from taca_jax.training.slices import Slice, slice_names
 from tests.processes import last_line, run_python
 from tests.training.tiny import tiny_config, tiny_pipeline
@@ -29,6 +32,23 @@ def test_slices_are_named_as_they_are_rented():
     for name in ("v5e-3", "v5p-7", "v9-8", "16"):
         with pytest.raises(UserError, match=f"plan={name}: no such slice; there are v5e-1, v5e-4"):
             Slice.of(name)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "said"),
+    [
+        (6_618_000_000, "B", "6.62 GB"),
+        (123_400, "B", "123 kB"),
+        (12, "B", "12 B"),
+        (0, "B", "0 B"),
+        (1.59e14, "FLOP", "159 TFLOP"),
+        (0.76, "s", "760 ms"),
+        (4.2e-6, "s", "4.2 µs"),
+        (4000.0, "s", "4,000 s"),
+    ],
+)
+def test_units_fit_what_is_said(value, unit, said):
+    assert in_units(value, unit) == said
 
 
 @pytest.fixture
@@ -71,6 +91,30 @@ def test_a_base_without_a_part_is_refused(base, part, message):
         _configs(config_on(base))
 
 
+def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
+    said = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (22.55G) exceeds available HBM (15.75G). HLO module: j."
+    )
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(said)
+
+    def make_plan(config, where):
+        if where.chips == 1:
+            plan_module._compiled(Lowered())
+        return SimpleNamespace(fits=where.chips > 4)
+
+    monkeypatch.setattr(plan_module, "make_plan", make_plan)
+    message = (
+        r"^the compiler says: Ran out of memory on HBM, .* \(22.55G\) exceeds available HBM "
+        r"\(15.75G\); plan=v5e-8 data.batch_size=16 fits \(or quantize=nf4\)$"
+    )
+    with pytest.raises(UserError, match=message):
+        plan_module.plan(config_on(base, plan="v5e-1"))
+
+
 SCRIPT = """
 import json, sys
 from taca_jax.config import TrainConfig, from_json
@@ -86,7 +130,8 @@ print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.fl
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_small_plan(base, tmp_path):
     data = DataConfig(source="generated:shapes/64", batch_size=4, resolution=40)
-    (tmp_path / "config.json").write_text(to_json(config_on(base, data=data)))
+    config = config_on(base, data=data, quantize="nf4", quantize_text="int8")
+    (tmp_path / "config.json").write_text(to_json(config))
     plan = json.loads(last_line(run_python("-c", SCRIPT, str(tmp_path / "config.json"))))
     assert plan["fits"]
     assert plan["parts"]["trained parameters, optimizer"] > 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from PIL import Image
@@ -21,9 +22,11 @@ from taca_jax.data.loader import Loader
 from taca_jax.data.shapes_captions import CATEGORIES
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.lora import LoRAConfig, linears
+from taca_jax.models.layers import Quantized
 from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.t5 import T5Config
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.quantize import encode
 from taca_jax.taca import TacaConfig
 from taca_jax.training import run as run_module
 from taca_jax.training import train
@@ -199,6 +202,53 @@ def test_a_lora_does_not_go_on_with_another_base(base, tmp_path, monkeypatch):
     pipeline.save(other)
     with pytest.raises(UserError, match=r"the base is not the one that .*/run was trained on"):
         train(dataclasses.replace(config, resume=True))
+
+
+def test_a_lora_does_not_go_on_with_its_base_in_other_bits(tmp_path):
+    """The run's record says so before anything is loaded, and each checkpoint by itself."""
+    config = lora_config("base", tmp_path, quantize="nf4", resume=True)
+    (tmp_path / "config.json").write_text(to_json(config))
+    with pytest.raises(UserError, match="was started with other values of quantize;"):
+        train(dataclasses.replace(config, quantize="int8"))
+
+    def frozen(to):
+        layer = nnx.Dict(kernel=nnx.Param(jnp.ones((32, 4))), kernel_scale=None)
+        if to != "none":
+            codes, scales = encode(layer.kernel[...], to)
+            layer = nnx.Dict(kernel=Quantized(codes), kernel_scale=Quantized(scales))
+        return nnx.state(nnx.Dict(transformer=layer))
+
+    empty = nnx.State({})
+    state = TrainState(jnp.int32(1), jnp.zeros(2, jnp.uint32), empty, optax.EmptyState(), None)
+    with Checkpoints(tmp_path, keep=1, frozen=frozen("nf4")) as checkpoints:
+        checkpoints.save(state, data=None)
+        checkpoints.wait()
+        assert checkpoints.restore(state, warn=pytest.fail) is not None
+    for to, said in (("int8", "has transformer in int8"), ("none", "has nothing quantised")):
+        with (
+            Checkpoints(tmp_path, keep=1, frozen=frozen(to)) as checkpoints,
+            pytest.raises(UserError, match=f"on a base with transformer in nf4, and .* {said}"),
+        ):
+            checkpoints.restore(state, warn=pytest.fail)
+
+
+@pytest.mark.slow
+def test_a_lora_trains_on_a_quantised_base_and_goes_on(base, tmp_path, monkeypatch):
+    """Interrupted or not it is the same, to the last bit; its file is used as any other."""
+    bits = {"quantize": "nf4", "quantize_text": "int8", "sample_every": 4}
+    whole = lora_config(base, tmp_path / "whole", **bits, sample_prompts=PROMPTS)
+    train(whole)
+    parts = dataclasses.replace(whole, out_dir=str(tmp_path / "parts"))
+    train_until(monkeypatch, parts, 5)
+    train(dataclasses.replace(parts, resume=True))
+    assert_same_checkpoint(whole, parts)
+    assert saved(whole)[1]["quantized"] == {"transformer": "nf4", "text_encoder": "int8"}
+    pipeline = FluxPipeline.from_pretrained(base, "float32", quantize="int8", quantize_text="nf4")
+    pipeline.load_lora(whole.run_dir / "lora.safetensors")
+    drawn = pipeline(PROMPTS[0], taca=TacaConfig(threshold=800), output="array").images
+    assert np.isfinite(drawn).all()
+    with pytest.raises(UserError, match="a quantised model is not written"):
+        pipeline.save(tmp_path / "saved")
 
 
 def test_the_measurement_at_the_end(base, tmp_path):

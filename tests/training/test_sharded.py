@@ -12,8 +12,9 @@ LARGEST_SHARE = {"data": 1.0, "fsdp": 0.15, "tensor": 0.54, "context": 0.52, "mi
 """Of the base's bytes, what one device holds: norms, biases and what does not divide are whole."""
 
 
-def check(tmp_path, *meshes):
-    script = ("-m", "tests.training.sharded_steps", str(tmp_path / "base"), *meshes)
+def check(tmp_path, *meshes, quantization="none"):
+    module = "tests.training.sharded_steps"
+    script = ("-m", module, str(tmp_path / "base"), quantization, *meshes)
     found = json.loads(last_line(run_python(*script, devices=8)))
     assert set(found) == set(meshes)
     for name, errors in found.items():
@@ -29,6 +30,13 @@ def test_a_mixed_mesh_trains_as_one_device_does(tmp_path):
 @pytest.mark.slow
 def test_every_mesh_trains_as_one_device_does(tmp_path):
     check(tmp_path, *MESHES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_base_trains_as_on_one_device(tmp_path, quantization):
+    """Loaded straight onto the mesh, codes and scales shared."""
+    check(tmp_path, *MESHES, quantization=quantization)
 
 
 def losses(run_dir):

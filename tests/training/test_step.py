@@ -14,6 +14,7 @@ from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
 from taca_jax.models.clip import CLIPConfig
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.layers import LoRAParam
+from taca_jax.quantize import quantize
 from taca_jax.taca import TacaConfig
 from taca_jax.text import FluxText, encode
 from taca_jax.training.step import Batch, TextToImage, make_trainer, objective
@@ -27,6 +28,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, ema_decay=0.5)
 def make(config, *, seed=0):
     """(trainer, state, model), all arrays its own: steps consume the state."""
     pipeline = tiny_pipeline(seed=seed)
+    quantize(pipeline.transformer, "flux", config.quantize)
+    quantize(pipeline.text_encoder, "t5", config.quantize_text)
     if config.lora is not None:
         add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(1))
     model = TextToImage(pipeline.transformer, pipeline.text_encoder)
@@ -89,8 +92,14 @@ def test_training_from_scratch_moves_every_parameter(scratch):
     assert end.step == 3
 
 
-def test_lora_training_changes_lora_factors_alone(adapter):
-    trainer, start, model = adapter
+@pytest.fixture(scope="module")
+def on_nf4():
+    return make(lora_config(quantize="nf4", quantize_text="int8"))
+
+
+@pytest.mark.parametrize("made", ["adapter", "on_nf4"])
+def test_lora_training_changes_lora_factors_alone(made, request):
+    trainer, start, model = request.getfixturevalue(made)
     frozen = {name: np.array(value) for name, value in arrays(trainer.frozen).items()}
     end, metrics = run(trainer, start, [make_batch(seed=s) for s in range(4)])
     for name, value in arrays(trainer.frozen).items():
@@ -105,6 +114,23 @@ def test_lora_training_changes_lora_factors_alone(adapter):
     assert len(before) == 2 * (2 * 4 + 4)
     assert not [name for name in before if np.array_equal(before[name], after[name])]
     assert all(metric["gradient_norm"] > 0 for metric in metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "limit"), [("int8", 1e-3), ("nf4", 2e-2)])
+def test_the_loss_falls_on_a_quantised_base_as_on_the_base_itself(to, limit):
+    def losses(quantization):
+        rate = OptimizerConfig(learning_rate=1e-2)
+        config = lora_config(quantize=quantization, optimizer=rate, remat="full")
+        trainer, start, _ = make(config)
+        _, metrics = run(trainer, start, [make_batch()] * 60)
+        return np.array([metric["loss"] for metric in metrics])
+
+    base, ours = losses("none"), losses(to)
+    print(to, *(f"{np.mean(x[:10]):.4f} -> {np.mean(x[-10:]):.4f}" for x in (base, ours)))
+    for each in (base, ours):
+        assert np.mean(each[-10:]) < 0.8 * np.mean(each[:10])
+    assert abs(np.mean(ours[-10:]) / np.mean(base[-10:]) - 1) < limit
 
 
 def test_at_first_only_b_has_a_gradient(adapter):

@@ -58,7 +58,7 @@ def backward(
     """
     batch, _, width = q.shape
     columns = width // problem.column
-    rows = problem.query_block
+    rows = problem.step_queries
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     query_spec = pl.BlockSpec((1, rows, problem.column), lambda b, c, i: (b, i, c))
     key_spec = pl.BlockSpec((1, problem.padded_keys, problem.column), lambda b, c, i: (b, 0, c))
@@ -71,7 +71,7 @@ def backward(
     )
     return pl.pallas_call(
         partial(_kernel, problem=problem, wants_gamma=wants_gamma),
-        grid=(batch, columns, problem.query_blocks),
+        grid=(batch, columns, problem.steps),
         in_specs=[
             *(smem, smem),
             *(query_spec, key_spec, key_spec, query_spec, query_spec, sums_spec, sums_spec),
@@ -108,80 +108,86 @@ def _kernel(
 ) -> None:
     *results, dq_sum, dk_sum, dv_sum = refs
     dq_ref, dk_ref, dv_ref = results[:3]
-    block = pl.program_id(2)
+    step = pl.program_id(2)
     heads = range(problem.group)
     softmax_scale = 1 / math.sqrt(problem.head_dim)
 
-    @pl.when(block == 0)
+    @pl.when(step == 0)
     def _() -> None:
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    position = query_positions(problem, block)
-    q, out, d_out = q_ref[0], out_ref[0], d_out_ref[0]
-    high = [high_ref[0, head] for head in heads]
-    log_total = [log_total_ref[0, head] for head in heads]
-    if problem.ragged_queries:
-        first = block * problem.query_block
-        q, out, d_out = (existing_rows(x, first, problem.queries) for x in (q, out, d_out))
-        exists = position < problem.queries
-        high, log_total = ([jnp.where(exists, x, 0) for x in row] for row in (high, log_total))
-    queries = [only_head(q, problem, head) for head in heads]
-    d_outs = [only_head(d_out, problem, head) for head in heads]
-    turned = (q.T, d_out.T) if problem.blocks.transposed else None
-    products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).T
-    delta = [products[problem.head_rows(head)].sum(0, keepdims=True) for head in heads]
+    def add_block(block: slice) -> None:
+        first = step * problem.step_queries + block.start
+        position = query_positions(problem, first)
+        q, out, d_out = (ref[0, block] for ref in (q_ref, out_ref, d_out_ref))
+        high = [high_ref[0, head, :, block] for head in heads]
+        log_total = [log_total_ref[0, head, :, block] for head in heads]
+        if problem.ragged_queries:
+            q, out, d_out = (existing_rows(x, first, problem.queries) for x in (q, out, d_out))
+            exists = position < problem.queries
+            high, log_total = ([jnp.where(exists, x, 0) for x in row] for row in (high, log_total))
+        queries = [only_head(q, problem, head) for head in heads]
+        d_outs = [only_head(d_out, problem, head) for head in heads]
+        turned = (q.T, d_out.T) if problem.blocks.transposed else None
+        products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).T
+        delta = [products[problem.head_rows(head)].sum(0, keepdims=True) for head in heads]
 
-    is_image = first_query_ref[0] + position >= problem.text_len
-    gamma_row = jnp.where(is_image, gamma_ref[pl.program_id(0)], 1.0)
-    dq_sum[...] = jnp.zeros_like(dq_sum)
-    d_gamma = [jnp.zeros_like(gamma_row) for _ in heads]
+        is_image = first_query_ref[0] + position >= problem.text_len
+        gamma_row = jnp.where(is_image, gamma_ref[pl.program_id(0)], 1.0)
+        dq_sum[:, block] = jnp.zeros_like(dq_sum[:, block])
+        d_gamma = [jnp.zeros_like(gamma_row) for _ in heads]
 
-    def tile_of(ref: Any, tile: Tile, offset: int | Array) -> Float[Array, "k w"]:
-        x = ref[0, tile.window(offset), :]
-        return existing_rows(x, tile.start, problem.keys) if tile.stop > problem.keys else x
+        def tile_of(ref: Any, tile: Tile, offset: int | Array) -> Float[Array, "k w"]:
+            x = ref[0, tile.window(offset), :]
+            return existing_rows(x, tile.start, problem.keys) if tile.stop > problem.keys else x
 
-    def prepare(tile: Tile, head: int, offset: int | Array) -> tuple[jax.Array, jax.Array]:
-        """The tile's raw scores and the gradients of its weights: all that needs no exponential."""
-        k, v = tile_of(k_ref, tile, offset), tile_of(v_ref, tile, offset)
-        return dot(k, queries[head], NT), dot(v, d_outs[head], NT)
+        def prepare(tile: Tile, head: int, offset: int | Array) -> tuple[jax.Array, jax.Array]:
+            """Raw scores and the gradients of weights: all that needs no exponential."""
+            k, v = tile_of(k_ref, tile, offset), tile_of(v_ref, tile, offset)
+            return dot(k, queries[head], NT), dot(v, d_outs[head], NT)
 
-    def add(
-        tile: Tile, head: int, offset: int | Array, prepared: tuple[jax.Array, jax.Array]
-    ) -> None:
-        raw, d_weights = prepared
-        s = raw * on_text(problem, tile, gamma_row * problem.scale, problem.scale)
-        if tile.stop > problem.keys:
-            s = jnp.where(row_numbers(tile) < problem.keys, s, MASKED)
-        weights = jnp.exp2((s - high[head]) - log_total[head])
-        d_scores = weights * (d_weights - delta[head])
-        if tile.start < problem.text_len:
-            if wants_gamma:
-                of_text = d_scores * raw * on_text(problem, tile, 1.0, 0.0)
-                d_gamma[head] += of_text.sum(0, keepdims=True)
-            d_scores = d_scores * on_text(problem, tile, gamma_row, 1.0)
-        weights, d_scores = weights.astype(v_ref.dtype), d_scores.astype(k_ref.dtype)
-        window, rows = tile.window(offset), problem.head_rows(head)
-        if turned is not None:
-            dv_sum[rows, window] += dot(turned[1][rows], weights, NT)
-            dk_sum[rows, window] += dot(turned[0][rows], d_scores, NT)
-        else:
-            dv_sum[window] += dot(weights, d_outs[head], NN)
-            dk_sum[window] += dot(d_scores, queries[head], NN)
-        k = tile_of(k_ref, tile, offset)
-        if problem.group == 1:
-            dq_sum[rows] += dot(k, d_scores, TN)
-        else:
-            dq_sum[rows] += dot(k.T[rows], d_scores, NN)
+        def add(
+            tile: Tile, head: int, offset: int | Array, prepared: tuple[jax.Array, jax.Array]
+        ) -> None:
+            raw, d_weights = prepared
+            s = raw * on_text(problem, tile, gamma_row * problem.scale, problem.scale)
+            if tile.stop > problem.keys:
+                s = jnp.where(row_numbers(tile) < problem.keys, s, MASKED)
+            weights = jnp.exp2((s - high[head]) - log_total[head])
+            d_scores = weights * (d_weights - delta[head])
+            if tile.start < problem.text_len:
+                if wants_gamma:
+                    of_text = d_scores * raw * on_text(problem, tile, 1.0, 0.0)
+                    d_gamma[head] += of_text.sum(0, keepdims=True)
+                d_scores = d_scores * on_text(problem, tile, gamma_row, 1.0)
+            weights, d_scores = weights.astype(v_ref.dtype), d_scores.astype(k_ref.dtype)
+            window, rows = tile.window(offset), problem.head_rows(head)
+            if turned is not None:
+                dv_sum[rows, window] += dot(turned[1][rows], weights, NT)
+                dk_sum[rows, window] += dot(turned[0][rows], d_scores, NT)
+            else:
+                dv_sum[window] += dot(weights, d_outs[head], NN)
+                dk_sum[window] += dot(d_scores, queries[head], NN)
+            k = tile_of(k_ref, tile, offset)
+            if problem.group == 1:
+                dq_sum[rows, block] += dot(k, d_scores, TN)
+            else:
+                dq_sum[rows, block] += dot(k.T[rows], d_scores, NN)
 
-    run_schedule(problem, prepare, add)
+        run_schedule(problem, prepare, add)
 
-    dq_ref[0] = (dq_sum[...] * softmax_scale).T.astype(dq_ref.dtype)
-    if wants_gamma:
-        for head in heads:
-            results[3][0, head] = jnp.where(is_image, d_gamma[head] * softmax_scale, 0)
+        dq_ref[0, block] = (dq_sum[:, block] * softmax_scale).T.astype(dq_ref.dtype)
+        if wants_gamma:
+            for head in heads:
+                results[3][0, head, :, block] = jnp.where(
+                    is_image, d_gamma[head] * softmax_scale, 0
+                )
 
-    @pl.when(block == problem.query_blocks - 1)
+    for block in problem.step_blocks:
+        add_block(block)
+
+    @pl.when(step == problem.steps - 1)
     def _() -> None:
         for ref, total, scale in ((dk_ref, dk_sum, softmax_scale), (dv_ref, dv_sum, 1.0)):
             x = total[...] * scale

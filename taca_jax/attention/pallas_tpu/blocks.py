@@ -42,15 +42,19 @@ _KINDS = {
 _OTHER = Chip("another TPU", 12 * 2**20)
 """Sizes that any generation has room for: v4 has 16 MiB."""
 
-_SMALL_MATRIX_UNIT = BlockSizes(Blocks(768, 128, unroll=36), Blocks(384, 256))
+_SMALL_MATRIX_UNIT = BlockSizes(
+    Blocks(768, 128, per_step=2, unroll=36), Blocks(384, 256, per_step=2)
+)
 """128 x 128: v5e and v5p, and what is not known."""
 
-_LARGE_MATRIX_UNIT = BlockSizes(Blocks(768, 256), Blocks(256, 256, prefetch=2, transposed=True))
+_LARGE_MATRIX_UNIT = BlockSizes(
+    Blocks(768, 256, per_step=2), Blocks(256, 256, per_step=3, prefetch=2, transposed=True)
+)
 """256 x 256: v6e."""
 
 _SMALL_MATRIX_UNIT_PAIRED = BlockSizes(Blocks(512, 256), Blocks(256, 256))
 _LARGE_MATRIX_UNIT_PAIRED = BlockSizes(
-    Blocks(768, 256), Blocks(256, 256, prefetch=2, transposed=True)
+    Blocks(768, 256, per_step=2), Blocks(256, 256, per_step=2, prefetch=2, transposed=True)
 )
 """Heads of less than 128 share a column of lanes: the code for a tile is twice as long."""
 

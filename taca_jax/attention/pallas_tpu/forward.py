@@ -65,7 +65,7 @@ def forward(
     """
     batch, _, width = q.shape
     columns = width // problem.column
-    rows = problem.query_block
+    rows = problem.step_queries
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     query_spec = pl.BlockSpec((1, rows, problem.column), lambda b, c, i: (b, i, c))
     key_spec = pl.BlockSpec((1, problem.padded_keys, problem.column), lambda b, c, i: (b, 0, c))
@@ -74,7 +74,7 @@ def forward(
     outputs = _OUTPUTS[sums]
     return pl.pallas_call(
         partial(_kernel, problem=problem),
-        grid=(batch, columns, problem.query_blocks),
+        grid=(batch, columns, problem.steps),
         in_specs=[smem, smem, query_spec, key_spec, key_spec],
         out_specs=[query_spec, *[sums_spec] * (outputs - 1)],
         out_shape=[
@@ -89,6 +89,18 @@ def forward(
         name="taca_attention_forward",
         interpret=interpret,
     )(first_query, gamma, q, k, v)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of queries. rows: where in the grid step. queries: for each head of the column.
+    text_row: what each query's products with text keys are multiplied by. accumulator: its columns
+    of the reference that sums weights times values, `[column, q]`."""
+
+    rows: slice
+    queries: list[Float[Array, "q w"]]
+    text_row: Float[Array, "1 q"]
+    accumulator: Any
 
 
 @dataclass
@@ -114,56 +126,57 @@ def _kernel(
     problem: Problem,
 ) -> None:
     out_ref, *sums_refs, accumulator = refs
-    block = pl.program_id(2)
-    q = q_ref[0]
-    if problem.ragged_queries:
-        q = existing_rows(q, block * problem.query_block, problem.queries)
-    queries = [only_head(q, problem, head) for head in range(problem.group)]
-    is_image = first_query_ref[0] + query_positions(problem, block) >= problem.text_len
     gamma = gamma_ref[pl.program_id(0)]
-    text_row = jnp.where(is_image, gamma * problem.scale, problem.scale)
 
-    def finish(softmaxes: list[_Softmax]) -> None:
+    def block_of(rows: slice) -> _Block:
+        first = pl.program_id(2) * problem.step_queries + rows.start
+        q = q_ref[0, rows]
+        if problem.ragged_queries:
+            q = existing_rows(q, first, problem.queries)
+        is_image = first_query_ref[0] + query_positions(problem, first) >= problem.text_len
+        return _Block(
+            rows=rows,
+            queries=[only_head(q, problem, head) for head in range(problem.group)],
+            text_row=jnp.where(is_image, gamma * problem.scale, problem.scale),
+            accumulator=accumulator.at[:, rows],
+        )
+
+    def finish(block: _Block, softmaxes: list[_Softmax]) -> None:
         """Divides, turns the queries back into rows, and writes the block."""
         parts = []
         for head, softmax in enumerate(softmaxes):
             total = softmax.total.sum(0, keepdims=True)
-            parts.append(accumulator[problem.head_rows(head)] * (1 / total))
+            parts.append(block.accumulator[problem.head_rows(head)] * (1 / total))
             text = softmax.text.sum(0, keepdims=True)
             sums = (softmax.high, jnp.log2(total), jnp.log2(text))
             for ref, value in zip(sums_refs, sums, strict=False):
-                ref[0, head] = value
+                ref[0, head, :, block.rows] = value
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        out_ref[0] = out.T.astype(out_ref.dtype)
+        out_ref[0, block.rows] = out.T.astype(out_ref.dtype)
 
-    softmaxes = _from_first_tile(queries, k_ref, v_ref, text_row, accumulator, problem)
-    finish(softmaxes)
-    highest = jnp.max(jnp.concatenate([softmax.total for softmax in softmaxes]))
+    blocks = [block_of(rows) for rows in problem.step_blocks]
+    totals = []
+    for block in blocks:
+        softmaxes = _from_first_tile(block, k_ref, v_ref, problem)
+        finish(block, softmaxes)
+        totals += [softmax.total for softmax in softmaxes]
 
-    @pl.when(highest > OVERFLOW)
+    @pl.when(jnp.max(jnp.concatenate(totals)) > OVERFLOW)
     def _() -> None:
-        finish(
-            [
-                _online(head, query, k_ref, v_ref, text_row, accumulator, problem)
-                for head, query in enumerate(queries)
-            ]
-        )
+        for block in blocks:
+            finish(
+                block,
+                [_online(block, head, k_ref, v_ref, problem) for head in range(problem.group)],
+            )
 
 
-def _from_first_tile(
-    queries: list[Float[Array, "q w"]],
-    k_ref: Any,
-    v_ref: Any,
-    text_row: Float[Array, "1 q"],
-    accumulator: Any,
-    problem: Problem,
-) -> list[_Softmax]:
+def _from_first_tile(block: _Block, k_ref: Any, v_ref: Any, problem: Problem) -> list[_Softmax]:
     """Accumulates exp2(score - the first tile's maximum) times values, without rescaling."""
     softmaxes: list[_Softmax] = []
 
     def scores(tile: Tile, head: int, offset: int | Array) -> Float[Array, "k q"]:
-        s = dot(k_ref[0, tile.window(offset), :], queries[head], NT)
-        s = s * on_text(problem, tile, text_row, problem.scale)
+        s = dot(k_ref[0, tile.window(offset), :], block.queries[head], NT)
+        s = s * on_text(problem, tile, block.text_row, problem.scale)
         if tile.stop > problem.keys:
             s = jnp.where(row_numbers(tile) < problem.keys, s, MASKED)
         return s
@@ -181,11 +194,11 @@ def _from_first_tile(
         else:
             out = dot(v.T[rows], p.astype(v.dtype), NN)
         if first:
-            accumulator[rows] = out
+            block.accumulator[rows] = out
             nothing = jnp.zeros((SUBLANES, p.shape[1]), jnp.float32)
             softmaxes.append(_Softmax(high, nothing, nothing))
         else:
-            accumulator[rows] += out
+            block.accumulator[rows] += out
         softmax = softmaxes[head]
         if tile.start < problem.text_len <= tile.stop:  # the last tile with text
             of_text = p
@@ -203,18 +216,11 @@ def _from_first_tile(
     return softmaxes
 
 
-def _online(
-    head: int,
-    query: Float[Array, "q w"],
-    k_ref: Any,
-    v_ref: Any,
-    text_row: Float[Array, "1 q"],
-    accumulator: Any,
-    problem: Problem,
-) -> _Softmax:
+def _online(block: _Block, head: int, k_ref: Any, v_ref: Any, problem: Problem) -> _Softmax:
     """The same for one head with a running maximum: slower, and right for any finite logits."""
     size = min(problem.blocks.keys, problem.padded_keys)
     rows = problem.head_rows(head)
+    query, text_row, accumulator = block.queries[head], block.text_row, block.accumulator
     accumulator[rows] = jnp.zeros_like(accumulator[rows])
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

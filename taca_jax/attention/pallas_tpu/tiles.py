@@ -37,8 +37,10 @@ TN = (((0,), (0,)), ((), ()))
 class Blocks:
     """Sizes that decide speed and nothing else.
 
-    queries: of a grid step, a multiple of 128. keys: of a tile, a multiple of 16. prefetch: tiles
-    whose scores are computed ahead of their use. unroll: tiles of straight code; with more, it
+    queries: of a block, a multiple of 128. keys: of a tile, a multiple of 16. per_step: blocks of
+    queries in a grid step, one after the other in straight code, so that a step's bookkeeping is
+    paid once and each block's last tiles overlap with the next one's first. prefetch: tiles whose
+    scores are computed ahead of their use. unroll: tiles of straight code a block; with more, it
     loops over that many at a time. transposed: whether the backward pass accumulates the gradients
     of keys and values as [head_dim, keys], which fills a wide matrix unit; the forward pass ignores
     it.
@@ -48,6 +50,7 @@ class Blocks:
 
     queries: int
     keys: int
+    per_step: int = 1
     prefetch: int = 1
     unroll: int = 24
     transposed: bool = False
@@ -56,6 +59,7 @@ class Blocks:
         for name, size, multiple in (
             ("queries", self.queries, LANES),
             ("keys", self.keys, KEY_ALIGNMENT),
+            ("per_step", self.per_step, 1),
             ("prefetch", self.prefetch, 1),
             ("unroll", self.unroll, 1),
         ):
@@ -119,13 +123,25 @@ class Problem:
         return min(self.blocks.queries, round_up(self.queries, LANES))
 
     @property
-    def query_blocks(self) -> int:
-        return -(-self.queries // self.query_block)
+    def step_blocks(self) -> list[slice]:
+        """The rows of each block of a grid step: as many as leave no step with a block too many."""
+        size = self.query_block
+        blocks = -(-self.queries // size)
+        count = max(n for n in range(1, self.blocks.per_step + 1) if blocks % n == 0)
+        return [slice(n * size, (n + 1) * size) for n in range(count)]
+
+    @property
+    def step_queries(self) -> int:
+        return self.step_blocks[-1].stop
+
+    @property
+    def steps(self) -> int:
+        return -(-self.queries // self.step_queries)
 
     @property
     def ragged_queries(self) -> bool:
-        """Whether the last block reaches beyond the last query."""
-        return self.queries % self.query_block != 0
+        """Whether the last step reaches beyond the last query."""
+        return self.queries % self.step_queries != 0
 
     @property
     def scale(self) -> float:
@@ -166,10 +182,9 @@ def dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def query_positions(problem: Problem, block: Array) -> Int[Array, "1 q"]:
-    """The index of each query of a block, along lanes."""
-    size = problem.query_block
-    return block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+def query_positions(problem: Problem, first: int | Array) -> Int[Array, "1 q"]:
+    """The index of each query of the block that begins at query `first`, along lanes."""
+    return first + jax.lax.broadcasted_iota(jnp.int32, (1, problem.query_block), 1)
 
 
 def row_numbers(tile: Tile) -> Int[Array, "k 1"]:

@@ -1,0 +1,136 @@
+"""Our model folders back to the layouts that others read: `python -m convert export`."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from convert.models import PIPELINE_FILE
+from convert.stored import open_stored
+from convert.writing import check_free, progress
+from taca_jax.atomic import whole_folder
+from taca_jax.checkpoint import CONFIG, kind_of, load_config
+from taca_jax.errors import UserError
+from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
+from taca_jax.formats import vae as vae_format
+from taca_jax.formats.engine import exported
+from taca_jax.formats.original_pipelines import PIPELINE_PARTS
+from taca_jax.formats.table import Table
+from taca_jax.tensor_files import LazyTensor, write_streamed
+
+Layout = Literal["diffusers", "original"]
+
+NAME = "diffusion_pytorch_model"
+"""Of the weights in a folder of diffusers."""
+METADATA = {"format": "pt"}
+"""Without it diffusers refuses a file."""
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How others store a kind of model: diffusers' settings and names, and the original's."""
+
+    settings_of: Callable[[Any], Mapping[str, Any]]
+    diffusers: Callable[[Any], Table]
+    original: Callable[[Any], Table]
+    prefix: str = ""
+
+
+FORMATS = {
+    "flux": _Format(
+        flux_diffusers.settings_of, lambda _: flux_diffusers.TABLE, lambda _: flux_bfl.TABLE
+    ),
+    "sd3": _Format(
+        sd3_diffusers.settings_of, sd3_diffusers.table_of, sd3_native.table_of, sd3_native.PREFIX
+    ),
+    "vae": _Format(vae_format.settings_of, lambda _: vae_format.TABLE, vae_bfl.table_of),
+}
+
+
+def export(src: Path, dst: Path, to: Layout, dtype: str | None, shard_bytes: int) -> list[str]:
+    """Writes a model folder in another layout, of a pipeline folder all that have one there.
+
+    A diffusers folder, its weights in shards of about so many bytes, or one file in the original's
+    names. Returns lines that say what was made; raises UserError, with nothing at `dst`, for
+    models that others do not read, and for a `dst` that holds something.
+    """
+    check_free(dst)
+    if not (src / PIPELINE_FILE).is_file():
+        return [_export(src, dst, dst, to, dtype, shard_bytes)]
+    if to == "original":
+        raise UserError(f"{src} has several models; give one of its folders for one file of it")
+    theirs = {made: name for name, made, _ in PIPELINE_PARTS}
+    lines, left_out = [], []
+    with whole_folder(dst) as folder:
+        for part in sorted(each for each in src.iterdir() if each.is_dir()):
+            if part.name in theirs and kind_of(load_config(part)) in FORMATS:
+                name = theirs[part.name]
+                lines.append(_export(part, folder / name, dst / name, to, dtype, shard_bytes))
+            else:
+                left_out.append(part.name)
+        if not lines:
+            raise UserError(f"{src} holds no model that diffusers reads: {', '.join(left_out)}")
+    return [*lines, *([f"left out: {', '.join(left_out)}"] if left_out else [])]
+
+
+def _export(
+    src: Path, made: Path, shown: Path, to: Layout, dtype: str | None, shard_bytes: int
+) -> str:
+    config = load_config(src)
+    kind = kind_of(config)
+    if kind not in FORMATS:
+        raise UserError(f"{src} is a {kind}; export writes {', '.join(FORMATS)}")
+    form = FORMATS[kind]
+    table = form.diffusers(config) if to == "diffusers" else form.original(config)
+    settings = form.settings_of(config) if to == "diffusers" else {}
+    tensors = exported(table, open_stored(src), dtype)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with progress(shown.name, size) as advance:
+        counted = {key: _counted(tensor, advance) for key, tensor in tensors.items()}
+        if to == "original":
+            write_streamed(made, {form.prefix + key: t for key, t in counted.items()}, METADATA)
+        else:
+            with whole_folder(made) as folder:
+                _write_shards(folder, counted, shard_bytes)
+                (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    stored = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+    return f"{shown}: {table.name}, {len(tensors)} tensors, {size / 1e6:,.1f} MB of {stored}"
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int) -> None:
+    """One file, or several with an index, as transformers and diffusers name them."""
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        return write_streamed(folder / f"{NAME}.safetensors", shards[0], METADATA)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{NAME}-{number:05}-of-{len(shards):05}.safetensors"
+        write_streamed(folder / file, shard, METADATA)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return None
+
+
+def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> Iterator[dict[str, LazyTensor]]:
+    """The tensors in order, as many together as fit, at least one."""
+    shard: dict[str, LazyTensor] = {}
+    size = 0
+    for key, tensor in tensors.items():
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _counted(tensor: LazyTensor, advance: Callable[[int], None]) -> LazyTensor:
+    def make():
+        array = tensor.make()
+        advance(array.nbytes)
+        return array
+
+    return replace(tensor, make=make)

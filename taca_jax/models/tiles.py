@@ -1,0 +1,154 @@
+"""Large pictures through an autoencoder in overlapping squares.
+
+What an autoencoder takes of memory grows with the picture: at 2048 px a single activation of the
+full one is 2 GiB. All squares have one shape, so that one compiled program serves them all, and
+pictures of any size after them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from taca_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How large pictures are decoded; sizes are in pixels.
+
+    Each square sees nothing of its neighbours: its group norms and its attention are over itself,
+    and its rim is computed as if the picture ended there. So squares should be no smaller than what
+    the model was trained on, and neighbours are blended in the middle half of their overlap alone,
+    away from both rims.
+
+    above: pictures of more than above x above pixels are decoded in squares, others at once.
+    size: of a square's side.
+    overlap: of neighbouring squares, at least; at most half of size.
+
+    Raises UserError for sizes that do not fit together.
+    """
+
+    above: int = 1536
+    size: int = 1024
+    overlap: int = 256
+
+    def __post_init__(self):
+        if self.above < 0:
+            raise UserError(f"tiling.above is {self.above}; it must be 0 (always tiles) or more")
+        if not 0 <= self.overlap <= self.size // 2:
+            raise UserError(
+                f"tiling.overlap is {self.overlap}; it must be 0 to {self.size // 2}, half of "
+                f"tiling.size={self.size}"
+            )
+
+    def is_for(self, height: int, width: int) -> bool:
+        """Whether a picture of this size is decoded in squares."""
+        return height * width > self.above**2 and max(height, width) > self.size
+
+    def in_latents(self, downscale: int) -> tuple[int, int]:
+        """Size and overlap in latent positions. Raises UserError where they are no whole ones."""
+        if not self.size or self.size % downscale or self.overlap % downscale:
+            raise UserError(
+                f"tiling.size is {self.size} and tiling.overlap {self.overlap}; this autoencoder "
+                f"takes multiples of {downscale} pixels"
+            )
+        return self.size // downscale, self.overlap // downscale
+
+
+TILING = Tiling()
+"""What pipelines do unless they are told otherwise."""
+
+
+def decode_in_tiles(
+    decode: Callable[[Float[Array, "1 h w z"]], Float[ArrayLike, "1 H W c"]],
+    latents: Float[Array, "b h w z"],
+    tiling: Tiling,
+    downscale: int,
+) -> Float[np.ndarray, "b H W c"]:
+    """Pictures of latents, float32, in this process's memory.
+
+    `decode` is called with a square of one sample at a time, and should be compiled. Raises
+    UserError as `Tiling.in_latents` does.
+    """
+    size, overlap = tiling.in_latents(downscale)
+    return _in_tiles(decode, latents, size, overlap, into=1, out_of=downscale)
+
+
+def encode_in_tiles(
+    encode: Callable[[Float[Array, "1 H W c"]], Float[ArrayLike, "1 h w z"]],
+    images: Float[Array, "b H W c"],
+    tiling: Tiling,
+    downscale: int,
+) -> Float[np.ndarray, "b h w z"]:
+    """Latents of pictures whose sides are multiples of `downscale`; else as `decode_in_tiles`."""
+    size, overlap = tiling.in_latents(downscale)
+    return _in_tiles(encode, images, size, overlap, into=downscale, out_of=1)
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """One axis in overlapping pieces of one size: `weights` are those of each piece's positions."""
+
+    starts: list[int]
+    size: int
+    weights: Float[np.ndarray, "pieces positions"]
+
+
+def _in_tiles(
+    run: Callable[[jax.Array], ArrayLike],
+    x: Float[Array, "b h w i"],
+    size: int,
+    overlap: int,
+    *,
+    into: int,
+    out_of: int,
+) -> Float[np.ndarray, "b H W o"]:
+    """`run` on squares of `size`, which are into * size wide going in and out_of * size coming."""
+    height, width = (side // into for side in x.shape[1:3])
+    rows, columns = (_cut(side, size, overlap, out_of) for side in (height, width))
+    made: list[np.ndarray] = []
+    for sample in range(x.shape[0]):
+        whole = None
+        for row, row_weights in zip(rows.starts, rows.weights, strict=True):
+            for column, column_weights in zip(columns.starts, columns.weights, strict=True):
+                square = jax.lax.dynamic_slice(
+                    x,
+                    (sample, row * into, column * into, 0),
+                    (1, rows.size * into, columns.size * into, x.shape[3]),
+                )
+                piece = np.asarray(run(square), np.float32)[0]
+                if whole is None:
+                    whole = np.zeros((height * out_of, width * out_of, piece.shape[2]), np.float32)
+                top, left = row * out_of, column * out_of
+                whole[top : top + len(row_weights), left : left + len(column_weights)] += (
+                    row_weights[:, None, None] * column_weights[None, :, None] * piece
+                )
+        assert whole is not None  # every axis has a piece
+        made.append(whole)
+    return np.stack(made)
+
+
+def _cut(length: int, size: int, overlap: int, scale: int) -> _Cuts:
+    """An axis in evenly spread pieces; their weights, on an axis `scale` as fine, sum to 1."""
+    if length <= size:
+        return _Cuts([0], length, np.ones((1, length * scale), np.float32))
+    count = -(-(length - overlap) // (size - overlap))
+    starts = [round(i * (length - size) / (count - 1)) for i in range(count)]
+    weights = np.ones((count, size * scale), np.float32)
+    for i in range(count - 1):
+        shared = (starts[i] + size - starts[i + 1]) * scale
+        if shared:
+            rising = _rise(shared)
+            weights[i + 1, :shared] *= rising
+            weights[i, -shared:] *= rising[::-1]
+    return _Cuts(starts, size, weights)
+
+
+def _rise(length: int) -> Float[np.ndarray, " length"]:
+    """From 0 to 1, smoothly within the middle half; read backwards it is what is missing to 1."""
+    place = (np.arange(length) + 0.5) / length
+    t = np.clip(2 * place - 0.5, 0, 1)
+    return (t * t * (3 - 2 * t)).astype(np.float32)

@@ -1,0 +1,167 @@
+"""Pipelines of weights that nobody has converted are those of their conversion, bit for bit."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.cli import main
+from taca_jax.checkpoint import flat_params, load_model
+from taca_jax.errors import UserError
+from taca_jax.formats import engine, sd3_native, vae_bfl
+from taca_jax.formats import t5 as t5_format
+from taca_jax.models.sd3 import SD3Config
+from taca_jax.models.t5 import T5Config
+from taca_jax.models.vae import SD3_VAE, VAEConfig
+from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.pipelines.loading import load_pipeline
+from taca_jax.pipelines.sd3 import SD3Pipeline
+from taca_jax.pipelines.text_folders import encoder_parts
+from taca_jax.sharding import MeshConfig, make_mesh
+from taca_jax.tensor_files import open_tensors, write_tensors
+from tests.random_models import random_model
+from tests.shared import shared_path
+
+
+def assert_same_model(ours, theirs) -> None:
+    assert ours.config == theirs.config
+    expected = flat_params(theirs)
+    assert flat_params(ours).keys() == expected.keys()
+    for path, param in flat_params(ours).items():
+        assert param.dtype == expected[path].dtype, path
+        np.testing.assert_array_equal(param.get_value(), expected[path].get_value(), err_msg=path)
+
+
+def models_of(pipeline: Pipeline) -> dict:
+    parts = {"transformer": pipeline.transformer, "autoencoder": pipeline.autoencoder}
+    found = parts | encoder_parts(pipeline.text_encoder)
+    return {name: model for name, model in found.items() if model is not None}
+
+
+def assert_same_pipeline(ours: Pipeline, theirs: Pipeline) -> None:
+    assert type(ours) is type(theirs)
+    assert ours.settings == theirs.settings
+    models, expected = models_of(ours), models_of(theirs)
+    assert models.keys() == expected.keys()
+    for name, model in models.items():
+        assert_same_model(model, expected[name])
+
+
+def drawn(pipeline: Pipeline) -> np.ndarray:
+    config = pipeline.transformer.config
+    keys = jax.random.split(jax.random.key(0), 3)
+    return pipeline(
+        prompt_embeds=jax.random.normal(keys[0], (1, 4, config.txt_dim)),
+        pooled_prompt_embeds=jax.random.normal(keys[1], (1, config.pooled_dim)),
+        latents=jax.random.normal(keys[2], (1, 8, 8, config.latent_channels)),
+        steps=2,
+        output="array",
+    ).images
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def test_a_diffusers_folder_of_flux(tmp_path, dtype):
+    src = shared_path("golden/flux")
+    main(["flux", "--src", str(src), "--dst", str(tmp_path / "converted")])
+    original = FluxPipeline.from_pretrained(src, dtype)
+    converted = FluxPipeline.from_pretrained(tmp_path / "converted", dtype)
+    assert_same_pipeline(original, converted)
+    eighth = FluxPipeline.from_pretrained(src, dtype, quantize="int8")
+    folder = tmp_path / "converted"
+    assert_same_pipeline(eighth, FluxPipeline.from_pretrained(folder, dtype, quantize="int8"))
+    if dtype == "float32":
+        assert np.array_equal(drawn(original), drawn(converted))
+
+
+@pytest.mark.slow
+def test_a_diffusers_folder_of_stable_diffusion_3(tmp_path):
+    src = shared_path("golden/sd3")
+    main(["sd3", "--src", str(src), "--dst", str(tmp_path / "converted")])
+    original, converted = (load_pipeline(path, "float32") for path in (src, tmp_path / "converted"))
+    assert isinstance(original, SD3Pipeline)
+    assert_same_pipeline(original, converted)
+
+
+def test_black_forest_labs_file_and_the_autoencoder_beside_it(tmp_path, caplog):
+    src = shared_path("golden/flux_bfl/flux1-dev.safetensors")
+    original = load_pipeline(src, "bfloat16", mesh=make_mesh(MeshConfig()))
+    assert f"what is not within is taken from beside it: {src.parent}/ae.safe" in caplog.text
+    for name, file in (("transformer", src), ("autoencoder", src.with_name("ae.safetensors"))):
+        main(["flux", "--src", str(file), "--dst", str(tmp_path / name)])
+        converted = load_model(tmp_path / name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        assert_same_model(models_of(original)[name], converted)
+    assert (original.settings.steps, original.settings.text_length) == (28, 512)
+    with pytest.raises(UserError, match="is an autoencoder alone; give the transformer's file"):
+        load_pipeline(src.with_name("ae.safetensors"))
+    with pytest.raises(UserError, match="is of kind flux; SD3Pipeline reads sd3"):
+        SD3Pipeline.from_pretrained(src)
+
+
+SD3 = SD3Config(
+    patch_size=2,
+    latent_channels=4,
+    num_heads=2,
+    head_dim=8,
+    num_layers=3,
+    num_dual_layers=1,
+    qk_norm="rms",
+    position_size=8,
+    mlp_ratio=4.0,
+    txt_dim=12,
+    pooled_dim=10,
+)
+VAE = VAEConfig(
+    channels=(32, 32),
+    layers_per_block=1,
+    latent_channels=4,
+    groups=32,
+    scaling_factor=SD3_VAE.scaling_factor,
+    shift_factor=SD3_VAE.shift_factor,
+)
+T5 = T5Config(20, 12, 16, 2, 4, 2, relative_buckets=32, relative_max_distance=128)
+
+
+@pytest.mark.slow
+def test_stability_ais_file_with_all_that_is_in_it(tmp_path):
+    parts = {
+        sd3_native.PREFIX: (sd3_native.table_of(SD3), SD3),
+        "first_stage_model.": (vae_bfl.table_of(VAE), VAE),
+        "text_encoders.t5xxl.transformer.": (t5_format.TABLE, T5),
+    }
+    tensors = {}
+    for prefix, (table, config) in parts.items():
+        exported = engine.export(table, random_model(config, param_dtype=jnp.float16))
+        tensors |= {prefix + name: array for name, array in exported.items()}
+    src = tmp_path / "sd3.safetensors"
+    write_tensors(src, tensors)
+    main(["sd3", "--src", str(src), "--dst", str(tmp_path / "converted")])
+    original = SD3Pipeline.from_pretrained(src, "bfloat16")
+    assert_same_pipeline(original, load_pipeline(tmp_path / "converted", "bfloat16"))
+    assert original.autoencoder is not None
+    assert original.text_encoder is None  # a T5 without its CLIPs reads no prompt
+
+
+def test_stability_ais_own_file():
+    src = shared_path("golden/sd35_native/sd3.5_medium.safetensors")
+    pipeline = load_pipeline(src, "float32")
+    assert pipeline.autoencoder is None
+    tensors = open_tensors(src)
+    table = sd3_native.table_of(pipeline.transformer.config)
+    for name, array in engine.export(table, pipeline.transformer).items():
+        np.testing.assert_array_equal(array, tensors.read(sd3_native.PREFIX + name), err_msg=name)
+
+
+def test_what_is_damaged_or_of_nothing_known_is_said(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(1, np.float32)})
+    with pytest.raises(UserError, match="is no FLUX in Black Forest Labs' names: it has a;"):
+        load_pipeline(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="nor is it an original, which is a diffusers folder with"):
+        load_pipeline(tmp_path)
+    shutil.copytree(shared_path("golden/flux"), tmp_path / "flux")
+    shutil.rmtree(tmp_path / "flux" / "scheduler")
+    (tmp_path / "flux" / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match="vae"):
+        load_pipeline(tmp_path / "flux")
