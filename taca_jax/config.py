@@ -310,11 +310,12 @@ class TrainConfig:
         warmup = self.optimizer.warmup_steps
         below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
         _check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
-        source = self.data.source
-        if self.evaluate is not None and source.partition(":")[2].partition("/")[0] != "shapes":
-            raise UserError(
-                f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
-            )
+        for source in self.data.source:
+            shapes = source.partition(":")[2].partition("/")[0] == "shapes"
+            if self.evaluate is not None and not shapes:
+                raise UserError(
+                    f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
+                )
         if self.taca is not None:
             threshold = self.taca.threshold
             _check(threshold < 1000, "taca.threshold", threshold, "below 1000, to train above it")
