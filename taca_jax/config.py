@@ -310,11 +310,12 @@ class TrainConfig:
         warmup = self.optimizer.warmup_steps
         below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
         _check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
-        source = self.data.source
-        if self.evaluate is not None and source.partition(":")[2].partition("/")[0] != "shapes":
-            raise UserError(
-                f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
-            )
+        for source in self.data.source:
+            shapes = source.partition(":")[2].partition("/")[0] == "shapes"
+            if self.evaluate is not None and not shapes:
+                raise UserError(
+                    f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
+                )
         if self.taca is not None:
             threshold = self.taca.threshold
             _check(threshold < 1000, "taca.threshold", threshold, "below 1000, to train above it")
@@ -340,6 +341,17 @@ class TrainConfig:
                 f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, of "
                 "which lora trains none; set optimizer.kind=adamw, or lora=none"
             )
+        if self.data.encode == "cache":
+            if self.lora is None:
+                raise UserError(
+                    "data.encode=cache encodes captions once, and without a lora the text encoder "
+                    "trains with the model; set lora.*, or data.encode=online"
+                )
+            if self.sample_every:
+                raise UserError(
+                    f"sample_every is {self.sample_every}, and data.encode=cache trains without "
+                    "what samples are drawn with; set sample_every=0, or data.encode=online"
+                )
         for name, to in {"quantize": self.quantize, "quantize_text": self.quantize_text}.items():
             if self.lora is None and to != "none":
                 raise UserError(
@@ -355,6 +367,11 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """Where the run writes."""
         return Path(self.out_dir or Path("runs") / self.name)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where encoded examples are."""
+        return Path(self.data.cache or self.run_dir / "cache")
 
 
 @dataclass(frozen=True)

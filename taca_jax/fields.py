@@ -169,7 +169,9 @@ def tokens_of(type_: Any, text: str, said: str) -> list[str]:
             return [_as_text(item) for item in json.loads(text)]
         except json.JSONDecodeError:
             raise UserError(f"{said}: expected {describe(type_)}, or a JSON list") from None
-    return [item.strip() for item in text.strip("()").split(",") if item.strip()]
+    if text.startswith("(") and text.endswith(")"):  # and not `folder:pictures (2)`
+        text = text[1:-1]
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def value_of(type_: Any, tokens: list[str], said: str) -> Any:

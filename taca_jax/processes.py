@@ -126,6 +126,13 @@ def do_not_wait_at_exit() -> None:
         atexit.register(leave)
 
 
+def most_of_all(number: int) -> int:
+    """The largest of the numbers that the processes have."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
+
+
 def names_of_all(names: Sequence[str]) -> list[str]:
     """The names that each process has, process after process."""
     if jax.process_count() == 1:

@@ -1,10 +1,13 @@
 """Where pictures and captions come from, as a configuration."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from taca_jax.errors import UserError
 
-_FORMS = "tfds:shapes, generated:shapes or folder:PATH"
+KINDS = ("tfds", "generated", "folder", "webdataset", "img2dataset")
+_FORMS = "tfds:shapes, generated:shapes, folder:PATH, webdataset:PATTERN or img2dataset:PATH"
 
 
 @dataclass(frozen=True)
@@ -12,35 +15,75 @@ class DataConfig:
     """Where pictures and captions come from.
 
     source: `tfds:shapes/small` (or `large`, `tiny`; the training split, built on first use),
-      `generated:shapes/SIZE` (the same drawn on the fly; a million without a SIZE), or
-      `folder:PATH` of pictures with `captions.jsonl` or a .txt beside each.
+      `generated:shapes/SIZE` (the same drawn on the fly; a million without a SIZE), `folder:PATH`
+      of pictures with `captions.jsonl` or a .txt or .json beside each, `webdataset:PATTERN` of tars
+      (`path/{00000..00099}.tar`) or `img2dataset:PATH`, that program's output. Several in a comma
+      list (a JSON list where names hold commas) are mixed.
     batch_size: samples per forward pass, over all devices.
-    resolution: pixels per side of the square that each picture is resized and cropped to; shapes
-      have 40.
+    resolution: pixels per side of the square that each picture is resized and cropped to, or that
+      buckets have the area of; shapes have 40.
+    weights: how often each of several sources is drawn from, in proportion; none draws every
+      picture equally often.
+    aspect: `square` crops each picture to a square, `buckets` to that of some rectangles whose
+      aspect is nearest to its own; a batch is of one of them, and the step is compiled for each.
+    max_aspect: the longer over the shorter side of the longest bucket.
+    min_side: pictures with a shorter side of fewer pixels are left out.
     caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
+    encode: `online` encodes pictures and captions in every step; `cache` does so once, before
+      training, which then has no text encoder and no autoencoder in memory.
+    cache: the folder of encoded examples, which a later run may use again; none is the run's own.
+    latents: `mean` trains on the middle of what the autoencoder makes of a picture, `sample` on
+      random latents of its distribution, new in every step.
     max_bad_share: training stops when more than this share of the pictures is missing, corrupt or
       without a caption; the others are counted, named in the log and skipped.
-    seed: decides the order and the dropped captions.
+    seed: decides the order, the dropped captions, and which of several captions is read.
     """
 
-    source: str = "tfds:shapes"
+    source: tuple[str, ...] = ("tfds:shapes",)
     batch_size: int = 64
     resolution: int = 40
+    weights: tuple[float, ...] = ()
+    aspect: Literal["square", "buckets"] = "square"
+    max_aspect: float = 2.0
+    min_side: int = 0
     caption_dropout: float = 0.1
+    encode: Literal["online", "cache"] = "online"
+    cache: str | None = None
+    latents: Literal["mean", "sample"] = "mean"
     max_bad_share: float = 0.05
     seed: int = 0
 
     def __post_init__(self):
-        kind, _, place = self.source.partition(":")
-        if kind not in ("tfds", "generated", "folder") or not place:
-            raise UserError(f"data.source is {self.source or 'empty'}; it must be {_FORMS}")
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", (self.source,))
+        for source in self.source or ("",):
+            kind, _, place = source.partition(":")
+            if kind not in KINDS or not place:
+                raise UserError(f"data.source is {source or 'empty'}; it must be {_FORMS}")
+        given, sources = len(self.weights), len(self.source)
+        if given not in (0, sources):
+            raise UserError(
+                f"data.weights has {given} numbers for {sources} sources; give one each"
+            )
+        for weight in self.weights:
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.weights has {weight}; each must be positive and finite")
         if self.batch_size < 1:
             raise UserError(f"data.batch_size is {self.batch_size}; it must be 1 or more")
         if self.resolution < 8:
             raise UserError(f"data.resolution is {self.resolution}; it must be 8 or more pixels")
+        if not 1 <= self.max_aspect <= 16:
+            raise UserError(f"data.max_aspect is {self.max_aspect}; it must be between 1 and 16")
+        if self.min_side < 0:
+            raise UserError(f"data.min_side is {self.min_side}; it must be 0 or more pixels")
         shares = {"caption_dropout": self.caption_dropout, "max_bad_share": self.max_bad_share}
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise UserError(f"data.{name} is {share}; it must be between 0 and 1")
+        if self.cache is not None and self.encode != "cache":
+            raise UserError(
+                f"data.cache is {self.cache}, which data.encode={self.encode} does not read; set "
+                "data.encode=cache"
+            )
         if self.seed < 0:
             raise UserError(f"data.seed is {self.seed}; it must be 0 or more")

@@ -1,41 +1,42 @@
-"""Batches for training: shuffled, repeated, tokenised, read ahead, and resumable exactly.
+"""Batches for training: shuffled, repeated, made ready, read ahead, and resumable exactly.
 
-All processes share one endless stream: epoch after epoch, each a new permutation of the source. A
-batch is the stream's next places, and each process reads those rows of it that its devices hold. A
-place alone decides its example and whether its caption is dropped: the batches are the same however
-many processes read them, and the state of a loader is one number.
+All processes share one endless stream: epoch after epoch, each a new permutation (`order`). A batch
+is the stream's next places, and each process reads those rows of it that its devices hold. A place
+alone decides its example, which of its captions is read, and whether it is dropped: the batches are
+the same however many processes read them, and the state of a loader is one number.
 """
 
-import os
 import sys
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import grain
 import numpy as np
 
+from taca_jax.data.bad_examples import BadExampleError
 from taca_jax.data.config import DataConfig
-from taca_jax.data.sources import BadExampleError, Example, FolderSource, Source
+from taca_jax.data.order import CHOOSE, DROP, Bucket, Stream, uniform
+from taca_jax.data.picture_source import Example, PictureSource, Source, cores
+from taca_jax.data.sources import parts_of, read_example, summaries
 from taca_jax.data.stalls import StallWatch
 from taca_jax.errors import UserError
 
 Tokenize = Callable[[list[str]], np.ndarray]
+Read = Callable[[int, tuple[int, int] | None], Any]
+"""An example by index, its picture of the size of its bucket."""
+Captions = Callable[[Any], int]
+Finish = Callable[[list[Any], list[int]], dict[str, np.ndarray]]
+"""The arrays of some examples, each with the number of its caption, or DROPPED."""
+
+DROPPED = -1
 
 _MAX_THREADS = 16
 _FILES_PER_CHUNK = 4
 _DRAWN_PER_CHUNK = 64
 _BATCHES_AHEAD = 2
-_SHUFFLE, _CAPTIONS = 0, 1  # what random numbers are for
-
-
-class Batch(TypedDict):
-    image: np.ndarray  # uint8 [b, resolution, resolution, 3]
-    tokens: np.ndarray  # int32 [b, length]
-    id: list[str]
 
 
 class LoaderState(TypedDict):
@@ -50,34 +51,49 @@ class LoaderState(TypedDict):
 class _Chunk:
     """Some neighbouring examples of this process's part of the stream."""
 
-    image: np.ndarray
-    tokens: np.ndarray
+    arrays: dict[str, np.ndarray]
     id: list[str]
 
 
 class Loader:
-    """An endless iterator of full batches, over threads that read ahead; see `make_loader`."""
+    """An endless iterator of full batches, over threads that read ahead; see `make_loader`.
 
-    def __init__(self, source: Source, data: DataConfig, tokenize: Tokenize, rows: np.ndarray):
-        self._source = source
+    Each is a dictionary: arrays [b, ...] by name, and `id`, the names of the examples.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        read: Read,
+        captions: Captions,
+        finish: Finish,
+        *,
+        size: int,
+        data: DataConfig,
+        rows: np.ndarray,
+        threads: int,
+        chunk_size: int,
+        skipped: Callable[[], list[str]],
+    ):
+        """size: how many examples there are, for the state. skipped: lines on what was skipped."""
+        self.skipped = skipped
+        self._stream = stream
         self._stalls = StallWatch()
-        self._tokenize = tokenize
-        self._tokenize_lock = threading.Lock()  # Rust tokenizers refuse two threads at a time
+        self._read_one = read
+        self._captions = captions
+        self._finish = finish
+        self._size = size
         self._seed = data.seed
         self._caption_dropout = data.caption_dropout
         self._batch_size = data.batch_size
         self._rows = rows
-        if isinstance(source, FolderSource):
-            # Decoding leaves Python: small chunks spread over the cores.
-            threads, self._chunk_size = min(_threads(), _MAX_THREADS), _FILES_PER_CHUNK
-        else:
-            # Drawing is Python: a second thread would only wait for the first.
-            threads, self._chunk_size = 1, _DRAWN_PER_CHUNK
-        ahead = _BATCHES_AHEAD * -(-len(rows) // self._chunk_size)
-        self._order = _Order(len(source), data.seed)
+        if len(stream.buckets) > 1:  # pictures of a chunk have one size, and so are of one batch
+            chunk_size = max(n for n in range(1, chunk_size + 1) if len(rows) % n == 0)
+        self._chunk_size = chunk_size
+        ahead = _BATCHES_AHEAD * -(-len(rows) // chunk_size)
         # Grain reads ahead, by chunks: its work for an element is more than drawing one. Its own
         # shuffle takes milliseconds an index where there are few.
-        chunks = grain.MapDataset.range(sys.maxsize // self._chunk_size).map(self._read)
+        chunks = grain.MapDataset.range(sys.maxsize // chunk_size).map(self._read)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
         self._chunks = iter(chunks.to_iter_dataset(options))
         self._chunk: _Chunk | None = None
@@ -87,7 +103,7 @@ class Loader:
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, Any]:
         """This process's rows of the next batch. Raises UserError when too many are bad."""
         parts: list[tuple[_Chunk, slice]] = []
         left = len(self._rows)
@@ -98,17 +114,17 @@ class Loader:
             left -= part.stop - part.start
             self._offset = part.stop
         self._batches += 1
-        return {
-            "image": np.concatenate([chunk.image[part] for chunk, part in parts]),
-            "tokens": np.concatenate([chunk.tokens[part] for chunk, part in parts]),
-            "id": [name for chunk, part in parts for name in chunk.id[part]],
+        batch: dict[str, Any] = {
+            name: _joined([chunk.arrays[name][part] for chunk, part in parts])
+            for name in parts[0][0].arrays
         }
+        return {**batch, "id": [name for chunk, part in parts for name in chunk.id[part]]}
 
     def get_state(self) -> LoaderState:
         """The state after the last batch given; the same in every process."""
         return {
             "position": self._batches * self._batch_size,
-            "size": len(self._source),
+            "size": self._size,
             "seed": self._seed,
         }
 
@@ -161,27 +177,27 @@ class Loader:
         """Runs on the reading threads."""
         ours = number * self._chunk_size + np.arange(self._chunk_size)
         batches, rows = np.divmod(ours, len(self._rows))
-        places = batches * self._batch_size + self._rows[rows]
-        examples = [self._example(int(place)) for place in places]
-        dropped = _uniform(places, self._seed, _CAPTIONS) < self._caption_dropout
+        rows = self._rows[rows]
+        places = batches * self._batch_size + rows
+        examples = [self._example(*at) for at in zip(batches.tolist(), rows.tolist(), strict=True)]
+        dropped = uniform(places, self._seed, DROP) < self._caption_dropout
+        drawn = uniform(places, self._seed, CHOOSE)
         captions = [
-            "" if drop else example["caption"]
-            for example, drop in zip(examples, dropped, strict=True)
+            DROPPED if drop else int(random * self._captions(example))
+            for example, drop, random in zip(examples, dropped, drawn, strict=True)
         ]
-        with self._tokenize_lock:
-            tokens = np.asarray(self._tokenize(captions), np.int32)
-        image = np.stack([example["image"] for example in examples])
-        return _Chunk(image, tokens, [example["id"] for example in examples])
+        return _Chunk(self._finish(examples, captions), [example["id"] for example in examples])
 
-    def _example(self, place: int) -> Example:
+    def _example(self, batch: int, row: int) -> Any:
         """The example at a place of the stream; instead of a bad one another of the same epoch.
 
         To go on with the next would move all that follow, differently in each process.
         """
-        for index in self._order.at(place):
+        size = self._stream.buckets[self._stream.bucket(batch)].size
+        for index in self._stream.at(batch, row):
             try:
                 with self._stalls.reading(f"example {index}"):
-                    return self._source[index]
+                    return self._read_one(index, size)
             except BadExampleError:  # the source has counted and logged it
                 continue
         raise UserError("no example can be read")  # the source says so first, naming one
@@ -193,66 +209,70 @@ def make_loader(
     data: DataConfig,
     tokenize: Tokenize,
     rows: Sequence[int] | np.ndarray | None = None,
+    buckets: Sequence[Bucket] | None = None,
+    together: int = 1,
 ) -> Loader:
-    """Endless batches of `data.batch_size` examples of `source`, always full.
+    """Endless batches of `data.batch_size` examples of `source`, always full: `image` uint8
+    [b, height, width, 3], `tokens` int32 [b, length].
 
     tokenize: captions -> int32 [n, length]; called on many captions at a time, by one thread at a
       time.
     rows: which of a batch's rows this process reads (`sharding.local_rows`), rising; else all.
+    buckets: what `make_buckets` made of the source; else all pictures are as it gives them.
+    together: how many batches in a row are of one bucket.
     Raises UserError for an empty source.
     """
     if len(source) == 0:
-        raise UserError(f"data.source={data.source} has no examples")
-    ours = np.arange(data.batch_size) if rows is None else np.asarray(rows)
-    return Loader(source, data, tokenize, ours)
+        raise UserError(f"data.source={','.join(data.source)} has no examples")
+    if buckets is None:
+        buckets = [one_bucket(source)]
+    lock = threading.Lock()  # Rust tokenizers refuse two threads at a time
+
+    def finish(examples: list[Example], captions: list[int]) -> dict[str, np.ndarray]:
+        texts = [
+            "" if number == DROPPED else _captions(example)[number]
+            for example, number in zip(examples, captions, strict=True)
+        ]
+        with lock:
+            tokens = np.asarray(tokenize(texts), np.int32)
+        return {"image": np.stack([example["image"] for example in examples]), "tokens": tokens}
+
+    if any(isinstance(part, PictureSource) for part in parts_of(source)):
+        # Decoding leaves Python: small chunks spread over the cores.
+        threads, chunk_size = min(cores(), _MAX_THREADS), _FILES_PER_CHUNK
+    else:
+        # Drawing is Python: a second thread would only wait for the first.
+        threads, chunk_size = 1, _DRAWN_PER_CHUNK
+    return Loader(
+        Stream(
+            buckets,
+            weights=data.weights,
+            batch_size=data.batch_size,
+            together=together,
+            seed=data.seed,
+        ),
+        lambda index, size: read_example(source, index, size),
+        lambda example: len(_captions(example)),
+        finish,
+        size=len(source),
+        data=data,
+        rows=np.arange(data.batch_size) if rows is None else np.asarray(rows),
+        threads=threads,
+        chunk_size=chunk_size,
+        skipped=lambda: summaries(source),
+    )
 
 
-class _Order:
-    """The order of the endless stream: each epoch a permutation by its own random numbers."""
-
-    def __init__(self, size: int, seed: int):
-        self._size = size
-        self._seed = seed
-        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def at(self, place: int) -> Iterator[int]:
-        """The source's index at a place of the stream, then those to take instead of it, in turn.
-
-        Those begin half an epoch away, and so hardly in the same batch.
-        """
-        epoch, within = divmod(place, self._size)
-        order = self._epoch(epoch)
-        yield int(order[within])
-        for step in range(self._size):
-            yield int(order[(within + self._size // 2 + step) % self._size])
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._epochs:
-                keys = _hash(np.arange(self._size), self._seed, _SHUFFLE, epoch)
-                self._epochs[epoch] = np.argsort(keys, kind="stable").astype(np.uint32)
-                if len(self._epochs) > 2:  # two threads may stand on either side of an end
-                    self._epochs.popitem(last=False)
-            return self._epochs[epoch]
+def one_bucket(source: Source) -> Bucket:
+    """All examples, their pictures as the source gives them."""
+    starts = np.cumsum([0, *map(len, parts_of(source))])
+    return Bucket(None, tuple(map(np.arange, starts[:-1], starts[1:])))
 
 
-def _uniform(places: np.ndarray, *seed: int) -> np.ndarray:
-    """float64 [n] in [0, 1)."""
-    return (_hash(places, *seed) >> np.uint64(11)) * 2.0**-53
+def _captions(example: Example) -> Sequence[str]:
+    caption = example["caption"]
+    return (caption,) if isinstance(caption, str) else caption
 
 
-def _hash(places: np.ndarray, *seed: int) -> np.ndarray:
-    """uint64 [n]: random bits for each place, the same in every version of NumPy.
-
-    splitmix64 (Steele et al., 2014).
-    """
-    start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    z = start + places.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

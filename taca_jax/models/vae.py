@@ -311,13 +311,23 @@ class AutoencoderKL(nnx.Module):
         self, images: Float[Array, "b h w c"], rng: PRNGKeyArray | None = None
     ) -> Float[Array, "b H W z"]:
         """Latents for the denoiser: of the mean, or, with a key, of a sample."""
-        raw, logvar = self.moments(images)
-        if rng is not None:
-            raw = raw + jnp.exp(0.5 * logvar) * jax.random.normal(rng, raw.shape)
-        return (raw - self.config.shift_factor) * self.config.scaling_factor
+        return to_latents(self.config, *self.moments(images), rng)
 
     def decode(self, latents: Float[Array, "b H W z"]) -> Float[Array, "b h w c"]:
         """Images of the denoiser's latents, about [-1, 1] and not clipped to it."""
         check_latents(latents, self.config.latent_channels)
         raw = latents.astype(jnp.float32) / self.config.scaling_factor + self.config.shift_factor
         return self.decoder(raw).astype(jnp.float32)
+
+
+def to_latents(
+    config: VAEConfig,
+    mean: Float[Array, "b H W z"],
+    logvar: Float[Array, "b H W z"] | None,
+    rng: PRNGKeyArray | None = None,
+) -> Float[Array, "b H W z"]:
+    """Latents for the denoiser of `AutoencoderKL.moments`: of the mean, or, with a key and the log
+    variance, of a sample."""
+    if rng is not None and logvar is not None:
+        mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape)
+    return (mean - config.shift_factor) * config.scaling_factor

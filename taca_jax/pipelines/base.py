@@ -1,7 +1,7 @@
 """What the pipelines of all models share: their folder, their parts, and sampling."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
-from taca_jax.checkpoint import kind_of, save_model
+from taca_jax.checkpoint import abstract_model, kind_of, save_model
 from taca_jax.errors import UserError
 from taca_jax.fields import to_json
 from taca_jax.formats.lora_files import read_lora
@@ -27,11 +27,13 @@ from taca_jax.models.tiles import TILING, Tiling
 from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
 from taca_jax.pipelines.parts import (
     AUTOENCODER,
+    ROLES,
     SETTINGS_FILE,
     TRANSFORMER,
     Part,
     Parts,
     PipelineSettings,
+    Role,
     open_parts,
 )
 from taca_jax.pipelines.text_folders import Load, encoder_parts, save_tokenizers
@@ -171,8 +173,12 @@ class Pipeline:
         remat: Remat,
         quantize: Quantization,
         quantize_text: Quantization,
+        only: Collection[Role] = ROLES,
     ) -> Self:
-        """What `from_pretrained` makes of an opened pipeline."""
+        """What `from_pretrained` makes of an opened pipeline.
+
+        Of what `only` leaves out nothing is read; the transformer is then one of shapes.
+        """
 
         def load(part: Part, remat: Remat = "none", quantize: Quantization = "none") -> Any:
             return part.load(
@@ -192,7 +198,7 @@ class Pipeline:
             raise UserError(
                 f"{parts.where} is of kind {kind_of(config)}; {cls.__name__} reads {cls.kind}"
             )
-        autoencoder = parts.models.get(AUTOENCODER)
+        autoencoder = parts.models.get(AUTOENCODER) if "autoencoder" in only else None
         if autoencoder is not None:
             given, expected = autoencoder.config.latent_channels, config.latent_channels
             if given != expected:
@@ -200,9 +206,14 @@ class Pipeline:
                     f"{autoencoder.where} has {given} latent channels, the transformer expects "
                     f"{expected}; it is of another model"
                 )
-        text_encoder, tokenizer = cls._load_text(parts, load_text, config) or (None, None)
+        text = cls._load_text(parts, load_text, config) if "text" in only else None
+        text_encoder, tokenizer = text or (None, None)
+        if "transformer" in only:
+            transformer = load(parts.models[TRANSFORMER], remat, quantize)
+        else:
+            transformer = abstract_model(config, dtype=jnp.dtype(dtype))
         return cls(
-            load(parts.models[TRANSFORMER], remat, quantize),
+            transformer,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             autoencoder=None if autoencoder is None else load(autoencoder),

@@ -1,5 +1,6 @@
 """The pipeline at a path, whichever model it is of."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from taca_jax.models.low_bit import Quantization
 from taca_jax.models.stack import Remat
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.pipelines.parts import TRANSFORMER, open_parts
+from taca_jax.pipelines.parts import ROLES, TRANSFORMER, Role, open_parts
 from taca_jax.pipelines.sd3 import SD3Pipeline
 from taca_jax.weights import find_weights
 
@@ -27,8 +28,12 @@ def load_pipeline(
     remat: Remat = "none",
     quantize: Quantization = "none",
     quantize_text: Quantization = "none",
+    only: Collection[Role] = ROLES,
 ) -> Pipeline:
-    """`from_pretrained` of the class that the transformer at `path` is of; raises as it does."""
+    """`from_pretrained` of the class that the transformer at `path` is of; raises as it does.
+
+    `only` is as of `from_parts`.
+    """
     parts = open_parts(find_weights(path))
     kind = kind_of(parts.models[TRANSFORMER].config)
     found = [each for each in PIPELINES if each.kind == kind]
@@ -44,4 +49,5 @@ def load_pipeline(
         remat=remat,
         quantize=quantize,
         quantize_text=quantize_text,
+        only=only,
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from taca_jax.checkpoint import load_config, load_model
 from taca_jax.errors import UserError
@@ -18,6 +18,10 @@ _LOG = logging.getLogger(__name__)
 
 SETTINGS_FILE = "pipeline.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
+
+Role = Literal["transformer", "text", "autoencoder"]
+ROLES: tuple[Role, ...] = get_args(Role)
+"""What parts are for; the text encoders and their tokenizers belong together."""
 
 
 @dataclass(frozen=True)

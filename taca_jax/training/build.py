@@ -1,12 +1,14 @@
 """From a configuration to the pipeline that is trained."""
 
+from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from taca_jax.checkpoint import load_model
+from taca_jax.checkpoint import abstract_model, load_config, load_model
 from taca_jax.config import TextConfig, TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.lora import add_lora
@@ -14,21 +16,27 @@ from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.pixels import Pixels, PixelsConfig
 from taca_jax.models.sd3 import SD3Transformer
 from taca_jax.models.t5 import T5Encoder
+from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.base import Autoencoder, Pipeline, PipelineSettings
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.pipelines.loading import load_pipeline
+from taca_jax.pipelines.parts import AUTOENCODER, ROLES, Role, open_parts
 from taca_jax.sampling import FlowSchedule
 from taca_jax.sharding import placement, samples_together
 from taca_jax.tokenizers import load_tokenizer
+from taca_jax.weights import find_weights
 
 DEFAULT_STEPS = 20
 
 
-def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> Pipeline:
+def build_pipeline(
+    config: TrainConfig, mesh: Mesh | None = None, only: Collection[Role] = ROLES
+) -> Pipeline:
     """The pipeline to train: the base with fresh LoRA factors, or a new one from random numbers.
 
-    Trained parameters are float32, activations config.dtype; what is read lies on `mesh`. Raises
-    UserError where parts do not fit.
+    Trained parameters are float32, activations config.dtype; what is read lies on `mesh`. Of a base
+    `only` some parts are read (a transformer that is not is one of shapes). Raises UserError where
+    parts do not fit.
     """
     dtype = jnp.dtype(config.dtype)
     if config.base is not None:
@@ -46,6 +54,7 @@ def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> Pipeline:
             remat=config.remat,
             quantize=config.quantize,
             quantize_text=config.quantize_text,
+            only=only,
         )
     else:
         pipeline = _new_pipeline(config)
@@ -54,18 +63,34 @@ def build_pipeline(config: TrainConfig, mesh: Mesh | None = None) -> Pipeline:
             raise UserError(
                 f"autoencoder={config.autoencoder} says what latents are; leave out pixels.*"
             )
-        pipeline.autoencoder = load_model(
-            config.autoencoder, dtype=dtype, param_dtype=dtype, place=placement(mesh)
-        )
-    if pipeline.autoencoder is None or pipeline.text_encoder is None:
+        if "autoencoder" in only:
+            pipeline.autoencoder = load_model(
+                config.autoencoder, dtype=dtype, param_dtype=dtype, place=placement(mesh)
+            )
+    no_text = "text" in only and pipeline.text_encoder is None
+    if no_text or ("autoencoder" in only and pipeline.autoencoder is None):
         raise UserError(
             f"training from base={config.base} needs its text encoders and an autoencoder "
             "(autoencoder=FOLDER)"
         )
-    check_sizes(config, pipeline.transformer, pipeline.autoencoder, mesh)
-    if config.lora is not None:
+    autoencoder = pipeline.autoencoder or abstract_model(autoencoder_config(config), dtype=dtype)
+    check_sizes(config, pipeline.transformer, autoencoder, mesh)
+    if config.lora is not None and "transformer" in only:
         add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(config.seed))
     return pipeline
+
+
+def autoencoder_config(config: TrainConfig) -> Any:
+    """The config of the autoencoder that a base is trained with. Raises UserError where none is."""
+    assert config.base is not None
+    if config.autoencoder != "pixels":
+        return load_config(config.autoencoder)
+    own = open_parts(find_weights(config.base)).models.get(AUTOENCODER)
+    if own is None:
+        raise UserError(
+            f"training from base={config.base} needs an autoencoder (autoencoder=FOLDER)"
+        )
+    return own.config
 
 
 def _new_pipeline(config: TrainConfig) -> FluxPipeline:
@@ -119,6 +144,11 @@ def check_sizes(
         raise UserError(
             f"the autoencoder has {given} latent channels, the transformer expects {expected}; "
             "give the autoencoder=FOLDER that belongs to it"
+        )
+    if config.data.latents == "sample" and not isinstance(autoencoder, AutoencoderKL):
+        raise UserError(
+            f"data.latents is sample; this autoencoder ({type(autoencoder).__name__}) makes one "
+            "latent of a picture: set data.latents=mean"
         )
     resolution = config.data.resolution
     multiple = autoencoder.config.downscale * transformer.config.patch_size

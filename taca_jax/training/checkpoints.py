@@ -35,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
         self._quantized = quantized_parts(frozen)
-        self._frozen = sum(_sums(_as_dict(frozen)).values())
+        self._frozen = sum_of(frozen)
         self._dir = (run_dir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
             self._dir,
@@ -202,6 +202,11 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or repr(error)
     said = re.search(r"([^:\[\]]+) \[os_error_code=", text)
     return said[1].strip() if said else text.splitlines()[0][:200]
+
+
+def sum_of(parameters: nnx.State) -> int:
+    """A number that tells parameters from others of the same model."""
+    return sum(_sums(_as_dict(parameters)).values())
 
 
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:

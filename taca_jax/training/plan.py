@@ -105,6 +105,11 @@ def plan(config: TrainConfig) -> None:
 
     Raises UserError where it does not fit, naming the nearest slice where it does.
     """
+    if config.data.encode == "cache":
+        raise UserError(
+            "plan compiles the step that encodes as it goes; leave out data.encode=cache, without "
+            "which a step takes more memory"
+        )
     assert config.plan is not None
     where = Slice.of(config.plan)
     try:

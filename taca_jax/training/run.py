@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from taca_jax.atomic import whole_file
 from taca_jax.config import TrainConfig, difference, from_json, to_json
-from taca_jax.data.loader import Loader, make_loader
-from taca_jax.data.sources import open_source
+from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
 from taca_jax.formats.lora_files import write_lora
@@ -22,24 +21,33 @@ from taca_jax.metrics import RunLog
 from taca_jax.models.layers import LoRAParam
 from taca_jax.pictures import caption_grid
 from taca_jax.pipelines.base import Pipeline
+from taca_jax.pipelines.parts import ROLES
 from taca_jax.processes import (
     do_not_wait_at_exit,
-    first_before_others,
     is_first,
     join_processes,
     on_host,
     wait_for_all,
 )
-from taca_jax.sharding import batch_sharding, local_rows, make_mesh
+from taca_jax.sharding import batch_sharding, make_mesh
 from taca_jax.tokenizers import Tokenizer
-from taca_jax.training.build import build_pipeline, check_batch
+from taca_jax.training.build import autoencoder_config, build_pipeline, check_batch
+from taca_jax.training.caching import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.flops import step_flops, text_tokens
 from taca_jax.training.health import Health, Step
+from taca_jax.training.inputs import open_loader
 from taca_jax.training.plan import plan
 from taca_jax.training.preemption import Notice
 from taca_jax.training.slices import peak_flops
-from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
+from taca_jax.training.step import (
+    Batch,
+    EncodedBatch,
+    TextToImage,
+    Trainer,
+    TrainState,
+    make_trainer,
+)
 
 # What may differ between a run and its resumption without making it another run.
 FREE_FIELDS = (
@@ -53,6 +61,7 @@ FREE_FIELDS = (
     "sample_every",
     "sample_prompts",
     "evaluate",
+    "data.cache",
     "data.max_bad_share",
 )
 
@@ -88,23 +97,24 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
     run_dir = config.run_dir
     _check_free(config, run_dir)
     check_batch(config, mesh)
-    pipeline = build_pipeline(config, mesh)
+    cached = config.data.encode == "cache"
+    cache = ready_cache(config, mesh) if cached else None
+    pipeline = build_pipeline(config, mesh, only=("transformer",) if cached else ROLES)
     _check_prompts(config, pipeline)
     try:
-        with first_before_others("data that is made on first use"):
-            source = open_source(config.data)
-        # Only now: what fails before this leaves no run behind.
-        wait_for_all("a run that can begin")
-        if is_first():
-            with whole_file(run_dir / RECORD) as record:
-                record.write_text(to_json(config))
-        rows = None if mesh is None else local_rows(mesh, config.data.batch_size)
-        with make_loader(
-            source, data=config.data, tokenize=_tokenizer(pipeline), rows=rows
-        ) as loader:
+        with open_loader(config, pipeline, mesh, cache) as loader:
+            # Only now: what fails before this leaves no run behind.
+            wait_for_all("a run that can begin")
+            if is_first():
+                with whole_file(run_dir / RECORD) as record:
+                    record.write_text(to_json(config))
             _train(config, pipeline, loader, mesh)
+            for line in loader.skipped():
+                print(line, file=sys.stderr)
         _export(config, pipeline, run_dir)
         if config.evaluate is not None:
+            if cached:
+                _complete(config, pipeline, mesh)
             evaluate_shapes(
                 pipeline, config.evaluate, run_dir, taca=config.taca, lora=config.lora is not None
             )
@@ -113,6 +123,13 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
             f"{error.filename or run_dir}: {error.strerror or error}; mend that and go on with "
             "resume=true"
         ) from error
+
+
+def _complete(config: TrainConfig, pipeline: Pipeline, mesh: Mesh | None) -> None:
+    """Reads the parts that training from a cache does without."""
+    others = build_pipeline(config, mesh, only=("text", "autoencoder"))
+    pipeline.text_encoder, pipeline.tokenizer = others.text_encoder, others.tokenizer
+    pipeline.autoencoder = others.autoencoder
 
 
 def _check_free(config: TrainConfig, run_dir: Path) -> None:
@@ -148,11 +165,12 @@ def _check_prompts(config: TrainConfig, pipeline: Pipeline) -> None:
 
 def _train(config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh | None) -> None:
     """Runs all steps that are left, and puts what they made into `pipeline`."""
-    encoder, autoencoder = pipeline.text_encoder, pipeline.autoencoder
-    assert encoder is not None  # build_pipeline saw to both
-    assert autoencoder is not None
-    model = TextToImage(pipeline.transformer, encoder)
-    pad_id = _tokenizer(pipeline).pad_id
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    if config.data.encode == "cache":
+        autoencoder, pad_id = autoencoder_config(config), 0  # nothing is padded any more
+    else:
+        assert pipeline.autoencoder is not None  # build_pipeline saw to it
+        autoencoder, pad_id = pipeline.autoencoder, _tokenizer(pipeline).pad_id
     trainer, trained = make_trainer(config, model, autoencoder, pad_id=pad_id, mesh=mesh)
     state = trainer.begin(trained)
     with Checkpoints(
@@ -242,14 +260,20 @@ def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
 
 
 def _step_flops(config: TrainConfig, pipeline: Pipeline) -> float:
-    assert pipeline.autoencoder is not None  # build_pipeline saw to it
+    if config.data.encode == "cache":
+        downscale = autoencoder_config(config).downscale
+    else:
+        assert pipeline.autoencoder is not None  # build_pipeline saw to it
+        downscale = pipeline.autoencoder.config.downscale
     transformer = pipeline.transformer.config
-    side = config.data.resolution // pipeline.autoencoder.config.downscale // transformer.patch_size
+    side = config.data.resolution // downscale // transformer.patch_size
     text = text_tokens(transformer, pipeline.settings.text_length)
     return step_flops(config, transformer, image=side * side, text=text)
 
 
-def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, list[str]]:
+def _next_batch(
+    loader: Loader, parts: int, mesh: Mesh | None
+) -> tuple[Batch | EncodedBatch, list[str]]:
     """Batches for every part of a step, and the names of this process's samples in them.
 
     Each process brings the samples that its devices hold.
@@ -257,15 +281,14 @@ def _next_batch(loader: Loader, parts: int, mesh: Mesh | None) -> tuple[Batch, l
     batches = [next(loader) for _ in range(parts)]
 
     def placed(arrays: list[np.ndarray]) -> jax.Array:
-        local = np.stack(arrays)
+        local = arrays[0][None] if parts == 1 else np.stack(arrays)
         if mesh is None:
             return jax.device_put(local)
         return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), local)
 
-    batch = Batch(
-        image=placed([batch["image"] for batch in batches]),
-        tokens=placed([batch["tokens"] for batch in batches]),
-    )
+    names = [name for name in batches[0] if name != "id"]
+    arrays = {name: placed([batch[name] for batch in batches]) for name in names}
+    batch = Batch(**arrays) if "image" in arrays else EncodedBatch(**arrays)
     return batch, [name for batch in batches for name in batch["id"]]
 
 

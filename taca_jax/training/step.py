@@ -17,12 +17,21 @@ from taca_jax.config import TrainConfig
 from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
 from taca_jax.models.flux import FluxTransformer
 from taca_jax.models.layers import LoRAParam
+from taca_jax.models.pixels import PixelsConfig
 from taca_jax.models.sd3 import SD3Transformer
 from taca_jax.models.t5 import T5Encoder
+from taca_jax.models.tiny_vae import TinyVAEConfig
+from taca_jax.models.vae import AutoencoderKL, VAEConfig, to_latents
 from taca_jax.pipelines.base import Autoencoder
+from taca_jax.sampling import Conditioning
 from taca_jax.sharding import parameter_spec
 from taca_jax.taca import active, gamma_at
 from taca_jax.text import FluxText, SD3Text, encode
+
+AutoencoderConfig = VAEConfig | TinyVAEConfig | PixelsConfig
+
+_LATENTS = 2**31 - 1
+"""Folded into a step's key: of latents that are sampled, apart from its times and noise."""
 
 
 class TextToImage(nnx.Module):
@@ -31,8 +40,9 @@ class TextToImage(nnx.Module):
     def __init__(
         self,
         transformer: FluxTransformer | SD3Transformer,
-        text_encoder: T5Encoder | FluxText | SD3Text,
+        text_encoder: T5Encoder | FluxText | SD3Text | None,
     ):
+        """`text_encoder` is None where batches come encoded."""
         self.transformer = transformer
         self.text_encoder = text_encoder
 
@@ -44,6 +54,21 @@ class Batch:
 
     image: UInt8[Array, "a b R R 3"]
     tokens: Int[Array, "a b t"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the autoencoder and the text encoders made of them, leading axis grad_accumulation.
+
+    mean: of an AutoencoderKL raw, as its `moments` are; of others their latents. logvar: where
+    latents are to be sampled.
+    """
+
+    mean: Float[Array, "a b h w z"]
+    txt: Float[Array, "a b t k"]
+    pooled: Float[Array, "a b p"]
+    logvar: Float[Array, "a b h w z"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +107,9 @@ class Trainer:
     autoencoder: nnx.State
     places: TrainState | None
     begin: Callable[[nnx.State], TrainState]
-    step: Callable[[TrainState, nnx.State, nnx.State, Batch], tuple[TrainState, dict[str, Any]]]
+    step: Callable[
+        [TrainState, nnx.State, nnx.State, Batch | EncodedBatch], tuple[TrainState, dict[str, Any]]
+    ]
 
     def abstract_state(self, trained: nnx.State) -> TrainState:
         """The first state as shapes, each with its place, of parameters that may be shapes too."""
@@ -95,7 +122,9 @@ class Trainer:
             self.places,
         )
 
-    def run(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def run(
+        self, state: TrainState, batch: Batch | EncodedBatch
+    ) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step; metrics are scalars still on the device."""
         return self.step(state, self.frozen, self.autoencoder, batch)
 
@@ -107,7 +136,7 @@ class Trainer:
 def make_trainer(
     config: TrainConfig,
     model: TextToImage,
-    autoencoder: Autoencoder,
+    autoencoder: Autoencoder | AutoencoderConfig,
     *,
     pad_id: int,
     mesh: Mesh | None = None,
@@ -115,30 +144,49 @@ def make_trainer(
     """The trainer of `model`, and the parameters that it trains.
 
     With config.lora only LoRA factors are trained. On a mesh, which must be set, the state lies as
-    `sharding.TABLES` say. Parameters may be shapes alone, to compile without them.
+    `sharding.TABLES` say. Parameters may be shapes alone, to compile without them. Where batches
+    come encoded, the autoencoder's config is enough.
     """
     kind = nnx.Param if config.lora is None else LoRAParam
     graph, trained, frozen = nnx.split(model, kind, ...)
-    ae_graph, ae_state = nnx.split(autoencoder)
+    if isinstance(autoencoder, AutoencoderConfig):
+        ae_graph, ae_state, ae_config = None, nnx.State({}), autoencoder
+    else:
+        (ae_graph, ae_state), ae_config = nnx.split(autoencoder), autoencoder.config
+    sampled = config.data.latents == "sample"
     optimizer = config.optimizer.make(config.steps)
     decay = config.optimizer.ema_decay
 
     def loss(
-        trained: nnx.State, frozen: nnx.State, ae: nnx.State, batch: Batch, rng: jax.Array
+        trained: nnx.State,
+        frozen: nnx.State,
+        ae: nnx.State,
+        batch: Batch | EncodedBatch,
+        rng: jax.Array,
     ) -> Float[Array, ""]:
+        model = nnx.merge(graph, trained, frozen)
+        latents_rng = jax.random.fold_in(rng, _LATENTS) if sampled else None
+        if isinstance(batch, EncodedBatch):
+            x0 = _stored_latents(ae_config, batch, latents_rng)
+            text = Conditioning(txt=batch.txt.astype(jnp.float32), pooled=batch.pooled)
+            return encoded_objective(model.transformer, x0, text, rng, config=config)
         images = batch.image.astype(jnp.float32) / 127.5 - 1
-        x0 = nnx.merge(ae_graph, ae).encode(images).astype(jnp.float32)
-        return objective(
-            nnx.merge(graph, trained, frozen), x0, batch.tokens, rng, config=config, pad_id=pad_id
-        )
+        assert ae_graph is not None  # only encoded batches do without
+        encoder = nnx.merge(ae_graph, ae)
+        if latents_rng is None:
+            x0 = encoder.encode(images).astype(jnp.float32)
+        else:
+            assert isinstance(encoder, AutoencoderKL)  # build.check_sizes saw to it
+            x0 = encoder.encode(images, latents_rng).astype(jnp.float32)
+        return objective(model, x0, batch.tokens, rng, config=config, pad_id=pad_id)
 
     def step(
-        state: TrainState, frozen: nnx.State, ae: nnx.State, batch: Batch
+        state: TrainState, frozen: nnx.State, ae: nnx.State, batch: Batch | EncodedBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        parts = len(batch.tokens)
+        parts = len(jax.tree.leaves(batch)[0])
 
-        def accumulate(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        def accumulate(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
             value = jax.value_and_grad(loss)(state.trained, frozen, ae, *part)
             return jax.tree.map(lambda t, v: t + v / parts, total, value), None
 
@@ -165,7 +213,7 @@ def make_trainer(
         state = TrainState(state.step + 1, state.rng, trained, optimizer_state, average)
         return state, metrics
 
-    def begin(trained: nnx.State) -> TrainState:
+    def first(trained: nnx.State) -> TrainState:
         return TrainState(
             step=jnp.int32(0),
             rng=jax.random.key_data(jax.random.key(config.seed)),
@@ -176,13 +224,17 @@ def make_trainer(
 
     places = None
     if mesh is None:
+        # Bound to a device as what a step returns is: else the second step would be compiled anew.
+        def begin(trained: nnx.State) -> TrainState:
+            return jax.device_put(first(trained), jax.devices()[0])
+
         compiled = jax.jit(step, donate_argnames="state")
     else:
         kinds = {"transformer": kind_of(model.transformer.config)}
         if isinstance(model.text_encoder, T5Encoder):  # only such a one is ever trained
             kinds["text_encoder"] = kind_of(model.text_encoder.config)
-        places = state_shardings(jax.eval_shape(begin, trained), kinds, mesh)
-        begin = jax.jit(begin, out_shardings=places)
+        places = state_shardings(jax.eval_shape(first, trained), kinds, mesh)
+        begin = jax.jit(first, out_shardings=places)
         compiled = jax.jit(step, donate_argnames="state", out_shardings=(places, None))
     return Trainer(graph, frozen, ae_state, places, begin, compiled), trained
 
@@ -213,6 +265,20 @@ def objective(
     config: TrainConfig,
     pad_id: int,
 ) -> Float[Array, ""]:
+    """The flow-matching loss on x0 and the text that the encoder makes of tokens."""
+    assert model.text_encoder is not None  # only encoded batches do without
+    text = encode(model.text_encoder, tokens, pad_id)
+    return encoded_objective(model.transformer, x0, text, rng, config=config)
+
+
+def encoded_objective(
+    transformer: FluxTransformer | SD3Transformer,
+    x0: Float[Array, "b h w c"],
+    text: Conditioning,
+    rng: jax.Array,
+    *,
+    config: TrainConfig,
+) -> Float[Array, ""]:
     """The flow-matching loss on x0 at random times.
 
     With config.taca, times are drawn above its threshold, the attention has TACA's gamma, and LoRA
@@ -229,11 +295,10 @@ def objective(
         above=0.0 if taca is None else taca.threshold,
     )
     noise = jax.random.normal(noise_rng, x0.shape)
-    text = encode(model.text_encoder, tokens, pad_id)
     options = {}
-    if isinstance(model.transformer, FluxTransformer) and model.transformer.config.guidance_embed:
+    if isinstance(transformer, FluxTransformer) and transformer.config.guidance_embed:
         options["guidance"] = jnp.full(len(x0), config.guidance)
-    velocity = model.transformer(
+    velocity = transformer(
         interpolate(x0, noise, timestep),
         timestep,
         text.txt,
@@ -243,3 +308,13 @@ def objective(
         **options,
     )
     return flow_matching_loss(velocity, x0, noise)
+
+
+def _stored_latents(
+    config: AutoencoderConfig, batch: EncodedBatch, rng: jax.Array | None
+) -> Float[Array, "b h w z"]:
+    mean = batch.mean.astype(jnp.float32)
+    if not isinstance(config, VAEConfig):
+        return mean
+    logvar = None if batch.logvar is None else batch.logvar.astype(jnp.float32)
+    return to_latents(config, mean, logvar, rng)

@@ -11,15 +11,11 @@ import pytest
 from PIL import Image
 
 from taca_jax.data import shapes
+from taca_jax.data.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.config import DataConfig
-from taca_jax.data.sources import (
-    GENERATED_SIZE,
-    BadExampleError,
-    BadExamples,
-    FolderSource,
-    open_source,
-    read_picture,
-)
+from taca_jax.data.decoding import read_picture
+from taca_jax.data.folders import FolderSource
+from taca_jax.data.sources import GENERATED_SIZE, open_source
 from taca_jax.errors import UserError
 from tests.shared import shared_path
 

@@ -1,0 +1,394 @@
+"""Encoded examples on disk: latents and text embeddings, in ArrayRecord shards.
+
+A cache is a folder:
+
+- `manifest.json`: what it was made with and of, and whether it is complete (`Manifest`);
+- `empty.bin`: the embeddings of the empty caption, which dropped captions become;
+- `sizes.npy`: int32 [n, 2], height and width that each example's picture is brought to, 0 where it
+  is left out;
+- `shards/NAME/`: `records.array_record`, and `index.npy` that says which example is where.
+
+Of each example there is a record of latents (mean, then log variance where the autoencoder has
+one), then one of each caption's embeddings (of the tokens, then pooled), arrays as they are in
+memory. A shard appears whole or not at all: what a kill interrupts is lost back to the last one.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypedDict
+
+import ml_dtypes
+import numpy as np
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+from taca_jax.atomic import whole_file, whole_folder
+from taca_jax.data.bad_examples import BadExampleError
+from taca_jax.data.config import DataConfig
+from taca_jax.data.loader import DROPPED, Loader
+from taca_jax.data.order import Bucket, Stream
+from taca_jax.data.picture_source import cores
+from taca_jax.errors import UserError
+
+SHARD_BYTES = 2**30
+"""A shard is full when it has as many; a kill costs each process the encoding of at most one."""
+
+_FORMAT = 1
+_MANIFEST, _EMPTY, _SIZES, _SHARDS = "manifest.json", "empty.bin", "sizes.npy", "shards"
+_RECORDS, _INDEX = "records.array_record", "index.npy"
+_WRITE, _READ = "group_size:1,uncompressed", "readahead_buffer_size:0"
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_MAX_THREADS, _MOST_PER_CHUNK = 4, 16
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is of; it serves a run that asks for the same.
+
+    made_with: what of the models decides its numbers: by part, its kind, the sum of its parameters,
+    and a digest of its config. files: a digest of those models' files, to tell without reading them
+    that they are still the same. data: of the configuration, what decides its pictures. sources:
+    how many examples each source has. dtype: of latents and embeddings, as the models compute;
+    pooled embeddings, and latents of `latents_dtype`, are float32. channels, downscale: of latents.
+    moments: whether there is a log variance, and means are raw. text, pooled: shapes.
+    """
+
+    made_with: dict[str, Any]
+    files: str
+    data: dict[str, Any]
+    sources: list[int]
+    dtype: str
+    latents_dtype: str
+    channels: int
+    downscale: int
+    moments: bool
+    text: list[int]
+    pooled: list[int]
+    examples: int | None = None
+    """How many were encoded, once it is complete."""
+    format: int = _FORMAT
+
+    def write(self, folder: Path) -> None:
+        with whole_file(folder / _MANIFEST) as file:
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """What a cache says of itself; None where there is none yet.
+
+    Raises UserError for what is no cache, or one of another version.
+    """
+    file = folder / _MANIFEST
+    if not file.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and no cache; give another data.cache")
+        return None
+    try:
+        record = json.loads(file.read_text())
+        if record["format"] == _FORMAT:
+            return Manifest(**record)
+        reason = f"of format {record['format']}, this version reads {_FORMAT}"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"damaged: {error}"
+    raise UserError(f"{file} is {reason}; remove {folder} to encode anew")
+
+
+class Caption(TypedDict):
+    """The embeddings of one caption: [t, k] and [p]."""
+
+    txt: np.ndarray
+    pooled: np.ndarray
+
+
+class CachedExample(TypedDict):
+    """An example of a cache: its latents, [1 or 2, h, w, c], and where its captions are."""
+
+    id: str
+    latents: np.ndarray
+    shard: int
+    first_caption: int
+    captions: int
+
+
+class CacheWriter:
+    """Writes shards of a cache, one process's; a context manager.
+
+    `prefix` is in no other process's, so that their shards have different names.
+    """
+
+    def __init__(self, folder: Path, prefix: str, *, shard_bytes: int = SHARD_BYTES):
+        self._folder = folder / _SHARDS
+        self._prefix = prefix
+        self._shard_bytes = shard_bytes
+        self._rows: list[tuple[int, int, int, bytes]] = []
+        self._bytes = self._records = 0
+        self._number = 0
+        self._open: Any = None
+        self._writer: Any = None
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._open is None:
+            return
+        if kind is None:
+            self.finish()
+            return
+        with suppress(RuntimeError):  # the disk may be what failed
+            self._writer.close()
+        self._open.__exit__(kind, error, traceback)
+
+    def add(
+        self,
+        example: int,
+        name: str,
+        latents: Sequence[np.ndarray],
+        captions: Sequence[Caption],
+    ) -> None:
+        """An example, by its index in the source. Raises UserError where it cannot be written."""
+        if self._open is None:
+            self._start()
+        parts = [latents, *((each["txt"], each["pooled"]) for each in captions)]
+        records = [b"".join(array.tobytes() for array in part) for part in parts]
+        try:
+            for record in records:
+                self._writer.write(record)
+        except RuntimeError as error:  # what the library makes of what the system refuses
+            raise self._refused(error) from error
+        self._rows.append((example, self._records, len(captions), name.encode()))
+        self._records += len(records)
+        self._bytes += sum(map(len, records))
+        if self._bytes >= self._shard_bytes:
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends the shard, which is then part of the cache."""
+        try:
+            self._writer.close()
+        except RuntimeError as error:
+            raise self._refused(error) from error
+        width = max(1, *(len(row[-1]) for row in self._rows))
+        kind = [("example", "<i8"), ("record", "<i8"), ("captions", "<i4"), ("name", f"S{width}")]
+        with (self._made / _INDEX).open("wb") as file:
+            np.save(file, np.array(self._rows, kind))
+        opened, self._open = self._open, None
+        opened.__exit__(None, None, None)
+
+    def _start(self) -> None:
+        while (self._folder / f"{self._prefix}{self._number:06}").exists():
+            self._number += 1
+        path = self._folder / f"{self._prefix}{self._number:06}"
+        self._open = whole_folder(path)
+        self._made = self._open.__enter__()
+        self._writer = array_record_module.ArrayRecordWriter(str(self._made / _RECORDS), _WRITE)
+        self._rows, self._bytes, self._records = [], 0, 0
+
+    def _refused(self, error: Exception) -> UserError:
+        reason = str(error).partition(";")[0]
+        return UserError(f"{self._folder} cannot be written ({reason}); make room there")
+
+
+def write_empty(folder: Path, caption: Caption) -> None:
+    """What dropped captions become."""
+    with whole_file(folder / _EMPTY) as file:
+        file.write_bytes(caption["txt"].tobytes() + caption["pooled"].tobytes())
+
+
+def write_sizes(folder: Path, buckets: Sequence[Bucket], count: int, resolution: int) -> None:
+    """The sizes that `count` examples fall into; squares of `resolution` where buckets say none."""
+    sizes = np.zeros((count, 2), np.int32)
+    for bucket in buckets:
+        sizes[np.concatenate(bucket.parts)] = bucket.size or (resolution, resolution)
+    with whole_file(folder / _SIZES) as file, file.open("wb") as opened:
+        np.save(opened, sizes)
+
+
+def read_buckets(folder: Path, manifest: Manifest) -> list[Bucket]:
+    """The examples by the size of their pictures, as `make_buckets` gave them."""
+    sizes = _read_sizes(folder)
+    starts = np.cumsum([0, *manifest.sources])
+    used = np.flatnonzero(sizes.min(1))
+    found, which = np.unique(sizes[used], axis=0, return_inverse=True)
+    buckets = []
+    for number, (height, width) in enumerate(found.tolist()):
+        members = used[which.reshape(-1) == number]
+        parts = np.split(members, np.searchsorted(members, starts[1:-1]))
+        buckets.append(Bucket((height, width), tuple(parts)))
+    return buckets
+
+
+def encoded(folder: Path) -> np.ndarray:
+    """int64 [m], rising: the indices of the examples that whole shards hold."""
+    rows = [index["example"] for _, index in _shards(folder)]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
+
+
+class Cache:
+    """The encoded examples of a complete cache, by their index in the source.
+
+    Those that were bad when it was made raise BadExampleError, as they do from the source: a run
+    sees the same examples in the same order from either.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        """Raises UserError where files are missing."""
+        self.manifest = manifest
+        self._folder = folder
+        found = _shards(folder)
+        self._paths = [path for path, _ in found]
+        self._index = [index for _, index in found]
+        self._sizes = _read_sizes(folder)
+        try:
+            self._empty = self._caption((folder / _EMPTY).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is damaged ({error}); remove it to encode anew") from error
+        self._place = np.full((len(self._sizes), 2), -1, np.int64)  # shard and row
+        for shard, index in enumerate(self._index):
+            self._place[index["example"]] = np.stack(
+                [np.full(len(index), shard), np.arange(len(index))], 1
+            )
+        self._readers: list[Any] = [None] * len(found)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> CachedExample:
+        """Raises BadExampleError where it was bad when the cache was made."""
+        shard, number = map(int, self._place[index])
+        if shard < 0:
+            raise BadExampleError("bad when the cache was made")
+        row = self._index[shard][number]
+        side, other = self._sizes[index] // self.manifest.downscale
+        shape = (int(side), int(other), self.manifest.channels)
+        dtype = _DTYPES[self.manifest.latents_dtype]
+        content = np.frombuffer(self._read(shard, int(row["record"])), dtype)
+        return {
+            "id": row["name"].decode(),
+            "latents": content.reshape(-1, *shape),
+            "shard": shard,
+            "first_caption": int(row["record"]) + 1,
+            "captions": int(row["captions"]),
+        }
+
+    def caption(self, example: CachedExample, number: int) -> Caption:
+        """The embeddings of one of an example's captions, or of the empty one for DROPPED."""
+        if number == DROPPED:
+            return self._empty
+        return self._caption(self._read(example["shard"], example["first_caption"] + number))
+
+    def buckets(self) -> list[Bucket]:
+        """The examples by the size of their pictures, as `make_buckets` gave them."""
+        return read_buckets(self._folder, self.manifest)
+
+    def _caption(self, record: bytes) -> Caption:
+        text, pooled = self.manifest.text, self.manifest.pooled
+        dtype = _DTYPES[self.manifest.dtype]
+        count = int(np.prod(text))
+        return {
+            "txt": np.frombuffer(record, dtype, count).reshape(text),
+            "pooled": np.frombuffer(record, np.float32, offset=count * dtype.itemsize).reshape(
+                pooled
+            ),
+        }
+
+    def _read(self, shard: int, record: int) -> bytes:
+        path = self._paths[shard]
+        try:
+            with self._lock:
+                if self._readers[shard] is None:
+                    reader = array_record_module.ArrayRecordReader(str(path / _RECORDS), _READ)
+                    self._readers[shard] = reader
+            return self._readers[shard].read([record])[0]
+        except (RuntimeError, IndexError, ValueError) as error:  # what the library raises of damage
+            reason = str(error).partition(";")[0]
+            raise UserError(
+                f"{path} is damaged ({reason}); remove that folder, and start again to encode what "
+                "was in it"
+            ) from error
+
+
+def make_cached_loader(
+    cache: Cache,
+    *,
+    data: DataConfig,
+    rows: Sequence[int] | np.ndarray | None = None,
+    together: int = 1,
+) -> Loader:
+    """`make_loader` of encoded examples: `mean`, and `logvar` where it is to be sampled from, of
+    latents, [b, h, w, c]; `txt` [b, t, k] and `pooled` [b, p]."""
+
+    def finish(examples: list[CachedExample], numbers: list[int]) -> dict[str, np.ndarray]:
+        arrays = {"mean": np.stack([example["latents"][0] for example in examples])}
+        for i, (example, number) in enumerate(zip(examples, numbers, strict=True)):
+            # One record at a time, whose memory the next one takes: fresh pages cost more than
+            # copying.
+            text = cache.caption(example, number)
+            for name, array in (("txt", text["txt"]), ("pooled", text["pooled"])):
+                if i == 0:
+                    arrays[name] = np.empty((len(examples), *array.shape), array.dtype)
+                arrays[name][i] = array
+        if data.latents == "sample":
+            arrays["logvar"] = np.stack([example["latents"][1] for example in examples])
+        return arrays
+
+    ours = np.arange(data.batch_size) if rows is None else np.asarray(rows)
+    stream = Stream(
+        cache.buckets(),
+        weights=data.weights,
+        batch_size=data.batch_size,
+        together=together,
+        seed=data.seed,
+    )
+    return Loader(
+        stream,
+        lambda index, size: cache[index],
+        lambda example: example["captions"],
+        finish,
+        size=len(cache),
+        data=data,
+        rows=ours,
+        threads=min(cores(), _MAX_THREADS),
+        # Whole batches where they are not too large: to put them together would copy them again.
+        chunk_size=max(n for n in range(1, _MOST_PER_CHUNK + 1) if len(ours) % n == 0),
+        skipped=list,
+    )
+
+
+def same_data(data: DataConfig) -> dict[str, Any]:
+    """What of a configuration decides a cache's pictures."""
+    return {
+        "source": list(data.source),
+        "resolution": data.resolution,
+        "aspect": data.aspect,
+        "max_aspect": data.max_aspect,
+        "min_side": data.min_side,
+    }
+
+
+def differences(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The names under which two records differ."""
+    return sorted(name for name in made.keys() | asked.keys() if made.get(name) != asked.get(name))
+
+
+def _read_sizes(folder: Path) -> np.ndarray:
+    try:
+        return np.load(folder / _SIZES, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder} is damaged ({error}); remove it to encode anew") from error
+
+
+def _shards(folder: Path) -> list[tuple[Path, np.ndarray]]:
+    """The folder and the index of each shard, by name."""
+    paths = sorted(path.parent for path in (folder / _SHARDS).glob(f"[!.]*/{_INDEX}"))
+    return [(path, np.load(path / _INDEX, allow_pickle=False)) for path in paths]

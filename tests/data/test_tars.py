@@ -1,0 +1,278 @@
+"""Tars: where their files are, what of a torn one is still read, and img2dataset's layouts."""
+
+import re
+import tarfile
+import threading
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from taca_jax.data import tars
+from taca_jax.data.bad_examples import BadExampleError
+from taca_jax.data.config import DataConfig
+from taca_jax.data.sources import MixedSource, open_source, parts_of
+from taca_jax.data.tars import Broken, Member, expand, walk
+from taca_jax.errors import UserError
+from tests.data.making import picture_bytes, write_tar
+
+
+def open_tars(pattern, **changes):
+    usual = {"resolution": 16, "max_bad_share": 0.9}
+    return open_source(DataConfig(f"webdataset:{pattern}", **(usual | changes)))
+
+
+def samples(start, count, **further):
+    """Grey pictures, the number of each as its caption."""
+    files = {}
+    for i in range(start, start + count):
+        files |= {f"{i:05}.png": picture_bytes(i), f"{i:05}.txt": f"number {i}"}
+    return files | further
+
+
+def everything(source):
+    """(id, caption, grey) of what can be read."""
+    found = []
+    for i in range(len(source)):
+        try:
+            example = source[i]
+        except BadExampleError:
+            continue
+        found.append((example["id"], example["caption"], int(example["image"].mean())))
+    return found
+
+
+# Walking
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_are_where_tarfile_finds_them(tmp_path, format):
+    names = ["a.txt", "folder/b.jpg", "long/" * 20 + "n" * 60, "ü.txt"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("x" * 300)
+    path = write_tar(tmp_path / "a.tar", {n: b"." * (700 * i) for i, n in enumerate(names)}, format)
+    with tarfile.open(path) as tar:
+        expected = [Member(info.name, info.offset_data, info.size) for info in tar]
+    assert [*walk(path)] == expected
+    assert [member.name for member in expected] == names
+
+
+def test_behind_a_broken_header_the_next_files_are_found(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {f"{i}.txt": bytes([i]) * 3000 for i in range(5)})
+    content = bytearray(path.read_bytes())
+    whole = [*walk(path)]
+    start = whole[2].offset - 512
+    content[start + 5 : start + 90] = b"\xff" * 85
+    path.write_bytes(content)
+    assert [*walk(path)] == [*whole[:2], Broken(f"byte {start}", "broken tar header"), *whole[3:]]
+    path.write_bytes(content[: whole[4].offset + 2999])
+    assert [*walk(path)][-1] == Broken("4.txt", "cut off by the end of its tar")
+    assert len([*walk(path)]) == 5
+    path.write_bytes(b"this is no tar at all" * 1000)
+    assert [*walk(path)] == [Broken("byte 0", "broken tar header")]
+    path.write_bytes(b"")
+    assert [*walk(path)] == []
+
+
+def test_two_tars_in_one_file(tmp_path):
+    first, second = (write_tar(tmp_path / f"{n}.tar", {f"{n}.txt": n * 600}) for n in "ab")
+    both = tmp_path / "both.tar"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    assert [member.name for member in walk(both)] == ["a.txt", "b.txt"]
+
+
+def test_patterns(tmp_path, monkeypatch):
+    for name in ("x-008.tar", "x-009.tar", "x-010.tar", "y.tar"):
+        (tmp_path / name).touch()
+    names = lambda pattern: [path.name for path in expand(f"{tmp_path}/{pattern}")]  # noqa: E731
+    assert names("x-{008..010}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar"]
+    assert names("{y,x-009}.tar") == ["y.tar", "x-009.tar"]
+    assert names("{x,x}-0{08..09}.tar") == 2 * ["x-008.tar", "x-009.tar"]
+    assert names("*.tar") == ["x-008.tar", "x-009.tar", "x-010.tar", "y.tar"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [path.name for path in expand("~/y.tar")] == ["y.tar"]
+    with pytest.raises(UserError, match=r"names 4 files, of which 1 are not there \(such as .*011"):
+        names("x-{008..011}.tar")
+    with pytest.raises(UserError, match="matches no file"):
+        names("z*.tar")
+
+
+# Samples
+
+
+def test_samples_of_several_tars_by_index(tmp_path):
+    write_tar(tmp_path / "00.tar", samples(0, 3))
+    write_tar(tmp_path / "01.tar", {})
+    write_tar(tmp_path / "02.tar", samples(3, 2))
+    source = open_tars(f"{tmp_path}/{{00..02}}.tar")
+    assert len(source) == 5
+    shards = ["00.tar"] * 3 + ["02.tar"] * 2
+    expected = [(f"{tar}/{i:05}", f"number {i}", i) for i, tar in enumerate(shards)]
+    assert everything(source) == expected
+    assert source.bad.count == 0
+    read = {}
+
+    def worker(i):
+        read[i] = source[i]["caption"]
+
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read == {i: f"number {i}" for i in range(5)}
+
+
+def test_captions_in_json_several_and_none(tmp_path, caplog):
+    files = {
+        "a/x.y.jpg": b"not a sample's picture: its suffix is y.jpg",
+        "a/1.JPG": picture_bytes(1, format="JPEG"),
+        "a/1.json": {"caption": ["one", " ", "first"], "url": "http://x"},
+        "2.webp": picture_bytes(2, format="WEBP", lossless=True),
+        "2.json": {"text": " two "},
+        "2.txt": "the .txt goes first",
+        "3.png": picture_bytes(3),
+        "4.png": picture_bytes(4),
+        "4.json": {"url": "no caption"},
+        "5.png": picture_bytes(5),
+        "5.json": b"\xff{",
+        "6.txt": "no picture",
+        "._1.jpg": b"left by a system",
+        "7.png": picture_bytes(7),
+        "7.txt": b"\xff\xfe",
+    }
+    source = open_tars(write_tar(tmp_path / "t.tar", files))
+    assert everything(source) == [
+        ("t.tar/a/1", ("one", "first"), 1),
+        ("t.tar/2", "the .txt goes first", 2),
+    ]
+    assert (source.bad.count, source.bad.total) == (4, 6)
+    messages = "\n".join(record.message for record in caplog.records)
+    for said in (
+        "skipped 1: without a caption (in a .txt or .json of its name): t.tar/3",
+        "t.tar/4: its .json has no caption",
+        "t.tar/5: its .json is not UTF-8 JSON",
+        "t.tar/7: its .txt is not UTF-8",
+    ):
+        assert said in messages
+    assert source.bad.summary() == (
+        "skipped 4 of 6 pictures: 1 without a caption (in a .txt or .json of its name); 1 its "
+        ".json has no caption; 1 its .json is not UTF-8 JSON; 1 its .txt is not UTF-8"
+    )
+
+
+def test_a_torn_tar_gives_what_is_whole(tmp_path, caplog):
+    path = write_tar(tmp_path / "t.tar", samples(0, 6))
+    content = bytearray(path.read_bytes())
+    members = [*walk(path)]
+    start = members[4].offset - 512  # the third picture's
+    content[start : start + 100] = b"\xff" * 100
+    path.write_bytes(content[: members[-1].offset + 3])
+    source = open_tars(path)
+    assert [number for _, _, number in everything(source)] == [0, 1, 3, 4]
+    assert source.bad.count == 3  # the third picture, the last caption, and the one without it
+    messages = "\n".join(record.message for record in caplog.records)
+    assert f"broken tar header: t.tar/byte {start}" in messages
+    assert "cut off by the end of its tar: t.tar/00005.txt" in messages
+
+
+def test_where_files_are_is_found_once_and_again_when_a_tar_changes(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "t.tar", samples(0, 2))
+    expected = everything(open_tars(path))
+    walked = []
+    monkeypatch.setattr(
+        "taca_jax.data.webdataset.walk", lambda path: (walked.append(path), tars.walk(path))[1]
+    )
+    assert everything(open_tars(path)) == expected
+    assert walked == []
+    write_tar(path, samples(0, 3))
+    assert len(open_tars(path)) == 3
+    assert walked == [path]
+
+
+def test_tars_that_cannot_be_used(tmp_path):
+    write_tar(tmp_path / "empty.tar", {"a.txt": "x"})
+    (tmp_path / "no.tar").write_bytes(b"<html>404" * 100)
+    with pytest.raises(UserError, match=r"1 tars in .* hold no pictures \(.png, .jpg"):
+        open_tars(tmp_path / "empty.tar")
+    with pytest.raises(UserError, match=r"1 of 1 pictures cannot be used.*broken tar header"):
+        open_tars(tmp_path / "no.tar")
+
+
+# img2dataset
+
+
+def img2dataset(root, layout, keys, captions=True):
+    """Two shards, of which the second lacks .txt files and a picture that was not downloaded."""
+    for shard in range(2):
+        files, rows = {}, []
+        for i in keys[shard]:
+            key = f"{shard:05}{i:04}"
+            row = {"key": key, "caption": f"number {i}", "status": "success", "url": "http://x"}
+            if i % 4 == 3:
+                row |= {"status": "failed_to_download"}
+            else:
+                files[f"{key}.jpg"] = picture_bytes(i, format="JPEG")
+                files[f"{key}.json"] = row
+                if shard == 0:
+                    files[f"{key}.txt"] = row["caption"]
+            rows.append(row)
+        if shard == 1:  # written without metadata
+            files = {name: content for name, content in files.items() if name.endswith(".jpg")}
+        if layout == "webdataset":
+            write_tar(root / f"{shard:05}.tar", files)
+        else:
+            (root / f"{shard:05}").mkdir()
+            for name, content in files.items():
+                if not isinstance(content, bytes):
+                    content = str(content).encode()
+                (root / f"{shard:05}" / name).write_bytes(content)
+        if captions:
+            table = pyarrow.Table.from_pylist(rows)
+            pyarrow.parquet.write_table(table, root / f"{shard:05}.parquet")
+        (root / f"{shard:05}_stats.json").write_text("{}")
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files"])
+def test_what_img2dataset_writes(tmp_path, layout):
+    keys = [range(4), range(4, 8)]
+    img2dataset(tmp_path, layout, keys)
+    source = open_source(DataConfig(f"img2dataset:{tmp_path}", resolution=16))
+    found = everything(source)
+    assert [caption for _, caption, _ in found] == [f"number {i}" for i in (0, 1, 2, 4, 5, 6)]
+    assert np.abs(np.subtract([grey for *_, grey in found], [0, 1, 2, 4, 5, 6])).max() <= 1
+    assert source.bad.count == 0
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files"])
+def test_without_its_parquet_captions_are_missed(tmp_path, layout):
+    img2dataset(tmp_path, layout, [range(4), range(4, 8)], captions=False)
+    source = open_source(DataConfig(f"img2dataset:{tmp_path}", resolution=16, max_bad_share=0.5))
+    assert len(source) == 3
+    assert source.bad.count == 3
+    (tmp_path / "00001.parquet").write_bytes(b"torn")
+    with pytest.raises(UserError, match=re.escape("00001.parquet cannot be read (")):
+        open_source(DataConfig(f"img2dataset:{tmp_path}", resolution=16))
+
+
+def test_an_output_folder_that_is_not_there(tmp_path):
+    with pytest.raises(
+        UserError, match=r"nowhere is not there; data\.source=img2dataset:PATH takes"
+    ):
+        open_source(DataConfig(f"img2dataset:{tmp_path}/nowhere"))
+
+
+# Several
+
+
+def test_several_sources_are_one_after_the_other(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(0, 3))
+    write_tar(tmp_path / "b.tar", samples(3, 2))
+    names = (f"webdataset:{tmp_path}/a.tar", f"webdataset:{tmp_path}/b.tar")
+    source = open_source(DataConfig(names, resolution=16))
+    assert isinstance(source, MixedSource)
+    assert [source[i]["caption"] for i in range(5)] == [f"number {i}" for i in range(5)]
+    assert [len(part) for part in parts_of(source)] == [3, 2]
+    with pytest.raises(IndexError):
+        source[5]

@@ -1,0 +1,306 @@
+"""Encoded examples: what a cache holds, how it goes on and whom it serves, and training from it."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from taca_jax.config import DataConfig, OptimizerConfig, TextConfig
+from taca_jax.data.cache import CacheWriter, encoded
+from taca_jax.errors import UserError
+from taca_jax.lora import LoRAConfig
+from taca_jax.models.vae import VAEConfig
+from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.taca import TacaConfig
+from taca_jax.text import encode
+from taca_jax.tokenizers import load_tokenizer
+from taca_jax.training import caching, train
+from taca_jax.training import run as run_module
+from taca_jax.training.build import autoencoder_config, build_pipeline
+from taca_jax.training.caching import Encoders, ready_cache
+from taca_jax.training.inputs import open_loader
+from taca_jax.training.step import TextToImage, make_trainer
+from tests.compare import relative_error
+from tests.random_models import random_model
+from tests.training.tiny import FLUX, T5, tiny_config, tiny_pipeline
+
+VAE = VAEConfig(
+    image_channels=3,
+    latent_channels=4,
+    channels=(8, 8),
+    layers_per_block=1,
+    groups=4,
+    scaling_factor=0.7,
+    shift_factor=0.1,
+)
+SIZES = [(32, 32)] * 5 + [(48, 32)] * 6
+BAD = 3
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """One of them cannot be read, some have several captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate(SIZES):
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+        captions = [f"{i} {word}" for word in ("a", "b", "c")[: 1 + i % 3]]
+        (folder / f"{i:02}.json").write_text(json.dumps({"captions": captions}))
+    (folder / f"{BAD:02}.png").write_bytes(b"torn")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    pipeline = tiny_pipeline(dataclasses.replace(FLUX, latent_channels=4, patch_size=2))
+    save(pipeline, folder)
+    return folder
+
+
+def save(pipeline, folder):
+    pipeline.tokenizer = load_tokenizer("bytes", 6)
+    pipeline.settings = dataclasses.replace(
+        pipeline.settings, tokenizer="bytes", text_length=6, resolution=32
+    )
+    pipeline.text_encoder = random_model(dataclasses.replace(T5, vocab_size=259))
+    pipeline.autoencoder = random_model(VAE)
+    pipeline.save(folder)
+
+
+def config_of(base, pictures, out_dir, **changes):
+    data = {
+        "source": f"folder:{pictures}",
+        "batch_size": 2,
+        "resolution": 32,
+        "aspect": "buckets",
+        "max_aspect": 2.0,
+        "caption_dropout": 0.25,
+        "max_bad_share": 0.5,
+        "encode": "cache",
+    }
+    names = {field.name for field in dataclasses.fields(DataConfig)} - {"seed"}
+    data |= {name: changes.pop(name) for name in [*changes] if name in names}
+    adapt = {
+        "base": str(base),
+        "model": None,
+        "text": TextConfig(),
+        "lora": LoRAConfig(rank=2, alpha=4),
+        "taca": TacaConfig(threshold=500),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+        "data": DataConfig(**data),
+    }
+    return tiny_config(out_dir, **(adapt | changes))
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+
+
+@pytest.fixture(scope="module")
+def made(base, pictures, tmp_path_factory):
+    """(configuration, folder) of a complete cache. Not to be changed."""
+    out_dir = tmp_path_factory.mktemp("made")
+    config = config_of(base, pictures, out_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(out_dir / "kept"))
+        ready_cache(config, None)
+    return config, config.cache_dir
+
+
+def own(made, tmp_path, **changes):
+    """The same cache at another place, to be changed."""
+    config, folder = made
+    shutil.copytree(folder, tmp_path / "cache")
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "cache"))
+    return dataclasses.replace(config, data=data, **changes)
+
+
+def test_a_cache_gives_what_is_made_in_every_step(made):
+    """The same pictures in the same order, with the same captions, as the models see them."""
+    config, folder = made
+    assert len(encoded(folder)) == len(SIZES) - 1
+    cache = ready_cache(config, None)
+    pipeline = build_pipeline(config, only=("text", "autoencoder"))
+    vae_graph, vae = nnx.split(pipeline.autoencoder)
+    text_graph, text = nnx.split(pipeline.text_encoder)
+
+    @jax.jit
+    def encoded_images(state, images):
+        return nnx.merge(vae_graph, state).encode(images.astype(np.float32) / 127.5 - 1)
+
+    @jax.jit
+    def encoded_text(state, tokens):
+        return encode(nnx.merge(text_graph, state), tokens, 0)
+
+    online = dataclasses.replace(config, data=dataclasses.replace(config.data, encode="online"))
+    dropped = 0
+    with (
+        open_loader(online, pipeline, None) as expected,
+        open_loader(config, pipeline, None, cache) as loader,
+    ):
+        for _ in range(12):
+            theirs, ours = next(expected), next(loader)
+            assert ours["id"] == theirs["id"]
+            assert f"{BAD:02}.png" not in ours["id"]
+            mean = (ours["mean"] - VAE.shift_factor) * VAE.scaling_factor
+            assert relative_error(mean, encoded_images(vae, theirs["image"])) < 1e-6
+            found = encoded_text(text, theirs["tokens"])
+            assert relative_error(ours["txt"], found.txt) < 1e-6
+            assert relative_error(ours["pooled"], found.pooled) < 1e-6
+            dropped += int((theirs["tokens"][:, 1] == 0).sum())
+        assert loader.get_state() == expected.get_state()
+    assert 0 < dropped < 24
+
+
+def watched(monkeypatch):
+    """The batches that are encoded from now on, each with its number of captions."""
+    seen = []
+    start = Encoders.start
+    monkeypatch.setattr(
+        Encoders, "start", lambda self, *batch: (seen.append(len(batch[1])), start(self, *batch))[1]
+    )
+    return seen
+
+
+def test_an_interrupted_cache_goes_on(made, base, pictures, tmp_path, monkeypatch):
+    config = config_of(base, pictures, tmp_path / "run")
+    add, seen = CacheWriter.add, watched(monkeypatch)
+    with monkeypatch.context() as patch:
+
+        def stop(self, example, *arguments):
+            if example == 7:
+                raise KeyboardInterrupt
+            self._shard_bytes = 1
+            add(self, example, *arguments)
+
+        patch.setattr(CacheWriter, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ready_cache(config, None)
+    before = encoded(config.cache_dir).tolist()
+    assert 0 < len(before) < len(SIZES) - 1
+    seen.clear()
+    # Batches of another size now: pictures are cut as they were when it was begun.
+    data = dataclasses.replace(config.data, batch_size=4)
+    cache = ready_cache(dataclasses.replace(config, data=data), None)
+    left = [i for i in range(len(SIZES)) if i not in before and i != BAD]
+    assert sum(seen) == sum(1 + i % 3 for i in left)
+    reference = ready_cache(made[0], None)
+    for i in range(len(SIZES)):
+        if i != BAD:
+            assert cache[i]["id"] == reference[i]["id"]
+            np.testing.assert_allclose(cache[i]["latents"], reference[i]["latents"], atol=1e-5)
+    seen.clear()
+    ready_cache(config, None)
+    assert seen == []
+
+
+def test_a_complete_cache_needs_neither_models_nor_pictures(made, tmp_path, monkeypatch):
+    config = own(made, tmp_path)
+    monkeypatch.setattr(caching, "build_pipeline", None)
+    monkeypatch.setattr(caching, "open_source", None)
+    assert len(ready_cache(config, None)) == len(SIZES)
+
+
+def test_what_is_damaged_is_encoded_again(made, tmp_path, monkeypatch):
+    config = own(made, tmp_path)
+    (shard,) = (config.cache_dir / "shards").iterdir()
+    records = shard / "records.array_record"
+    content = bytearray(records.read_bytes())
+    content[len(content) // 2 :][:1000] = b""
+    records.write_bytes(content[: len(content) // 2])
+    cache = ready_cache(config, None)
+    with pytest.raises(UserError, match=r"shards/000000 is damaged .*; remove that folder, and"):
+        [cache[i] for i in range(len(SIZES)) if i != BAD]
+    shutil.rmtree(shard)
+    seen = watched(monkeypatch)
+    ready_cache(config, None)
+    assert len(seen) == 6
+
+
+def one_line(refusal):
+    message = str(refusal.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_cache_of_other_weights_or_pictures_is_refused(made, base, pictures, tmp_path):
+    config = own(made, tmp_path)
+    changed = dataclasses.replace(config.data, aspect="square")
+    with pytest.raises(UserError) as refusal:
+        ready_cache(dataclasses.replace(config, data=changed), None)
+    assert "was made with data.aspect=buckets, now it is square; give another" in one_line(refusal)
+    with pytest.raises(UserError, match="was made with dtype=float32, now it is bfloat16"):
+        ready_cache(dataclasses.replace(config, dtype="bfloat16"), None)
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    again = dataclasses.replace(config, base=str(other))
+    ready_cache(again, None)  # copied files are the same weights
+    pipeline = FluxPipeline.from_pretrained(other, "float32")
+    scale = pipeline.text_encoder.final_norm.scale
+    scale[...] = scale[...] * 1.001
+    pipeline.save(other)
+    with pytest.raises(UserError) as refusal:
+        ready_cache(again, None)
+    assert "was made with another text_encoder (kind t5, sum" in one_line(refusal)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "full"))
+    with pytest.raises(
+        UserError, match=r"full is not empty and no cache; give another data\.cache"
+    ):
+        ready_cache(dataclasses.replace(config, data=data), None)
+
+
+def test_steps_from_a_cache_compile_once_for_each_bucket(made):
+    config, _ = made
+    cache = ready_cache(config, None)
+    pipeline = build_pipeline(config, only=("transformer",))
+    assert pipeline.text_encoder is None
+    assert pipeline.autoencoder is None
+    model = TextToImage(pipeline.transformer, None)
+    trainer, trained = make_trainer(config, model, autoencoder_config(config), pad_id=0)
+    state, shapes = trainer.begin(trained), set()
+    with open_loader(config, pipeline, None, cache) as loader:
+        for _ in range(6):
+            batch, _ = run_module._next_batch(loader, 1, None)
+            shapes.add(batch.mean.shape)
+            state, metrics = trainer.run(state, batch)
+    assert shapes == {(1, 2, 16, 16, 4), (1, 2, 12, 20, 4)}
+    assert trainer.step._cache_size() == 2
+    assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latents", ["mean", "sample"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_from_a_cache_has_the_losses_of_training_online(
+    base, pictures, tmp_path, latents, dtype
+):
+    found = {}
+    for encode_when in ("online", "cache"):
+        config = config_of(
+            base,
+            pictures,
+            tmp_path / encode_when,
+            encode=encode_when,
+            latents=latents,
+            dtype=dtype,
+            steps=6,
+            grad_accumulation=2,
+        )
+        train(config)
+        lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+        found[encode_when] = [json.loads(line)["loss"] for line in lines]
+        assert (config.run_dir / "lora.safetensors").is_file()
+    assert len(found["cache"]) == 6
+    np.testing.assert_allclose(
+        found["cache"], found["online"], rtol=1e-5 if dtype == "float32" else 2e-2
+    )
