@@ -304,6 +304,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     assert np.array_equal(found.trained["kernel"], np.full((2, 3), 5.0))
 
 
+@pytest.mark.slow
 def test_accumulated_steps_of_muon_resume_exactly(tmp_path, monkeypatch):
     changes = {"grad_accumulation": 2, "optimizer": OptimizerConfig("muon", learning_rate=3e-3)}
     never = base_config(tmp_path / "never", **changes)
@@ -532,6 +533,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_a_checkpoint_is_written(finished, tmp_path, environment):
     config = base_config(tmp_path / "run")
     full = run_script(FULL, config, environment, tmp_path)
