@@ -5,17 +5,14 @@
 FLUX's heads (24 of 128 channels), 512 text and 1024 image tokens, float32, forward and forward +
 backward. Both run in this process, on as many threads; the outputs and gradients are compared (at
 gamma 1, which is what PyTorch computes) before anything is timed. Rounds alternate between the two.
-Then, in processes of their own, how far the peak memory of our forward + backward rises over its
-inputs as the sequence doubles.
+Then how much memory XLA plans for our forward + backward beside inputs and results, as the sequence
+doubles.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -131,13 +128,11 @@ def measure(backward: bool, rounds: int, threads: int) -> Result:
     )
 
 
-def peak_growth(length: int) -> float:
-    """MiB by which forward + backward raises this process's peak memory over what was there."""
-    given = [jnp.asarray(x) for x in drawn(length)]
+def planned_memory(length: int) -> float:
+    """MiB of temporary buffers that forward + backward takes."""
+    given = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in drawn(length)]
     program = our_call(backward=True).lower(*given).compile()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    jax.block_until_ready(program(*given))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return program.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def main() -> None:
@@ -145,12 +140,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="alternating rounds per direction")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each library")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # one of the memory's processes
     args = parser.parse_args()
     os.environ["NPROC"] = str(args.threads)  # XLA reads it when its CPU client starts
-    if args.peak:
-        print(peak_growth(args.peak))
-        return
     torch.set_num_threads(args.threads)
 
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -165,16 +156,14 @@ def main() -> None:
         print(f"{r.ours_cpu:11.1f}{r.torch_cpu:9.1f}{r.cpu_ratio:7.2f}", end="")
         print(f"{r.relative_error:10.1e}", flush=True)
 
-    print("\npeak memory of forward + backward over its inputs, MiB")
+    print("\ntemporary memory of forward + backward, MiB")
     memory = {}
     for length in MEMORY_LENGTHS:
-        command = [sys.executable, "-m", "benchmarks.attention_cpu", "--peak", str(length)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        memory[length] = float(done.stdout)
+        memory[length] = planned_memory(length)
         scores = HEADS * length**2 * 4 / 2**20
         print(f"{length:6} tokens {memory[length]:8.0f}   (all scores: {scores:,.0f})", flush=True)
     if args.json:
-        figures = {"times": [asdict(r) for r in results], "peak_growth_mib": memory}
+        figures = {"times": [asdict(r) for r in results], "temporary_mib": memory}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

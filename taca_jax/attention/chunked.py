@@ -21,10 +21,13 @@ MAX_SCORES = 2**22
 last cache and under what allocators return to the system at once (a page fault per 4 KiB costs
 more than the exponentials); large enough that small models run in one piece."""
 
-FORWARD_PIECES, BACKWARD_PIECES = 4, 16
+FORWARD_PIECES, BACKWARD_PIECES = 1, 2
 """Where they do not fit, scores are done some heads after another in pieces of a part of
-MAX_SCORES: small enough for a core's own cache, which has to hold four arrays of them backward;
-large enough for a product to be worth sharing between cores."""
+MAX_SCORES; the backward pass holds four arrays of them."""
+
+HEADS_AT_ONCE = 2
+"""At least so many, where they divide: several small products are shared out between cores better
+than one, at some cost to a single core."""
 
 LONG_ROW = 128
 """Scores per row from which the backward pass avoids lengths that a power of two divides: one of
@@ -159,7 +162,7 @@ class _Piece(NamedTuple):
         if batch * heads * length**2 <= MAX_SCORES:
             return cls(batch, heads, MAX_SCORES)
         scores = max(1, MAX_SCORES // pieces)
-        most = max(1, scores // length**2)
+        most = max(HEADS_AT_ONCE, scores // length**2)
         group = max(n for n in range(1, heads + 1) if n <= most and heads % n == 0)
         return cls(1, group, scores)
 
