@@ -135,7 +135,11 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
 
 FLUX, SD35 = flux_taca.CONFIG, sd35_taca.CONFIG
 ROWS: tuple[Row, ...] = (
-    Row("sd35-v5e-1", "SD3.5-Medium LoRA r=64, bf16, 1 image/chip", partial(training, SD35)),
+    Row(
+        "sd35-v5e-1",
+        "SD3.5-Medium LoRA r=64, bf16, int8 T5, 1 image/chip",
+        partial(training, SD35, quantize_text="int8"),
+    ),
     Row("sample-v5e-1", "FLUX.1-dev sampling, int8, T5 apart", partial(sampling, quantize="int8")),
     Row(
         "r16-v5e-1",

@@ -14,6 +14,8 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_SAME = ("copy", "bitcast", "convert", "reshape")
+"""Instructions that hand a number on."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line. shapes: of its result, flat. number: of a parameter, which it is. rest: its
-    attributes, as text."""
+    """One line. shapes: of its result, flat. number: which parameter it is, or a whole constant's
+    value. rest: its attributes, as text."""
 
     name: str
     shapes: tuple[Shape, ...]
@@ -42,7 +44,7 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str
     is_root: bool
-    number: int = 0
+    number: int | None = None
 
     def attribute(self, name: str) -> str | None:
         """The computation or the number that an attribute names."""
@@ -60,14 +62,6 @@ class Instruction:
             return tuple(name for name in names if name is not None)
         name = self.attribute("to_apply" if self.opcode == "call" else "calls")
         return () if name is None else (name,)
-
-    @property
-    def trips(self) -> int:
-        """How often a loop's body runs. Raises LookupError where the program does not say."""
-        found = _TRIPS.search(self.rest)
-        if found is None:
-            raise LookupError(f"the loop {self.name} does not say how often it runs")
-        return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -103,15 +97,63 @@ class Program:
         named = {each.name: each for inside in computations.values() for each in inside}
         return cls(computations, entry, named, 1 if chips is None else int(chips[1]))
 
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop's body runs: as the program says, or as its counter does.
+
+        Raises LookupError where neither can be read.
+        """
+        if (known := _TRIPS.search(loop.rest)) is not None:
+            return int(known[1])
+        condition = self._root(loop.attribute("condition"))
+        last = self._value(condition.operands[-1])
+        counter = self.instructions[condition.operands[0]]
+        if condition.attribute("direction") != "LT" or counter.opcode != "get-tuple-element":
+            last = None
+        place = int(counter.attribute("index") or 0)
+        first = self._value(self._element(loop.operands[0], place))
+        step = self._step(self._root(loop.attribute("body")), place)
+        if last is None or first is None or step is None:
+            raise LookupError(f"the loop {loop.name} does not say how often it runs")
+        return max(0, -((first - last) // step))
+
+    def _root(self, name: str | None) -> Instruction:
+        assert name is not None
+        return next(each for each in self.computations[name] if each.is_root)
+
+    def _element(self, name: str, place: int) -> str:
+        """What a tuple has at a place."""
+        made = self.instructions[name]
+        return made.operands[place] if made.opcode == "tuple" else name
+
+    def _value(self, name: str) -> int | None:
+        """The number that an instruction is known to give."""
+        each = self.instructions[name]
+        while each.opcode in _SAME:
+            each = self.instructions[each.operands[0]]
+        return each.number if each.opcode == "constant" else None
+
+    def _step(self, end: Instruction, place: int) -> int | None:
+        """What a loop's counter grows by."""
+        if end.opcode != "tuple":
+            return None
+        grown = self.instructions[end.operands[place]]
+        if grown.opcode == "fusion":
+            grown = self._root(grown.called[0])
+        if grown.opcode != "add":
+            return None
+        return next(filter(None, map(self._value, grown.operands)), None)
+
 
 def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
     end = _closing(text) + 1 if text.startswith("(") else text.index(" ")
     shapes, text = tuple(_shapes(text[:end])), text[end:].lstrip()
     opcode, _, text = text.partition("(")
-    if opcode == "constant":  # its numbers may go on over many lines
-        return Instruction(name, shapes, opcode, (), text, is_root)
+    if opcode == "constant":  # an array's numbers may go on over many lines
+        value = re.match(r"(-?\d+)\)", text)
+        number = None if value is None else int(value[1])
+        return Instruction(name, shapes, opcode, (), text, is_root, number)
     end = _closing("(" + text) - 1
-    number = int(text[:end]) if opcode == "parameter" else 0
+    number = int(text[:end]) if opcode == "parameter" else None
     operands = tuple(_OPERAND.findall(text[:end]))
     return Instruction(name, shapes, opcode, operands, text[end + 1 :], is_root, number)
 

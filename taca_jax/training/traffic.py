@@ -26,6 +26,8 @@ _FREE = frozenset(
     }
 )
 """Instructions that move nothing themselves."""
+_HANDED_ON = frozenset({"tuple", *KINDS})
+"""What a fusion hands on without touching it: collectives are counted once, when they arrive."""
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -101,53 +103,86 @@ def read_traffic(text: str, chip: Chip) -> Traffic:
     return _Reader(program, chip).of(program.entry)
 
 
+@dataclass
+class _UnderWay:
+    """When the wires are done with all that was sent, and when each asynchronous collective has
+    arrived, by channel; in seconds of the computation's own clock."""
+
+    wires: float = 0.0
+    arrivals: dict[str, float] = field(default_factory=dict)
+
+    def send(self, now: float, seconds: float) -> float:
+        """When something arrives that takes so long."""
+        self.wires = max(now, self.wires) + seconds
+        return self.wires
+
+    def restart(self, end: float) -> None:
+        """Sets the clock, which is at `end`, to zero."""
+        self.wires = max(self.wires - end, 0.0)
+        self.arrivals = {channel: max(at - end, 0.0) for channel, at in self.arrivals.items()}
+
+
 class _Reader:
     def __init__(self, program: Program, chip: Chip):
         self.program = program
         self.chip = chip
         self.seen: dict[str, Traffic] = {}
+        self.asynchronous = {
+            _channel(collective)
+            for instruction in program.instructions.values()
+            for step, collective in self._collectives(instruction)
+            if step == "start"
+        }
 
     def of(self, name: str) -> Traffic:
-        """The traffic of one run of a computation."""
+        """The traffic of one run of a computation; of a loop's body, of one after others."""
         if name not in self.seen:
-            self.seen[name] = self._follow(name)
+            under_way = _UnderWay()
+            self.seen[name] = self._follow(name, under_way)
+            if under_way.arrivals:  # what is started in one turn and awaited in the next
+                self.seen[name] = self._follow(name, under_way)
         return self.seen[name]
 
-    def _follow(self, name: str) -> Traffic:
+    def _follow(self, name: str, under_way: "_UnderWay") -> Traffic:
         total = Traffic()  # whose seconds are when the units are done with what they have
-        wires = 0.0  # when the wires are
-        arrivals: dict[str, float] = {}  # by channel, of what is under way
         for instruction in self.program.computations[name]:
             if instruction.opcode == "while":
                 body = instruction.attribute("body")
                 assert body is not None
-                total += self.of(body) * instruction.trips
+                total += self.of(body) * self.program.trips(instruction)
             elif instruction.opcode in ("call", "conditional"):
                 # Of branches one runs: no more than all of them.
                 total += sum(map(self.of, instruction.called), Traffic())
             else:
                 until = 0.0
                 for step, collective in self._collectives(instruction):
-                    channel = collective.attribute("channel_id") or collective.name
+                    channel = _channel(collective)
                     if step == "done":
-                        until = max(until, arrivals.pop(channel))
-                    elif channel not in arrivals:  # else it is a piece of one under way
+                        until = max(until, under_way.arrivals.pop(channel, 0.0))
+                    elif step == "start" or channel not in self.asynchronous:
                         kind, received = self._received(collective, instruction)
                         on_its_way = received if step == "start" else 0.0
-                        total += Traffic({kind: Moved(1, received, on_its_way)})
-                        wires = max(total.seconds, wires) + received / self.chip.wire_bandwidth
+                        # Results of a start are what is sent, what arrives, and flags.
+                        arriving = instruction.shapes[step == "start" :][:1]
+                        written = received if _main(arriving) else 0.0
+                        total += Traffic({kind: Moved(1, received, on_its_way)}, written)
+                        arrival = under_way.send(total.seconds, received / self.chip.wire_bandwidth)
                         if step == "start":
-                            arrivals[channel] = wires
+                            under_way.arrivals[channel] = arrival
                         else:
-                            until = max(until, wires)
+                            until = max(until, arrival)
                 late = max(until - total.seconds, 0.0)
                 cycles = _CYCLES.search(instruction.rest)
                 busy = 0.0 if cycles is None else int(cycles[1]) / self.chip.clock
                 total += Traffic({}, self._memory(instruction), late + busy, late)
+        under_way.restart(total.seconds)
         return total
 
     def _collectives(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
-        """The collectives in an instruction, each with "start" or "done" where it is only that."""
+        """The collectives in an instruction, each with "start" or "done" where it is only that.
+
+        An asynchronous one that goes on beside other work is in each instruction with such work.
+        """
         base, _, end = instruction.opcode.rpartition("-")
         if instruction.opcode in KINDS:
             yield "", instruction
@@ -183,15 +218,18 @@ class _Reader:
 
     def _memory(self, instruction: Instruction) -> float:
         """Bytes that an instruction reads from the main memory and writes to it."""
-        if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        kind, _, end = instruction.opcode.rpartition("-")
+        if instruction.opcode in _FREE or end == "done" or kind in KINDS:
             return 0.0
-        if instruction.opcode.endswith("-start"):  # results are both its ends, and flags
+        if end == "start":  # results are both its ends, and flags
             return float(_main(instruction.shapes[:2]))
         given = [self.program.instructions[name].shapes for name in instruction.operands]
         if instruction.opcode == "fusion":
             inside = self.program.computations[instruction.called[0]]
+            if any(each.is_root and "AsyncCollective" in each.rest for each in inside):
+                return 0.0
             read = sum(
-                min(_main(given[each.number]), self._used(each.name, inside))
+                min(_main(given[each.number or 0]), self._used(each.name, inside))
                 for each in inside
                 if each.opcode == "parameter"
             )
@@ -220,7 +258,11 @@ class _Reader:
                     for one in further
                     if one.opcode == "parameter" and one.number == number
                 )
-            elif not (each.opcode == "dynamic-update-slice" and each.operands[0] == name):
+            elif not (
+                each.opcode in _HANDED_ON
+                or (each.opcode == "dynamic-update-slice" and each.operands[0] == name)
+                or "AsyncCollective" in each.rest
+            ):
                 return math.inf
         return used
 
@@ -236,11 +278,18 @@ class _Reader:
             while end.opcode == "bitcast":
                 end = self.program.instructions[end.operands[0]]
             size = float(_main((shape,)))
+            if end.opcode == "parameter" or end.opcode in KINDS:
+                size = 0.0
             if end.opcode == "dynamic-update-slice":
                 part = self.program.instructions[end.operands[1]].shapes
                 size = min(size, sum(each.size for each in part))
             written += size
         return written
+
+
+def _channel(collective: Instruction) -> str:
+    """What all instructions of one collective have in common."""
+    return collective.attribute("channel_id") or collective.name
 
 
 def _main(shapes: Sequence[Shape]) -> int:
