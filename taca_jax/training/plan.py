@@ -117,8 +117,12 @@ def plan(config: TrainConfig) -> None:
             break
     else:
         nearest = "nor does any larger slice of that kind"
-    smaller = "" if config.quantize == "nf4" or config.lora is None else " (or quantize=nf4)"
-    raise UserError(f"{reason}; {nearest}{smaller}")
+    smaller = []
+    if config.lora is not None:
+        smaller += ["quantize=nf4"] if config.quantize != "nf4" else []
+        smaller += ["quantize_text=int8"] if config.quantize_text == "none" else []
+    instead = f" (or try {' '.join(smaller)})" if smaller else ""
+    raise UserError(f"{reason}; {nearest}{instead}")
 
 
 class OutOfMemoryError(Exception):

@@ -130,7 +130,8 @@ def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
     monkeypatch.setattr(plan_module, "make_plan", make_plan)
     message = (
         r"^the compiler says: Ran out of memory on HBM, .* \(22.55G\) exceeds available HBM "
-        r"\(15.75G\); plan=v5e-8 data.batch_size=16 fits \(or quantize=nf4\)$"
+        r"\(15.75G\); plan=v5e-8 data.batch_size=16 fits \(or try quantize=nf4 "
+        r"quantize_text=int8\)$"
     )
     with pytest.raises(UserError, match=message):
         plan_module.plan(config_on(base, plan="v5e-1"))
