@@ -5,7 +5,8 @@
 Every row compiles the very program for its slice (some minutes each): memory is the compiler's
 account of one chip; FLOPs are the transformer's, of all chips; the roofline is the least time that
 matrix units, memory and wires allow, and what sets it; hidden is the share of the wires' time in
-which the schedule lets the chip work. --programs keeps the compiled programs' text.
+which the schedule lets the chip work; compiling is CPU time, of all cores together. --programs
+keeps the compiled programs' text.
 """
 
 import argparse
@@ -162,7 +163,7 @@ ROWS: tuple[Row, ...] = (
 )
 HEADER = (
     "| program at 1024 px | slice | chip memory | fits | FLOPs of a step | least time, set by "
-    "| wires: received, hidden | compiled in |"
+    "| wires: received, hidden | CPU time to compile |"
 )
 
 

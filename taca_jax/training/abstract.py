@@ -180,8 +180,7 @@ def abstract_part(
     dtype is of activations; base_dtype of parameters, unless they are quantised or LoRA factors,
     which are float32; None is dtype.
     """
-    options = {} if remat == "none" else {"remat": remat}
-    model = abstract_model(config, dtype=dtype, **options)
+    model = abstract_model(config, dtype=dtype, remat=remat)
     kind = kind_of(config)
     quantize(model, kind, quantized)
     graph, state = nnx.split(model)
