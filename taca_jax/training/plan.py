@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +31,14 @@ from taca_jax.training.abstract import abstract_training, part_configs
 from taca_jax.training.build import check_batch, check_sizes
 from taca_jax.training.flops import forward_flops, step_flops
 from taca_jax.training.slices import Slice
-from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
+from taca_jax.training.step import (
+    Batch,
+    EncodedBatch,
+    TextToImage,
+    Trainer,
+    TrainState,
+    make_trainer,
+)
 from taca_jax.training.traffic import Traffic, read_traffic
 
 GB = 1e9
@@ -92,11 +101,6 @@ def plan(config: TrainConfig) -> None:
 
     Raises UserError where it does not fit, naming the nearest slice where it does.
     """
-    if config.data.encode == "cache":
-        raise UserError(
-            "plan compiles the step that encodes as it goes; leave out data.encode=cache, without "
-            "which a step takes more memory"
-        )
     assert config.plan is not None
     where = Slice.of(config.plan)
     try:
@@ -121,7 +125,8 @@ def plan(config: TrainConfig) -> None:
     if config.lora is not None:
         smaller += ["quantize=nf4"] if config.quantize != "nf4" else []
         smaller += ["quantize_text=int8"] if config.quantize_text == "none" else []
-    instead = f" (or try {' '.join(smaller)})" if smaller else ""
+        smaller += ["data.encode=cache"] if config.data.encode == "online" else []
+    instead = f" (or with less: {', '.join(smaller)})" if smaller else ""
     raise UserError(f"{reason}; {nearest}{instead}")
 
 
@@ -157,11 +162,14 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
     parts_of, text_length = part_configs(config)
     model, autoencoder = abstract_training(config, parts_of, text_length, mesh)
     check_sizes(config, model.transformer, autoencoder, mesh)
+    batch, text = _batch(config, model, autoencoder, text_length, mesh)
+    encoder = autoencoder
+    if config.data.encode == "cache":
+        model.text_encoder, encoder = None, autoencoder.config
     # Padding is what is left out of the pooled mean, which no published model has.
-    trainer, trained = make_trainer(config, model, autoencoder, pad_id=0, mesh=mesh)
+    trainer, trained = make_trainer(config, model, encoder, pad_id=0, mesh=mesh)
     with on(mesh):
         state = trainer.abstract_state(trained)
-        batch, text = _batch(config, model, text_length, mesh)
         step: Any = trainer.step
         lowered = step.lower(state, trainer.frozen, trainer.autoencoder, batch)
         transformer = parts_of["transformer"]
@@ -293,12 +301,9 @@ def devices_of(where: Slice) -> list[Any]:
 
 
 def _batch(
-    config: TrainConfig, model: TextToImage, text_length: int, mesh: Mesh
-) -> tuple[Batch, int]:
+    config: TrainConfig, model: TextToImage, autoencoder: Any, text_length: int, mesh: Mesh
+) -> tuple[Batch | EncodedBatch, int]:
     """The step's batch as shapes, and how many text tokens the transformer reads of each sample."""
-    sharding = batch_sharding(mesh, leading=1)
-    shape = (config.grad_accumulation, config.data.batch_size)
-    side = config.data.resolution
     match model.text_encoder:
         case FluxText(clip=clip):
             ids, text = clip.config.max_tokens + text_length, text_length
@@ -308,12 +313,30 @@ def _batch(
             text = first.config.max_tokens + text_length
         case _:
             ids = text = text_length
-    image: Any = jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8, sharding=sharding)
-    tokens: Any = jax.ShapeDtypeStruct((*shape, ids), jnp.int32, sharding=sharding)
-    return Batch(image=image, tokens=tokens), text
+    sharding = batch_sharding(mesh, leading=1)
+
+    def array(dtype: DTypeLike, *shape: int) -> Any:
+        leading = (config.grad_accumulation, config.data.batch_size)
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+
+    side = config.data.resolution
+    if config.data.encode == "online":
+        return Batch(image=array(jnp.uint8, side, side, 3), tokens=array(jnp.int32, ids)), text
+    dtype = jnp.dtype(config.dtype)
+    latent_side = side // autoencoder.config.downscale
+    latents = (latent_side, latent_side, autoencoder.config.latent_channels)
+    # As the stage that encodes writes them.
+    kept = dtype if jax.tree.leaves(nnx.state(autoencoder)) else jnp.dtype(jnp.float32)
+    transformer = model.transformer.config
+    return EncodedBatch(
+        mean=array(kept, *latents),
+        logvar=array(kept, *latents) if config.data.latents == "sample" else None,
+        txt=array(dtype, text, transformer.txt_dim),
+        pooled=array(jnp.float32, transformer.pooled_dim),
+    ), text
 
 
-def _parts(state: TrainState, trainer: Trainer, batch: Batch) -> dict[str, int]:
+def _parts(state: TrainState, trainer: Trainer, batch: Any) -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.frozen)[0]:
         name = _WORDS[str(path[0].key)]

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from configs.sd35_taca import CONFIG
 from taca_jax.config import DataConfig, LoRAConfig, TextConfig, to_json
 from taca_jax.errors import UserError
-from taca_jax.mesh import on
 from taca_jax.models.layers import Fixed, LoRAParam
 from taca_jax.models.pixels import Pixels
 from taca_jax.pipelines.sd3 import SD3Pipeline
@@ -35,6 +35,7 @@ from taca_jax.training.abstract import (
 from taca_jax.training.build import check_sizes
 from taca_jax.training.plan import _batch, in_units
 from taca_jax.training.slices import Slice, slice_names
+from taca_jax.training.step import Batch, EncodedBatch
 from tests.processes import last_line, run_python
 from tests.random_models import random_model
 from tests.training.test_sd3 import CLIP
@@ -130,8 +131,8 @@ def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
     monkeypatch.setattr(plan_module, "make_plan", make_plan)
     message = (
         r"^the compiler says: Ran out of memory on HBM, .* \(22.55G\) exceeds available HBM "
-        r"\(15.75G\); plan=v5e-8 data.batch_size=16 fits \(or try quantize=nf4 "
-        r"quantize_text=int8\)$"
+        r"\(15.75G\); plan=v5e-8 data.batch_size=16 fits \(or with less: "
+        r"quantize=nf4, quantize_text=int8, data.encode=cache\)$"
     )
     with pytest.raises(UserError, match=message):
         plan_module.plan(config_on(base, plan="v5e-1"))
@@ -142,10 +143,11 @@ def test_stable_diffusion_is_planned_for():
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=1))
     parts, text_length = part_configs(config)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    with on(mesh):
-        model, autoencoder = abstract_training(config, parts, text_length, mesh)
-        check_sizes(config, model.transformer, autoencoder, mesh)
-        batch, text = _batch(config, model, text_length, mesh)
+    model, autoencoder = abstract_training(config, parts, text_length, mesh)
+    check_sizes(config, model.transformer, autoencoder, mesh)
+    batch, text = _batch(config, model, autoencoder, text_length, mesh)
+    cached = replace(config, data=replace(config.data, encode="cache"))
+    encoded, _ = _batch(cached, model, autoencoder, text_length, mesh)
     kernels = nnx.state(model.transformer, nnx.Any(nnx.Param, Fixed))
     sizes = [
         (isinstance(param, LoRAParam), math.prod(param.shape))
@@ -155,7 +157,12 @@ def test_stable_diffusion_is_planned_for():
     assert any(is_lora for is_lora, _ in sizes)
     assert isinstance(model.text_encoder, SD3Text)
     assert model.text_encoder.t5 is not None
+    assert isinstance(batch, Batch)
     assert (text, batch.tokens.shape) == (77 + 256, (1, 1, 77 + 77 + 256))
+    assert isinstance(encoded, EncodedBatch)
+    assert encoded.mean.shape == (1, 1, 128, 128, 16)
+    assert (encoded.txt.shape, encoded.txt.dtype) == ((1, 1, text, 4096), jnp.bfloat16)
+    assert encoded.pooled.shape == (1, 1, 2048)
 
 
 SCRIPT = """
@@ -189,15 +196,16 @@ def sd3_base(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(
-    ("folder", "changes"),
+    ("folder", "changes", "encode"),
     [
-        ("base", {"quantize": "nf4", "quantize_text": "int8"}),
-        ("base", {"remat": "full", "dtype": "bfloat16"}),
-        ("sd3_base", {"remat": "full"}),
+        ("base", {"quantize": "nf4", "quantize_text": "int8"}, "online"),
+        ("base", {"remat": "full", "dtype": "bfloat16"}, "cache"),
+        ("sd3_base", {"remat": "full"}, "online"),
     ],
 )
-def test_a_small_plan(folder, changes, request, tmp_path):
-    data = DataConfig(source="generated:shapes/64", batch_size=4, resolution=40)
+def test_a_small_plan(folder, changes, encode, request, tmp_path):
+    source = ("generated:shapes/64",)
+    data = DataConfig(source=source, batch_size=4, resolution=40, encode=encode)
     config = config_on(request.getfixturevalue(folder), data=data, **changes)
     (tmp_path / "config.json").write_text(to_json(config))
     plan = json.loads(last_line(run_python("-c", SCRIPT, str(tmp_path / "config.json"))))
