@@ -200,7 +200,7 @@ def sd3_base(tmp_path):
     [
         ("base", {"quantize": "nf4", "quantize_text": "int8"}, "online"),
         ("base", {"remat": "full", "dtype": "bfloat16"}, "cache"),
-        ("sd3_base", {"remat": "full"}, "online"),
+        ("sd3_base", {"remat": "full", "lora": CONFIG.lora}, "online"),
     ],
 )
 def test_a_small_plan(folder, changes, encode, request, tmp_path):
