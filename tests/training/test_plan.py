@@ -182,7 +182,7 @@ def sd3_base(tmp_path):
     path = tmp_path / "base"
     clip = replace(CLIP, max_tokens=8)
     SD3Pipeline(
-        random_model(SD3),
+        random_model(replace(SD3, position_size=20)),
         text_encoder=SD3Text(
             random_model(clip), random_model(clip), None, width=SD3.txt_dim, t5_length=16
         ),
