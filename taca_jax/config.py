@@ -307,6 +307,8 @@ class TrainConfig:
         _check(self.sample_every >= 0, "sample_every", self.sample_every, "0 (never) or more")
         _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         _check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
+        local = "://" not in (self.out_dir or "")
+        _check(local, "out_dir", self.out_dir, "a folder (for buckets see docs/launching.md)")
         warmup = self.optimizer.warmup_steps
         below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
         _check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)

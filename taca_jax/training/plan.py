@@ -9,68 +9,49 @@ import dataclasses
 import math
 import os
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
 
-from taca_jax.checkpoint import abstract_model, kind_of, load_config
 from taca_jax.config import TrainConfig
 from taca_jax.errors import UserError
-from taca_jax.fields import from_json
-from taca_jax.lora import add_lora
 from taca_jax.mesh import on
-from taca_jax.models.clip import CLIP_L, CLIPConfig
-from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
-from taca_jax.models.layers import LoRAParam, Quantized
-from taca_jax.models.low_bit import Quantization
-from taca_jax.models.t5 import T5_XXL, T5Config
-from taca_jax.models.vae import FLUX_VAE
-from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
-from taca_jax.quantize import quantize
-from taca_jax.sharding import batch_sharding, make_mesh, placement
-from taca_jax.text import FluxText
+from taca_jax.sharding import batch_sharding, make_mesh
+from taca_jax.text import FluxText, SD3Text
+from taca_jax.training.abstract import abstract_training, part_configs
 from taca_jax.training.build import check_batch, check_sizes
-from taca_jax.training.flops import step_flops
+from taca_jax.training.flops import forward_flops, step_flops
 from taca_jax.training.slices import Slice
-from taca_jax.training.step import Batch, TextToImage, Trainer, TrainState, make_trainer
-from taca_jax.weights import find_weights
+from taca_jax.training.step import (
+    Batch,
+    EncodedBatch,
+    TextToImage,
+    Trainer,
+    TrainState,
+    make_trainer,
+)
+from taca_jax.training.traffic import Traffic, read_traffic
 
 GB = 1e9
 
 
-PUBLISHED: Mapping[str, Mapping[str, Any]] = {
-    name: {
-        "transformer": config,
-        "text_encoder": CLIP_L,
-        "text_encoder_2": T5_XXL,
-        "autoencoder": FLUX_VAE,
-    }
-    for name, config in {
-        "flux1-dev": FLUX_DEV,
-        "flux1-krea-dev": FLUX_KREA,
-        "flux1-schnell": FLUX_SCHNELL,
-    }.items()
-}
-"""The parts of models as published, by the name of the folder that the presets expect."""
-
-PUBLISHED_TEXT_LENGTH = {"flux1-dev": 512, "flux1-krea-dev": 512, "flux1-schnell": 256}
-"""Tokens that T5 reads for each of them."""
-
-
 @dataclass(frozen=True)
 class Plan:
-    """A step on a slice; bytes and seconds are of one chip.
+    """A program on a slice; bytes and seconds are of one chip.
 
-    parts: bytes of each part's arrays. program: bytes that the compiled step needs beside them,
-    activations above all. flops: of the whole step. gathered: bytes of parameters that each chip
-    receives from others.
+    batch: samples. parts: bytes of each part's arrays. program: bytes that the compiled program
+    needs beside them, activations above all. flops: that the transformer needs for all samples.
+    repeated: of those the program does again, to save memory. compile_seconds: of CPU time, all
+    cores together. text: of the compiled program.
     """
 
     where: Slice
@@ -80,7 +61,10 @@ class Plan:
     parts: Mapping[str, int]
     program: int
     flops: float
-    gathered: float
+    repeated: float
+    traffic: Traffic
+    compile_seconds: float
+    text: str = field(repr=False)
 
     @property
     def memory(self) -> int:
@@ -92,12 +76,24 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least that the step can take, by what would bound it."""
+        """The least that the program can take, by what would bound it."""
         chip = self.where.chip
         return {
-            "arithmetic": self.flops / self.where.chips / chip.flops,
-            "wires": self.gathered / chip.wire_bandwidth,
+            "matrix units": (self.flops + self.repeated) / self.where.chips / chip.flops,
+            "memory": self.traffic.memory / chip.memory_bandwidth,
+            "wires": self.traffic.together.received / chip.wire_bandwidth,
         }
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+    @property
+    def hidden(self) -> float:
+        """The share of the wires' time in which the units need not wait for them; 1 with none."""
+        wires = self.seconds["wires"]
+        return 1.0 if not wires else max(0.0, 1 - self.traffic.waited / wires)
 
 
 def plan(config: TrainConfig) -> None:
@@ -105,11 +101,6 @@ def plan(config: TrainConfig) -> None:
 
     Raises UserError where it does not fit, naming the nearest slice where it does.
     """
-    if config.data.encode == "cache":
-        raise UserError(
-            "plan compiles the step that encodes as it goes; leave out data.encode=cache, without "
-            "which a step takes more memory"
-        )
     assert config.plan is not None
     where = Slice.of(config.plan)
     try:
@@ -130,8 +121,13 @@ def plan(config: TrainConfig) -> None:
             break
     else:
         nearest = "nor does any larger slice of that kind"
-    smaller = "" if config.quantize == "nf4" or config.lora is None else " (or quantize=nf4)"
-    raise UserError(f"{reason}; {nearest}{smaller}")
+    smaller = []
+    if config.lora is not None:
+        smaller += ["quantize=nf4"] if config.quantize != "nf4" else []
+        smaller += ["quantize_text=int8"] if config.quantize_text == "none" else []
+        smaller += ["data.encode=cache"] if config.data.encode == "online" else []
+    instead = f" (or with less: {', '.join(smaller)})" if smaller else ""
+    raise UserError(f"{reason}; {nearest}{instead}")
 
 
 class OutOfMemoryError(Exception):
@@ -161,23 +157,57 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
 
     Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
     """
-    mesh = make_mesh(config.mesh, _devices(where.topology))
+    mesh = make_mesh(config.mesh, devices_of(where))
     check_batch(config, mesh)
-    parts_of, text_length = _configs(config)
-    model, autoencoder = _abstract(config, parts_of, mesh)
+    parts_of, text_length = part_configs(config)
+    model, autoencoder = abstract_training(config, parts_of, text_length, mesh)
     check_sizes(config, model.transformer, autoencoder, mesh)
+    batch, text = _batch(config, model, autoencoder, text_length, mesh)
+    encoder = autoencoder
+    if config.data.encode == "cache":
+        model.text_encoder, encoder = None, autoencoder.config
     # Padding is what is left out of the pooled mean, which no published model has.
-    trainer, trained = make_trainer(config, model, autoencoder, pad_id=0, mesh=mesh)
+    trainer, trained = make_trainer(config, model, encoder, pad_id=0, mesh=mesh)
     with on(mesh):
         state = trainer.abstract_state(trained)
-        batch = _batch(config, model, text_length, mesh)
         step: Any = trainer.step
-        compiled = _compiled(step.lower(state, trainer.frozen, trainer.autoencoder, batch))
+        lowered = step.lower(state, trainer.frozen, trainer.autoencoder, batch)
+        transformer = parts_of["transformer"]
+        side = config.data.resolution // (autoencoder.config.downscale * transformer.patch_size)
+        tokens = {"image": side * side, "text": text}
+        samples = config.data.batch_size * config.grad_accumulation
+        again = config.remat == "full"
+        return compiled_plan(
+            lowered,
+            where,
+            mesh,
+            batch=samples,
+            resolution=config.data.resolution,
+            parts=_parts(state, trainer, batch),
+            flops=step_flops(config, transformer, **tokens),
+            repeated=again * samples * forward_flops(transformer, **tokens),
+        )
+
+
+def compiled_plan(
+    lowered: Any,
+    where: Slice,
+    mesh: Mesh,
+    *,
+    batch: int,
+    resolution: int,
+    parts: Mapping[str, int],
+    flops: float,
+    repeated: float = 0.0,
+) -> Plan:
+    """The plan of any lowered program, of which `parts` are the arguments; Plan says the rest.
+
+    Raises OutOfMemoryError as `make_plan` does.
+    """
+    start = time.process_time()
+    compiled = _compiled(lowered)
+    seconds = time.process_time() - start
     used = compiled.memory_analysis()
-    parts = _parts(state, trainer, batch)
-    patch = autoencoder.config.downscale * parts_of["transformer"].patch_size
-    side = config.data.resolution // patch
-    held = sum(parts.values())
     total = (
         used.argument_size_in_bytes
         + used.output_size_in_bytes
@@ -185,15 +215,19 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         + used.temp_size_in_bytes
         + used.generated_code_size_in_bytes
     )
+    text = compiled.as_text()
     return Plan(
-        where,
-        mesh,
-        config.data.batch_size,
-        config.data.resolution,
-        parts,
-        max(total - held, 0),
-        step_flops(config, parts_of["transformer"], image=side * side, text=text_length),
-        _gathered(trainer, state, mesh, passes=_passes(config), dtype=jnp.dtype(config.dtype)),
+        where=where,
+        mesh=mesh,
+        batch=batch,
+        resolution=resolution,
+        parts=parts,
+        program=max(total - sum(parts.values()), 0),
+        flops=flops,
+        repeated=repeated,
+        traffic=read_traffic(text, where.chip),
+        compile_seconds=seconds,
+        text=text,
     )
 
 
@@ -214,12 +248,24 @@ def table(plan: Plan) -> Table:
     out.add_row(
         "together", f"{in_units(plan.memory, 'B')}, {share:.0%} of its memory", end_section=True
     )
-    out.add_row("arithmetic of the step, all chips", in_units(plan.flops, "FLOP"))
-    out.add_row("transformer's parameters received", in_units(plan.gathered, "B"), end_section=True)
+    out.add_row("the transformer's arithmetic, all chips", in_units(plan.flops, "FLOP"))
+    if plan.repeated:
+        out.add_row("done again to save memory", in_units(plan.repeated, "FLOP"))
+    out.add_row("read from memory and written", in_units(plan.traffic.memory, "B"))
+    for kind, moved in sorted(plan.traffic.collectives.items()):
+        out.add_row(
+            f"{moved.count:,} x {kind}",
+            f"{in_units(moved.received, 'B')} received, "
+            f"{moved.asynchronous_share:.0%} asynchronously",
+        )
+    out.columns[0].no_wrap = True
+    out.add_section()
     for name, seconds in plan.seconds.items():
-        out.add_row(f"least time for {name}", in_units(seconds, "s"))
-    bound = max(plan.seconds, key=plan.seconds.__getitem__)
-    out.add_row("bound by", bound)
+        out.add_row(f"least time for the {name}", in_units(seconds, "s"))
+    out.add_row("bound by", f"the {plan.bound}")
+    if plan.seconds["wires"]:
+        out.add_row("wires' time hidden by the schedule", f"{plan.hidden:.0%}")
+    out.add_row("compiled in", f"{plan.compile_seconds:.0f} s of CPU time")
     return out
 
 
@@ -236,8 +282,11 @@ def in_units(value: float, unit: str) -> str:
     return f"{number:,.0f} {prefix}{unit}" if number >= 100 else f"{number:.3g} {prefix}{unit}"
 
 
-def _devices(topology: str) -> list[Any]:
-    """Devices of a topology that is not there."""
+def devices_of(where: Slice) -> list[Any]:
+    """The devices of a slice that is not there.
+
+    Raises UserError without the TPU's compiler.
+    """
     # Read when libtpu is loaded: without them it asks the network where it is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -245,163 +294,66 @@ def _devices(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=where.topology).devices
     except Exception as error:  # JAX raises what loading a plugin raises
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"plan needs the TPU's compiler (pip install libtpu): {reason}") from error
 
 
-def _abstract(config: TrainConfig, parts: Mapping[str, Any], mesh: Mesh) -> tuple[TextToImage, Any]:
-    """The model to train and its autoencoder, of shapes with places instead of parameters."""
-    dtype = jnp.dtype(config.dtype)
-    base_dtype = dtype if config.lora is not None else jnp.dtype(jnp.float32)
-    place = placement(mesh)
-    assert place is not None
-
-    def made(part: str, **options: Any) -> Any:
-        model = abstract_model(parts[part], dtype=dtype, **options)
-        quantize(model, kind_of(parts[part]), _quantization(config, part, parts[part]))
-        if part == "transformer" and config.lora is not None:
-            lora = config.lora
-            graph, state = nnx.split(model)
-            model = nnx.eval_shape(lambda: _with_lora(graph, state, lora))
-        kind = kind_of(parts[part])
-        graph, state = nnx.split(model)
-        for path, param in nnx.to_flat_state(state):
-            name = ".".join(map(str, path))
-            wide = jnp.float32 if isinstance(param, LoRAParam) else base_dtype
-            if isinstance(param, Quantized):
-                wide = param.get_value().dtype
-            sharding = place(kind, name, param.shape)
-            param.set_value(jax.ShapeDtypeStruct(param.shape, wide, sharding=sharding))
-        return nnx.merge(graph, state)
-
-    transformer = made("transformer", remat=config.remat)
-    clip = next((part for part, c in parts.items() if isinstance(c, CLIPConfig)), None)
-    t5 = made(next(part for part, c in parts.items() if isinstance(c, T5Config)))
-    encoder = t5 if clip is None else FluxText(made(clip), t5)
-    return TextToImage(transformer, encoder), made("autoencoder")
-
-
-def _quantization(config: TrainConfig, part: str, model: Any) -> Quantization:
-    """What a part's kernels are kept in."""
-    if part == "transformer":
-        return config.quantize
-    return config.quantize_text if isinstance(model, T5Config) else "none"
-
-
-def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: Any) -> nnx.Module:
-    filled = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-    model = nnx.merge(graph, filled)
-    add_lora(model, lora, rngs=nnx.Rngs(0))
-    return model
-
-
-def _configs(config: TrainConfig) -> tuple[dict[str, Any], int]:
-    """The config of each part, of the base's folder, of a published model or of a new one; and how
-    many tokens T5 reads."""
-    if config.base is None:
-        assert config.model is not None  # TrainConfig saw to both
-        assert config.text.encoder is not None
-        found = {
-            "transformer": config.model,
-            "text_encoder": config.text.encoder,
-            "autoencoder": config.pixels,
-        }
-        text_length = config.text.length
-    else:
-        found, text_length = _configs_of_base(config.base)
-    if config.autoencoder != "pixels":
-        found["autoencoder"] = load_config(config.autoencoder)
-    kinds = [type(each) for each in found.values()]
-    missing = [
-        words
-        for words, there in (
-            ("a transformer", "transformer" in found),
-            ("a T5", T5Config in kinds),
-            ("an autoencoder (autoencoder=FOLDER)", "autoencoder" in found),
-        )
-        if not there
-    ]
-    if missing:
-        raise UserError(f"base={config.base} lacks {', '.join(missing)}, which training needs")
-    if not isinstance(found["transformer"], FluxConfig):
-        kind = kind_of(found["transformer"])
-        raise UserError(f"base={config.base} is of kind {kind}; only FLUX is planned: plan=none")
-    return found, text_length
-
-
-def _configs_of_base(base: str) -> tuple[dict[str, Any], int]:
-    folder = find_weights(base)
-    names = ("transformer", "text_encoder", "text_encoder_2", "autoencoder")
-    if folder.is_dir():
-        found = {n: load_config(folder / n) for n in names if (folder / n).is_dir()}
-        settings = folder / SETTINGS_FILE
-        if not settings.is_file():
-            raise UserError(f"base={base} is no pipeline folder: it has no {SETTINGS_FILE}")
-        return found, from_json(PipelineSettings, settings.read_text(), str(settings)).text_length
-    if folder.name not in PUBLISHED:
-        raise UserError(
-            f"base={base} is not there; plan for {', '.join(PUBLISHED)} needs no folder"
-        )
-    return dict(PUBLISHED[folder.name]), PUBLISHED_TEXT_LENGTH[folder.name]
-
-
-def _batch(config: TrainConfig, model: TextToImage, text_length: int, mesh: Mesh) -> Batch:
+def _batch(
+    config: TrainConfig, model: TextToImage, autoencoder: Any, text_length: int, mesh: Mesh
+) -> tuple[Batch | EncodedBatch, int]:
+    """The step's batch as shapes, and how many text tokens the transformer reads of each sample."""
+    match model.text_encoder:
+        case FluxText(clip=clip):
+            ids, text = clip.config.max_tokens + text_length, text_length
+        case SD3Text(clip_l=first, clip_g=second, t5=t5):
+            both = first.config.max_tokens + second.config.max_tokens
+            ids = both + (0 if t5 is None else text_length)
+            text = first.config.max_tokens + text_length
+        case _:
+            ids = text = text_length
     sharding = batch_sharding(mesh, leading=1)
-    shape = (config.grad_accumulation, config.data.batch_size)
+
+    def array(dtype: DTypeLike, *shape: int) -> Any:
+        leading = (config.grad_accumulation, config.data.batch_size)
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+
     side = config.data.resolution
-    encoder = model.text_encoder
-    clip_length = encoder.clip.config.max_tokens if isinstance(encoder, FluxText) else 0
-    tokens_shape = (*shape, clip_length + text_length)
-    image: Any = jax.ShapeDtypeStruct((*shape, side, side, 3), jnp.uint8, sharding=sharding)
-    tokens: Any = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=sharding)
-    return Batch(image=image, tokens=tokens)
+    if config.data.encode == "online":
+        return Batch(image=array(jnp.uint8, side, side, 3), tokens=array(jnp.int32, ids)), text
+    dtype = jnp.dtype(config.dtype)
+    latent_side = side // autoencoder.config.downscale
+    latents = (latent_side, latent_side, autoencoder.config.latent_channels)
+    # As the stage that encodes writes them.
+    kept = dtype if jax.tree.leaves(nnx.state(autoencoder)) else jnp.dtype(jnp.float32)
+    transformer = model.transformer.config
+    return EncodedBatch(
+        mean=array(kept, *latents),
+        logvar=array(kept, *latents) if config.data.latents == "sample" else None,
+        txt=array(dtype, text, transformer.txt_dim),
+        pooled=array(jnp.float32, transformer.pooled_dim),
+    ), text
 
 
-def _parts(state: TrainState, trainer: Trainer, batch: Batch) -> dict[str, int]:
+def _parts(state: TrainState, trainer: Trainer, batch: Any) -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.frozen)[0]:
         name = _WORDS[str(path[0].key)]
-        parts[name] = parts.get(name, 0) + _local_bytes(leaf)
-    parts["autoencoder"] = sum(map(_local_bytes, jax.tree.leaves(trainer.autoencoder)))
+        parts[name] = parts.get(name, 0) + local_bytes(leaf)
+    parts["autoencoder"] = sum(map(local_bytes, jax.tree.leaves(trainer.autoencoder)))
     name = "trained parameters, optimizer"
-    parts[name] = sum(map(_local_bytes, jax.tree.leaves(state)))
-    parts["batch"] = sum(map(_local_bytes, jax.tree.leaves(batch)))
+    parts[name] = sum(map(local_bytes, jax.tree.leaves(state)))
+    parts["batch"] = sum(map(local_bytes, jax.tree.leaves(batch)))
     return {name: size for name, size in parts.items() if size}
 
 
 _WORDS = {"transformer": "transformer, frozen", "text_encoder": "text encoders, frozen"}
 
 
-def _local_bytes(array: Any) -> int:
+def local_bytes(array: Any) -> int:
+    """Bytes that one chip holds of an array, or of the shape of one."""
     shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
     # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
     bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
     return math.prod(shape) * bits // 8
-
-
-def _passes(config: TrainConfig) -> int:
-    """How often a step reads every parameter of the transformer."""
-    return 3 if config.remat == "full" else 2
-
-
-def _gathered(
-    trainer: Trainer, state: TrainState, mesh: Mesh, *, passes: int, dtype: jnp.dtype
-) -> float:
-    """Bytes of the transformer's parameters that a chip receives over `fsdp` in a step.
-
-    Trained ones are received in every pass too, and the sums of their gradients once. int8's codes
-    are received as they are; each chip decodes its share of nf4's, which is received in `dtype`.
-    """
-
-    def size(array: Any) -> int:
-        decoded = 2 * dtype.itemsize if array.dtype == jnp.uint4 else 1
-        return _local_bytes(array) * decoded
-
-    others = mesh.shape["fsdp"] - 1
-    frozen, trained = (
-        sum(size(x) for x in jax.tree.leaves(tree.get("transformer", {})))
-        for tree in (trainer.frozen, state.trained)
-    )
-    return others * (frozen * passes + trained * (passes + 1))

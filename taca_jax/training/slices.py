@@ -8,20 +8,23 @@ from taca_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """One TPU chip: bytes of memory, bf16 FLOP/s, bytes/s to other chips.
+    """One TPU chip: bytes of memory, bf16 FLOP/s, bytes/s to its memory and to other chips, Hz.
 
-    Source: cloud.google.com/tpu/docs, system architecture of each generation.
+    Source: cloud.google.com/tpu/docs, system architecture of each generation; of the clock, what
+    flops make of the size of the matrix units.
     """
 
     memory: float
     flops: float
+    memory_bandwidth: float
     wire_bandwidth: float
+    clock: float
 
 
 CHIPS = {
-    "v5e": Chip(16 * 2**30, 197e12, 200e9),
-    "v6e": Chip(32 * 2**30, 918e12, 448e9),
-    "v5p": Chip(95 * 2**30, 459e12, 600e9),
+    "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
+    "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
+    "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
 }
 _DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p"}
 """What JAX calls them."""

@@ -1,0 +1,255 @@
+"""What training and sampling take on slices of TPUs, by the TPU's compiler; no TPU is needed.
+
+    python -m benchmarks.tpu_plans [--rows NAME ...] [--json FILE] [--programs FOLDER]
+
+Every row compiles the very program for its slice (some minutes each): memory is the compiler's
+account of one chip; FLOPs are the transformer's, of all chips; the roofline is the least time that
+matrix units, memory and wires allow, and what sets it; hidden is the share of the wires' time in
+which the schedule lets the chip work; compiling is CPU time, of all cores together. --programs
+keeps the compiled programs' text.
+"""
+
+import argparse
+import gzip
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import flux_taca, sd35_taca
+from taca_jax.config import TrainConfig
+from taca_jax.mesh import on
+from taca_jax.models.flux import FLUX_DEV
+from taca_jax.models.low_bit import Quantization
+from taca_jax.models.vae import FLUX_VAE
+from taca_jax.sampling import Conditioning, FlowSchedule, denoise, make_plan
+from taca_jax.sharding import MeshConfig, make_mesh
+from taca_jax.taca import TacaConfig
+from taca_jax.training import plan as plans
+from taca_jax.training.abstract import PUBLISHED_TEXT_LENGTH, abstract_part
+from taca_jax.training.flops import forward_flops
+from taca_jax.training.plan import GB, OutOfMemoryError, Plan
+from taca_jax.training.slices import Slice
+
+RESOLUTION = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: its name, which ends with its slice's, and what is compiled."""
+
+    name: str
+    words: str
+    make: Callable[[Slice], Plan]
+
+    @property
+    def where(self) -> str:
+        return "-".join(self.name.split("-")[-2:])
+
+
+def training(
+    config: TrainConfig,
+    where: Slice,
+    *,
+    rank: int = 64,
+    images: int = 1,
+    quantize: Quantization = "none",
+    quantize_text: Quantization = "none",
+    encode: Literal["online", "cache"] = "online",
+) -> Plan:
+    """A step of training a LoRA of `rank`, on so many images a chip; encode as in DataConfig."""
+    assert config.lora is not None
+    config = replace(
+        config,
+        lora=replace(config.lora, rank=rank, alpha=rank),
+        data=replace(
+            config.data, batch_size=images * where.chips, resolution=RESOLUTION, encode=encode
+        ),
+        quantize=quantize,
+        quantize_text=quantize_text,
+    )
+    return plans.make_plan(config, where)
+
+
+def sampling(where: Slice, quantize: Quantization) -> Plan:
+    """FLUX.1-dev draws one picture under TACA, from embeddings that were made before: a denoising
+    step's FLOPs and times, and the memory of what takes more, the loop or decoding after it."""
+    mesh = make_mesh(MeshConfig(), plans.devices_of(where))
+    dtype = jnp.dtype("bfloat16")
+    graph, state = nnx.split(abstract_part(FLUX_DEV, mesh, dtype=dtype, quantized=quantize))
+    ae_graph, ae_state = nnx.split(abstract_part(FLUX_VAE, mesh, dtype=dtype))
+    side, text = RESOLUTION // FLUX_VAE.downscale, PUBLISHED_TEXT_LENGTH["flux1-dev"]
+    image = (side // FLUX_DEV.patch_size) ** 2
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
+
+    def size(*trees: Any) -> int:
+        return sum(map(plans.local_bytes, jax.tree.leaves(trees)))
+
+    def draw(state: nnx.State, latents: jax.Array, steps: Any, told: Conditioning) -> jax.Array:
+        return denoise(nnx.merge(graph, state), latents, steps, told)[0]
+
+    def decode(state: nnx.State, latents: jax.Array) -> jax.Array:
+        return nnx.merge(ae_graph, state).decode(latents)
+
+    steps = make_plan(FlowSchedule().sigmas(1, image), TacaConfig())
+    steps = jax.tree.map(lambda x: array(*x.shape), steps)
+    latents = array(1, side, side, FLUX_DEV.latent_channels)
+    told = Conditioning(
+        txt=array(1, text, FLUX_DEV.txt_dim),
+        pooled=array(1, FLUX_DEV.pooled_dim),
+        guidance=array(1),
+    )
+    told_size = size(latents, steps, told)
+    options: dict[str, Any] = {"batch": 1, "resolution": RESOLUTION}
+    with on(mesh):
+        drawn = plans.compiled_plan(
+            jax.jit(draw).lower(state, latents, steps, told),
+            *(where, mesh),
+            parts={"transformer": size(state), "what it is told": told_size},
+            flops=forward_flops(FLUX_DEV, image=image, text=text),
+            **options,
+        )
+        decoded = plans.compiled_plan(
+            jax.jit(decode).lower(ae_state, latents),
+            *(where, mesh),
+            parts={"autoencoder": size(ae_state), "latents": size(latents)},
+            flops=0.0,
+            **options,
+        )
+    return replace(
+        drawn,
+        parts={**drawn.parts, "autoencoder": size(ae_state)},
+        program=max(drawn.program, decoded.program),
+        compile_seconds=drawn.compile_seconds + decoded.compile_seconds,
+    )
+
+
+FLUX, SD35 = flux_taca.CONFIG, sd35_taca.CONFIG
+_CACHED = partial(training, FLUX, encode="cache")
+ROWS: tuple[Row, ...] = (
+    Row(
+        "sd35-v5e-1",
+        "SD3.5-Medium LoRA r=64, bf16, 1 image/chip, encoded before",
+        partial(training, SD35, encode="cache"),
+    ),
+    Row(
+        "sd35-online-v5e-1",
+        "SD3.5-Medium LoRA r=64, bf16, 1 image/chip, T5 in int8",
+        partial(training, SD35, quantize_text="int8"),
+    ),
+    Row("sample-v5e-1", "FLUX.1-dev sampling, int8, T5 apart", partial(sampling, quantize="int8")),
+    Row(
+        "r16-v5e-1",
+        "FLUX.1-dev LoRA r=16, nf4, 1 image/chip, encoded before",
+        partial(_CACHED, rank=16, quantize="nf4"),
+    ),
+    Row(
+        "r16-online-v5e-1",
+        "FLUX.1-dev LoRA r=16, nf4, 1 image/chip, T5 in int8",
+        partial(training, FLUX, rank=16, quantize="nf4", quantize_text="int8"),
+    ),
+    Row("r64-v5e-8", "FLUX.1-dev LoRA r=64, bf16, 1 image/chip", partial(training, FLUX)),
+    *(
+        Row(
+            f"r64x4-{where}",
+            "FLUX.1-dev LoRA r=64, bf16, 4 images/chip, encoded before",
+            partial(_CACHED, images=4),
+        )
+        for where in ("v5e-16", "v6e-16", "v5p-8")
+    ),
+    *(
+        Row(f"r64-{where}", "FLUX.1-dev LoRA r=64, bf16, 1 image/chip, encoded before", _CACHED)
+        for where in ("v5e-256", "v5p-512")
+    ),
+)
+"""Where nothing else is said, text encoders and autoencoder work in the step."""
+HEADER = (
+    "| program at 1024 px | slice | chip memory | fits | FLOPs of a step | least time, set by "
+    "| wires: received, hidden | CPU time to compile |"
+)
+
+
+def described(row: Row, plan: Plan) -> str:
+    """A line of the table."""
+    memory, whole = plan.memory / GB, plan.where.chip.memory / GB
+    wires = plan.traffic.together.received
+    return " | ".join(
+        (
+            f"| {row.words}",
+            plan.where.name,
+            f"{memory:.1f} of {whole:.1f} GB",
+            "yes" if plan.fits else "no",
+            f"{plan.flops / 1e12:,.0f} T",
+            f"{plan.seconds[plan.bound]:.2f} s, {plan.bound}",
+            f"{wires / GB:.1f} GB, {plan.hidden:.0%}" if wires else "none",
+            f"{plan.compile_seconds:.0f} s |",
+        )
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """What is known of a plan, but its program."""
+    return {
+        "slice": plan.where.name,
+        "mesh": dict(plan.mesh.shape),
+        "batch": plan.batch,
+        "parts": dict(plan.parts),
+        "program": plan.program,
+        "memory": plan.memory,
+        "fits": plan.fits,
+        "flops": plan.flops,
+        "repeated": plan.repeated,
+        "seconds": plan.seconds,
+        "bound": plan.bound,
+        "hidden": plan.hidden,
+        "traffic": asdict(plan.traffic),
+        "compile_seconds": plan.compile_seconds,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="ROW")
+    parser.add_argument("--json", type=Path, help="adds the rows that were compiled to this file")
+    parser.add_argument("--programs", type=Path, help="a folder for the compiled programs' text")
+    arguments = parser.parse_args(argv)
+    print(HEADER)
+    print("|---" * (HEADER.count("|") - 1) + "|", flush=True)
+    for row in ROWS:
+        if row.name not in arguments.rows:
+            continue
+        where = Slice.of(row.where)
+        try:
+            plan = row.make(where)
+        except OutOfMemoryError as error:
+            print(f"| {row.words} | {row.where} | {error} | no | | | | |", flush=True)
+            continue
+        print(described(row, plan), flush=True)
+        if arguments.json is not None:
+            file = arguments.json
+            before = json.loads(file.read_text()) if file.is_file() else {}
+            file.write_text(json.dumps(before | {row.name: as_json(plan)}, indent=1) + "\n")
+        if arguments.programs is not None:
+            arguments.programs.mkdir(parents=True, exist_ok=True)
+            with gzip.open(arguments.programs / f"{row.name}.hlo.gz", "wt") as program:
+                program.write(plan.text)
+
+
+if __name__ == "__main__":
+    main()
