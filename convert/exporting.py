@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.models import PIPELINE_FILE
 from convert.stored import open_stored
 from convert.writing import check_free, progress
 from taca_jax.atomic import whole_folder
-from taca_jax.checkpoint import CONFIG, kind_of, load_config
+from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, kind_of, load_config
 from taca_jax.errors import UserError
 from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
 from taca_jax.formats import vae as vae_format

@@ -8,9 +8,8 @@ from typing import Any, get_args
 import numpy as np
 
 from convert.loras import doubts
-from convert.models import PIPELINE_FILE
 from convert.stored import open_stored
-from taca_jax.checkpoint import CONFIG, kind_of, load_config
+from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, kind_of, load_config
 from taca_jax.errors import UserError
 from taca_jax.formats import clip as clip_format
 from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl

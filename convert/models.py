@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.writing import check_free, progress
 from taca_jax.atomic import whole_folder
-from taca_jax.checkpoint import CONFIG, StreamedArray, save_streamed
+from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, save_streamed
 from taca_jax.formats.engine import streamed
 from taca_jax.formats.original_pipelines import (
     PIPELINE_PARTS,
@@ -23,9 +23,8 @@ from taca_jax.formats.original_pipelines import (
     sd3_parts,
 )
 from taca_jax.formats.sources import Source, check_not_given, flux, sd3
+from taca_jax.streams import StreamedArray
 from taca_jax.tensor_files import summary
-
-PIPELINE_FILE = "pipeline.json"
 
 
 def convert_model(

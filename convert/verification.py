@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.models import PIPELINE_FILE
 from convert.stored import open_stored
-from taca_jax.checkpoint import CONFIG, kind_of, load_config
+from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, kind_of, load_config
 from taca_jax.errors import UserError
 from taca_jax.formats.engine import contiguous, match, shapes_of
 from taca_jax.formats.original_pipelines import PIPELINE_PARTS, sd3_parts

@@ -73,6 +73,8 @@ Place = Callable[[str, str, Shape], Sharding]
 """(kind, path, shape) -> where a parameter goes, as `sharding.placement` says."""
 
 CONFIG, PARAMS, SAFETENSORS = "config.json", "params", "model.safetensors"
+PIPELINE_FILE = "pipeline.json"
+"""Beside the model folders of a pipeline."""
 
 
 def save_model(
@@ -180,12 +182,12 @@ class Stored:
     """The parameters of a model where they are kept, by dotted path.
 
     read: (path, dtype or None as it is stored) -> one of them, to be put on devices.
-    part: (path, layer of a stack or (), part of its matrix) -> that part, on the host.
+    matrix: (path, layer of a stack or ()) -> that matrix of it, on the host.
     """
 
     shapes: Mapping[str, Shape]
     read: Callable[[str, DTypeLike | None], StreamedArray]
-    part: Callable[[str, tuple[int, ...], tuple[slice, ...]], np.ndarray]
+    matrix: Callable[[str, tuple[int, ...]], np.ndarray]
 
 
 def load_stored(
@@ -220,7 +222,7 @@ def load_stored(
                 path=layer,
                 codes_at=placed(layer, wanted[layer]),
                 scales_at=placed(name, param.shape),
-                read=partial(stored.part, layer),
+                read=partial(stored.matrix, layer),
             )
     for name, shape in wanted.items():
         if name not in arrays:
@@ -272,12 +274,12 @@ def _open_safetensors(file: Path) -> Stored:
 
         return StreamedArray(tensors.shapes[name], target, pieces, stacked=False)
 
-    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+    def matrix(name: str, layer: tuple[int, ...]) -> np.ndarray:
         if not layer:
-            return tensors.read(name)[part]
-        return tensors.read(name, slice(layer[0], layer[0] + 1))[0][part]
+            return tensors.read(name)
+        return tensors.read(name, slice(layer[0], layer[0] + 1))[0]
 
-    return Stored(tensors.shapes, read, part)
+    return Stored(tensors.shapes, read, matrix)
 
 
 def _open_orbax(folder: Path) -> Stored:
@@ -308,13 +310,11 @@ def _open_orbax(folder: Path) -> Stored:
 
         return StreamedArray(shape, target, pieces, stacked)
 
-    def part(name: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+    def matrix(name: str, layer: tuple[int, ...]) -> np.ndarray:
         shape, chunk, _ = stored[name]
-        if chunk != shape:
-            return chunk_of(name, layer[0])[0][part]
-        return chunk_of(name, 0)[(*layer, *part)]
+        return chunk_of(name, layer[0])[0] if chunk != shape else chunk_of(name, 0)[layer]
 
-    return Stored({name: shape for name, (shape, _, _) in stored.items()}, read, part)
+    return Stored({name: shape for name, (shape, _, _) in stored.items()}, read, matrix)
 
 
 def _checked(array: Path) -> tuple[Shape, Shape, np.dtype]:

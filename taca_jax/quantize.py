@@ -16,20 +16,21 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from taca_jax.errors import UserError
 from taca_jax.lora import linears
 from taca_jax.models.layers import Linear, Quantized
 from taca_jax.models.low_bit import INT8_MAX, NF4_LEVELS, Codes, Quantization, Scales
+from taca_jax.streams import of_layer, placed
 
 LAYERS: Mapping[str, str] = {
     "flux": r"(double|single)_blocks\..*",
@@ -46,8 +47,8 @@ NF4_SMALLEST_BLOCK = 16
 _CODES = {"int8": jnp.int8, "nf4": jnp.uint4}
 _SCALES = {"int8": jnp.float32, "nf4": jnp.bfloat16}
 
-Read = Callable[[tuple[int, ...], Any], Any]
-"""(which layer of a stack, or (); slices of its matrix, which are a part) -> numpy array."""
+Read = Callable[[tuple[int, ...]], np.ndarray]
+"""Which layer of a stack, or () -> its matrix."""
 
 
 def quantized_layers(model: nnx.Module, kind: str) -> Iterator[tuple[str, Linear]]:
@@ -146,18 +147,18 @@ def load_quantized(
     """A kernel's codes and scales, put together on the devices from what `read` gives.
 
     Of a stack one layer at a time is read and encoded, so that neither host nor devices ever hold
-    more of the kernel than that; each process reads the parts that its devices have.
+    more of the kernel than that.
     """
-    *stack, inputs, outputs = shape
+    stack = shape[:-2]
     write = _writer(to, codes_at, scales_at)
     codes, scales = shapes(to, path, shape)
     made = (
         jnp.zeros(codes.shape, codes.dtype, device=codes_at),
         jnp.zeros(scales.shape, scales.dtype, device=scales_at),
     )
-    at = _of_a_layer(codes_at, len(stack))
+    at = of_layer(codes_at) if stack else codes_at
     for layer in [(i,) for i in range(stack[0])] if stack else [()]:
-        kernel = jax.make_array_from_callback((inputs, outputs), at, partial(read, layer))
+        kernel = placed(read(layer), at)
         jax.block_until_ready(made)  # one layer is read while the one before is encoded, no more
         made = write(made, kernel, np.array(layer, np.int32))
     return made
@@ -180,10 +181,3 @@ def _writer(to: Quantization, codes_at: Sharding, scales_at: Sharding) -> Any:
         return codes, scales
 
     return jax.jit(write, donate_argnames="made", out_shardings=(codes_at, scales_at))
-
-
-def _of_a_layer(sharding: Sharding, stacked: int) -> Sharding:
-    """Where one layer of a stack goes; the layer axis itself is never shared."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stacked:]))
-    return sharding

@@ -32,10 +32,10 @@ class StreamedArray:
 def put(array: StreamedArray, where: Sharding) -> jax.Array:
     """The array on its devices. Of a large stack there is one layer on the host at a time."""
     if not array.stacked or np.prod(array.shape) * array.dtype.itemsize <= AT_ONCE:
-        return _placed(_whole(array), where)
+        return placed(_whole(array), where)
     made = _zeros(array.shape, array.dtype, where)
     for (layer,), piece in array.pieces():
-        made = _with_layer(made, _placed(piece, _of_layer(where)), layer, where)
+        made = _with_layer(made, placed(piece, of_layer(where)), layer, where)
         jax.block_until_ready(made)  # else layers would pile up on the host, on their way
     return made
 
@@ -50,12 +50,12 @@ def _whole(array: StreamedArray) -> np.ndarray:
     return whole
 
 
-def _placed(array: np.ndarray, where: Sharding) -> jax.Array:
+def placed(array: np.ndarray, where: Sharding) -> jax.Array:
     """Of several processes each puts what its devices have."""
     return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
-def _of_layer(where: Sharding) -> Sharding:
+def of_layer(where: Sharding) -> Sharding:
     """Where one layer of a stack lies; a stack's first axis is never shared."""
     if isinstance(where, NamedSharding):
         return NamedSharding(where.mesh, P(*where.spec[1:]))

@@ -40,14 +40,14 @@ def given(address="host:1234", count="4", index="3"):
     ("environment", "expected"),
     [
         ({}, []),
-        ({"SLURM_NTASKS": "1"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, []),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, []),
-        ({"SLURM_NTASKS": "2"}, [()]),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, [()]),
         ({"OMPI_COMM_WORLD_SIZE": "8"}, [()]),
         ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, [()]),
         ({"MEGASCALE_NUM_SLICES": "2"}, [()]),
         (given(), [("host:1234", 4, 3)]),
-        ({"SLURM_NTASKS": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, [("a:1", None, None)]),
+        ({"SLURM_STEP_NUM_TASKS": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, [("a:1", None, None)]),
     ],
 )
 def test_a_cluster_is_what_a_launcher_says(joined, monkeypatch, environment, expected):

@@ -100,12 +100,12 @@ def load(
     def read(path: str, target: DTypeLike | None) -> StreamedArray:
         return _array(tensors, shapes[path], found[path], target)
 
-    def part(path: str, layer: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+    def matrix(path: str, layer: tuple[int, ...]) -> np.ndarray:
         piece = found[path][layer[0] if layer else 0]
-        array = piece.transform.load(tensors.read(piece.key, piece.rows))[part]
+        array = piece.transform.load(tensors.read(piece.key, piece.rows))
         return contiguous(cast(array, _kept(array.dtype)))
 
-    stored = Stored(shapes, read, part)
+    stored = Stored(shapes, read, matrix)
     return load_stored(
         config,
         stored,

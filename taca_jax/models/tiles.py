@@ -144,6 +144,13 @@ def _cut(length: int, size: int, overlap: int, scale: int) -> _Cuts:
             rising = _rise(shared)
             weights[i + 1, :shared] *= rising
             weights[i, -shared:] *= rising[::-1]
+    # Three pieces may meet, where they overlap by more than a third.
+    total = np.zeros(length * scale, np.float32)
+    places = [slice(start * scale, (start + size) * scale) for start in starts]
+    for place, own in zip(places, weights, strict=True):
+        total[place] += own
+    for place, own in zip(places, weights, strict=True):
+        own /= total[place]
     return _Cuts(starts, size, weights)
 
 

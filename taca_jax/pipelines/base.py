@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
-from taca_jax.checkpoint import abstract_model, kind_of, save_model
+from taca_jax.checkpoint import PIPELINE_FILE, abstract_model, kind_of, save_model
 from taca_jax.errors import UserError
 from taca_jax.fields import to_json
 from taca_jax.formats.lora_files import read_lora
@@ -28,7 +28,6 @@ from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
 from taca_jax.pipelines.parts import (
     AUTOENCODER,
     ROLES,
-    SETTINGS_FILE,
     TRANSFORMER,
     Part,
     Parts,
@@ -242,7 +241,7 @@ class Pipeline:
         settings = self.settings
         if save_tokenizers(path, self.tokenizer):
             settings = replace(settings, tokenizer=None)
-        (path / SETTINGS_FILE).write_text(to_json(settings) + "\n")
+        (path / PIPELINE_FILE).write_text(to_json(settings) + "\n")
 
     def load_lora(self, path: str | Path) -> str:
         """Attaches a LoRA file in place of any other; returns a line that says what it holds.

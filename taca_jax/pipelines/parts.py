@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from taca_jax.checkpoint import load_config, load_model
+from taca_jax.checkpoint import PIPELINE_FILE, load_config, load_model
 from taca_jax.errors import UserError
 from taca_jax.fields import from_json
 from taca_jax.formats import engine
@@ -16,7 +16,6 @@ from taca_jax.sampling import FlowSchedule
 
 _LOG = logging.getLogger(__name__)
 
-SETTINGS_FILE = "pipeline.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
 
 Role = Literal["transformer", "text", "autoencoder"]
@@ -69,14 +68,14 @@ def open_parts(path: Path) -> Parts:
 
     Reads configs alone. Raises UserError where there is none, or a part of it is no model's.
     """
-    settings_file = path / SETTINGS_FILE
+    settings_file = path / PIPELINE_FILE
     if settings_file.is_file():
         settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
         load_config(path / TRANSFORMER)  # says what is wrong where it is not there
         return converted_parts(path, settings)
     if not is_original(path):
         raise UserError(
-            f"{path} is no pipeline folder: it has no {SETTINGS_FILE}; nor is it an original, "
+            f"{path} is no pipeline folder: it has no {PIPELINE_FILE}; nor is it an original, "
             "which is a diffusers folder with transformer/, or a .safetensors file"
         )
     original = open_original(path)

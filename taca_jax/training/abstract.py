@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from taca_jax.checkpoint import abstract_model, kind_of, load_config
 from taca_jax.config import LoRAConfig, TrainConfig
 from taca_jax.errors import UserError
-from taca_jax.fields import from_json
 from taca_jax.lora import add_lora
 from taca_jax.models.clip import CLIP_BIGG, CLIP_L, CLIPConfig
 from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
@@ -22,7 +21,7 @@ from taca_jax.models.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
 from taca_jax.models.stack import Remat
 from taca_jax.models.t5 import T5_XXL, T5Config
 from taca_jax.models.vae import FLUX_VAE, SD3_VAE
-from taca_jax.pipelines.base import SETTINGS_FILE, PipelineSettings
+from taca_jax.pipelines.parts import open_parts
 from taca_jax.quantize import quantize
 from taca_jax.sharding import placement
 from taca_jax.text import FluxText, SD3Text
@@ -70,8 +69,6 @@ PUBLISHED_TEXT_LENGTH = {
 }
 """Tokens that T5 reads for each of them."""
 
-_FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "autoencoder")
-
 
 def part_configs(config: TrainConfig) -> tuple[dict[str, Any], int]:
     """The config of each part, of the base's folder, of a published model or of a new one; and how
@@ -100,7 +97,6 @@ def part_configs(config: TrainConfig) -> tuple[dict[str, Any], int]:
     missing = [
         words
         for words, there in (
-            ("a transformer", "transformer" in found),
             text,
             ("an autoencoder (autoencoder=FOLDER)", "autoencoder" in found),
         )
@@ -118,12 +114,9 @@ def part_configs(config: TrainConfig) -> tuple[dict[str, Any], int]:
 
 def _of_base(base: str) -> tuple[dict[str, Any], int]:
     folder = find_weights(base)
-    if folder.is_dir():
-        found = {n: load_config(folder / n) for n in _FOLDERS if (folder / n).is_dir()}
-        settings = folder / SETTINGS_FILE
-        if not settings.is_file():
-            raise UserError(f"base={base} is no pipeline folder: it has no {SETTINGS_FILE}")
-        return found, from_json(PipelineSettings, settings.read_text(), str(settings)).text_length
+    if folder.exists():
+        parts = open_parts(folder)
+        return {n: part.config for n, part in parts.models.items()}, parts.settings.text_length
     if folder.name not in PUBLISHED:
         raise UserError(
             f"base={base} is not there; plan for {', '.join(PUBLISHED)} needs no folder"

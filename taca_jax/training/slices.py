@@ -26,7 +26,14 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
 }
-_DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p"}
+_DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+}
 """What JAX calls them."""
 
 

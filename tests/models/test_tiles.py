@@ -50,6 +50,11 @@ def test_the_rim_of_a_square_does_not_count():
     assert images[0, 0, 0] == 100
 
 
+def test_squares_that_overlap_by_half_add_up():
+    ones = decode_in_tiles(lambda x: x, jnp.ones((1, 25, 25, 1)), Tiling(0, 16, 8), 1)
+    np.testing.assert_allclose(ones, 1, atol=1e-6)
+
+
 def test_which_pictures_are_tiled():
     assert not Tiling().is_for(1024, 1024)
     assert not Tiling().is_for(1536, 1536)

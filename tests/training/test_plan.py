@@ -102,7 +102,7 @@ def test_text_is_as_long_as_the_base_says(base):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("transformer", "lacks a transformer, which training needs"),
+        ("transformer", "transformer is no model folder"),
         ("text_encoder", "lacks a T5, which training needs"),
         ("autoencoder", r"lacks an autoencoder \(autoencoder=FOLDER\), which training needs"),
     ],
