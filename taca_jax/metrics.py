@@ -55,6 +55,7 @@ class RunLog:
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
+        self._start = start
         self._last = (time.perf_counter(), start)
         self._last_line = 0.0
 
@@ -101,8 +102,10 @@ class RunLog:
         late = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
         if not self.console.is_terminal and late:
             self._last_line = now
-            left = (self._steps - step) * seconds
-            line = f"step {step}/{self._steps}  {numbers}  {left / 60:.1f} min left"
+            left = f"{(self._steps - step) * seconds / 60:.1f} min left"
+            if before == self._start:
+                left = "compiled first"
+            line = f"step {step}/{self._steps}  {numbers}  {left}"
             self.console.print(line, soft_wrap=True)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:

@@ -97,7 +97,7 @@ def test_without_taca_a_lora_is_said_not_to_be_used(tmp_path, capsys):
     [
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": "a red dragon"}, "dragon"),
-        ({"base": "nowhere"}, "no pipeline folder"),
+        ({"base": "nowhere"}, "nowhere is not there"),
         ({"height": 41}, "multiples of 4"),
     ],
 )

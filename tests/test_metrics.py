@@ -131,7 +131,8 @@ def test_without_a_terminal_there_is_a_line_now_and_then_and_at_the_end(
         "step 4/100000",
         "step 100000/100000",
     ]
-    assert err[0].endswith("  loss 123.4560  6.000 s/step  1.3 samples/s  9999.9 min left")
+    assert err[0].endswith("  loss 123.4560  6.000 s/step  1.3 samples/s  compiled first")
+    assert err[1].endswith("  loss 123.4560  6.000 s/step  1.3 samples/s  9999.6 min left")
 
 
 def test_a_run_that_fails_closes_its_files(tmp_path):

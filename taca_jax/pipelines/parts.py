@@ -73,6 +73,11 @@ def open_parts(path: Path) -> Parts:
         settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
         load_config(path / TRANSFORMER)  # says what is wrong where it is not there
         return converted_parts(path, settings)
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there; give base= a folder that `python -m convert` made, a diffusers "
+            "folder, or an original's .safetensors file"
+        )
     if not is_original(path):
         raise UserError(
             f"{path} is no pipeline folder: it has no {PIPELINE_FILE}; nor is it an original, "
