@@ -11,6 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from taca_jax.config import DataConfig, OptimizerConfig, TextConfig
+from taca_jax.data import cache as cache_module
 from taca_jax.data.cache import CacheWriter, encoded
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig
@@ -223,6 +224,30 @@ def test_what_is_damaged_is_encoded_again(made, tmp_path, monkeypatch):
     seen = watched(monkeypatch)
     ready_cache(config, None)
     assert len(seen) == 6
+
+
+def test_more_shards_than_files_that_may_be_open(made, tmp_path, monkeypatch):
+    config = own(made, tmp_path)
+    shards = config.cache_dir / "shards"
+    for number in range(1, 4):
+        shutil.copytree(shards / "000000", shards / f"{number:06}")
+    monkeypatch.setattr(cache_module, "_MOST_OPEN", 2)
+    cache = ready_cache(config, None)
+    for _ in range(2):
+        for shard in range(4):
+            cache._read(shard, 0)
+            assert len(cache._readers) <= 2
+    (shards / "000000" / "records.array_record").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"records.* cannot be opened \(open\(\) failed: No such"):
+        cache._read(0, 0)
+    (tmp_path / "away").rename(shards / "000000" / "records.array_record")
+    cache._read(0, 0)  # it was not the file's fault, and is read again
+    index = shards / "000001" / "index.npy"
+    for content in (b"", index.read_bytes()[:-5]):
+        index.write_bytes(content)
+        with pytest.raises(UserError, match=r"000001 is damaged \(.*\); remove that folder") as said:
+            ready_cache(config, None)
+        one_line(said)
 
 
 def one_line(refusal):
