@@ -52,7 +52,7 @@ from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.parts import TRANSFORMER
 from taca_jax.pipelines.text_folders import encoder_parts
-from taca_jax.processes import first_before_others, is_first, most_of_all, wait_for_all
+from taca_jax.processes import all_of, first_before_others, is_first, most_of_all, wait_for_all
 from taca_jax.sharding import batch_sharding, local_rows
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
@@ -76,18 +76,24 @@ def ready_cache(config: TrainConfig, mesh: Mesh | None) -> Cache:
     folder = config.cache_dir
     manifest = read_manifest(folder)
     stamp = _files_stamp(config)
-    wait_for_all("what there is of a cache")
+    # What follows waits for all, so each step is one that all of them take.
+    if not all_of(manifest is None) and not all_of(manifest is not None):
+        raise UserError(
+            f"{folder} holds a cache for some processes and none for others; give a data.cache "
+            "that all of them share"
+        )
     if manifest is not None:
         _check_data(config, folder, manifest)
-    complete = manifest is not None and manifest.examples == len(encoded(folder))
-    if manifest is None or not complete or manifest.files != stamp:
+    complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
+    same_files = all_of(manifest is not None and manifest.files == stamp)
+    if manifest is None or not complete or not same_files:
         # Only here: on a complete cache of the same files nothing of this is in memory.
         pipeline = build_pipeline(config, mesh, only=("text", "autoencoder"))
         made_with = _made_with(pipeline)
         if manifest is not None:
             _check_models(folder, manifest, made_with)
         if manifest is None or not complete:
-            manifest = _encode_all(config, pipeline, mesh, made_with, stamp)
+            manifest = _encode_all(config, pipeline, mesh, made_with, stamp, manifest)
         elif is_first():  # copied, or touched: the same all the same
             replace(manifest, files=stamp).write(folder)
         wait_for_all("a complete cache")
@@ -167,8 +173,9 @@ def _encode_all(
     mesh: Mesh | None,
     made_with: dict[str, Any],
     stamp: str,
+    before: Manifest | None,
 ) -> Manifest:
-    """Encodes what is not yet in the cache, and completes it."""
+    """Encodes what is not yet in the cache, which `before` says it is, and completes it."""
     data, folder = config.data, config.cache_dir
     with first_before_others("data that is made on first use"):
         source = open_source(data)
@@ -188,7 +195,6 @@ def _encode_all(
         pooled=list(empty["pooled"].shape),
     )
     # The source must still be the one that the shards there are of.
-    before = read_manifest(folder)
     if before is not None and before.sources != manifest.sources:
         raise UserError(
             f"{folder} was begun with {sum(before.sources)} pictures, now there are "

@@ -12,7 +12,7 @@ from PIL import Image
 
 from taca_jax.config import DataConfig, OptimizerConfig, TextConfig
 from taca_jax.data import cache as cache_module
-from taca_jax.data.cache import CacheWriter, encoded
+from taca_jax.data.cache import CacheWriter, encoded, read_manifest
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig
 from taca_jax.models.vae import VAEConfig
@@ -208,6 +208,34 @@ def test_a_complete_cache_needs_neither_models_nor_pictures(made, tmp_path, monk
     monkeypatch.setattr(caching, "build_pipeline", None)
     monkeypatch.setattr(caching, "open_source", None)
     assert len(ready_cache(config, None)) == len(SIZES)
+
+
+def test_processes_that_see_other_files_compare_the_models_together(made, tmp_path, monkeypatch):
+    """Another process's answers stand for its own: what one alone would skip, it takes part in."""
+    config = own(made, tmp_path)
+    answers = iter([False, True, True, False])  # no cache, a cache, complete, of the same files
+    monkeypatch.setattr(caching, "all_of", lambda holds: next(answers) and holds)
+
+    def compared(*arguments, **options):
+        raise InterruptedError
+
+    monkeypatch.setattr(caching, "build_pipeline", compared)
+    with pytest.raises(InterruptedError):
+        ready_cache(config, None)
+    monkeypatch.setattr(caching, "all_of", lambda holds: False)
+    with pytest.raises(UserError, match="holds a cache for some processes and none for others"):
+        ready_cache(config, None)
+
+
+def test_a_cache_killed_before_its_first_manifest_is_begun_anew(made, tmp_path):
+    config = own(made, tmp_path)
+    shutil.rmtree(config.cache_dir / "shards")
+    (config.cache_dir / "manifest.json").unlink()
+    (config.cache_dir / ".manifest.json.a1b2.partial").mkdir()
+    assert read_manifest(config.cache_dir) is None
+    (config.cache_dir / "notes.txt").touch()
+    with pytest.raises(UserError, match="is not empty and no cache"):
+        read_manifest(config.cache_dir)
 
 
 def test_what_is_damaged_is_encoded_again(made, tmp_path, monkeypatch):
