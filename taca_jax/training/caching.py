@@ -48,6 +48,7 @@ from taca_jax.data.picture_source import Example, Source, cores
 from taca_jax.data.sources import open_source, parts_of, read_example, summaries
 from taca_jax.errors import UserError
 from taca_jax.fields import to_json
+from taca_jax.formats.original_pipelines import BFL_AUTOENCODER
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.parts import TRANSFORMER
@@ -155,7 +156,7 @@ def _files_stamp(config: TrainConfig) -> str:
     if base.is_dir():  # all but the transformer
         roots = [each for each in base.iterdir() if each.name != TRANSFORMER]
     else:
-        beside = ("text_encoder*", "tokenizer*")
+        beside = ("text_encoder*", "tokenizer*", "vae", BFL_AUTOENCODER)
         roots = [base, *(each for names in beside for each in base.parent.glob(names))]
     if config.autoencoder != "pixels":
         roots.append(Path(config.autoencoder))

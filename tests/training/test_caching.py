@@ -227,6 +227,19 @@ def test_processes_that_see_other_files_compare_the_models_together(made, tmp_pa
         ready_cache(config, None)
 
 
+@pytest.mark.parametrize("name", ["ae.safetensors", "vae/a", "text_encoder_2/a", "tokenizer/a"])
+def test_what_lies_beside_a_single_file_is_told_apart_too(pictures, tmp_path, name):
+    base = tmp_path / "flux.safetensors"
+    base.touch()
+    config = config_of(base, pictures, tmp_path / "run")
+    before = caching._files_stamp(config)
+    (tmp_path / "other.safetensors").touch()
+    assert caching._files_stamp(config) == before
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert caching._files_stamp(config) != before
+
+
 def test_a_cache_killed_before_its_first_manifest_is_begun_anew(made, tmp_path):
     config = own(made, tmp_path)
     shutil.rmtree(config.cache_dir / "shards")
@@ -273,7 +286,9 @@ def test_more_shards_than_files_that_may_be_open(made, tmp_path, monkeypatch):
     index = shards / "000001" / "index.npy"
     for content in (b"", index.read_bytes()[:-5]):
         index.write_bytes(content)
-        with pytest.raises(UserError, match=r"000001 is damaged \(.*\); remove that folder") as said:
+        with pytest.raises(
+            UserError, match=r"000001 is damaged \(.*\); remove that folder"
+        ) as said:
             ready_cache(config, None)
         one_line(said)
 
