@@ -54,7 +54,7 @@ from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.parts import TRANSFORMER
 from taca_jax.pipelines.text_folders import encoder_parts
 from taca_jax.processes import all_of, first_before_others, is_first, most_of_all, wait_for_all
-from taca_jax.sharding import batch_sharding, local_rows
+from taca_jax.sharding import batch_sharding, local_rows, own_rows
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
@@ -230,7 +230,8 @@ class Encoders:
     """The autoencoder and the text encoders of a pipeline, on the mesh, as programs for batches.
 
     Each is compiled for batches of `batch_size` samples: for each size of pictures, and for
-    captions. A process gives and gets the rows that its devices hold.
+    captions. A process gives and gets the rows that its devices hold; `own` says which of them no
+    other process answers for.
     """
 
     def __init__(self, pipeline: Pipeline, mesh: Mesh | None, batch_size: int, dtype: DTypeLike):
@@ -240,6 +241,8 @@ class Encoders:
         autoencoder = pipeline.autoencoder
         self.batch_size = batch_size
         self.rows = np.arange(batch_size) if mesh is None else local_rows(mesh, batch_size)
+        own = self.rows if mesh is None else own_rows(mesh, batch_size)
+        self.own = np.isin(self.rows, own)
         self.moments = isinstance(autoencoder, AutoencoderKL)
         self.downscale = autoencoder.config.downscale
         self.channels = autoencoder.config.latent_channels
@@ -358,21 +361,21 @@ def encode_to(
             if writing is not None:
                 writing.result()
             if before is not None:
-                writing = pool.submit(_write, writer, *before)
+                writing = pool.submit(_write, writer, encoders.own, *before)
             before = started
         if writing is not None:
             writing.result()
         if before is not None:
-            _write(writer, *before)
+            _write(writer, encoders.own, *before)
 
 
-def _write(writer: CacheWriter, batch: _Ready, encoding: Encoding) -> None:
+def _write(writer: CacheWriter, own: np.ndarray, batch: _Ready, encoding: Encoding) -> None:
     latents, captions = encoding.get()
     start = 0
     for row, (index, example, count) in enumerate(
         zip(batch.indices, batch.examples, batch.counts, strict=True)
     ):
-        if example is not None:
+        if example is not None and own[row]:
             parts = [array[row] for array in latents]
             writer.add(index, example["id"], parts, captions[start : start + count])
         start += count

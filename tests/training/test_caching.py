@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from taca_jax.config import DataConfig, OptimizerConfig, TextConfig
+from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, to_json
 from taca_jax.data import cache as cache_module
 from taca_jax.data.cache import CacheWriter, encoded, read_manifest
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig
 from taca_jax.models.vae import VAEConfig
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.sharding import MeshConfig
 from taca_jax.taca import TacaConfig
 from taca_jax.text import encode
 from taca_jax.tokenizers import load_tokenizer
@@ -27,6 +28,7 @@ from taca_jax.training.caching import Encoders, ready_cache
 from taca_jax.training.inputs import open_loader
 from taca_jax.training.step import TextToImage, make_trainer
 from tests.compare import relative_error
+from tests.processes import run_cluster
 from tests.random_models import random_model
 from tests.training.tiny import FLUX, T5, tiny_config, tiny_pipeline
 
@@ -344,6 +346,41 @@ def test_steps_from_a_cache_compile_once_for_each_bucket(made):
     assert shapes == {(1, 2, 16, 16, 4), (1, 2, 12, 20, 4)}
     assert trainer.step._cache_size() == 2
     assert np.isfinite(metrics["loss"])
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from taca_jax.config import TrainConfig
+from taca_jax.fields import from_json
+from taca_jax.processes import join_processes
+from taca_jax.sharding import make_mesh
+from taca_jax.training.caching import ready_cache
+join_processes()
+config = from_json(TrainConfig, Path(sys.argv[1]).read_text(), sys.argv[1])
+ready_cache(config, make_mesh(config.mesh))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=1), MeshConfig(fsdp=1, tensor=2)])
+def test_two_processes_write_each_example_once(made, base, pictures, tmp_path, mesh):
+    """Where a sample lies over both, one of them writes it; a second start changes nothing."""
+    config = config_of(base, pictures, tmp_path / "run", mesh=mesh)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "kept")}
+    for _ in range(2):
+        done = run_cluster(
+            "-c", TOGETHER, str(file), processes=2, devices=1, environment=environment
+        )
+        assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+        rows = [np.load(index) for index in (config.cache_dir / "shards").rglob("index.npy")]
+        written = np.sort(np.concatenate([each["example"] for each in rows]))
+        assert written.tolist() == [i for i in range(len(SIZES)) if i != BAD]
+    cache, reference = ready_cache(config, None), ready_cache(made[0], None)
+    for i in written.tolist():
+        np.testing.assert_allclose(cache[i]["latents"], reference[i]["latents"], atol=1e-5)
 
 
 @pytest.mark.slow
