@@ -194,6 +194,18 @@ def local_rows(mesh: Mesh, samples: int) -> np.ndarray:
     return np.unique(np.concatenate(rows))
 
 
+def own_rows(mesh: Mesh, samples: int) -> np.ndarray:
+    """int [n], rising: those of `local_rows` that this process alone answers for, the one whose
+    device is the first of a sample's. Axes that do not divide a batch may lie over processes, which
+    then hold the same samples."""
+    places = batch_sharding(mesh).devices_indices_map((samples,))
+    owners = np.full(samples, -1)
+    for device, index in places.items():  # in the mesh's order, the same in every process
+        held = owners[index]  # a view
+        held[held < 0] = device.process_index
+    return np.flatnonzero(owners == jax.process_index())
+
+
 def samples_together(mesh: Mesh) -> int:
     """A batch must be a multiple of this many samples."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

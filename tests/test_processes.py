@@ -10,7 +10,7 @@ from taca_jax import processes
 from taca_jax.errors import UserError
 from taca_jax.mesh import AXES
 from taca_jax.processes import join_processes
-from taca_jax.sharding import MeshConfig, local_rows, make_mesh
+from taca_jax.sharding import MeshConfig, local_rows, make_mesh, own_rows
 from tests.processes import last_line, run_cluster
 
 NAMES = (
@@ -95,13 +95,14 @@ def test_alone_nothing_is_waited_for():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert tuple(mesh.shape) == AXES
     np.testing.assert_array_equal(local_rows(mesh, 6), np.arange(6))
+    np.testing.assert_array_equal(own_rows(mesh, 6), np.arange(6))
 
 
 TOGETHER = """
 import json
 import jax, numpy as np
 from taca_jax import processes
-from taca_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh
+from taca_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, own_rows
 processes.join_processes()
 processes.wait_for_all("a start")
 index = jax.process_index()
@@ -113,6 +114,7 @@ for name, config in {"data": MeshConfig(data=4, fsdp=1), "tensor": MeshConfig(te
     rows = local_rows(mesh, 8)
     array = jax.make_array_from_process_local_data(batch_sharding(mesh), 10.0 * rows)
     found[name] = {"rows": rows.tolist(), "array": processes.on_host(array).tolist()}
+    found[name]["own"] = own_rows(mesh, 8).tolist()
 print(json.dumps(found))
 """
 
@@ -125,5 +127,7 @@ def test_two_processes_agree():
         assert each["all"] == [True, False]
         assert each["names"] == ["drei und mehr", "one", "zwei"]
         assert each["data"]["rows"] == [[0, 1, 2, 3], [4, 5, 6, 7]][index]
+        assert each["data"]["own"] == each["data"]["rows"]
         assert each["tensor"]["rows"] == list(range(8))  # heads are shared, samples are not
+        assert each["tensor"]["own"] == ([] if index else list(range(8)))
         assert each["data"]["array"] == each["tensor"]["array"] == [10.0 * i for i in range(8)]

@@ -6,6 +6,8 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from taca_jax.errors import UserError
 
 _LEAST_LOOKED = 50  # before fewer, a share says little
@@ -17,6 +19,26 @@ _log = logging.getLogger(__name__)
 
 class BadExampleError(Exception):
     """This example cannot be used; it has been counted and logged. Others can."""
+
+
+class _Marks:
+    """Which of `total` examples were marked, a bit each; `len` says how many."""
+
+    def __init__(self, total: int):
+        self._bits = np.zeros(-(-total // 8), np.uint8)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, index: int) -> bool:
+        """Marks an example; whether it was not marked before."""
+        byte, bit = index >> 3, np.uint8(1 << (index & 7))
+        if self._bits[byte] & bit:
+            return False
+        self._bits[byte] |= bit
+        self._count += 1
+        return True
 
 
 class BadExamples:
@@ -31,8 +53,8 @@ class BadExamples:
         self.total = total
         self.max_share = max_share
         self._listed = 0
-        self._bad: set[int] = set()
-        self._looked: set[int] = set()
+        self._bad = _Marks(total)
+        self._looked = _Marks(total)
         self._reasons: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -49,8 +71,7 @@ class BadExamples:
         """Example `index` could not be read. Raises UserError when that makes too many."""
         with self._lock:
             self._looked.add(index)
-            if index not in self._bad:
-                self._bad.add(index)
+            if self._bad.add(index):
                 self._reasons[_kind(reason)] += 1
                 _log.warning("skipped %s: %s (%d bad so far)", name, reason, self.count)
             self._check(name, reason)

@@ -14,7 +14,9 @@ memory. A shard appears whole or not at all: what a kill interrupts is lost back
 """
 
 import json
+import re
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -43,6 +45,9 @@ _RECORDS, _INDEX = "records.array_record", "index.npy"
 _WRITE, _READ = "group_size:1,uncompressed", "readahead_buffer_size:0"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _MAX_THREADS, _MOST_PER_CHUNK = 4, 16
+_MOST_OPEN = 64  # shards; a process may hold 1024 files by default, and there may be more shards
+_REFUSED = re.compile(r"\w+\(\) failed")
+"""What the library's errors begin with where the system refuses, and the file may be good."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     file = folder / _MANIFEST
     if not file.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        # What a kill before the first manifest leaves counts as nothing: it is written anew.
+        ours = re.compile(rf"{_EMPTY}|{_SIZES}|\..+\.partial")
+        if folder.is_dir() and not all(ours.fullmatch(each.name) for each in folder.iterdir()):
             raise UserError(f"{folder} is not empty and no cache; give another data.cache")
         return None
     try:
@@ -257,7 +264,7 @@ class Cache:
             self._place[index["example"]] = np.stack(
                 [np.full(len(index), shard), np.arange(len(index))], 1
             )
-        self._readers: list[Any] = [None] * len(found)
+        self._readers: OrderedDict[int, Any] = OrderedDict()  # by shard, the last used at the end
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -305,17 +312,25 @@ class Cache:
     def _read(self, shard: int, record: int) -> bytes:
         path = self._paths[shard]
         try:
-            with self._lock:
-                if self._readers[shard] is None:
-                    reader = array_record_module.ArrayRecordReader(str(path / _RECORDS), _READ)
-                    self._readers[shard] = reader
-            return self._readers[shard].read([record])[0]
+            return self._reader(shard).read([record])[0]
         except (RuntimeError, IndexError, ValueError) as error:  # what the library raises of damage
+            with self._lock:
+                self._readers.pop(shard, None)  # it would say the same for ever
             reason = str(error).partition(";")[0]
-            raise UserError(
-                f"{path} is damaged ({reason}); remove that folder, and start again to encode what "
-                "was in it"
-            ) from error
+            if _REFUSED.match(reason):  # it opens files only here
+                raise _not_opened(path / _RECORDS, reason) from error
+            raise _damaged_shard(path, reason) from error
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                path = str(self._paths[shard] / _RECORDS)
+                reader = array_record_module.ArrayRecordReader(path, _READ)
+            self._readers[shard] = reader
+            if len(self._readers) > _MOST_OPEN:  # it is closed once no thread reads from it
+                self._readers.popitem(last=False)
+            return reader
 
 
 def make_cached_loader(
@@ -384,11 +399,33 @@ def differences(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
 def _read_sizes(folder: Path) -> np.ndarray:
     try:
         return np.load(folder / _SIZES, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (FileNotFoundError, ValueError, EOFError) as error:
         raise UserError(f"{folder} is damaged ({error}); remove it to encode anew") from error
+    except OSError as error:
+        raise _not_opened(folder / _SIZES, error.strerror or str(error)) from error
 
 
 def _shards(folder: Path) -> list[tuple[Path, np.ndarray]]:
     """The folder and the index of each shard, by name."""
     paths = sorted(path.parent for path in (folder / _SHARDS).glob(f"[!.]*/{_INDEX}"))
-    return [(path, np.load(path / _INDEX, allow_pickle=False)) for path in paths]
+    return [(path, _read_index(path)) for path in paths]
+
+
+def _read_index(shard: Path) -> np.ndarray:
+    try:
+        return np.load(shard / _INDEX, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise _damaged_shard(shard, str(error).partition("\n")[0]) from error
+    except OSError as error:
+        raise _not_opened(shard / _INDEX, error.strerror or str(error)) from error
+
+
+def _damaged_shard(shard: Path, reason: str) -> UserError:
+    return UserError(
+        f"{shard} is damaged ({reason}); remove that folder, and start again to encode what was in "
+        "it"
+    )
+
+
+def _not_opened(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} cannot be opened ({reason}); see to that, and start again")

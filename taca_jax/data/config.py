@@ -74,6 +74,11 @@ class DataConfig:
             raise UserError(f"data.resolution is {self.resolution}; it must be 8 or more pixels")
         if not 1 <= self.max_aspect <= 16:
             raise UserError(f"data.max_aspect is {self.max_aspect}; it must be between 1 and 16")
+        if self.aspect == "square" and self.max_aspect != DataConfig.max_aspect:
+            raise UserError(
+                f"data.max_aspect is {self.max_aspect}, which data.aspect=square does not read; "
+                "set data.aspect=buckets"
+            )
         if self.min_side < 0:
             raise UserError(f"data.min_side is {self.min_side}; it must be 0 or more pixels")
         shares = {"caption_dropout": self.caption_dropout, "max_bad_share": self.max_bad_share}

@@ -18,10 +18,11 @@ from taca_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-def kept_array(kind: str, stamp: bytes, find: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `find` returns, from the file of an earlier call with this stamp where there is one.
+def kept_array(kind: str, stamp: bytes, find: Callable[[], tuple[np.ndarray, bool]]) -> np.ndarray:
+    """What `find` finds, from the file of an earlier call with this stamp where there is one.
 
-    kind: what sort of thing it is; part of the file's name.
+    kind: what sort of thing it is; part of the file's name. find: gives the array, and whether all
+    could be read. What a refusal of the system has a part in is not kept: it may pass.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     digest = hashlib.sha256(stamp).hexdigest()[:32]
@@ -30,13 +31,20 @@ def kept_array(kind: str, stamp: bytes, find: Callable[[], np.ndarray]) -> np.nd
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):  # none yet, or cut off
-        found = find()
+        found, whole = find()
+    if not whole:
+        return found
     try:
         with whole_file(path) as file, file.open("wb") as opened:
             np.save(opened, found)
     except UserError as error:  # a disk that is full or not ours: found out again next time
         _log.warning("%s", error)
     return found
+
+
+def was_refused(error: BaseException | None) -> bool:
+    """Whether it is the system's refusal to read, and not what libraries say of a bad content."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def stamp_of(path: Path) -> bytes:

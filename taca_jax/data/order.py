@@ -56,10 +56,12 @@ class Stream:
         self._batch_size = batch_size
         self._together = together
         sizes = [sum(map(len, parts)) for parts in zip(*(b.parts for b in buckets), strict=True)]
-        rates = [
-            Fraction(weight).limit_denominator(_FINEST_WEIGHT) / max(size, 1)
-            for weight, size in zip(weights or sizes, sizes, strict=True)
-        ]
+        rates = [Fraction(1)] * len(sizes)
+        if weights:
+            rates = [
+                _share(weight, max(weights)) / max(size, 1)
+                for weight, size in zip(weights, sizes, strict=True)
+            ]
         shares = [[r * len(p) for r, p in zip(rates, b.parts, strict=True)] for b in buckets]
         self._turns = _whole([sum(share, Fraction(0)) for share in shares])
         self._mixes = [_whole(share) for share in shares]
@@ -127,6 +129,11 @@ class _Order:
                 if len(self._epochs) > 2:  # two threads may stand on either side of an end
                     self._epochs.popitem(last=False)
             return self._epochs[epoch]
+
+
+def _share(weight: float, largest: float) -> Fraction:
+    """weight / largest, as precise for the smallest as for others, and never 0."""
+    return 1 / (Fraction(largest) / Fraction(weight)).limit_denominator(_FINEST_WEIGHT)
 
 
 def _whole(shares: Sequence[Fraction]) -> list[int]:

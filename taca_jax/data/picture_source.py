@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 
 from taca_jax.data.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.decoding import picture_size, read_picture
-from taca_jax.data.kept import kept_array
+from taca_jax.data.kept import kept_array, was_refused
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """What names of pictures end with."""
@@ -103,20 +104,27 @@ class PictureSource(ABC):
         """
         return kept_array("sizes", self.stamp(), self._read_sizes)
 
-    def _read_sizes(self) -> np.ndarray:
+    def _read_sizes(self) -> tuple[np.ndarray, bool]:
+        """The sizes, and whether the system refused none of the files."""
+        refused = threading.Event()
+
         def some(start: int) -> np.ndarray:
             indices = range(start, min(start + _SIZES_AT_ONCE, len(self)))
-            return np.array([self._size(index) for index in indices], np.int32).reshape(-1, 2)
+            return np.array([self._size(index, refused) for index in indices], np.int32).reshape(
+                -1, 2
+            )
 
         with ThreadPoolExecutor(cores()) as pool:
             parts = list(pool.map(some, range(0, len(self), _SIZES_AT_ONCE)))
-        return np.concatenate(parts or [np.zeros((0, 2), np.int32)])
+        return np.concatenate(parts or [np.zeros((0, 2), np.int32)]), not refused.is_set()
 
-    def _size(self, index: int) -> tuple[int, int]:
+    def _size(self, index: int, refused: threading.Event) -> tuple[int, int]:
         for file in (self._head, self._file):
             try:
                 return picture_size(file(index))
-            except BadExampleError:
+            except BadExampleError as error:
+                if was_refused(error.__cause__):
+                    refused.set()
                 continue  # the header may be longer than what was read; bad ones are named later
         return UNKNOWN
 

@@ -62,11 +62,18 @@ def walk(path: Path) -> Iterator[Member | Broken]:
                 long_name, pax = None, {}
                 continue
             data, kind = offset + _BLOCK, header.type
-            size = int(pax.get("size", header.size)) if kind in _FILES else header.size
+            size = header.size
+            if kind in _FILES and "size" in pax:
+                size = _whole_number(pax["size"])
             if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE):
                 size = 0
+            name = pax.get("path") or long_name or header.name
+            if size < 0:  # also what headers say in binary
+                yield Broken(name, "its size is no number of bytes")
+                offset = _next_header(handle, data, end)
+                long_name, pax = None, {}
+                continue
             if data + size > end:
-                name = pax.get("path") or long_name or header.name
                 yield Broken(name, "cut off by the end of its tar")
                 return
             offset = data + -(-size // _BLOCK) * _BLOCK
@@ -76,7 +83,7 @@ def walk(path: Path) -> Iterator[Member | Broken]:
                 pax = _pax(os.pread(handle, size, data))
             elif kind != _PAX_GLOBAL:
                 if kind in _FILES:
-                    yield Member(pax.get("path") or long_name or header.name, data, size)
+                    yield Member(name, data, size)
                 long_name, pax = None, {}
 
 
@@ -131,6 +138,11 @@ def _is_header(block: bytes) -> bool:
     except tarfile.HeaderError:
         return False
     return True
+
+
+def _whole_number(text: str) -> int:
+    """What a pax header says; -1 where that is no number, or one with more digits than any size."""
+    return int(text) if re.fullmatch("[0-9]{1,19}", text) else -1
 
 
 def _pax(content: bytes) -> dict[str, str]:

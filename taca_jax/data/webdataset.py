@@ -138,13 +138,15 @@ class TarSource(PictureSource):
         return content
 
 
-def _index(path: Path) -> np.ndarray:
-    """A row for each sample of a tar that has a picture, and for each broken part of it.
+def _index(path: Path) -> tuple[np.ndarray, bool]:
+    """A row for each sample of a tar that has a picture, and for each broken part of it; and
+    whether it could be read to its end.
 
     Fields: key, its name, or where it is broken; picture, txt and json, offset and size of their
     bytes in the tar, ABSENT where there is none; reason, empty unless it is broken.
     """
     rows: list[tuple] = []
+    whole = True
     try:
         for key, members in _samples(path):
             if isinstance(members, Broken):
@@ -153,20 +155,19 @@ def _index(path: Path) -> np.ndarray:
                 places = [members.get(kind, _ABSENT) for kind in (_PICTURE, _TXT, _JSON)]
                 rows.append((os.fsencode(key), *places, b""))
     except OSError as error:
+        whole = False
         reason = f"cannot be read ({error.strerror})"
         rows.append((b"", *[_ABSENT] * 3, reason.encode()))
     place = ("<i8", 2)
     widths = [max((len(row[i]) for row in rows), default=1) or 1 for i in (0, -1)]
-    return np.array(
-        rows,
-        [
-            ("key", f"S{widths[0]}"),
-            (_PICTURE, *place),
-            (_TXT, *place),
-            (_JSON, *place),
-            ("reason", f"S{widths[1]}"),
-        ],
-    )
+    fields = [
+        ("key", f"S{widths[0]}"),
+        (_PICTURE, *place),
+        (_TXT, *place),
+        (_JSON, *place),
+        ("reason", f"S{widths[1]}"),
+    ]
+    return np.array(rows, fields), whole
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Broken]]:

@@ -48,12 +48,13 @@ from taca_jax.data.picture_source import Example, Source, cores
 from taca_jax.data.sources import open_source, parts_of, read_example, summaries
 from taca_jax.errors import UserError
 from taca_jax.fields import to_json
+from taca_jax.formats.original_pipelines import BFL_AUTOENCODER
 from taca_jax.models.vae import AutoencoderKL
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.parts import TRANSFORMER
 from taca_jax.pipelines.text_folders import encoder_parts
-from taca_jax.processes import first_before_others, is_first, most_of_all, wait_for_all
-from taca_jax.sharding import batch_sharding, local_rows
+from taca_jax.processes import all_of, first_before_others, is_first, most_of_all, wait_for_all
+from taca_jax.sharding import batch_sharding, local_rows, own_rows
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
@@ -76,18 +77,24 @@ def ready_cache(config: TrainConfig, mesh: Mesh | None) -> Cache:
     folder = config.cache_dir
     manifest = read_manifest(folder)
     stamp = _files_stamp(config)
-    wait_for_all("what there is of a cache")
+    # What follows waits for all, so each step is one that all of them take.
+    if not all_of(manifest is None) and not all_of(manifest is not None):
+        raise UserError(
+            f"{folder} holds a cache for some processes and none for others; give a data.cache "
+            "that all of them share"
+        )
     if manifest is not None:
         _check_data(config, folder, manifest)
-    complete = manifest is not None and manifest.examples == len(encoded(folder))
-    if manifest is None or not complete or manifest.files != stamp:
+    complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
+    same_files = all_of(manifest is not None and manifest.files == stamp)
+    if manifest is None or not complete or not same_files:
         # Only here: on a complete cache of the same files nothing of this is in memory.
         pipeline = build_pipeline(config, mesh, only=("text", "autoencoder"))
         made_with = _made_with(pipeline)
         if manifest is not None:
             _check_models(folder, manifest, made_with)
         if manifest is None or not complete:
-            manifest = _encode_all(config, pipeline, mesh, made_with, stamp)
+            manifest = _encode_all(config, pipeline, mesh, made_with, stamp, manifest)
         elif is_first():  # copied, or touched: the same all the same
             replace(manifest, files=stamp).write(folder)
         wait_for_all("a complete cache")
@@ -149,7 +156,7 @@ def _files_stamp(config: TrainConfig) -> str:
     if base.is_dir():  # all but the transformer
         roots = [each for each in base.iterdir() if each.name != TRANSFORMER]
     else:
-        beside = ("text_encoder*", "tokenizer*")
+        beside = ("text_encoder*", "tokenizer*", "vae", BFL_AUTOENCODER)
         roots = [base, *(each for names in beside for each in base.parent.glob(names))]
     if config.autoencoder != "pixels":
         roots.append(Path(config.autoencoder))
@@ -167,8 +174,9 @@ def _encode_all(
     mesh: Mesh | None,
     made_with: dict[str, Any],
     stamp: str,
+    before: Manifest | None,
 ) -> Manifest:
-    """Encodes what is not yet in the cache, and completes it."""
+    """Encodes what is not yet in the cache, which `before` says it is, and completes it."""
     data, folder = config.data, config.cache_dir
     with first_before_others("data that is made on first use"):
         source = open_source(data)
@@ -188,7 +196,6 @@ def _encode_all(
         pooled=list(empty["pooled"].shape),
     )
     # The source must still be the one that the shards there are of.
-    before = read_manifest(folder)
     if before is not None and before.sources != manifest.sources:
         raise UserError(
             f"{folder} was begun with {sum(before.sources)} pictures, now there are "
@@ -223,7 +230,8 @@ class Encoders:
     """The autoencoder and the text encoders of a pipeline, on the mesh, as programs for batches.
 
     Each is compiled for batches of `batch_size` samples: for each size of pictures, and for
-    captions. A process gives and gets the rows that its devices hold.
+    captions. A process gives and gets the rows that its devices hold; `own` says which of them no
+    other process answers for.
     """
 
     def __init__(self, pipeline: Pipeline, mesh: Mesh | None, batch_size: int, dtype: DTypeLike):
@@ -233,6 +241,8 @@ class Encoders:
         autoencoder = pipeline.autoencoder
         self.batch_size = batch_size
         self.rows = np.arange(batch_size) if mesh is None else local_rows(mesh, batch_size)
+        own = self.rows if mesh is None else own_rows(mesh, batch_size)
+        self.own = np.isin(self.rows, own)
         self.moments = isinstance(autoencoder, AutoencoderKL)
         self.downscale = autoencoder.config.downscale
         self.channels = autoencoder.config.latent_channels
@@ -351,21 +361,21 @@ def encode_to(
             if writing is not None:
                 writing.result()
             if before is not None:
-                writing = pool.submit(_write, writer, *before)
+                writing = pool.submit(_write, writer, encoders.own, *before)
             before = started
         if writing is not None:
             writing.result()
         if before is not None:
-            _write(writer, *before)
+            _write(writer, encoders.own, *before)
 
 
-def _write(writer: CacheWriter, batch: _Ready, encoding: Encoding) -> None:
+def _write(writer: CacheWriter, own: np.ndarray, batch: _Ready, encoding: Encoding) -> None:
     latents, captions = encoding.get()
     start = 0
     for row, (index, example, count) in enumerate(
         zip(batch.indices, batch.examples, batch.counts, strict=True)
     ):
-        if example is not None:
+        if example is not None and own[row]:
             parts = [array[row] for array in latents]
             writer.add(index, example["id"], parts, captions[start : start + count])
         start += count

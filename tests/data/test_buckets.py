@@ -140,6 +140,14 @@ def test_batches_are_of_one_bucket_and_epochs_hold_each_example_once():
             assert sorted(seen[start : start + size]) == part.tolist()
 
 
+def test_an_aspect_that_squares_do_not_have_is_refused():
+    with pytest.raises(UserError) as refusal:
+        DataConfig("folder:a", max_aspect=1.5)
+    assert str(refusal.value) == (
+        "data.max_aspect is 1.5, which data.aspect=square does not read; set data.aspect=buckets"
+    )
+
+
 def test_weights_say_how_often_a_source_is_drawn_from():
     parts = (np.arange(100), np.arange(100, 110))
     for weights, share in (((0.7, 0.3), 0.7), ((), 100 / 110), ((2, 2), 0.5)):
@@ -149,6 +157,12 @@ def test_weights_say_how_often_a_source_is_drawn_from():
         assert len(first) == pytest.approx(1100 * share, abs=1)
         counts = Counter(index for index in found if index >= 100)
         assert max(counts.values()) - min(counts.values()) <= 1
+    tiny = Stream([Bucket(None, parts)], weights=(3e-8, 1e-8), batch_size=10, seed=0)
+    found = [next(tiny.at(batch, row)) for batch in range(100) for row in range(10)]
+    assert sum(index < 100 for index in found) == 750
+    rare = Stream([Bucket(None, parts)], weights=(1, 1e-7), batch_size=10**7, seed=0)
+    ((much, little),) = rare._mixes
+    assert much == 10**7 * little > 0
     # Over buckets too: a source's share is of all its pictures.
     split = [Bucket((8, 8), (np.arange(20), np.arange(100, 109)))]
     split.append(Bucket((8, 16), (np.arange(20, 100), np.arange(109, 110))))

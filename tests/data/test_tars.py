@@ -1,8 +1,12 @@
 """Tars: where their files are, what of a torn one is still read, and img2dataset's layouts."""
 
+import errno
+import io
+import os
 import re
 import tarfile
 import threading
+from itertools import islice
 
 import numpy as np
 import pyarrow
@@ -73,6 +77,57 @@ def test_behind_a_broken_header_the_next_files_are_found(tmp_path):
     assert [*walk(path)] == [Broken("byte 0", "broken tar header")]
     path.write_bytes(b"")
     assert [*walk(path)] == []
+
+
+@pytest.mark.parametrize("size", ["-5120", "1.5", "12x", "", "9" * 5000])
+def test_a_size_that_is_none_is_a_broken_file(tmp_path, size):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in "abc":
+            info = tarfile.TarInfo(name)
+            info.size = 700
+            info.pax_headers = {"size": size} if name == "b" else {}
+            tar.addfile(info, io.BytesIO(b"." * 700))
+    first, broken, last = islice(walk(path), 4)
+    assert broken == Broken("b", "its size is no number of bytes")
+    assert (first.name, last.name, last.size) == ("a", "c", 700)
+
+
+def test_a_size_below_zero_does_not_go_back(tmp_path):
+    path = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", "." * 700))
+    content = bytearray(path.read_bytes())
+    start = [*walk(path)][1].offset - 512
+    content[start + 124 : start + 136] = (-1024).to_bytes(12, "big", signed=True)
+    content[start + 148 : start + 156] = b" " * 8
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    path.write_bytes(content)
+    found = [*islice(walk(path), 10)]
+    assert found[1] == Broken("b", "its size is no number of bytes")
+    assert [member.name for member in (found[0], found[2])] == ["a", "c"]
+
+
+def test_what_could_not_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    write_tar(tmp_path / "a.tar", samples(0, 3))
+    write_tar(tmp_path / "b.tar", samples(3, 2))
+    read, refused = os.pread, (tmp_path / "b.tar").stat()
+
+    def refuse(handle, size, offset):
+        if os.path.samestat(os.fstat(handle), refused):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(handle, size, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", refuse)
+        assert len(open_tars(f"{tmp_path}/*.tar")) == 3
+    source = open_tars(f"{tmp_path}/*.tar")
+    assert len(source) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", refuse)
+        assert (source.sizes()[3:] == 0).all()
+    assert (source.sizes() > 0).all()
+    kept = len([*(tmp_path / "kept").rglob("*.npy")])
+    assert kept == 3  # of both tars, and the sizes
 
 
 def test_two_tars_in_one_file(tmp_path):

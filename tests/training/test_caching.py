@@ -10,12 +10,14 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from taca_jax.config import DataConfig, OptimizerConfig, TextConfig
-from taca_jax.data.cache import CacheWriter, encoded
+from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, to_json
+from taca_jax.data import cache as cache_module
+from taca_jax.data.cache import CacheWriter, encoded, read_manifest
 from taca_jax.errors import UserError
 from taca_jax.lora import LoRAConfig
 from taca_jax.models.vae import VAEConfig
 from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.sharding import MeshConfig
 from taca_jax.taca import TacaConfig
 from taca_jax.text import encode
 from taca_jax.tokenizers import load_tokenizer
@@ -26,6 +28,7 @@ from taca_jax.training.caching import Encoders, ready_cache
 from taca_jax.training.inputs import open_loader
 from taca_jax.training.step import TextToImage, make_trainer
 from tests.compare import relative_error
+from tests.processes import run_cluster
 from tests.random_models import random_model
 from tests.training.tiny import FLUX, T5, tiny_config, tiny_pipeline
 
@@ -209,6 +212,47 @@ def test_a_complete_cache_needs_neither_models_nor_pictures(made, tmp_path, monk
     assert len(ready_cache(config, None)) == len(SIZES)
 
 
+def test_processes_that_see_other_files_compare_the_models_together(made, tmp_path, monkeypatch):
+    """Another process's answers stand for its own: what one alone would skip, it takes part in."""
+    config = own(made, tmp_path)
+    answers = iter([False, True, True, False])  # no cache, a cache, complete, of the same files
+    monkeypatch.setattr(caching, "all_of", lambda holds: next(answers) and holds)
+
+    def compared(*arguments, **options):
+        raise InterruptedError
+
+    monkeypatch.setattr(caching, "build_pipeline", compared)
+    with pytest.raises(InterruptedError):
+        ready_cache(config, None)
+    monkeypatch.setattr(caching, "all_of", lambda holds: False)
+    with pytest.raises(UserError, match="holds a cache for some processes and none for others"):
+        ready_cache(config, None)
+
+
+@pytest.mark.parametrize("name", ["ae.safetensors", "vae/a", "text_encoder_2/a", "tokenizer/a"])
+def test_what_lies_beside_a_single_file_is_told_apart_too(pictures, tmp_path, name):
+    base = tmp_path / "flux.safetensors"
+    base.touch()
+    config = config_of(base, pictures, tmp_path / "run")
+    before = caching._files_stamp(config)
+    (tmp_path / "other.safetensors").touch()
+    assert caching._files_stamp(config) == before
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert caching._files_stamp(config) != before
+
+
+def test_a_cache_killed_before_its_first_manifest_is_begun_anew(made, tmp_path):
+    config = own(made, tmp_path)
+    shutil.rmtree(config.cache_dir / "shards")
+    (config.cache_dir / "manifest.json").unlink()
+    (config.cache_dir / ".manifest.json.a1b2.partial").mkdir()
+    assert read_manifest(config.cache_dir) is None
+    (config.cache_dir / "notes.txt").touch()
+    with pytest.raises(UserError, match="is not empty and no cache"):
+        read_manifest(config.cache_dir)
+
+
 def test_what_is_damaged_is_encoded_again(made, tmp_path, monkeypatch):
     config = own(made, tmp_path)
     (shard,) = (config.cache_dir / "shards").iterdir()
@@ -223,6 +267,32 @@ def test_what_is_damaged_is_encoded_again(made, tmp_path, monkeypatch):
     seen = watched(monkeypatch)
     ready_cache(config, None)
     assert len(seen) == 6
+
+
+def test_more_shards_than_files_that_may_be_open(made, tmp_path, monkeypatch):
+    config = own(made, tmp_path)
+    shards = config.cache_dir / "shards"
+    for number in range(1, 4):
+        shutil.copytree(shards / "000000", shards / f"{number:06}")
+    monkeypatch.setattr(cache_module, "_MOST_OPEN", 2)
+    cache = ready_cache(config, None)
+    for _ in range(2):
+        for shard in range(4):
+            cache._read(shard, 0)
+            assert len(cache._readers) <= 2
+    (shards / "000000" / "records.array_record").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"records.* cannot be opened \(open\(\) failed: No such"):
+        cache._read(0, 0)
+    (tmp_path / "away").rename(shards / "000000" / "records.array_record")
+    cache._read(0, 0)  # it was not the file's fault, and is read again
+    index = shards / "000001" / "index.npy"
+    for content in (b"", index.read_bytes()[:-5]):
+        index.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"000001 is damaged \(.*\); remove that folder"
+        ) as said:
+            ready_cache(config, None)
+        one_line(said)
 
 
 def one_line(refusal):
@@ -276,6 +346,41 @@ def test_steps_from_a_cache_compile_once_for_each_bucket(made):
     assert shapes == {(1, 2, 16, 16, 4), (1, 2, 12, 20, 4)}
     assert trainer.step._cache_size() == 2
     assert np.isfinite(metrics["loss"])
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from taca_jax.config import TrainConfig
+from taca_jax.fields import from_json
+from taca_jax.processes import join_processes
+from taca_jax.sharding import make_mesh
+from taca_jax.training.caching import ready_cache
+join_processes()
+config = from_json(TrainConfig, Path(sys.argv[1]).read_text(), sys.argv[1])
+ready_cache(config, make_mesh(config.mesh))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=1), MeshConfig(fsdp=1, tensor=2)])
+def test_two_processes_write_each_example_once(made, base, pictures, tmp_path, mesh):
+    """Where a sample lies over both, one of them writes it; a second start changes nothing."""
+    config = config_of(base, pictures, tmp_path / "run", mesh=mesh)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "kept")}
+    for _ in range(2):
+        done = run_cluster(
+            "-c", TOGETHER, str(file), processes=2, devices=1, environment=environment
+        )
+        assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+        rows = [np.load(index) for index in (config.cache_dir / "shards").rglob("index.npy")]
+        written = np.sort(np.concatenate([each["example"] for each in rows]))
+        assert written.tolist() == [i for i in range(len(SIZES)) if i != BAD]
+    cache, reference = ready_cache(config, None), ready_cache(made[0], None)
+    for i in written.tolist():
+        np.testing.assert_allclose(cache[i]["latents"], reference[i]["latents"], atol=1e-5)
 
 
 @pytest.mark.slow
