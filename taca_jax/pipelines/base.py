@@ -287,8 +287,9 @@ class Pipeline:
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError(
-                f"this pipeline lacks a text encoder ({self.text_encoders}); give prompt_embeds "
-                "and pooled_prompt_embeds, or add it"
+                f"this pipeline lacks a text encoder ({self.text_encoders}); add text_encoder/, "
+                "text_encoder_2/, ... and their tokenizers beside its transformer, or from Python "
+                "give prompt_embeds and pooled_prompt_embeds"
             )
         announce_cuts(self.tokenizer, prompts)
         graph, state = nnx.split(self.text_encoder)
