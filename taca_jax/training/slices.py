@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from taca_jax.chips import generation
 from taca_jax.errors import UserError
 
 
@@ -26,20 +27,11 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
 }
-_DEVICE_KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-}
-"""What JAX calls them."""
 
 
 def peak_flops(device_kind: str) -> float | None:
     """bf16 FLOP/s of one JAX device, by its `device_kind`; None for what is not in CHIPS."""
-    name = _DEVICE_KINDS.get(device_kind)
+    name = generation(device_kind)
     return None if name is None else CHIPS[name].flops
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from taca_jax.attention.pallas_tpu.tiles import LANES, Blocks
+from taca_jax.chips import generation
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,7 @@ V5E = Chip("v5e", 100 * 2**20)
 V6E = Chip("v6e", 100 * 2**20)
 V5P = Chip("v5p", 56 * 2**20)
 
-_KINDS = {
-    "TPU v5 lite": V5E,
-    "TPU v5e": V5E,
-    "TPU v5": V5P,
-    "TPU v5p": V5P,
-    "TPU v6 lite": V6E,
-    "TPU v6e": V6E,
-}
+_CHIPS = {chip.name: chip for chip in (V5E, V6E, V5P)}
 _OTHER = Chip("another TPU", 12 * 2**20)
 """Sizes that any generation has room for: v4 has 16 MiB."""
 
@@ -69,7 +63,10 @@ def default_blocks(chip: Chip, head_dim: int) -> BlockSizes:
 def this_chip() -> Chip:
     """The chip that is compiled for: of the mesh that is set, else of this machine."""
     kind = device_kind()
-    return _KINDS.get(kind, _OTHER if kind.startswith("TPU") else V5E)
+    name = generation(kind)
+    if name is None:
+        return _OTHER if kind.startswith("TPU") else V5E
+    return _CHIPS[name]
 
 
 def device_kind() -> str:
