@@ -26,6 +26,7 @@ from taca_jax.models.vae import (
 )
 from taca_jax.tensor_files import open_tensors
 from tests.compare import relative_error
+from tests.golden import nhwc
 from tests.shared import shared_path
 
 
@@ -38,10 +39,6 @@ def run(model: AutoencoderKL, method: str, *args):
     """A method of the model, jitted once per method."""
     graph, state = nnx.split(model)
     return _run(graph, method, state, *args)
-
-
-def nhwc(array: np.ndarray):
-    return jnp.asarray(array.transpose(0, 2, 3, 1))
 
 
 def golden_model(family: str, dtype=jnp.float32) -> AutoencoderKL:

@@ -26,6 +26,7 @@ from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.taca import TacaConfig
 from taca_jax.tensor_files import write_tensors
 from tests.compare import relative_error
+from tests.golden import inputs_at_700, nhwc
 from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
@@ -44,10 +45,6 @@ SMALL = FluxConfig(
     pooled_dim=8,
     guidance_embed=True,
 )
-
-
-def nhwc(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array.transpose(0, 2, 3, 1))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -96,12 +93,7 @@ def train() -> dict[str, np.ndarray]:
 
 
 def test_forward(model, golden):
-    inputs = (
-        nhwc(golden["latents"]),
-        jnp.full(2, 700.0),
-        jnp.asarray(golden["prompt_embeds"]),
-        jnp.asarray(golden["pooled_prompt_embeds"]),
-    )
+    inputs = inputs_at_700(golden)
     ours = tokens_of(model, inputs, guidance=jnp.full(2, 3.5))
     assert relative_error(ours, golden["forward.t0.7.g3.5"]) <= 1e-5
 
@@ -109,12 +101,7 @@ def test_forward(model, golden):
 @pytest.mark.slow
 @pytest.mark.parametrize(("to", "limit"), [("int8", 0.02), ("nf4", 0.25)])
 def test_forward_of_a_quantised_model(folder, golden, to, limit):
-    inputs = (
-        nhwc(golden["latents"]),
-        jnp.full(2, 700.0),
-        jnp.asarray(golden["prompt_embeds"]),
-        jnp.asarray(golden["pooled_prompt_embeds"]),
-    )
+    inputs = inputs_at_700(golden)
     quantised = load_model(folder / "transformer", dtype=jnp.float32, quantize=to)
     ours = tokens_of(quantised, inputs, guidance=jnp.full(2, 3.5))
     error = relative_error(ours, golden["forward.t0.7.g3.5"])
@@ -129,12 +116,7 @@ def test_forward_on_the_tpu_kernel(model, adapted, golden, train):
     def velocity(graph, state, inputs, options):
         return nnx.merge(graph, state)(*inputs, **options, attention="pallas_interpret")
 
-    plain = (
-        nhwc(golden["latents"]),
-        jnp.full(2, 700.0),
-        jnp.asarray(golden["prompt_embeds"]),
-        jnp.asarray(golden["pooled_prompt_embeds"]),
-    )
+    plain = inputs_at_700(golden)
     taca = {
         "guidance": jnp.asarray(train["guidance"]),
         "gamma": jnp.asarray(train["gamma"]),

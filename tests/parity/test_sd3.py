@@ -36,6 +36,7 @@ from taca_jax.sampling import SkipLayers
 from taca_jax.taca import TacaConfig
 from taca_jax.tensor_files import write_tensors
 from tests.compare import relative_error
+from tests.golden import inputs_at_700, nhwc
 from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
@@ -53,10 +54,6 @@ SMALL = SD3Config(
     txt_dim=12,
     pooled_dim=8,
 )
-
-
-def nhwc(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array.transpose(0, 2, 3, 1))
 
 
 def nchw(array: jax.Array) -> np.ndarray:
@@ -108,24 +105,14 @@ def train() -> dict[str, np.ndarray]:
 
 
 def test_forward(model, golden):
-    inputs = (
-        nhwc(golden["latents"]),
-        jnp.full(1, 700.0),
-        jnp.asarray(golden["prompt_embeds"]),
-        jnp.asarray(golden["pooled_prompt_embeds"]),
-    )
+    inputs = inputs_at_700(golden)
     assert relative_error(velocity(model, inputs), golden["forward.t700"]) <= 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("to", "limit"), [("int8", 0.02), ("nf4", 0.25)])
 def test_forward_of_a_quantised_model(folder, golden, to, limit):
-    inputs = (
-        nhwc(golden["latents"]),
-        jnp.full(1, 700.0),
-        jnp.asarray(golden["prompt_embeds"]),
-        jnp.asarray(golden["pooled_prompt_embeds"]),
-    )
+    inputs = inputs_at_700(golden)
     quantised = load_model(folder / "transformer", dtype=jnp.float32, quantize=to)
     error = relative_error(velocity(quantised, inputs), golden["forward.t700"])
     print(to, error)

@@ -12,9 +12,6 @@ from taca_jax.checkpoint import flat_params, load_model
 from taca_jax.errors import UserError
 from taca_jax.formats import engine, sd3_native, vae_bfl
 from taca_jax.formats import t5 as t5_format
-from taca_jax.models.sd3 import SD3Config
-from taca_jax.models.t5 import T5Config
-from taca_jax.models.vae import SD3_VAE, VAEConfig
 from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.flux import FluxPipeline
 from taca_jax.pipelines.loading import load_pipeline
@@ -22,6 +19,7 @@ from taca_jax.pipelines.sd3 import SD3Pipeline
 from taca_jax.pipelines.text_folders import encoder_parts
 from taca_jax.sharding import MeshConfig, make_mesh
 from taca_jax.tensor_files import open_tensors, write_tensors
+from tests.convert.test_sd3 import SD3, T5, VAE
 from tests.random_models import random_model
 from tests.shared import shared_path
 
@@ -98,30 +96,6 @@ def test_black_forest_labs_file_and_the_autoencoder_beside_it(tmp_path, caplog):
         load_pipeline(src.with_name("ae.safetensors"))
     with pytest.raises(UserError, match="is of kind flux; SD3Pipeline reads sd3"):
         SD3Pipeline.from_pretrained(src)
-
-
-SD3 = SD3Config(
-    patch_size=2,
-    latent_channels=4,
-    num_heads=2,
-    head_dim=8,
-    num_layers=3,
-    num_dual_layers=1,
-    qk_norm="rms",
-    position_size=8,
-    mlp_ratio=4.0,
-    txt_dim=12,
-    pooled_dim=10,
-)
-VAE = VAEConfig(
-    channels=(32, 32),
-    layers_per_block=1,
-    latent_channels=4,
-    groups=32,
-    scaling_factor=SD3_VAE.scaling_factor,
-    shift_factor=SD3_VAE.shift_factor,
-)
-T5 = T5Config(20, 12, 16, 2, 4, 2, relative_buckets=32, relative_max_distance=128)
 
 
 @pytest.mark.slow
