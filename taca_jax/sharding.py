@@ -187,6 +187,13 @@ def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * leading, axes or None))
 
 
+def put_rows(local: np.ndarray, mesh: Mesh | None, *, leading: int = 0) -> jax.Array:
+    """This process's rows, `local_rows` of axis `leading`, as a part of the array of all."""
+    if mesh is None:
+        return jax.device_put(local)
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=leading), local)
+
+
 def local_rows(mesh: Mesh, samples: int) -> np.ndarray:
     """int [n], rising: which of a batch's samples this process's devices hold."""
     places = batch_sharding(mesh).addressable_devices_indices_map((samples,))

@@ -227,7 +227,7 @@ def _over_queries(
     size = min(length, most)
     size = -(-length // -(-length // size))  # of so many pieces, all alike
     if down_columns and size >= LONG_ROW:
-        size = -(-size // 8) * 8 + 8 * (-(-size // 8) % 2 == 0)  # an odd number of eights
+        size = 8 * (-(-size // 8) | 1)  # an odd number of eights
     pieces = -(-length // size)
     if size == length:
         return call(kept, *rows)

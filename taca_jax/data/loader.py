@@ -33,10 +33,10 @@ Finish = Callable[[list[Any], list[int]], dict[str, np.ndarray]]
 
 DROPPED = -1
 
-_MAX_THREADS = 16
-_FILES_PER_CHUNK = 4
+MAX_THREADS = 16
+FILES_PER_CHUNK = 4
+BATCHES_AHEAD = 2
 _DRAWN_PER_CHUNK = 64
-_BATCHES_AHEAD = 2
 
 
 class LoaderState(TypedDict):
@@ -90,7 +90,7 @@ class Loader:
         if len(stream.buckets) > 1:  # pictures of a chunk have one size, and so are of one batch
             chunk_size = max(n for n in range(1, chunk_size + 1) if len(rows) % n == 0)
         self._chunk_size = chunk_size
-        ahead = _BATCHES_AHEAD * -(-len(rows) // chunk_size)
+        ahead = BATCHES_AHEAD * -(-len(rows) // chunk_size)
         # Grain reads ahead, by chunks: its work for an element is more than drawing one. Its own
         # shuffle takes milliseconds an index where there are few.
         chunks = grain.MapDataset.range(sys.maxsize // chunk_size).map(self._read)
@@ -230,7 +230,7 @@ def make_loader(
 
     def finish(examples: list[Example], captions: list[int]) -> dict[str, np.ndarray]:
         texts = [
-            "" if number == DROPPED else _captions(example)[number]
+            "" if number == DROPPED else captions_of(example)[number]
             for example, number in zip(examples, captions, strict=True)
         ]
         with lock:
@@ -239,7 +239,7 @@ def make_loader(
 
     if any(isinstance(part, PictureSource) for part in parts_of(source)):
         # Decoding leaves Python: small chunks spread over the cores.
-        threads, chunk_size = min(cores(), _MAX_THREADS), _FILES_PER_CHUNK
+        threads, chunk_size = min(cores(), MAX_THREADS), FILES_PER_CHUNK
     else:
         # Drawing is Python: a second thread would only wait for the first.
         threads, chunk_size = 1, _DRAWN_PER_CHUNK
@@ -252,7 +252,7 @@ def make_loader(
             seed=data.seed,
         ),
         lambda index, size: read_example(source, index, size),
-        lambda example: len(_captions(example)),
+        lambda example: len(captions_of(example)),
         finish,
         size=len(source),
         data=data,
@@ -269,7 +269,8 @@ def one_bucket(source: Source) -> Bucket:
     return Bucket(None, tuple(map(np.arange, starts[:-1], starts[1:])))
 
 
-def _captions(example: Example) -> Sequence[str]:
+def captions_of(example: Example) -> Sequence[str]:
+    """All that an example has, one or several."""
     caption = example["caption"]
     return (caption,) if isinstance(caption, str) else caption
 

@@ -90,18 +90,14 @@ def part_configs(config: TrainConfig) -> tuple[dict[str, Any], int]:
     if config.autoencoder != "pixels":
         found["autoencoder"] = load_config(config.autoencoder)
     kinds = [type(each) for each in found.values()]
-    if isinstance(found.get("transformer"), SD3Config):
-        text = ("two CLIPs", kinds.count(CLIPConfig) >= 2)
-    else:
-        text = ("a T5", T5Config in kinds)
-    missing = [
-        words
-        for words, there in (
-            text,
-            ("an autoencoder (autoencoder=FOLDER)", "autoencoder" in found),
-        )
-        if not there
-    ]
+    missing = []
+    if isinstance(found["transformer"], SD3Config):
+        if kinds.count(CLIPConfig) < 2:
+            missing.append("two CLIPs")
+    elif T5Config not in kinds:
+        missing.append("a T5")
+    if "autoencoder" not in found:
+        missing.append("an autoencoder (autoencoder=FOLDER)")
     if missing:
         raise UserError(f"base={config.base} lacks {', '.join(missing)}, which training needs")
     if not isinstance(found["transformer"], FluxConfig | SD3Config):

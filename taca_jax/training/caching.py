@@ -43,6 +43,7 @@ from taca_jax.data.cache import (
     write_sizes,
 )
 from taca_jax.data.kept import stamp_of
+from taca_jax.data.loader import BATCHES_AHEAD, FILES_PER_CHUNK, MAX_THREADS, captions_of
 from taca_jax.data.order import Bucket
 from taca_jax.data.picture_source import Example, Source, cores
 from taca_jax.data.sources import open_source, parts_of, read_example, summaries
@@ -54,16 +55,13 @@ from taca_jax.pipelines.base import Pipeline
 from taca_jax.pipelines.parts import TRANSFORMER
 from taca_jax.pipelines.text_folders import encoder_parts
 from taca_jax.processes import all_of, first_before_others, is_first, most_of_all, wait_for_all
-from taca_jax.sharding import batch_sharding, local_rows, own_rows
+from taca_jax.sharding import batch_sharding, local_rows, own_rows, put_rows
 from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
 from taca_jax.training.checkpoints import sum_of
 from taca_jax.weights import find_weights
 
-_MAX_THREADS = 16
-_FILES_PER_CHUNK = 4
-_BATCHES_AHEAD = 2
 _PROBE = "Two red cups, left of a blue book: ½ é 漢字"
 """What tokenizers that differ read differently, most likely."""
 
@@ -280,9 +278,9 @@ class Encoders:
         rounds = most_of_all(-(-len(tokens) // rows))
         padded = np.zeros((rounds * rows, tokens.shape[1]), np.int32)
         padded[: len(tokens)] = tokens
-        latents = self._latents(self._autoencoder, self._placed(images))
+        latents = self._latents(self._autoencoder, put_rows(images, self._mesh))
         texts = [
-            self._text(self._text_encoder, self._placed(part))
+            self._text(self._text_encoder, put_rows(part, self._mesh))
             for part in np.split(padded, max(rounds, 1))
             if len(part)
         ]
@@ -293,14 +291,9 @@ class Encoders:
         tokens = np.repeat(self.tokenizer(captions), len(self.rows), axis=0)
         found = []
         for part in np.split(tokens, len(captions)):
-            txt, pooled = map(_ours, self._text(self._text_encoder, self._placed(part)))
+            txt, pooled = map(_ours, self._text(self._text_encoder, put_rows(part, self._mesh)))
             found.append(Caption(txt=txt[0], pooled=pooled[0]))
         return found
-
-    def _placed(self, local: np.ndarray) -> jax.Array:
-        if self._mesh is None:
-            return jax.device_put(local)
-        return jax.make_array_from_process_local_data(batch_sharding(self._mesh), local)
 
 
 @dataclass(frozen=True)
@@ -398,14 +391,14 @@ def _read_ahead(
 ) -> Iterator[_Ready]:
     """This process's rows of the batches, read by threads, some batches ahead."""
     rows, lock = encoders.rows, threading.Lock()
-    pieces = -(-len(rows) // _FILES_PER_CHUNK)
+    pieces = -(-len(rows) // FILES_PER_CHUNK)
     read = partial(_read, source, batches, encoders.tokenizer, lock)
     chunks = grain.MapDataset.range(len(batches) * pieces).map(
         lambda i: read(i // pieces, np.array_split(rows, pieces)[i % pieces])
     )
-    threads = min(cores(), _MAX_THREADS)
+    threads = min(cores(), MAX_THREADS)
     options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(threads, _BATCHES_AHEAD * pieces)
+        num_threads=threads, prefetch_buffer_size=max(threads, BATCHES_AHEAD * pieces)
     )
     reading = iter(chunks.to_iter_dataset(options))
     try:
@@ -439,10 +432,7 @@ def _read(
             examples.append(None if index < 0 else read_example(source, index, bucket.size))
         except BadExampleError:  # the source has counted and logged it
             examples.append(None)
-    captions: list[list[str]] = []
-    for example in examples:
-        caption = [] if example is None else example["caption"]
-        captions.append([caption] if isinstance(caption, str) else list(caption))
+    captions = [() if example is None else captions_of(example) for example in examples]
     texts = [text for each in captions for text in each]
     with lock:  # Rust tokenizers refuse two threads at a time
         tokens = np.asarray(tokenizer(texts or [""]), np.int32)[: len(texts)]

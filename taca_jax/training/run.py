@@ -29,7 +29,7 @@ from taca_jax.processes import (
     on_host,
     wait_for_all,
 )
-from taca_jax.sharding import batch_sharding, make_mesh
+from taca_jax.sharding import make_mesh, put_rows
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import autoencoder_config, build_pipeline, check_batch
 from taca_jax.training.caching import ready_cache
@@ -282,9 +282,7 @@ def _next_batch(
 
     def placed(arrays: list[np.ndarray]) -> jax.Array:
         local = arrays[0][None] if parts == 1 else np.stack(arrays)
-        if mesh is None:
-            return jax.device_put(local)
-        return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), local)
+        return put_rows(local, mesh, leading=1)
 
     names = [name for name in batches[0] if name != "id"]
     arrays = {name: placed([batch[name] for batch in batches]) for name in names}
