@@ -21,13 +21,12 @@ MAX_SCORES = 2**22
 last cache and under what allocators return to the system at once (a page fault per 4 KiB costs
 more than the exponentials); large enough that small models run in one piece."""
 
-FORWARD_PIECES, BACKWARD_PIECES = 1, 2
-"""Where they do not fit, scores are done some heads after another in pieces of a part of
-MAX_SCORES; the backward pass holds four arrays of them."""
+FORWARD_PIECES, BACKWARD_PIECES = 2, 6
+"""Where they do not fit, scores are done one head after another in pieces of a part of MAX_SCORES;
+the backward pass holds four arrays of them."""
 
 HEADS_AT_ONCE = 2
-"""At least so many, where they divide: several small products are shared out between cores better
-than one, at some cost to a single core."""
+"""Of the forward pass's loop over heads: threads that wait for one's have the other's to do."""
 
 LONG_ROW = 128
 """Scores per row from which the backward pass avoids lengths that a power of two divides: one of
@@ -83,7 +82,9 @@ def _forward(
         return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
     row = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
-    out, high, share = _over_heads(some_heads, piece, (q, row, row), gamma, q, k, v)
+    out, high, share = _over_heads(
+        some_heads, piece, (q, row, row), gamma, q, k, v, unroll=HEADS_AT_ONCE
+    )
     return out, (_Saved(q, k, v, out, high, share), gamma)
 
 
@@ -95,6 +96,7 @@ def _backward(
 
     def some_heads(gamma: Any, *arrays: Any) -> tuple[jax.Array, ...]:
         q, k, v, out, high, share, d_out = arrays
+        d_out = d_out * share  # instead of each of the weights
         mean = (out * d_out).sum(-1, keepdims=True)
         dq, dk, dv, d_gamma = [], jnp.zeros_like(k), jnp.zeros_like(v), jnp.zeros_like(gamma)
         for queries, factor in _segments(gamma, text_len, q.shape):
@@ -102,16 +104,16 @@ def _backward(
 
             # Scores are transposed here, keys by queries: two products of three need no turning.
             def add(sums: Any, *rows: Any, keys: Any = keys) -> tuple[Any, tuple]:
-                q, high, share, mean, d_out = rows
-                high, share, mean = (x.swapaxes(1, 2) for x in (high, share, mean))
+                q, high, mean, d_out = rows
+                high, mean = (x.swapaxes(1, 2) for x in (high, mean))
                 scores = jnp.einsum("hkd,hqd->hkq", keys, q)
-                weights = jnp.exp(scores - high) * share
+                weights = jnp.exp(scores - high)
                 d_scores = weights * (jnp.einsum("hkd,hqd->hkq", v, d_out) - mean)
                 d_keys = sums[0] + jnp.einsum("hkq,hqd->hkd", d_scores, q)
                 dv = sums[1] + jnp.einsum("hkq,hqd->hkd", weights, d_out)
                 return (d_keys, dv), (jnp.einsum("hkq,hkd->hqd", d_scores, keys),)
 
-            rows = (x[:, queries] for x in (q, high, share, mean, d_out))
+            rows = (x[:, queries] for x in (q, high, mean, d_out))
             (d_keys, dv), (part,) = _over_queries(
                 add, (jnp.zeros_like(k), dv), *rows, most=piece.queries(q), down_columns=True
             )
@@ -162,7 +164,7 @@ class _Piece(NamedTuple):
         if batch * heads * length**2 <= MAX_SCORES:
             return cls(batch, heads, MAX_SCORES)
         scores = max(1, MAX_SCORES // pieces)
-        most = max(HEADS_AT_ONCE, scores // length**2)
+        most = max(1, scores // length**2)
         group = max(n for n in range(1, heads + 1) if n <= most and heads % n == 0)
         return cls(1, group, scores)
 
@@ -173,6 +175,7 @@ def _over_heads(
     results: tuple[Any, ...],
     gamma: Float[Array, " b"],
     *arrays: Float[Array, "b s h _"],
+    unroll: int = 1,
 ) -> tuple[Float[Array, "b ..."], ...]:
     """`call(gamma of each head, *arrays as [heads, s, _] in float32)` on some heads after another.
 
@@ -209,7 +212,7 @@ def _over_heads(
         ]
 
     empty = [jnp.zeros(x.shape, x.dtype) for x in results]
-    return tuple(jax.lax.fori_loop(0, batch * groups, body, empty))
+    return tuple(jax.lax.fori_loop(0, batch * groups, body, empty, unroll=unroll))
 
 
 def _over_queries(
