@@ -30,8 +30,8 @@ from taca_jax.attention import joint_attention
 HEADS, HEAD_DIM, TEXT, IMAGE = 24, 128, 512, 1024
 MAX_RELATIVE_ERROR = 1e-5
 SPINNING = 0.3
-"""Seconds for which OpenMP's threads, PyTorch's, may look for work after a call (0.2 by default), on
-cores that the other's call needs."""
+"""Seconds for which OpenMP's threads, PyTorch's, may look for work after a call (0.2 by default),
+on cores that the other's call needs."""
 MEMORY_LENGTHS = (1536, 3072, 6144)
 
 

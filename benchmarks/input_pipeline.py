@@ -191,7 +191,12 @@ def encode_rounds(folder: Path, rounds: int) -> Encoding:
 
     def stage(number: int) -> None:
         with CacheWriter(folder / f"cache{number}", "") as writer:
-            encode_to(writer, source, buckets, encoders, done=np.zeros(0, np.int64))
+            encode_to(
+                writer,
+                *(source, buckets, encoders),
+                done=np.zeros(0, np.int64),
+                told=lambda: False,
+            )
 
     def timed(run: Any, *arguments: Any) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()

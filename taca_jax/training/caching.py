@@ -8,7 +8,7 @@ hold; while a batch is encoded, the next ones are read and the one before is wri
 import hashlib
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,17 +60,19 @@ from taca_jax.text import encode
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import build_pipeline
 from taca_jax.training.checkpoints import sum_of
+from taca_jax.training.preemption import Notice
 from taca_jax.weights import find_weights
 
 _PROBE = "Two red cups, left of a blue book: ½ é 漢字"
 """What tokenizers that differ read differently, most likely."""
 
 
-def ready_cache(config: TrainConfig, mesh: Mesh | None) -> Cache:
+def ready_cache(config: TrainConfig, mesh: Mesh | None, notice: Notice) -> Cache:
     """The cache of `config.cache_dir`, which is made or completed first where it is not there.
 
     Models are loaded only to encode, and to compare them where their files have changed, and are
-    gone when this returns. Raises UserError for a cache of other models or pictures.
+    gone when this returns. Raises UserError for a cache of other models or pictures, and
+    StoppedError when told to stop, once what was encoded is in the cache.
     """
     folder = config.cache_dir
     manifest = read_manifest(folder)
@@ -92,7 +94,7 @@ def ready_cache(config: TrainConfig, mesh: Mesh | None) -> Cache:
         if manifest is not None:
             _check_models(folder, manifest, made_with)
         if manifest is None or not complete:
-            manifest = _encode_all(config, pipeline, mesh, made_with, stamp, manifest)
+            manifest = _encode_all(config, pipeline, mesh, made_with, stamp, manifest, notice)
         elif is_first():  # copied, or touched: the same all the same
             replace(manifest, files=stamp).write(folder)
         wait_for_all("a complete cache")
@@ -173,6 +175,7 @@ def _encode_all(
     made_with: dict[str, Any],
     stamp: str,
     before: Manifest | None,
+    notice: Notice,
 ) -> Manifest:
     """Encodes what is not yet in the cache, which `before` says it is, and completes it."""
     data, folder = config.data, config.cache_dir
@@ -213,9 +216,13 @@ def _encode_all(
     prefix = "" if jax.process_count() == 1 else f"{jax.process_index():04}-"
     done = encoded(folder)
     wait_for_all("the examples that are left")
-    with CacheWriter(folder, prefix) as writer:
-        encode_to(writer, source, buckets, encoders, done=done)
-    wait_for_all("the shards of a cache")
+    with notice.steps():
+        with CacheWriter(folder, prefix) as writer:
+            whole = encode_to(writer, source, buckets, encoders, done=done, told=notice.reached)
+        wait_for_all("the shards of a cache")
+        if not whole:
+            count = sum(len(part) for bucket in buckets for part in bucket.parts)
+            raise notice.stopped(f"{len(encoded(folder))} of {count} pictures are encoded")
     for line in summaries(source):
         print(line, file=sys.stderr)
     manifest = replace(manifest, examples=len(encoded(folder)))
@@ -334,8 +341,12 @@ def encode_to(
     encoders: Encoders,
     *,
     done: np.ndarray,
-) -> None:
-    """Encodes all examples of the buckets but those that are `done`, and writes them."""
+    told: Callable[[], bool],
+) -> bool:
+    """Encodes all examples of the buckets but those that are `done`, and writes them.
+
+    Returns False where it was `told` to stop before the end, which it asks after each batch.
+    """
     batches = _batches(buckets, done, encoders.batch_size)
     ready = _read_ahead(source, batches, encoders)
     shown = track(
@@ -347,6 +358,7 @@ def encode_to(
     )
     before: tuple[_Ready, Encoding] | None = None
     writing: Future[None] | None = None
+    stopped = False
     with ThreadPoolExecutor(1) as pool:
         for batch in shown:
             started = (batch, encoders.start(batch.images, batch.tokens))
@@ -356,10 +368,13 @@ def encode_to(
             if before is not None:
                 writing = pool.submit(_write, writer, encoders.own, *before)
             before = started
+            if stopped := told():
+                break
         if writing is not None:
             writing.result()
         if before is not None:
             _write(writer, encoders.own, *before)
+    return not stopped
 
 
 def _write(writer: CacheWriter, own: np.ndarray, batch: _Ready, encoding: Encoding) -> None:

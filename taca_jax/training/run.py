@@ -82,9 +82,10 @@ def train(config: TrainConfig) -> None:
         return plan(config)
     join_processes()
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    notice = Notice(f"go on with resume=true out_dir={config.run_dir}")
     try:
-        with on(mesh):
-            _run(config, mesh)
+        with on(mesh), notice:
+            _run(config, mesh, notice)
     except StoppedError:
         raise
     except BaseException:
@@ -93,12 +94,12 @@ def train(config: TrainConfig) -> None:
     return None
 
 
-def _run(config: TrainConfig, mesh: Mesh | None) -> None:
+def _run(config: TrainConfig, mesh: Mesh | None, notice: Notice) -> None:
     run_dir = config.run_dir
     _check_free(config, run_dir)
     check_batch(config, mesh)
     cached = config.data.encode == "cache"
-    cache = ready_cache(config, mesh) if cached else None
+    cache = ready_cache(config, mesh, notice) if cached else None
     pipeline = build_pipeline(config, mesh, only=("transformer",) if cached else ROLES)
     _check_prompts(config, pipeline)
     try:
@@ -108,7 +109,7 @@ def _run(config: TrainConfig, mesh: Mesh | None) -> None:
             if is_first():
                 with whole_file(run_dir / RECORD) as record:
                     record.write_text(to_json(config))
-            _train(config, pipeline, loader, mesh)
+            _train(config, pipeline, loader, mesh, notice)
             for line in loader.skipped():
                 print(line, file=sys.stderr)
         _export(config, pipeline, run_dir)
@@ -163,7 +164,9 @@ def _check_prompts(config: TrainConfig, pipeline: Pipeline) -> None:
         _tokenizer(pipeline)(config.sample_prompts)
 
 
-def _train(config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh | None) -> None:
+def _train(
+    config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh | None, notice: Notice
+) -> None:
     """Runs all steps that are left, and puts what they made into `pipeline`."""
     model = TextToImage(pipeline.transformer, pipeline.text_encoder)
     if config.data.encode == "cache":
@@ -188,7 +191,7 @@ def _train(config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh |
                 loader.set_state(position)
                 if is_first():
                     print(f"going on after step {int(state.step)}")
-        state = _loop(config, pipeline, trainer, state, loader, checkpoints, mesh)
+        state = _loop(config, pipeline, trainer, state, loader, checkpoints, mesh, notice)
     _install(pipeline, trainer.merge(state.best))
 
 
@@ -205,6 +208,7 @@ def _loop(
     loader: Loader,
     checkpoints: Checkpoints,
     mesh: Mesh | None,
+    notice: Notice,
 ) -> TrainState:
     start = int(state.step)
     before: Step | None = None
@@ -217,7 +221,7 @@ def _loop(
         if log is not None and due:
             log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
 
-    with Notice() as notice, nullcontext() if log is None else log:
+    with notice.steps(), nullcontext() if log is None else log:
         for number in range(start + 1, config.steps + 1):
             batch, names = _next_batch(loader, config.grad_accumulation, mesh)
             state, metrics = trainer.run(state, batch)
@@ -225,7 +229,7 @@ def _loop(
             if before is not None:
                 report(before)
             before = Step(number, metrics, names)
-            told = notice.reached(number) and number < config.steps
+            told = notice.reached()
             if number % config.save_every == 0 or number == config.steps or told:
                 # A checkpoint of NaNs would push the good ones out.
                 health.check(before)
@@ -233,10 +237,7 @@ def _loop(
             if told:
                 report(before)
                 checkpoints.wait()
-                raise StoppedError(
-                    f"told to stop: saved after step {number} of {config.steps}; go on with "
-                    f"resume=true out_dir={config.run_dir}"
-                )
+                raise notice.stopped(f"saved after step {number} of {config.steps}")
             if config.sample_every and number % config.sample_every == 0:
                 _install(pipeline, trainer.merge(state.best))
                 _sample(config, pipeline, log, number)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, to_json
 from taca_jax.data import cache as cache_module
 from taca_jax.data.cache import CacheWriter, encoded, read_manifest
-from taca_jax.errors import UserError
+from taca_jax.errors import StoppedError, UserError
 from taca_jax.lora import LoRAConfig
 from taca_jax.models.vae import VAEConfig
 from taca_jax.pipelines.flux import FluxPipeline
@@ -26,6 +28,7 @@ from taca_jax.training import run as run_module
 from taca_jax.training.build import autoencoder_config, build_pipeline
 from taca_jax.training.caching import Encoders, ready_cache
 from taca_jax.training.inputs import open_loader
+from taca_jax.training.preemption import Notice
 from taca_jax.training.step import TextToImage, make_trainer
 from tests.compare import relative_error
 from tests.processes import run_cluster
@@ -102,6 +105,10 @@ def config_of(base, pictures, out_dir, **changes):
     return tiny_config(out_dir, **(adapt | changes))
 
 
+def ready(config):
+    return ready_cache(config, None, Notice(""))
+
+
 @pytest.fixture(autouse=True)
 def kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
@@ -114,7 +121,7 @@ def made(base, pictures, tmp_path_factory):
     config = config_of(base, pictures, out_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(out_dir / "kept"))
-        ready_cache(config, None)
+        ready(config)
     return config, config.cache_dir
 
 
@@ -130,7 +137,7 @@ def test_a_cache_gives_what_is_made_in_every_step(made):
     """The same pictures in the same order, with the same captions, as the models see them."""
     config, folder = made
     assert len(encoded(folder)) == len(SIZES) - 1
-    cache = ready_cache(config, None)
+    cache = ready(config)
     pipeline = build_pipeline(config, only=("text", "autoencoder"))
     vae_graph, vae = nnx.split(pipeline.autoencoder)
     text_graph, text = nnx.split(pipeline.text_encoder)
@@ -186,30 +193,49 @@ def test_an_interrupted_cache_goes_on(made, base, pictures, tmp_path, monkeypatc
 
         patch.setattr(CacheWriter, "add", stop)
         with pytest.raises(KeyboardInterrupt):
-            ready_cache(config, None)
+            ready(config)
     before = encoded(config.cache_dir).tolist()
     assert 0 < len(before) < len(SIZES) - 1
     seen.clear()
     # Batches of another size now: pictures are cut as they were when it was begun.
     data = dataclasses.replace(config.data, batch_size=4)
-    cache = ready_cache(dataclasses.replace(config, data=data), None)
+    cache = ready(dataclasses.replace(config, data=data))
     left = [i for i in range(len(SIZES)) if i not in before and i != BAD]
     assert sum(seen) == sum(1 + i % 3 for i in left)
-    reference = ready_cache(made[0], None)
+    reference = ready(made[0])
     for i in range(len(SIZES)):
         if i != BAD:
             assert cache[i]["id"] == reference[i]["id"]
             np.testing.assert_allclose(cache[i]["latents"], reference[i]["latents"], atol=1e-5)
     seen.clear()
-    ready_cache(config, None)
+    ready(config)
     assert seen == []
+
+
+def test_told_to_stop_it_keeps_what_is_encoded(base, pictures, tmp_path, monkeypatch):
+    config = config_of(base, pictures, tmp_path)
+    add, added = CacheWriter.add, []
+
+    def noted(self, example, *arguments):
+        added.append(example)
+        if len(added) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, example, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "add", noted)
+    with pytest.raises(StoppedError, match=f"of {len(SIZES)} pictures are encoded; .*resume=true"):
+        train(config)
+    assert 3 <= len(added) < len(SIZES) - 1
+    assert encoded(config.cache_dir).tolist() == sorted(added)
+    ready(config)
+    assert len(added) == len(set(added)) == len(SIZES) - 1
 
 
 def test_a_complete_cache_needs_neither_models_nor_pictures(made, tmp_path, monkeypatch):
     config = own(made, tmp_path)
     monkeypatch.setattr(caching, "build_pipeline", None)
     monkeypatch.setattr(caching, "open_source", None)
-    assert len(ready_cache(config, None)) == len(SIZES)
+    assert len(ready(config)) == len(SIZES)
 
 
 def test_processes_that_see_other_files_compare_the_models_together(made, tmp_path, monkeypatch):
@@ -223,10 +249,10 @@ def test_processes_that_see_other_files_compare_the_models_together(made, tmp_pa
 
     monkeypatch.setattr(caching, "build_pipeline", compared)
     with pytest.raises(InterruptedError):
-        ready_cache(config, None)
+        ready(config)
     monkeypatch.setattr(caching, "all_of", lambda holds: False)
     with pytest.raises(UserError, match="holds a cache for some processes and none for others"):
-        ready_cache(config, None)
+        ready(config)
 
 
 @pytest.mark.parametrize("name", ["ae.safetensors", "vae/a", "text_encoder_2/a", "tokenizer/a"])
@@ -260,12 +286,12 @@ def test_what_is_damaged_is_encoded_again(made, tmp_path, monkeypatch):
     content = bytearray(records.read_bytes())
     content[len(content) // 2 :][:1000] = b""
     records.write_bytes(content[: len(content) // 2])
-    cache = ready_cache(config, None)
+    cache = ready(config)
     with pytest.raises(UserError, match=r"shards/000000 is damaged .*; remove that folder, and"):
         [cache[i] for i in range(len(SIZES)) if i != BAD]
     shutil.rmtree(shard)
     seen = watched(monkeypatch)
-    ready_cache(config, None)
+    ready(config)
     assert len(seen) == 6
 
 
@@ -275,7 +301,7 @@ def test_more_shards_than_files_that_may_be_open(made, tmp_path, monkeypatch):
     for number in range(1, 4):
         shutil.copytree(shards / "000000", shards / f"{number:06}")
     monkeypatch.setattr(cache_module, "_MOST_OPEN", 2)
-    cache = ready_cache(config, None)
+    cache = ready(config)
     for _ in range(2):
         for shard in range(4):
             cache._read(shard, 0)
@@ -291,7 +317,7 @@ def test_more_shards_than_files_that_may_be_open(made, tmp_path, monkeypatch):
         with pytest.raises(
             UserError, match=r"000001 is damaged \(.*\); remove that folder"
         ) as said:
-            ready_cache(config, None)
+            ready(config)
         one_line(said)
 
 
@@ -305,20 +331,20 @@ def test_a_cache_of_other_weights_or_pictures_is_refused(made, base, pictures, t
     config = own(made, tmp_path)
     changed = dataclasses.replace(config.data, aspect="square")
     with pytest.raises(UserError) as refusal:
-        ready_cache(dataclasses.replace(config, data=changed), None)
+        ready(dataclasses.replace(config, data=changed))
     assert "was made with data.aspect=buckets, now it is square; give another" in one_line(refusal)
     with pytest.raises(UserError, match="was made with dtype=float32, now it is bfloat16"):
-        ready_cache(dataclasses.replace(config, dtype="bfloat16"), None)
+        ready(dataclasses.replace(config, dtype="bfloat16"))
     other = tmp_path / "base"
     shutil.copytree(base, other)
     again = dataclasses.replace(config, base=str(other))
-    ready_cache(again, None)  # copied files are the same weights
+    ready(again)  # copied files are the same weights
     pipeline = FluxPipeline.from_pretrained(other, "float32")
     scale = pipeline.text_encoder.final_norm.scale
     scale[...] = scale[...] * 1.001
     pipeline.save(other)
     with pytest.raises(UserError) as refusal:
-        ready_cache(again, None)
+        ready(again)
     assert "was made with another text_encoder (kind t5, sum" in one_line(refusal)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
@@ -326,12 +352,12 @@ def test_a_cache_of_other_weights_or_pictures_is_refused(made, base, pictures, t
     with pytest.raises(
         UserError, match=r"full is not empty and no cache; give another data\.cache"
     ):
-        ready_cache(dataclasses.replace(config, data=data), None)
+        ready(dataclasses.replace(config, data=data))
 
 
 def test_steps_from_a_cache_compile_once_for_each_bucket(made):
     config, _ = made
-    cache = ready_cache(config, None)
+    cache = ready(config)
     pipeline = build_pipeline(config, only=("transformer",))
     assert pipeline.text_encoder is None
     assert pipeline.autoencoder is None
@@ -356,9 +382,10 @@ from taca_jax.fields import from_json
 from taca_jax.processes import join_processes
 from taca_jax.sharding import make_mesh
 from taca_jax.training.caching import ready_cache
+from taca_jax.training.preemption import Notice
 join_processes()
 config = from_json(TrainConfig, Path(sys.argv[1]).read_text(), sys.argv[1])
-ready_cache(config, make_mesh(config.mesh))
+ready_cache(config, make_mesh(config.mesh), Notice(""))
 """
 
 
@@ -378,7 +405,7 @@ def test_two_processes_write_each_example_once(made, base, pictures, tmp_path, m
         rows = [np.load(index) for index in (config.cache_dir / "shards").rglob("index.npy")]
         written = np.sort(np.concatenate([each["example"] for each in rows]))
         assert written.tolist() == [i for i in range(len(SIZES)) if i != BAD]
-    cache, reference = ready_cache(config, None), ready_cache(made[0], None)
+    cache, reference = ready(config), ready(made[0])
     for i in written.tolist():
         np.testing.assert_allclose(cache[i]["latents"], reference[i]["latents"], atol=1e-5)
 
