@@ -36,7 +36,7 @@ from taca_jax.sampling import Conditioning, FlowSchedule, denoise, make_plan
 from taca_jax.sharding import MeshConfig, make_mesh
 from taca_jax.taca import TacaConfig
 from taca_jax.training import plan as plans
-from taca_jax.training.abstract import PUBLISHED_TEXT_LENGTH, abstract_part
+from taca_jax.training.abstract import PUBLISHED_TEXT_LENGTH, abstract_part, local_bytes
 from taca_jax.training.flops import forward_flops
 from taca_jax.training.plan import GB, OutOfMemoryError, Plan
 from taca_jax.training.slices import Slice
@@ -96,7 +96,7 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
 
     def size(*trees: Any) -> int:
-        return sum(map(plans.local_bytes, jax.tree.leaves(trees)))
+        return sum(map(local_bytes, jax.tree.leaves(trees)))
 
     def draw(state: nnx.State, latents: jax.Array, steps: Any, told: Conditioning) -> jax.Array:
         return denoise(nnx.merge(graph, state), latents, steps, told)[0]

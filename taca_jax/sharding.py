@@ -90,13 +90,14 @@ class MeshConfig:
     shared, whatever stands here.
 
     data: shares the samples; parameters are whole on each.
-    fsdp: shares the samples and the parameters.
+    fsdp: shares the samples and the parameters. 0 is the devices that the others leave; in training
+        `data` gets those where they have room for whole parameters (`training.mesh_choice`).
     context: shares the tokens of each sample.
     tensor: shares heads and the MLPs' hidden channels; divides the number of heads.
     """
 
     data: int = 1
-    fsdp: int = -1
+    fsdp: int = 0
     context: int = 1
     tensor: int = 1
 
@@ -108,10 +109,16 @@ class MeshConfig:
         if list(sizes.values()).count(-1) > 1:
             raise UserError("only one axis of mesh may be -1, the devices that the others leave")
 
+    @property
+    def open(self) -> bool:
+        """Whether parameters may be shared or not."""
+        return self.fsdp == 0 and self.data == 1 and -1 not in (self.context, self.tensor)
+
     def _asked(self) -> dict[str, int]:
+        others = (self.data, self.context, self.tensor)
         asked = {
             "data": self.data,
-            "fsdp": self.fsdp,
+            "fsdp": self.fsdp or (1 if -1 in others else -1),
             "context": self.context,
             "tensor": self.tensor,
         }

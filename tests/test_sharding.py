@@ -143,6 +143,7 @@ def test_axes_are_taken_while_they_divide():
     ("config", "expected"),
     [
         (MeshConfig(), {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}),
+        (MeshConfig(data=-1), {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}),
         (MeshConfig(data=-1, fsdp=2), {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}),
         (
             MeshConfig(fsdp=2, tensor=2, context=2),
@@ -157,7 +158,7 @@ def test_the_rest_of_the_devices_goes_to_one_axis(config, expected):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MeshConfig(data=-1), "only one axis of mesh may be -1"),
+        (lambda: MeshConfig(data=-1, fsdp=-1), "only one axis of mesh may be -1"),
         (lambda: MeshConfig(tensor=0), "mesh.tensor is 0; it must be 1 or more, or -1"),
         (lambda: MeshConfig(tensor=3).sizes(8), "3 does not divide the 8 devices"),
         (lambda: MeshConfig(fsdp=4).sizes(8), "that is 4 devices, and there are 8"),

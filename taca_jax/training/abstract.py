@@ -1,5 +1,6 @@
 """Models of shapes with places instead of parameters, from a folder's configs or published ones."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -192,3 +193,11 @@ def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: LoRAConfig) -> nnx.M
     model = nnx.merge(graph, filled)
     add_lora(model, lora, rngs=nnx.Rngs(0))
     return model
+
+
+def local_bytes(array: Any) -> int:
+    """Bytes that one chip holds of an array, or of the shape of one."""
+    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
+    bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
+    return math.prod(shape) * bits // 8

@@ -6,7 +6,6 @@ that must move, so that a real step takes longer.
 """
 
 import dataclasses
-import math
 import os
 import re
 import time
@@ -25,11 +24,12 @@ from rich.table import Table
 from taca_jax.config import TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.mesh import on
-from taca_jax.sharding import batch_sharding, make_mesh
+from taca_jax.sharding import batch_sharding
 from taca_jax.text import FluxText, SD3Text
-from taca_jax.training.abstract import abstract_training, part_configs
+from taca_jax.training.abstract import abstract_training, local_bytes, part_configs
 from taca_jax.training.build import check_batch, check_sizes
 from taca_jax.training.flops import forward_flops, step_flops
+from taca_jax.training.mesh_choice import choose_mesh
 from taca_jax.training.slices import Slice
 from taca_jax.training.step import (
     Batch,
@@ -157,7 +157,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
 
     Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
     """
-    mesh = make_mesh(config.mesh, devices_of(where))
+    mesh = choose_mesh(config, devices_of(where))
     check_batch(config, mesh)
     parts_of, text_length = part_configs(config)
     model, autoencoder = abstract_training(config, parts_of, text_length, mesh)
@@ -349,11 +349,3 @@ def _parts(state: TrainState, trainer: Trainer, batch: Any) -> dict[str, int]:
 
 
 _WORDS = {"transformer": "transformer, frozen", "text_encoder": "text encoders, frozen"}
-
-
-def local_bytes(array: Any) -> int:
-    """Bytes that one chip holds of an array, or of the shape of one."""
-    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
-    bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
-    return math.prod(shape) * bits // 8

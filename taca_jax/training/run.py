@@ -29,7 +29,7 @@ from taca_jax.processes import (
     on_host,
     wait_for_all,
 )
-from taca_jax.sharding import make_mesh, put_rows
+from taca_jax.sharding import put_rows
 from taca_jax.tokenizers import Tokenizer
 from taca_jax.training.build import autoencoder_config, build_pipeline, check_batch
 from taca_jax.training.caching import ready_cache
@@ -37,9 +37,10 @@ from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.flops import step_flops, text_tokens
 from taca_jax.training.health import Health, Step
 from taca_jax.training.inputs import open_loader
+from taca_jax.training.mesh_choice import choose_mesh
 from taca_jax.training.plan import plan
 from taca_jax.training.preemption import Notice
-from taca_jax.training.slices import peak_flops
+from taca_jax.training.slices import chip_of
 from taca_jax.training.step import (
     Batch,
     EncodedBatch,
@@ -81,7 +82,7 @@ def train(config: TrainConfig) -> None:
     if config.plan is not None:
         return plan(config)
     join_processes()
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    mesh = choose_mesh(config, jax.devices()) if jax.device_count() > 1 else None
     notice = Notice(f"go on with resume=true out_dir={config.run_dir}")
     try:
         with on(mesh), notice:
@@ -249,14 +250,14 @@ def _loop(
 
 def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
     flops = _step_flops(config, pipeline)
-    peak = peak_flops(jax.devices()[0].device_kind)
+    chip = chip_of(jax.devices()[0].device_kind)
     return RunLog(
         config.run_dir,
         start=start,
         steps=config.steps,
         samples_per_step=config.data.batch_size * config.grad_accumulation,
         flops_per_step=flops,
-        peak_flops=None if peak is None else peak * jax.device_count(),
+        peak_flops=None if chip is None else chip.flops * jax.device_count(),
     )
 
 

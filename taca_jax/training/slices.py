@@ -29,10 +29,10 @@ CHIPS = {
 }
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """bf16 FLOP/s of one JAX device, by its `device_kind`; None for what is not in CHIPS."""
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a JAX device, by its `device_kind`; None for what is not in CHIPS."""
     name = generation(device_kind)
-    return None if name is None else CHIPS[name].flops
+    return None if name is None else CHIPS[name]
 
 
 _SIDES = {

@@ -12,7 +12,7 @@ from taca_jax.config import DataConfig, LoRAConfig, TextConfig
 from taca_jax.models.flux import FLUX_DEV
 from taca_jax.models.sd3 import SD35_MEDIUM
 from taca_jax.training.flops import forward_flops, step_flops, text_tokens
-from taca_jax.training.slices import CHIPS, peak_flops
+from taca_jax.training.slices import CHIPS, chip_of
 from tests.training.tiny import tiny_config
 
 # XLA counts a loop's body once: one layer of each kind.
@@ -67,6 +67,6 @@ def test_stable_diffusion_reads_clip_before_t5():
 
 
 def test_peaks_are_known_of_tpus_alone():
-    assert peak_flops("TPU v5 lite") == CHIPS["v5e"].flops
-    assert peak_flops("TPU v5") == CHIPS["v5p"].flops
-    assert peak_flops("cpu") is None
+    assert chip_of("TPU v5 lite") is CHIPS["v5e"]
+    assert chip_of("TPU v5") is CHIPS["v5p"]
+    assert chip_of("cpu") is None
