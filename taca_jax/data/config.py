@@ -7,18 +7,20 @@ from typing import Literal
 from taca_jax.errors import UserError
 
 KINDS = ("tfds", "generated", "folder", "webdataset", "img2dataset")
-_FORMS = "tfds:shapes, generated:shapes, folder:PATH, webdataset:PATTERN or img2dataset:PATH"
+_FORMS = "folder:PATH, webdataset:PATTERN, img2dataset:PATH, tfds:NAME or generated:shapes"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where pictures and captions come from.
 
-    source: `tfds:shapes/small` (or `large`, `tiny`; the training split, built on first use),
-      `generated:shapes/SIZE` (the same drawn on the fly; a million without a SIZE), `folder:PATH`
-      of pictures with `captions.jsonl` or a .txt or .json beside each, `webdataset:PATTERN` of tars
-      (`path/{00000..00099}.tar`) or `img2dataset:PATH`, that program's output. Several in a comma
-      list (a JSON list where names hold commas) are mixed.
+    source: `folder:PATH` of pictures with `captions.jsonl` or a .txt or .json beside each,
+      `webdataset:PATTERN` of tars (`path/{00000..00099}.tar`), `img2dataset:PATH`, that program's
+      output, `tfds:NAME` of a data set with captions that TFDS has prepared as array_record, or its
+      folder (`tfds:coco_captions#train[:10%]`; `#SPLIT` is `train` otherwise), `tfds:shapes/small`
+      (or `large`, `tiny`; built on first use) or `generated:shapes/SIZE`, the same drawn on the fly
+      (a million without a SIZE). Several in a comma list (a JSON list where names hold commas) are
+      mixed.
     batch_size: samples per forward pass, over all devices.
     resolution: pixels per side of the square that each picture is resized and cropped to, or that
       buckets have the area of; shapes have 40.

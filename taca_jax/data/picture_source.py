@@ -21,7 +21,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 UNKNOWN = (0, 0)
 """The size of a picture whose header cannot be read."""
 
-_CAPTION_KEYS = ("caption", "captions", "text", "name")
+CAPTION_KEYS = ("caption", "captions", "text", "name")
 _SIZES_AT_ONCE = 256
 
 
@@ -136,7 +136,7 @@ def captions_of(record: Any) -> str | tuple[str, ...] | None:
     """
     if not isinstance(record, dict):
         return None
-    found = next((record[key] for key in _CAPTION_KEYS if key in record), None)
+    found = next((record[key] for key in CAPTION_KEYS if key in record), None)
     if isinstance(found, str):
         return found.strip()
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):

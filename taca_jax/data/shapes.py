@@ -1,7 +1,6 @@
 """The shapes data set, on disk: a TFDS builder (array_record, without TensorFlow) and `load`.
 
-The same examples come without a disk from `GeneratedShapes`; `load` is what shows that the training
-code reads any TFDS data set.
+The same examples come without a disk from `GeneratedShapes`.
 """
 
 import contextlib

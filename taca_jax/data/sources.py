@@ -84,6 +84,11 @@ def _open(source: str, data: DataConfig) -> Source:
             return TarSource(expand(place), data.resolution, data.max_bad_share)
         case "img2dataset":
             return open_img2dataset(Path(place), data.resolution, data.max_bad_share)
+        case "tfds" if place.partition("/")[0] != "shapes":
+            # Imported here because it takes seconds, which the other sources need not wait for.
+            from taca_jax.data.tfds_source import TfdsSource
+
+            return TfdsSource(place, data.resolution, data.max_bad_share)
         case _:
             return _shapes(source, kind, place, data)
 
@@ -91,10 +96,7 @@ def _open(source: str, data: DataConfig) -> Source:
 def _shapes(source: str, kind: str, place: str, data: DataConfig) -> Source:
     name, _, rest = place.partition("/")
     if name != "shapes":
-        raise UserError(
-            f"data.source is {source}; of {kind} only {kind}:shapes is read so far: for other "
-            "pictures use folder:PATH or webdataset:PATTERN"
-        )
+        raise UserError(f"data.source is {source}; only shapes are generated")
     if data.resolution != IMAGE_SIZE:
         raise UserError(
             f"data.resolution is {data.resolution}, but shapes are drawn at {IMAGE_SIZE} pixels "
@@ -108,8 +110,7 @@ def _shapes(source: str, kind: str, place: str, data: DataConfig) -> Source:
                 f"examples, 1 to {_MAX_SIZE}"
             )
         return cast(Source, GeneratedShapes("train", int(size)))
-    # Imported here because it takes seconds, which the other sources need not wait for.
-    from taca_jax.data import shapes
+    from taca_jax.data import shapes  # here as above
 
     # `load` refuses an unknown size.
     stored = shapes.load(rest or "small", "train", shapes.DEFAULT_DATA_DIR)  # pyright: ignore[reportArgumentType]

@@ -71,8 +71,7 @@ def test_sizes_of_generated_shapes():
         ("tfds:shapes", 32, "data.resolution is 32, but shapes are drawn at 40 pixels"),
         ("generated:shapes", 64, "data.resolution is 64, but shapes are drawn at 40 pixels"),
         ("tfds:shapes/huge", 40, "'huge' is not one of small, large, tiny"),
-        ("tfds:mnist", 40, "of tfds only tfds:shapes is read so far"),
-        ("generated:circles", 40, "of generated only generated:shapes is read so far"),
+        ("generated:circles", 40, "generated:circles; only shapes are generated"),
     ],
 )
 def test_shapes_that_are_not_there(source, resolution, message):
