@@ -58,7 +58,7 @@ class OriginalPipeline:
     """Original weights of a pipeline.
 
     sources: its models by the name of their folder in a pipeline's of ours. schedule: the sampler's
-    noise levels. notes: lines that say what was taken for want of something better.
+    noise levels. notes: lines that say what is not there, and what was taken instead.
     """
 
     sources: Mapping[str, Source]
@@ -85,14 +85,23 @@ def open_folder(
     for name, made, read in PIPELINE_PARTS[1:]:
         if (src / name).is_dir():
             sources[made] = read(src / name)
-    schedule = published_schedule(sources["transformer"].config)
-    if not (src / "scheduler").is_dir():
-        note = f"{src} has no scheduler/; the published noise levels are taken: {schedule}"
-        return OriginalPipeline(sources, schedule, (note,))
-    settings = read_settings(src / "scheduler", "scheduler_config.json")
     is_sd3 = isinstance(sources["transformer"].config, SD3Config)
-    read_schedule = sd3_diffusers.schedule_of if is_sd3 else flux_diffusers.schedule_of
-    return OriginalPipeline(sources, read_schedule(settings))
+    encoders = TEXT_ENCODERS if is_sd3 else TEXT_ENCODERS[:2]
+    notes = []
+    if absent := [
+        name for name in (*encoders, *TOKENIZERS[: len(encoders)]) if not (src / name).is_dir()
+    ]:
+        notes.append(f"{src} has no {', '.join(absent)}, which prompts are read with")
+    if not (src / "vae").is_dir():
+        notes.append(f"{src} has no vae, which pictures are made with")
+    if (src / "scheduler").is_dir():
+        settings = read_settings(src / "scheduler", "scheduler_config.json")
+        read_schedule = sd3_diffusers.schedule_of if is_sd3 else flux_diffusers.schedule_of
+        schedule = read_schedule(settings)
+    else:
+        schedule = published_schedule(sources["transformer"].config)
+        notes.append(f"{src} has no scheduler; the published noise levels are taken: {schedule}")
+    return OriginalPipeline(sources, schedule, tuple(notes))
 
 
 def published_schedule(config: Any) -> FlowSchedule:

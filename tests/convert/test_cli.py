@@ -166,11 +166,20 @@ def test_a_bare_transformer_is_a_model_folder(tmp_path):
     assert load_model(tmp_path / "dst", dtype=jnp.float32).config.num_double_blocks == 2
 
 
+def test_what_is_not_there_is_said(tmp_path, capsys, pipeline_folder):
+    for name in ("text_encoder_2", "tokenizer_2", "vae"):
+        shutil.rmtree(pipeline_folder / name)
+    run("flux", "--src", pipeline_folder, "--dst", tmp_path / "dst")
+    said = capsys.readouterr().out
+    assert "has no text_encoder_2, tokenizer_2, which prompts are read with" in said
+    assert "has no vae, which pictures are made with" in said
+
+
 def test_without_a_scheduler_the_published_noise_levels_are_taken(tmp_path, capsys):
     shutil.copytree(shared_path("golden/flux"), tmp_path / "src")
     shutil.rmtree(tmp_path / "src" / "scheduler")
     run("flux", "--src", tmp_path / "src", "--dst", tmp_path / "dst")
-    assert "has no scheduler/; the published noise levels are taken" in capsys.readouterr().out
+    assert "has no scheduler; the published noise levels are taken" in capsys.readouterr().out
     settings = json.loads((tmp_path / "dst" / "pipeline.json").read_text())
     assert settings["schedule"] == asdict(FlowSchedule())
 
