@@ -1,6 +1,7 @@
 """Runs of several processes equal those of one, and go on as other numbers of them."""
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, to_json
 from taca_jax.lora import LoRAConfig
 from taca_jax.sharding import MeshConfig
 from taca_jax.taca import TacaConfig
+from tests.compare import relative_error
 from tests.processes import run_cluster, run_python
 from tests.training.checkpoints import logged, saved_checkpoint, saved_steps
 from tests.training.tiny import tiny_config
@@ -83,7 +85,8 @@ def test_two_processes_train_as_one_does(one, tmp_path, environment):
     assert_equal(config, one)
     # The first writes and speaks for both, once.
     assert "model written to" in done[0].stdout
-    assert not [line for line in done[1].stdout.splitlines() if "[Gloo]" not in line]
+    # Gloo's threads write into one another's lines.
+    assert not re.sub(r"\[Gloo\]|Rank \d+| is connected to .*|\s", "", done[1].stdout)
     assert "step " not in done[1].stderr
     for name in (f"samples/{STEPS:07d}.png", "model/pipeline.json"):
         assert (config.run_dir / name).read_bytes() == (one.run_dir / name).read_bytes()
@@ -113,7 +116,8 @@ def test_two_processes_train_a_lora_on_a_base_that_lies_over_both(one, tmp_path,
     alone, together = files
     assert alone.keys() == together.keys()
     for name, array in alone.items():
-        np.testing.assert_allclose(together[name], array, atol=1e-4 * np.abs(array).max())
+        # Of the whole: Adam makes much of the rounding of single gradients that are nearly nothing.
+        assert relative_error(together[name], array) <= 1e-4
 
 
 def test_a_run_goes_on_on_fewer_devices_and_as_other_processes(one, tmp_path, environment):
