@@ -32,6 +32,7 @@ from taca_jax.formats.sources import (
     vae,
 )
 from taca_jax.formats.table import Table
+from taca_jax.formats.tiny_vae import beginning_of_pair
 from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
 
 _BY_CLASS: dict[str, Callable[[Path], Source]] = {
@@ -108,6 +109,8 @@ def _tensors(path: Path) -> list[str]:
     for prefix, found, read in models:
         lines += read(f"{path}: under {prefix}: " if prefix else f"{path}: ", found)
     left = others(tensors, *(found for _, found, _ in models))
+    if not lines and (pair := beginning_of_pair(path)) is not None:
+        return _described(str(pair), tiny_vae(pair))
     if not lines:
         raise UserError(f"{path} is nothing that is known: it has {summary(left) or 'no tensors'}")
     return [*lines, *([f"{path}: {len(left)} other tensors: {summary(left)}"] if left else [])]

@@ -38,5 +38,19 @@ def open_taesd(path: Path) -> TensorFiles:
                 f"found {found}; give {path}/NAME, files are at huggingface.co/madebyollin"
             )
         path = path / stems[0]
-    files = {net: path.with_name(f"{path.name}_{net}.safetensors") for net in NETS}
-    return joined(str(path), {f"{net}.": open_tensors(file) for net, file in files.items()})
+    return joined(str(path), {f"{net}.": open_tensors(file) for net, file in _pair(path).items()})
+
+
+def beginning_of_pair(file: Path) -> Path | None:
+    """What `open_taesd` takes for one of the two files, where the other is beside it."""
+    for net in NETS:
+        name = file.name.removesuffix(f"_{net}.safetensors")
+        if name != file.name and all(
+            each.is_file() for each in _pair(file.with_name(name)).values()
+        ):
+            return file.with_name(name)
+    return None
+
+
+def _pair(path: Path) -> dict[str, Path]:
+    return {net: path.with_name(f"{path.name}_{net}.safetensors") for net in NETS}

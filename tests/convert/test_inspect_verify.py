@@ -59,6 +59,15 @@ def test_what_shapes_do_not_tell_is_asked_for(checkpoint, tmp_path, capsys):
     assert f"{tmp_path / 'x'}: 126 tensors: 126 equal, 0 rounded to bfloat16" in lines
 
 
+def test_either_file_of_a_tiny_autoencoder(capsys):
+    beginning = shared_path("assets/tae") / "taesd3"
+    whole = said(capsys, "inspect", beginning)
+    assert "taesd3: a tiny autoencoder as TAEF1 and TAESD3 are published" in whole
+    for net in ("encoder", "decoder"):
+        file = beginning.with_name(f"taesd3_{net}.safetensors")
+        assert said(capsys, "inspect", file) == whole
+
+
 def test_folders_of_originals_and_of_ours(tmp_path, capsys):
     original_t5(tmp_path / "src", shards=3)
     lines = said(capsys, "inspect", tmp_path / "src")
