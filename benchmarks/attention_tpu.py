@@ -194,18 +194,41 @@ def splash_candidates(shape: Shape) -> Iterable[Candidate]:
 
 
 def tokamax_candidates(shape: Shape) -> Iterable[Candidate]:
-    """tokamax's kernel, where it is installed; it takes [b, s, h, d]."""
+    """tokamax's own splash attention, where tokamax is installed and no padding is to be masked.
+
+    Through tokamax's API it would run with blocks of 128, or such as are measured on a TPU.
+    """
     try:
-        import tokamax
+        from tokamax._src.ops.experimental.tpu.splash_attention import (
+            splash_attention_kernel,
+            splash_attention_mask,
+        )
     except ImportError:
         return
+    length = shape.padded
+    if shape.segments() is not None:
+        return
+    full = splash_attention_mask.FullMask((length, length))
+    for queries, keys, compute, scheduler in itertools.product(
+        divisors(length, 768, 1536)[:2], divisors(length, 1536), (256, 512, 768), (False, True)
+    ):
+        config = splash_attention_kernel.SplashConfig(
+            block_q=queries,
+            block_kv=keys,
+            block_kv_compute=compute,
+            block_q_dkv=queries,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=compute,
+            use_experimental_scheduler=scheduler,
+        )
 
-    def attend(q, k, v, gamma):
-        del gamma
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        return tokamax.dot_product_attention(q, k, v, implementation="mosaic").swapaxes(1, 2)
+        def attend(q, k, v, gamma, config=config):
+            del gamma
+            run = splash_attention_kernel.make_splash_mha(full, config=config, q_seq_shards=1)
+            return jax.vmap(run)((q * shape.head_dim**-0.5).astype(q.dtype), k, v)
 
-    yield Candidate("tokamax", attend, True, True)
+        sizes = f"{queries}, {keys}, {compute}{', scheduler' * scheduler}"
+        yield Candidate("tokamax splash", attend, True, True, sizes)
 
 
 def with_gradients(attend: Attend) -> Callable[..., tuple]:

@@ -84,7 +84,7 @@ _NORMS = r"(.*\.)?\w*norm\w*"
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices share the work; the four numbers multiply to the number of devices.
+    """How many devices share the work along each axis; the product is the number of devices.
 
     One of them may be -1, which is as many devices as the others leave. On one device nothing is
     shared, whatever stands here.
@@ -105,7 +105,10 @@ class MeshConfig:
         sizes = self._asked()
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise UserError(f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the rest")
+                least = "0 (open)" if axis == "fsdp" else "1"
+                raise UserError(
+                    f"mesh.{axis} is {size}; it must be {least} or more, or -1 for the rest"
+                )
         if list(sizes.values()).count(-1) > 1:
             raise UserError("only one axis of mesh may be -1, the devices that the others leave")
 

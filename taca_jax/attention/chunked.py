@@ -22,11 +22,12 @@ last cache and under what allocators return to the system at once (a page fault 
 more than the exponentials); large enough that small models run in one piece."""
 
 FORWARD_PIECES, BACKWARD_PIECES = 2, 6
-"""Where they do not fit, scores are done one head after another in pieces of a part of MAX_SCORES;
-the backward pass holds four arrays of them."""
+"""Scores that do not fit are done in such parts of MAX_SCORES: of as many heads as fit into one, or
+of a head's queries piece by piece. The backward pass holds four arrays of them."""
 
-HEADS_AT_ONCE = 2
-"""Of the forward pass's loop over heads: threads that wait for one's have the other's to do."""
+FORWARD_UNROLL = 2
+"""Turns of the forward pass's loop over heads in one: threads that would wait at the end of one's
+product have the other's to do."""
 
 LONG_ROW = 128
 """Scores per row from which the backward pass avoids lengths that a power of two divides: one of
@@ -83,7 +84,7 @@ def _forward(
 
     row = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
     out, high, share = _over_heads(
-        some_heads, piece, (q, row, row), gamma, q, k, v, unroll=HEADS_AT_ONCE
+        some_heads, piece, (q, row, row), gamma, q, k, v, unroll=FORWARD_UNROLL
     )
     return out, (_Saved(q, k, v, out, high, share), gamma)
 

@@ -1,5 +1,6 @@
 """Captioned pictures of any data set that TFDS has prepared."""
 
+import errno
 import io
 import logging
 import os
@@ -68,17 +69,22 @@ class TfdsSource(PictureSource):
             try:
                 self._last.record = self._records[index]
             except Exception as error:  # as above
-                raise BadExampleError(f"cannot be read: {_reason(error)}") from error
+                if "Too many open files" in str(error):
+                    reason = "has more shards than files may be open; raise `ulimit -n`"
+                    raise UserError(f"tfds:{self._name} {reason}") from error
+                # It may be the file or the system: as the latter, so that sizes are not kept.
+                refused = OSError(errno.EIO, _reason(error))
+                raise BadExampleError(f"cannot be read: {_reason(error)}") from refused
             self._last.index = index
         return self._last.record
 
     def _caption(self, index: int) -> str | Sequence[str]:
         found = self._record(index)[self._captions]
+        found = found["text"] if isinstance(found, dict) else found
         if isinstance(found, bytes):
             return text_of(found, f"its {self._captions}")
-        texts = found["text"] if isinstance(found, dict) else found
         try:
-            captions = captions_of({"captions": [text.decode() for text in texts]})
+            captions = captions_of({"captions": [text.decode() for text in found]})
         except UnicodeDecodeError as error:
             raise BadExampleError(f"its {self._captions} is not UTF-8") from error
         if not captions:
@@ -103,6 +109,8 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
             f"data.source is tfds:{name}: {_reason(error)}; give TFDS's name of a data set, or the "
             "folder where one is prepared"
         ) from error
+    if "://" in os.fspath(builder.data_path):
+        raise UserError(f"tfds:{name} is at {builder.data_path}; copy or mount it as a folder")
     if not builder.is_prepared():
         raise UserError(f"tfds:{name} is not in {builder.data_path}; {hint}")
     stored = builder.info.file_format
@@ -123,10 +131,11 @@ def _features(name: str, features: Any) -> tuple[str, str]:
 
 
 def _is_text(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)  # of a sequence
-    if isinstance(inner, tfds.features.FeaturesDict):
-        return "text" in inner and isinstance(inner["text"], tfds.features.Text)
-    return isinstance(inner, tfds.features.Text)
+    if type(feature) is tfds.features.Sequence:  # and no Dataset, which is read one by one
+        feature = feature.feature
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return "text" in feature and isinstance(feature["text"], tfds.features.Text)
+    return isinstance(feature, tfds.features.Text)
 
 
 def _reason(error: Exception) -> str:

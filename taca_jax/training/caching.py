@@ -221,8 +221,7 @@ def _encode_all(
             whole = encode_to(writer, source, buckets, encoders, done=done, told=notice.reached)
         wait_for_all("the shards of a cache")
         if not whole:
-            count = sum(len(part) for bucket in buckets for part in bucket.parts)
-            raise notice.stopped(f"{len(encoded(folder))} of {count} pictures are encoded")
+            raise notice.stopped(f"{len(encoded(folder))} pictures are encoded")
     for line in summaries(source):
         print(line, file=sys.stderr)
     manifest = replace(manifest, examples=len(encoded(folder)))
@@ -345,7 +344,8 @@ def encode_to(
 ) -> bool:
     """Encodes all examples of the buckets but those that are `done`, and writes them.
 
-    Returns False where it was `told` to stop before the end, which it asks after each batch.
+    Returns whether that was all: False where it was `told` to stop before, which it asks after each
+    batch.
     """
     batches = _batches(buckets, done, encoders.batch_size)
     ready = _read_ahead(source, batches, encoders)
@@ -358,7 +358,7 @@ def encode_to(
     )
     before: tuple[_Ready, Encoding] | None = None
     writing: Future[None] | None = None
-    stopped = False
+    left = len(batches)
     with ThreadPoolExecutor(1) as pool:
         for batch in shown:
             started = (batch, encoders.start(batch.images, batch.tokens))
@@ -368,13 +368,14 @@ def encode_to(
             if before is not None:
                 writing = pool.submit(_write, writer, encoders.own, *before)
             before = started
-            if stopped := told():
+            left -= 1
+            if told() and left:
                 break
         if writing is not None:
             writing.result()
         if before is not None:
             _write(writer, encoders.own, *before)
-    return not stopped
+    return left == 0
 
 
 def _write(writer: CacheWriter, own: np.ndarray, batch: _Ready, encoding: Encoding) -> None:

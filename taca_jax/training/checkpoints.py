@@ -37,7 +37,7 @@ class Checkpoints:
         self._quantized = quantized_parts(frozen)
         self._frozen = sum_of(frozen)
         self._dir = (run_dir / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._dir,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
@@ -184,6 +184,15 @@ class Checkpoints:
                 (self._dir / str(step)).rename(aside / str(step))
         wait_for_all("checkpoints set aside")
         self._manager.reload()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which saves when it is told to, and does not ask for preemption notices itself: the
+    service goes by the numbers that it is asked with, and ours are not steps (`Notice`)."""
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
 
 
 def _words(quantized: dict[str, str]) -> str:

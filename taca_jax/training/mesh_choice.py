@@ -22,7 +22,7 @@ WHOLE_SHARE = 0.4
 """Of a device's memory that whole parameters may take: the rest is for the samples."""
 
 OPTIMIZER_COPIES = 4
-"""Arrays of the size of what is trained: its gradient, two moments, an average."""
+"""Arrays of the size of what is trained, at most: its gradient, two moments, an average."""
 
 
 def choose_mesh(config: TrainConfig, devices: Sequence[Any]) -> Mesh:
@@ -45,19 +45,19 @@ def settled(config: TrainConfig, chip: Chip, device: Any) -> MeshConfig:
 
 
 def parameter_bytes(config: TrainConfig, device: Any) -> int:
-    """Bytes of all parameters that a step of the run reads, and of what the optimizer keeps.
-
-    `device` is any one, for shapes to have a place.
+    """Bytes of all parameters that the run has in memory at a time, and of what comes with those
+    that it trains. `device` is any one, for shapes to have a place.
     """
     mesh = make_mesh(MeshConfig(), [device])
     parts, text_length = part_configs(config)
     model, autoencoder = abstract_training(config, parts, text_length, mesh)
-    trained = nnx.state(model.transformer, nnx.Param if config.lora is None else LoRAParam)
-    read = [nnx.state(model.transformer)]
-    if config.data.encode == "online":
-        read += [nnx.state(model.text_encoder), nnx.state(autoencoder)]
-    return _bytes(read) + OPTIMIZER_COPIES * _bytes(trained)
+    transformer, encoders = _bytes(model.transformer), _bytes([model.text_encoder, autoencoder])
+    trained = nnx.state(model, nnx.Param if config.lora is None else LoRAParam)
+    stepping = transformer + OPTIMIZER_COPIES * _bytes(trained)
+    if config.data.encode == "cache":  # they encode before the transformer is there
+        return max(stepping, encoders)
+    return stepping + encoders
 
 
-def _bytes(tree: Any) -> int:
-    return sum(map(local_bytes, jax.tree.leaves(tree)))
+def _bytes(models: Any) -> int:
+    return sum(map(local_bytes, jax.tree.leaves(nnx.state(models))))

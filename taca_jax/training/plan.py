@@ -29,7 +29,7 @@ from taca_jax.text import FluxText, SD3Text
 from taca_jax.training.abstract import abstract_training, local_bytes, part_configs
 from taca_jax.training.build import check_batch, check_sizes
 from taca_jax.training.flops import forward_flops, step_flops
-from taca_jax.training.mesh_choice import choose_mesh
+from taca_jax.training.mesh_choice import choose_mesh, settled
 from taca_jax.training.slices import Slice
 from taca_jax.training.step import (
     Batch,
@@ -112,6 +112,10 @@ def plan(config: TrainConfig) -> None:
         if found.fits:
             return
         reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
+    if where.chips > 1 and settled(config, where.chip, jax.devices()[0]) != config.mesh:
+        shared = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
+        if _fits(shared, where):
+            raise UserError(f"{reason}; mesh.fsdp=-1, which shares parameters, fits")
     for other in where.larger():
         # More chips share more samples: as many for each as were asked for.
         batch = config.data.batch_size * other.chips // where.chips

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
@@ -16,57 +16,40 @@ from taca_jax.errors import StoppedError
 
 
 class Notice:
-    """Whether this run has been told to stop; a context manager.
+    """Whether this run has been told to stop; one for the whole of it.
 
-    SIGTERM ends the run at once, with StoppedError, where it has nothing to finish first; between
-    `steps` it is noted, and so is the first Ctrl-C, of which the second stops at once. That is of a
-    process alone. Of several, JAX's preemption service notes SIGTERM and tells the others, so that
-    all of them end after the same step. `go_on` is what to do then, for the message.
+    Alone, a process notes SIGTERM between `steps`, and the first Ctrl-C; the second stops it at
+    once, as either does elsewhere, where there is nothing to finish first. Of several, JAX's
+    preemption service notes SIGTERM at any time and tells the others, so that all of them end after
+    the same step. `go_on` is what to do then, for the message.
     """
 
     def __init__(self, go_on: str):
         self._go_on = go_on
         self._told = False
-        self._in_steps = False
         self._asked = 0
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Notice":
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Where the run asks `reached` after each step, and stops once it is so."""
         # Signals are the main thread's; a run in another thread is its starter's to end.
         main = threading.current_thread() is threading.main_thread()
         if main and not jax.distributed.is_initialized():
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
-            self._before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    @contextmanager
-    def steps(self) -> Iterator[None]:
-        """Where the run asks `reached` after each step, and leaves once it is so."""
-        self._in_steps = True
-        if self._before:
-            signal.signal(signal.SIGINT, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         try:
             yield
         finally:
-            self._in_steps = False
-            if self._before:
-                signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-        if self._told:  # after the last step was done
-            raise self.stopped("all steps are done")
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before.clear()
 
     def reached(self) -> bool:
-        """Whether to save and stop after this step, in every process alike; to be asked by all of
-        them after each step."""
+        """Whether to save and stop after this step, in every process alike; all of them ask after
+        each step."""
+        # The service goes by numbers that rise alike in all processes: of steps they would not,
+        # which begin anew after encoding, and elsewhere when a run is resumed.
         self._asked += 1
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(self._asked)
@@ -77,8 +60,6 @@ class Notice:
         return StoppedError(f"told to stop: {where}; {self._go_on}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self._in_steps:
-            raise self.stopped("what is done is saved")
         self._told = True
         if number == signal.SIGINT:
             print("stopping after this step, saved; Ctrl-C again stops at once", file=sys.stderr)

@@ -82,11 +82,10 @@ def train(config: TrainConfig) -> None:
     if config.plan is not None:
         return plan(config)
     join_processes()
-    mesh = choose_mesh(config, jax.devices()) if jax.device_count() > 1 else None
-    notice = Notice(f"go on with resume=true out_dir={config.run_dir}")
     try:
-        with on(mesh), notice:
-            _run(config, mesh, notice)
+        mesh = choose_mesh(config, jax.devices()) if jax.device_count() > 1 else None
+        with on(mesh):
+            _run(config, mesh, Notice(f"go on with resume=true out_dir={config.run_dir}"))
     except StoppedError:
         raise
     except BaseException:

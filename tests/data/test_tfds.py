@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,13 +61,30 @@ class Texts(Labelled):
     NAME = "text"
 
 
+class Records(Labelled):
+    """The text in a record that is no sequence."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(),
+            "caption": {"text": tfds.features.Text()},
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"image": picture_bytes(i), "caption": {"text": f"record {i}"}}
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """By name: the folder of a prepared data set. Not to be changed."""
     root = tmp_path_factory.mktemp("tfds")
     folders = {}
     tfds.disable_progress_bar()
-    for kind in (Captioned, Labelled, Texts):
+    for kind in (Captioned, Labelled, Texts, Records):
         with quiet("absl", below=logging.ERROR):
             builder = kind(data_dir=str(root), file_format="array_record")
             builder.download_and_prepare(file_format="array_record")
@@ -87,6 +105,7 @@ def test_pictures_and_captions(prepared):
     assert source[2]["id"] == f"{prepared['Captioned']}#train/2"
     np.testing.assert_array_equal(source[4]["image"], np.full((16, 16, 3), 4, np.uint8))
     assert opened(prepared["Texts"])[4]["caption"] == "a grey 4"
+    assert opened(prepared["Records"])[4]["caption"] == "record 4"
 
 
 def test_splits_and_parts_of_them(prepared):
@@ -147,7 +166,8 @@ def test_a_data_set_that_is_stored_in_another_way(prepared, tmp_path):
         opened(folder)
 
 
-def test_data_sets_that_are_not_there():
+def test_data_sets_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds, "builder", partial(tfds.builder, data_dir=str(tmp_path)))
     with pytest.raises(UserError, match="nowhere: Dataset nowhere not found; give TFDS's name"):
         open_source(DataConfig("tfds:nowhere"))
     with pytest.raises(UserError, match=r"tfds:mnist is not in .*; prepare it with `tfds build"):

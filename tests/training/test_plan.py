@@ -138,6 +138,17 @@ def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
         plan_module.plan(config_on(base, plan="v5e-1"))
 
 
+def test_whole_parameters_that_do_not_fit_are_to_be_shared(base, monkeypatch):
+    def make_plan(config, where):
+        if config.mesh.open:
+            raise plan_module.OutOfMemoryError("too large")
+        return SimpleNamespace(fits=config.mesh.fsdp == -1)
+
+    monkeypatch.setattr(plan_module, "make_plan", make_plan)
+    with pytest.raises(UserError, match=r"too large; mesh\.fsdp=-1, which shares parameters, fits"):
+        plan_module.plan(config_on(base, plan="v5e-8"))
+
+
 def test_stable_diffusion_is_planned_for():
     """Its published shapes: as many parameters as the original, and as many tokens."""
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=1))
@@ -173,7 +184,8 @@ from taca_jax.training.slices import Slice
 plan = make_plan(from_json(TrainConfig, open(sys.argv[1]).read()), Slice.of("v5e-4"))
 print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.flops,
                   "repeated": plan.repeated, "received": plan.traffic.together.received,
-                  "seconds": plan.seconds, "hidden": plan.hidden, "fits": plan.fits}))
+                  "seconds": plan.seconds, "hidden": plan.hidden, "fits": plan.fits,
+                  "mesh": dict(plan.mesh.shape)}))
 """
 
 
@@ -210,6 +222,7 @@ def test_a_small_plan(folder, changes, encode, request, tmp_path):
     (tmp_path / "config.json").write_text(to_json(config))
     plan = json.loads(last_line(run_python("-c", SCRIPT, str(tmp_path / "config.json"))))
     assert plan["fits"]
+    assert plan["mesh"] == {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}  # it has room
     assert plan["parts"]["trained parameters, optimizer"] > 0
     assert plan["parts"]["transformer, frozen"] > 0
     assert min(plan["program"], plan["flops"], plan["received"], *plan["seconds"].values()) > 0
