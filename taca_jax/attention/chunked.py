@@ -22,8 +22,8 @@ last cache and under what allocators return to the system at once (a page fault 
 more than the exponentials); large enough that small models run in one piece."""
 
 FORWARD_PIECES, BACKWARD_PIECES = 2, 6
-"""Scores that do not fit are done in such parts of MAX_SCORES: of as many heads as fit into one, or
-of a head's queries piece by piece. The backward pass holds four arrays of them."""
+"""Scores that do not fit are done in pieces of MAX_SCORES over this: of as many heads as fit into
+one, or of a part of a head's queries. The backward pass holds four arrays of them."""
 
 FORWARD_UNROLL = 2
 """Turns of the forward pass's loop over heads in one: threads that would wait at the end of one's
