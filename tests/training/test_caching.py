@@ -46,6 +46,7 @@ VAE = VAEConfig(
 )
 SIZES = [(32, 32)] * 5 + [(48, 32)] * 6
 BAD = 3
+GOOD = [i for i in range(len(SIZES)) if i != BAD]
 
 
 @pytest.fixture(scope="module")
@@ -375,9 +376,12 @@ def test_steps_from_a_cache_compile_once_for_each_bucket(made):
 
 
 TOGETHER = """
-import sys
+import os, signal, sys, time
 from pathlib import Path
+import jax
 from taca_jax.config import TrainConfig
+from taca_jax.data.cache import CacheWriter
+from taca_jax.errors import StoppedError
 from taca_jax.fields import from_json
 from taca_jax.processes import join_processes
 from taca_jax.sharding import make_mesh
@@ -385,8 +389,25 @@ from taca_jax.training.caching import ready_cache
 from taca_jax.training.preemption import Notice
 join_processes()
 config = from_json(TrainConfig, Path(sys.argv[1]).read_text(), sys.argv[1])
-ready_cache(config, make_mesh(config.mesh), Notice(""))
+add = CacheWriter.add
+def slow_add(self, example, *arguments):  # a notice takes a while from process to process
+    if jax.process_index() == 1 and "stop" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sys.argv.remove("stop")
+    time.sleep(0.5)
+    add(self, example, *arguments)
+CacheWriter.add = slow_add
+try:
+    ready_cache(config, make_mesh(config.mesh), Notice("go on so"))
+except StoppedError as error:
+    print(error)
 """
+
+
+def written_by(config):
+    """The examples in the shards, as often as they are there."""
+    rows = [np.load(index) for index in (config.cache_dir / "shards").rglob("index.npy")]
+    return np.sort(np.concatenate([each["example"] for each in rows])).tolist()
 
 
 @pytest.mark.slow
@@ -402,12 +423,32 @@ def test_two_processes_write_each_example_once(made, base, pictures, tmp_path, m
             "-c", TOGETHER, str(file), processes=2, devices=1, environment=environment
         )
         assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
-        rows = [np.load(index) for index in (config.cache_dir / "shards").rglob("index.npy")]
-        written = np.sort(np.concatenate([each["example"] for each in rows]))
-        assert written.tolist() == [i for i in range(len(SIZES)) if i != BAD]
+        assert written_by(config) == GOOD
     cache, reference = ready(config), ready(made[0])
-    for i in written.tolist():
+    for i in GOOD:
         np.testing.assert_allclose(cache[i]["latents"], reference[i]["latents"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_encoding_together(base, pictures, tmp_path):
+    """One of them is told to; both keep what they have, and the next start encodes the rest."""
+    config = config_of(base, pictures, tmp_path / "run", mesh=MeshConfig(fsdp=2))
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    for stop in (["stop"], []):
+        done = run_cluster(
+            *("-c", TOGETHER, str(file), *stop),
+            processes=2,
+            devices=1,
+            environment={"XDG_CACHE_HOME": str(tmp_path / "kept")},
+        )
+        assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+        told = ["pictures are encoded; go on so" in each.stdout for each in done]
+        assert told == [bool(stop)] * 2
+        found = written_by(config)
+        assert (found == GOOD) != bool(stop)
+        assert set(found) <= set(GOOD)
+        assert len(found) == len(set(found)) > 0
 
 
 @pytest.mark.slow
