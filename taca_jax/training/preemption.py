@@ -37,7 +37,9 @@ class Notice:
         main = threading.current_thread() is threading.main_thread()
         if main and not jax.distributed.is_initialized():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                # A shell's background jobs ignore Ctrl-C, which is not meant for them.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         try:
             yield
         finally:
