@@ -127,7 +127,7 @@ def _features(name: str, features: Any) -> tuple[str, str]:
     if len(pictures) == 1 and captions:
         return pictures[0], captions[0]
     lacks = "one picture an example" if captions else f"a caption ({' or '.join(CAPTION_KEYS)})"
-    raise UserError(f"tfds:{name} lacks {lacks}; its features are {', '.join(features)}")
+    raise UserError(f"tfds:{name} lacks {lacks}; its features are {', '.join(sorted(features))}")
 
 
 def _is_text(feature: Any) -> bool:
