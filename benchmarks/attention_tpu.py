@@ -163,6 +163,18 @@ def flash_candidates(shape: Shape) -> Iterable[Candidate]:
         yield Candidate("jax flash_attention", attend, True, True, f"{queries}, {keys}")
 
 
+def splash_blocks(queries: int, keys: int, compute: int) -> dict[str, int]:
+    """The same forward and backward, under the names that JAX's splash attention and tokamax's
+    have."""
+    blocks = {"block_q": queries, "block_kv": keys, "block_kv_compute": compute}
+    backward = {
+        "block_q_dkv": queries,
+        "block_kv_dkv": keys,
+        "block_kv_dkv_compute": compute,
+    }
+    return blocks | backward
+
+
 def splash_candidates(shape: Shape) -> Iterable[Candidate]:
     scale = shape.head_dim**-0.5
     length = shape.padded
@@ -172,15 +184,8 @@ def splash_candidates(shape: Shape) -> Iterable[Candidate]:
     ):
         if keys % compute:
             continue
-        sizes = splash.BlockSizes(
-            block_q=queries,
-            block_kv=keys,
-            block_kv_compute=compute,
-            block_q_dkv=queries,
-            block_kv_dkv=keys,
-            block_kv_dkv_compute=compute,
-            use_fused_bwd_kernel=True,
-        )
+        blocks = splash_blocks(queries, keys, compute)
+        sizes = splash.BlockSizes(**blocks, use_fused_bwd_kernel=True)
 
         def attend(q, k, v, gamma, sizes=sizes):
             del gamma
@@ -212,14 +217,9 @@ def tokamax_candidates(shape: Shape) -> Iterable[Candidate]:
     for queries, keys, compute, scheduler in itertools.product(
         divisors(length, 768, 1536)[:2], divisors(length, 1536), (256, 512, 768), (False, True)
     ):
+        blocks = splash_blocks(queries, keys, compute)
         config = splash_attention_kernel.SplashConfig(
-            block_q=queries,
-            block_kv=keys,
-            block_kv_compute=compute,
-            block_q_dkv=queries,
-            block_kv_dkv=keys,
-            block_kv_dkv_compute=compute,
-            use_experimental_scheduler=scheduler,
+            **blocks, use_experimental_scheduler=scheduler
         )
 
         def attend(q, k, v, gamma, config=config):

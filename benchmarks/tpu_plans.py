@@ -95,9 +95,6 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
     def array(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
 
-    def size(*trees: Any) -> int:
-        return sum(map(local_bytes, jax.tree.leaves(trees)))
-
     def draw(state: nnx.State, latents: jax.Array, steps: Any, told: Conditioning) -> jax.Array:
         return denoise(nnx.merge(graph, state), latents, steps, told)[0]
 
@@ -112,26 +109,26 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
         pooled=array(1, FLUX_DEV.pooled_dim),
         guidance=array(1),
     )
-    told_size = size(latents, steps, told)
+    told_size = local_bytes((latents, steps, told))
     options: dict[str, Any] = {"batch": 1, "resolution": RESOLUTION}
     with on(mesh):
         drawn = plans.compiled_plan(
             jax.jit(draw).lower(state, latents, steps, told),
             *(where, mesh),
-            parts={"transformer": size(state), "what it is told": told_size},
+            parts={"transformer": local_bytes(state), "what it is told": told_size},
             flops=forward_flops(FLUX_DEV, image=image, text=text),
             **options,
         )
         decoded = plans.compiled_plan(
             jax.jit(decode).lower(ae_state, latents),
             *(where, mesh),
-            parts={"autoencoder": size(ae_state), "latents": size(latents)},
+            parts={"autoencoder": local_bytes(ae_state), "latents": local_bytes(latents)},
             flops=0.0,
             **options,
         )
     return replace(
         drawn,
-        parts={**drawn.parts, "autoencoder": size(ae_state)},
+        parts={**drawn.parts, "autoencoder": local_bytes(ae_state)},
         program=max(drawn.program, decoded.program),
         compile_seconds=drawn.compile_seconds + decoded.compile_seconds,
     )

@@ -195,8 +195,12 @@ def _with_lora(graph: nnx.GraphDef, state: nnx.State, lora: LoRAConfig) -> nnx.M
     return model
 
 
-def local_bytes(array: Any) -> int:
-    """Bytes that one chip holds of an array, or of the shape of one."""
+def local_bytes(arrays: Any) -> int:
+    """Bytes that one chip holds of a tree of arrays, or of the shapes of some."""
+    return sum(map(_local_bytes, jax.tree.leaves(arrays)))
+
+
+def _local_bytes(array: Any) -> int:
     shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
     # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
     bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize

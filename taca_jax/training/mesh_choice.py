@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -51,13 +50,10 @@ def parameter_bytes(config: TrainConfig, device: Any) -> int:
     mesh = make_mesh(MeshConfig(), [device])
     parts, text_length = part_configs(config)
     model, autoencoder = abstract_training(config, parts, text_length, mesh)
-    transformer, encoders = _bytes(model.transformer), _bytes([model.text_encoder, autoencoder])
+    transformer = local_bytes(nnx.state(model.transformer))
+    encoders = local_bytes(nnx.state([model.text_encoder, autoencoder]))
     trained = nnx.state(model, nnx.Param if config.lora is None else LoRAParam)
-    stepping = transformer + OPTIMIZER_COPIES * _bytes(trained)
+    stepping = transformer + OPTIMIZER_COPIES * local_bytes(trained)
     if config.data.encode == "cache":  # they encode before the transformer is there
         return max(stepping, encoders)
     return stepping + encoders
-
-
-def _bytes(models: Any) -> int:
-    return sum(map(local_bytes, jax.tree.leaves(nnx.state(models))))

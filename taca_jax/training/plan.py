@@ -345,10 +345,10 @@ def _parts(state: TrainState, trainer: Trainer, batch: Any) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.frozen)[0]:
         name = _WORDS[str(path[0].key)]
         parts[name] = parts.get(name, 0) + local_bytes(leaf)
-    parts["autoencoder"] = sum(map(local_bytes, jax.tree.leaves(trainer.autoencoder)))
+    parts["autoencoder"] = local_bytes(trainer.autoencoder)
     name = "trained parameters, optimizer"
-    parts[name] = sum(map(local_bytes, jax.tree.leaves(state)))
-    parts["batch"] = sum(map(local_bytes, jax.tree.leaves(batch)))
+    parts[name] = local_bytes(state)
+    parts["batch"] = local_bytes(batch)
     return {name: size for name, size in parts.items() if size}
 
 
