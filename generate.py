@@ -2,13 +2,14 @@
 
 import sys
 
-from taca_jax.config import GenerateConfig, parse_cli
+from taca_jax.config.command_line import parse_cli
 from taca_jax.errors import UserError
+from taca_jax.pipelines.config import GenerateConfig
 
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], GenerateConfig, attribute="GENERATE")
-    from taca_jax.generation import generate  # seconds of imports, as in train.py
+    from taca_jax.pipelines.generate import generate  # seconds of imports, as in train.py
 
     try:
         generate(config)

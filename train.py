@@ -2,15 +2,16 @@
 
 import sys
 
-from taca_jax.config import TrainConfig, parse_cli
+from taca_jax.config.command_line import parse_cli
 from taca_jax.errors import StoppedError, UserError
+from taca_jax.training.config import TrainConfig
 
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], TrainConfig)
     # Seconds of imports, which a mistyped key need not wait for.
-    from taca_jax.processes import is_first
-    from taca_jax.training import train
+    from taca_jax.parallel.processes import is_first
+    from taca_jax.training.run import train
 
     try:
         train(config)

@@ -28,10 +28,10 @@ from statistics import median
 import ml_dtypes
 import numpy as np
 
-from taca_jax.formats import flux_diffusers
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.model import FLUX_DEV, FluxConfig
 from taca_jax.formats.engine import shapes_of
-from taca_jax.models.flux import FLUX_DEV, FluxConfig
-from taca_jax.tensor_files import write_tensors
+from taca_jax.formats.tensor_files import write_tensors
 
 SHARD_BYTES = 10**9
 SINGLE_PER_DOUBLE = 2

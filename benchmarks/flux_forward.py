@@ -27,10 +27,10 @@ from diffusers import FluxTransformer2DModel
 from flax import nnx
 
 from configs import shapes_base
-from taca_jax.formats import flux_diffusers
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.model import FluxConfig, FluxTransformer
 from taca_jax.formats.engine import export
-from taca_jax.models.flux import FluxConfig, FluxTransformer
-from taca_jax.models.layers import patchify
+from taca_jax.nn.layers import patchify
 
 MAX_RELATIVE_ERROR = 1e-4
 

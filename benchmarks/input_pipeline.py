@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from taca_jax.autoencoders.vae import AutoencoderKL, VAEConfig
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache import (
     Cache,
@@ -43,12 +44,11 @@ from taca_jax.data.cache import (
 )
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import one_bucket
-from taca_jax.data.sources import open_source
-from taca_jax.models.t5 import T5Config, T5Encoder
-from taca_jax.models.vae import AutoencoderKL, VAEConfig
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.tokenizers import load_tokenizer
-from taca_jax.training.caching import Encoders, encode_to
+from taca_jax.data.sources.opening import open_source
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.text.t5 import T5Config, T5Encoder
+from taca_jax.text.tokenizers import load_tokenizer
+from taca_jax.training.encoding import Encoders, encode_to
 from taca_jax.training.run import _next_batch
 
 STEP_SECONDS = 0.05

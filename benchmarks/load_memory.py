@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.convert_memory import command, config_of, write_checkpoint
-from taca_jax.formats import flux_diffusers
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.model import FluxConfig
 from taca_jax.formats.engine import shapes_of
-from taca_jax.models.flux import FluxConfig
 
 PROGRAM = """
 import sys, time

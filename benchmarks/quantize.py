@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from taca_jax.checkpoint import abstract_model, filled, flat_params
-from taca_jax.models.flux import FLUX_DEV, FluxConfig, FluxTransformer
-from taca_jax.models.low_bit import Quantization
-from taca_jax.quantize import quantize
+from taca_jax.families.flux.model import FLUX_DEV, FluxConfig, FluxTransformer
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.nn.quantization import quantize
+from taca_jax.weights.folders import abstract_model, filled, flat_params
 
 KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 

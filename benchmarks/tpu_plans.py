@@ -27,19 +27,20 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import flux_taca, sd35_taca
-from taca_jax.config import TrainConfig
-from taca_jax.mesh import on
-from taca_jax.models.flux import FLUX_DEV
-from taca_jax.models.low_bit import Quantization
-from taca_jax.models.vae import FLUX_VAE
-from taca_jax.sampling import Conditioning, FlowSchedule, denoise, make_plan
-from taca_jax.sharding import MeshConfig, make_mesh
+from taca_jax.autoencoders.vae import FLUX_VAE
+from taca_jax.families.flux.model import FLUX_DEV
+from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.parallel.mesh import MeshConfig, make_mesh, on
+from taca_jax.planning import plan as plans
+from taca_jax.planning.plan import GB, OutOfMemoryError, Plan
+from taca_jax.planning.slices import Slice
+from taca_jax.sampling.loop import denoise, make_plan
+from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
-from taca_jax.training import plan as plans
 from taca_jax.training.abstract import PUBLISHED_TEXT_LENGTH, abstract_part, local_bytes
+from taca_jax.training.config import TrainConfig
 from taca_jax.training.flops import forward_flops
-from taca_jax.training.plan import GB, OutOfMemoryError, Plan
-from taca_jax.training.slices import Slice
 
 RESOLUTION = 1024
 

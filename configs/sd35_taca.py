@@ -5,15 +5,12 @@ python train.py --config sd35_taca data.source=folder:PICTURES data.batch_size=1
 python generate.py --config sd35_taca prompt="a red cube on a blue sphere"   # lora=none: without it
 """
 
-from taca_jax.config import (
-    DataConfig,
-    GenerateConfig,
-    LoRAConfig,
-    OptimizerConfig,
-    TacaConfig,
-    TrainConfig,
-)
-from taca_jax.lora import SD3_ATTENTION_TARGETS
+from taca_jax.data.config import DataConfig
+from taca_jax.nn.lora import SD3_ATTENTION_TARGETS, LoRAConfig
+from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.taca import TacaConfig
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.optimizer import OptimizerConfig
 
 TACA = TacaConfig(gamma=1.2, threshold=970)
 

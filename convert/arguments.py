@@ -11,9 +11,9 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 import tyro
 
-from taca_jax.cli import say
+from taca_jax.config.command_line import say
+from taca_jax.config.fields import nearest, tokens_of, unknown, value_of
 from taca_jax.errors import UserError
-from taca_jax.fields import nearest, tokens_of, unknown, value_of
 
 
 def parse(argv: Sequence[str], commands: Mapping[str, type], *, prog: str, about: str) -> Any:

@@ -16,11 +16,11 @@ from convert.inspection import inspect
 from convert.loras import For, convert_lora
 from convert.models import convert_flux, convert_model, convert_sd3
 from convert.verification import verify
-from taca_jax.cli import say
+from taca_jax.config.command_line import say
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import Layout
-from taca_jax.formats.sources import Latents, clip, t5, tiny_vae, vae
-from taca_jax.models.clip import Activation
+from taca_jax.text.clip import Activation
+from taca_jax.weights.lora_files import Layout
+from taca_jax.weights.originals import Latents, clip, t5, tiny_vae, vae
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -8,15 +8,19 @@ from typing import Any, Literal
 
 from convert.stored import open_stored
 from convert.writing import check_free, progress
-from taca_jax.atomic import whole_folder
-from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, kind_of, load_config
+from taca_jax.autoencoders import vae_diffusers as vae_format
+from taca_jax.autoencoders import vae_original as vae_bfl
 from taca_jax.errors import UserError
-from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
-from taca_jax.formats import vae as vae_format
+from taca_jax.families.flux import bfl as flux_bfl
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.sd3 import diffusers as sd3_diffusers
+from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.engine import exported
-from taca_jax.formats.original_pipelines import PIPELINE_PARTS
-from taca_jax.formats.table import Table
-from taca_jax.tensor_files import LazyTensor, write_streamed
+from taca_jax.formats.key_table import Table
+from taca_jax.formats.tensor_files import LazyTensor, write_streamed
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, kind_of, load_config
+from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 
 Layout = Literal["diffusers", "original"]
 

@@ -9,18 +9,25 @@ import numpy as np
 
 from convert.loras import doubts
 from convert.stored import open_stored
-from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, kind_of, load_config
+from taca_jax.autoencoders import vae_diffusers as vae_format
+from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.autoencoders.tiny_vae_layout import beginning_of_pair
 from taca_jax.errors import UserError
-from taca_jax.formats import clip as clip_format
-from taca_jax.formats import flux_bfl, flux_diffusers, sd3_diffusers, sd3_native, vae_bfl
-from taca_jax.formats import t5 as t5_format
-from taca_jax.formats import vae as vae_format
+from taca_jax.families.flux import bfl as flux_bfl
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.sd3 import diffusers as sd3_diffusers
+from taca_jax.families.sd3 import stability as sd3_native
 from taca_jax.formats.float8 import ScaledTensors, unscaled
-from taca_jax.formats.lora_files import Kind, dialects_of, load_adapter
-from taca_jax.formats.lora_native import is_native
-from taca_jax.formats.original_pipelines import PIPELINE_PARTS, TEXT_PREFIXES
+from taca_jax.formats.key_table import Table
+from taca_jax.formats.lora.native import is_native
 from taca_jax.formats.settings import read_settings
-from taca_jax.formats.sources import (
+from taca_jax.formats.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
+from taca_jax.text import clip_layout as clip_format
+from taca_jax.text import t5_layout as t5_format
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, kind_of, load_config
+from taca_jax.weights.lora_files import Kind, dialects_of, load_adapter
+from taca_jax.weights.original_pipelines import PIPELINE_PARTS, TEXT_PREFIXES
+from taca_jax.weights.originals import (
     VAE_PREFIXES,
     Source,
     clip,
@@ -31,9 +38,6 @@ from taca_jax.formats.sources import (
     tiny_vae,
     vae,
 )
-from taca_jax.formats.table import Table
-from taca_jax.formats.tiny_vae import beginning_of_pair
-from taca_jax.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
 
 _BY_CLASS: dict[str, Callable[[Path], Source]] = {
     flux_diffusers.CLASS: flux,

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from taca_jax.errors import UserError
-from taca_jax.formats import lora_sd3
+from taca_jax.families.sd3 import lora as lora_sd3
 from taca_jax.formats.engine import shapes_of
-from taca_jax.formats.lora_factors import check_fits
-from taca_jax.formats.lora_files import Kind, Layout, LoRAFile, load_adapter, save_adapter
-from taca_jax.tensor_files import open_tensors
+from taca_jax.formats.lora.factors import check_fits
+from taca_jax.formats.tensor_files import open_tensors
+from taca_jax.weights.lora_files import Kind, Layout, LoRAFile, load_adapter, save_adapter
 
 For = Literal["flux", "sd3", "sd3.5-medium", "sd3.5-large", "sd3-medium"]
 """What a file was trained for."""

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from convert.writing import check_free, progress
-from taca_jax.atomic import whole_folder
-from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, save_streamed
+from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.engine import streamed
-from taca_jax.formats.original_pipelines import (
+from taca_jax.formats.tensor_files import summary
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, save_streamed
+from taca_jax.weights.original_pipelines import (
     PIPELINE_PARTS,
     TEXT_ENCODERS,
     TOKENIZERS,
@@ -22,9 +23,8 @@ from taca_jax.formats.original_pipelines import (
     published_schedule,
     sd3_parts,
 )
-from taca_jax.formats.sources import Source, check_not_given, flux, sd3
-from taca_jax.streams import StreamedArray
-from taca_jax.tensor_files import summary
+from taca_jax.weights.originals import Source, check_not_given, flux, sd3
+from taca_jax.weights.placing import StreamedArray
 
 
 def convert_model(

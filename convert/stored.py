@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from taca_jax.checkpoint import PARAMS, SAFETENSORS
 from taca_jax.errors import UserError
-from taca_jax.tensor_files import Shape, Tensors, open_tensors
+from taca_jax.formats.tensor_files import Shape, Tensors, open_tensors
+from taca_jax.weights.folders import PARAMS, SAFETENSORS
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from convert.stored import open_stored
-from taca_jax.checkpoint import CONFIG, PIPELINE_FILE, kind_of, load_config
 from taca_jax.errors import UserError
 from taca_jax.formats.engine import contiguous, match, shapes_of
-from taca_jax.formats.original_pipelines import PIPELINE_PARTS, sd3_parts
-from taca_jax.formats.sources import LATENTS, Source, clip, flux, sd3, t5, tiny_vae, vae
-from taca_jax.formats.table import Piece
-from taca_jax.tensor_files import Tensors, differences
+from taca_jax.formats.key_table import Piece
+from taca_jax.formats.tensor_files import Tensors, differences
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, kind_of, load_config
+from taca_jax.weights.original_pipelines import PIPELINE_PARTS, sd3_parts
+from taca_jax.weights.originals import LATENTS, Source, clip, flux, sd3, t5, tiny_vae, vae
 
 
 def verify(src: Path, dst: Path) -> list[str]:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taca_jax.attention import joint_attention
     from taca_jax.errors import UserError
-    from taca_jax.pipelines.flux import FluxPipeline
-    from taca_jax.pipelines.sd3 import SD3Pipeline
+    from taca_jax.families.flux.pipeline import FluxPipeline
+    from taca_jax.families.sd3.pipeline import SD3Pipeline
     from taca_jax.taca import TacaConfig
 
 __all__ = ["FluxPipeline", "SD3Pipeline", "TacaConfig", "UserError", "joint_attention"]
 
 _HOMES = {
-    "FluxPipeline": "taca_jax.pipelines.flux",
-    "SD3Pipeline": "taca_jax.pipelines.sd3",
+    "FluxPipeline": "taca_jax.families.flux.pipeline",
+    "SD3Pipeline": "taca_jax.families.sd3.pipeline",
     "TacaConfig": "taca_jax.taca",
     "UserError": "taca_jax.errors",
     "joint_attention": "taca_jax.attention",

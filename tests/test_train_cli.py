@@ -107,7 +107,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("taca_jax.training.train", interrupted)
+    monkeypatch.setattr("taca_jax.training.run.train", interrupted)
     code, err = run_here(monkeypatch, capsys, *command(out_dir=str(tmp_path)))
     assert code == 1
     assert err == f"stopped; go on with resume=true out_dir={tmp_path}\n"
@@ -117,7 +117,7 @@ def test_a_run_that_was_told_to_stop_exits_with_0(monkeypatch, capsys, tmp_path)
     def stopped(config):
         raise StoppedError("told to stop: saved after step 3 of 6")
 
-    monkeypatch.setattr("taca_jax.training.train", stopped)
+    monkeypatch.setattr("taca_jax.training.run.train", stopped)
     monkeypatch.setattr(sys, "argv", ["train.py", *command(out_dir=str(tmp_path))])
     train.main()
     assert capsys.readouterr().err == "told to stop: saved after step 3 of 6\n"

@@ -1,8 +1,8 @@
 """Joint attention on a mesh: samples and heads apart, and queries apart where images are large.
 
-XLA cannot see into a kernel, so what each device computes is said here, by the names of the axes
-(`taca_jax.mesh`) of the mesh that is set: samples over `data` and `fsdp`, heads over `tensor`, the
-joint sequence's queries over `context`. Other axes' devices repeat the work of their neighbours.
+XLA cannot see into a kernel, so what each device computes is said here, by the names of the mesh's
+axes (`parallel.mesh`): samples over `data` and `fsdp`, heads over `tensor`, the joint sequence's
+queries over `context`. Other axes' devices repeat the work of their neighbours.
 
 With `context`, keys and values are gathered rather than passed around a ring. A head's keys and
 values are 2.4 MB at FLUX's 4608 tokens, which VMEM holds whole (the kernel wants them so: no
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from taca_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, dividing_axes
+from taca_jax.parallel.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, dividing_axes
 
 
 def over_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -7,8 +7,8 @@ import numpy as np
 
 from taca_jax.data.config import DataConfig
 from taca_jax.data.order import Bucket
-from taca_jax.data.picture_source import UNKNOWN, PictureSource, Source
-from taca_jax.data.sources import parts_of
+from taca_jax.data.sources.base import UNKNOWN, PictureSource, Source
+from taca_jax.data.sources.opening import parts_of
 from taca_jax.errors import UserError
 
 _SIDES_PER_RESOLUTION = 16

@@ -28,13 +28,13 @@ import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-from taca_jax.atomic import whole_file, whole_folder
-from taca_jax.data.bad_examples import BadExampleError
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import DROPPED, Loader
 from taca_jax.data.order import Bucket, Stream
-from taca_jax.data.picture_source import cores
+from taca_jax.data.sources.bad_examples import BadExampleError
+from taca_jax.data.sources.base import cores
 from taca_jax.errors import UserError
+from taca_jax.formats.atomic import whole_file, whole_folder
 
 SHARD_BYTES = 2**30
 """A shard is full when it has as many; a kill costs each process the encoding of at most one."""

@@ -16,11 +16,11 @@ from typing import Any, TypedDict
 import grain
 import numpy as np
 
-from taca_jax.data.bad_examples import BadExampleError
 from taca_jax.data.config import DataConfig
 from taca_jax.data.order import CHOOSE, DROP, Bucket, Stream, uniform
-from taca_jax.data.picture_source import Example, PictureSource, Source, cores
-from taca_jax.data.sources import parts_of, read_example, summaries
+from taca_jax.data.sources.bad_examples import BadExampleError
+from taca_jax.data.sources.base import Example, PictureSource, Source, cores
+from taca_jax.data.sources.opening import parts_of, read_example, summaries
 from taca_jax.data.stalls import StallWatch
 from taca_jax.errors import UserError
 

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from taca_jax.config import EvalConfig
-from taca_jax.data.shapes_captions import CATEGORIES
-from taca_jax.data.shapes_examples import test_prompts
+from taca_jax.data.shapes.captions import CATEGORIES
+from taca_jax.data.shapes.examples import test_prompts
+from taca_jax.evaluation.config import EvalConfig
 from taca_jax.evaluation.shapes import check
 from taca_jax.evaluation.statistics import paired_difference, wilson_interval
-from taca_jax.pictures import caption_grid
-from taca_jax.pipelines.base import Pipeline
+from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.grids import caption_grid
+from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.variants import Variant
-from taca_jax.processes import is_first
 from taca_jax.taca import TacaConfig
 
 PROMPT_SEED = 0

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-from taca_jax.data.shapes_captions import (
+from taca_jax.data.shapes.captions import (
     SAID_TEXTURES,
     SHAPES,
     Claim,
@@ -26,7 +26,7 @@ from taca_jax.data.shapes_captions import (
     Relation,
     parse_caption,
 )
-from taca_jax.data.shapes_drawing import (
+from taca_jax.data.shapes.drawing import (
     BACKGROUND,
     PALETTE,
     TEXTURE_PERIOD,

@@ -8,14 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from taca_jax.checkpoint import Model, Place, Stored, flat_params, load_stored, shapes_of
 from taca_jax.errors import UserError
 from taca_jax.formats.float8 import cast
-from taca_jax.formats.table import Piece, Table
-from taca_jax.models.low_bit import Quantization
-from taca_jax.models.stack import Remat
-from taca_jax.streams import StreamedArray
-from taca_jax.tensor_files import (
+from taca_jax.formats.key_table import Piece, Table
+from taca_jax.formats.tensor_files import (
     FLOAT8,
     ArrayTensors,
     LazyTensor,
@@ -24,6 +20,10 @@ from taca_jax.tensor_files import (
     differences,
     summary,
 )
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.nn.stacking import Remat
+from taca_jax.weights.folders import Model, Place, Stored, flat_params, load_stored, shapes_of
+from taca_jax.weights.placing import StreamedArray
 
 
 def match(

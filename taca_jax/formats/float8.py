@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from taca_jax.errors import UserError
-from taca_jax.tensor_files import FLOAT8, TensorFiles, summary
+from taca_jax.formats.tensor_files import FLOAT8, TensorFiles, summary
 
 MARKER = "scaled_fp8"
 SCALES, INPUT_SCALES = ("scale_weight", "weight_scale"), ("scale_input", "input_scale")
@@ -31,8 +31,8 @@ class ScaledTensors(TensorFiles):
 
     scales: Mapping[str, np.float32]
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        stored = super().read(name, rows)
+    def read(self, name: str, *part: slice | None) -> np.ndarray:
+        stored = super().read(name, *part)
         return stored if name not in self.scales else cast(stored, np.float32) * self.scales[name]
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from taca_jax.config.fields import C, from_json
 from taca_jax.errors import UserError
-from taca_jax.fields import C, from_json
 
 
 class Settings:

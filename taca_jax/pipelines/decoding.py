@@ -7,11 +7,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 from PIL import Image
 
-from taca_jax.models.pixels import Pixels
-from taca_jax.models.tiles import Tiling, decode_in_tiles
-from taca_jax.models.tiny_vae import TinyVAE
-from taca_jax.models.vae import AutoencoderKL
-from taca_jax.processes import on_host
+from taca_jax.autoencoders.pixels import Pixels
+from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles
+from taca_jax.autoencoders.tiny_vae import TinyVAE
+from taca_jax.autoencoders.vae import AutoencoderKL
+from taca_jax.parallel.processes import on_host
 
 Autoencoder = Pixels | TinyVAE | AutoencoderKL
 

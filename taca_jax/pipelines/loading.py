@@ -6,15 +6,15 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from taca_jax.checkpoint import kind_of
 from taca_jax.errors import UserError
-from taca_jax.models.low_bit import Quantization
-from taca_jax.models.stack import Remat
-from taca_jax.pipelines.base import Pipeline
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.pipelines.parts import ROLES, TRANSFORMER, Role, open_parts
-from taca_jax.pipelines.sd3 import SD3Pipeline
-from taca_jax.weights import find_weights
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.families.sd3.pipeline import SD3Pipeline
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.nn.stacking import Remat
+from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.weights.folders import kind_of
+from taca_jax.weights.pipeline_folders import ROLES, TRANSFORMER, Role, open_parts
+from taca_jax.weights.shipped import find_weights
 
 PIPELINES: tuple[type[Pipeline], ...] = (FluxPipeline, SD3Pipeline)
 

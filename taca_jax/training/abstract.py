@@ -10,24 +10,24 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from taca_jax.checkpoint import abstract_model, kind_of, load_config
-from taca_jax.config import LoRAConfig, TrainConfig
+from taca_jax.autoencoders.vae import FLUX_VAE, SD3_VAE
 from taca_jax.errors import UserError
-from taca_jax.lora import add_lora
-from taca_jax.models.clip import CLIP_BIGG, CLIP_L, CLIPConfig
-from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
-from taca_jax.models.layers import LoRAParam, Quantized
-from taca_jax.models.low_bit import Quantization
-from taca_jax.models.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
-from taca_jax.models.stack import Remat
-from taca_jax.models.t5 import T5_XXL, T5Config
-from taca_jax.models.vae import FLUX_VAE, SD3_VAE
-from taca_jax.pipelines.parts import open_parts
-from taca_jax.quantize import quantize
-from taca_jax.sharding import placement
-from taca_jax.text import FluxText, SD3Text
+from taca_jax.families.flux.model import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig
+from taca_jax.families.sd3.model import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
+from taca_jax.nn.layers import LoRAParam, Quantized
+from taca_jax.nn.lora import LoRAConfig, add_lora
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.nn.quantization import quantize
+from taca_jax.nn.stacking import Remat
+from taca_jax.parallel.rules import placement
+from taca_jax.text.clip import CLIP_BIGG, CLIP_L, CLIPConfig
+from taca_jax.text.encoders import FluxText, SD3Text
+from taca_jax.text.t5 import T5_XXL, T5Config
+from taca_jax.training.config import TrainConfig
 from taca_jax.training.step import TextToImage
-from taca_jax.weights import find_weights
+from taca_jax.weights.folders import abstract_model, kind_of, load_config
+from taca_jax.weights.pipeline_folders import open_parts
+from taca_jax.weights.shipped import find_weights
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     **{

@@ -8,23 +8,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from taca_jax.checkpoint import abstract_model, load_config, load_model
-from taca_jax.config import TextConfig, TrainConfig
+from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
+from taca_jax.autoencoders.vae import AutoencoderKL
 from taca_jax.errors import UserError
-from taca_jax.lora import add_lora
-from taca_jax.models.flux import FluxTransformer
-from taca_jax.models.pixels import Pixels, PixelsConfig
-from taca_jax.models.sd3 import SD3Transformer
-from taca_jax.models.t5 import T5Encoder
-from taca_jax.models.vae import AutoencoderKL
-from taca_jax.pipelines.base import Autoencoder, Pipeline, PipelineSettings
-from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.families.flux.model import FluxTransformer
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.families.sd3.model import SD3Transformer
+from taca_jax.nn.lora import add_lora
+from taca_jax.parallel.batches import samples_together
+from taca_jax.parallel.rules import placement
 from taca_jax.pipelines.loading import load_pipeline
-from taca_jax.pipelines.parts import AUTOENCODER, ROLES, Role, open_parts
-from taca_jax.sampling import FlowSchedule
-from taca_jax.sharding import placement, samples_together
-from taca_jax.tokenizers import load_tokenizer
-from taca_jax.weights import find_weights
+from taca_jax.pipelines.pipeline import Autoencoder, Pipeline, PipelineSettings
+from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.text.config import TextConfig
+from taca_jax.text.t5 import T5Encoder
+from taca_jax.text.tokenizers import load_tokenizer
+from taca_jax.training.config import TrainConfig
+from taca_jax.weights.folders import abstract_model, load_config, load_model
+from taca_jax.weights.pipeline_folders import AUTOENCODER, ROLES, Role, open_parts
+from taca_jax.weights.shipped import find_weights
 
 DEFAULT_STEPS = 20
 

@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from taca_jax.errors import UserError
-from taca_jax.processes import all_of, is_first, wait_for_all
-from taca_jax.quantize import quantized_parts
+from taca_jax.nn.quantization import quantized_parts
+from taca_jax.parallel.processes import all_of, is_first, wait_for_all
 from taca_jax.quiet import quiet
 from taca_jax.training.step import TrainState
 

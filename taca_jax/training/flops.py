@@ -6,12 +6,12 @@ import re
 
 import jax.numpy as jnp
 
-from taca_jax.checkpoint import abstract_model
-from taca_jax.config import TrainConfig
-from taca_jax.lora import linears
-from taca_jax.models.clip import CLIP_L
-from taca_jax.models.flux import FluxConfig
-from taca_jax.models.sd3 import SD3Config
+from taca_jax.families.flux.model import FluxConfig
+from taca_jax.families.sd3.model import SD3Config
+from taca_jax.nn.lora import linears
+from taca_jax.text.clip import CLIP_L
+from taca_jax.training.config import TrainConfig
+from taca_jax.weights.folders import abstract_model
 
 
 def text_tokens(config: FluxConfig | SD3Config, t5_tokens: int) -> int:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from taca_jax.errors import UserError
-from taca_jax.processes import names_of_all
+from taca_jax.parallel.processes import names_of_all
 
 EXPLODED = 100.0
 """A loss so many times the usual one has run away. The loss of a model that predicts nothing is

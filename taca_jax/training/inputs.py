@@ -2,17 +2,17 @@
 
 from jax.sharding import Mesh
 
-from taca_jax.config import TrainConfig
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache import Cache, make_cached_loader
 from taca_jax.data.loader import Loader, make_loader
 from taca_jax.data.order import Bucket
-from taca_jax.data.sources import open_source
+from taca_jax.data.sources.opening import open_source
 from taca_jax.errors import UserError
-from taca_jax.models.sd3 import SD3Transformer
-from taca_jax.pipelines.base import Pipeline
-from taca_jax.processes import first_before_others
-from taca_jax.sharding import local_rows
+from taca_jax.families.sd3.model import SD3Transformer
+from taca_jax.parallel.batches import local_rows
+from taca_jax.parallel.processes import first_before_others
+from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.training.config import TrainConfig
 
 
 def open_loader(

@@ -11,11 +11,11 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from taca_jax.config import TrainConfig
-from taca_jax.models.layers import LoRAParam
-from taca_jax.sharding import MeshConfig, make_mesh
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
+from taca_jax.planning.slices import Chip, chip_of
 from taca_jax.training.abstract import abstract_training, local_bytes, part_configs
-from taca_jax.training.slices import Chip, chip_of
+from taca_jax.training.config import TrainConfig
 
 WHOLE_SHARE = 0.4
 """Of a device's memory that whole parameters may take: the rest is for the samples."""

@@ -10,37 +10,36 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from taca_jax.atomic import whole_file
-from taca_jax.config import TrainConfig, difference, from_json, to_json
+from taca_jax.config.fields import difference, from_json, to_json
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
-from taca_jax.formats.lora_files import write_lora
-from taca_jax.mesh import on
-from taca_jax.metrics import RunLog
-from taca_jax.models.layers import LoRAParam
-from taca_jax.pictures import caption_grid
-from taca_jax.pipelines.base import Pipeline
-from taca_jax.pipelines.parts import ROLES
-from taca_jax.processes import (
+from taca_jax.formats.atomic import whole_file
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.parallel.batches import put_rows
+from taca_jax.parallel.mesh import on
+from taca_jax.parallel.processes import (
     do_not_wait_at_exit,
     is_first,
     join_processes,
     on_host,
     wait_for_all,
 )
-from taca_jax.sharding import put_rows
-from taca_jax.tokenizers import Tokenizer
+from taca_jax.pipelines.grids import caption_grid
+from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.planning.plan import plan
+from taca_jax.planning.slices import chip_of
+from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.build import autoencoder_config, build_pipeline, check_batch
-from taca_jax.training.caching import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.encoding import ready_cache
 from taca_jax.training.flops import step_flops, text_tokens
 from taca_jax.training.health import Health, Step
 from taca_jax.training.inputs import open_loader
+from taca_jax.training.log import RunLog
 from taca_jax.training.mesh_choice import choose_mesh
-from taca_jax.training.plan import plan
-from taca_jax.training.preemption import Notice
-from taca_jax.training.slices import chip_of
+from taca_jax.training.signals import Notice
 from taca_jax.training.step import (
     Batch,
     EncodedBatch,
@@ -49,6 +48,8 @@ from taca_jax.training.step import (
     TrainState,
     make_trainer,
 )
+from taca_jax.weights.lora_files import write_lora
+from taca_jax.weights.pipeline_folders import ROLES
 
 # What may differ between a run and its resumption without making it another run.
 FREE_FIELDS = (

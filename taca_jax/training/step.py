@@ -12,21 +12,21 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
-from taca_jax.checkpoint import kind_of
-from taca_jax.config import TrainConfig
-from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
-from taca_jax.models.flux import FluxTransformer
-from taca_jax.models.layers import LoRAParam
-from taca_jax.models.pixels import PixelsConfig
-from taca_jax.models.sd3 import SD3Transformer
-from taca_jax.models.t5 import T5Encoder
-from taca_jax.models.tiny_vae import TinyVAEConfig
-from taca_jax.models.vae import AutoencoderKL, VAEConfig, to_latents
-from taca_jax.pipelines.base import Autoencoder
-from taca_jax.sampling import Conditioning
-from taca_jax.sharding import parameter_spec
+from taca_jax.autoencoders.pixels import PixelsConfig
+from taca_jax.autoencoders.tiny_vae import TinyVAEConfig
+from taca_jax.autoencoders.vae import AutoencoderKL, VAEConfig, to_latents
+from taca_jax.families.flux.model import FluxTransformer
+from taca_jax.families.sd3.model import SD3Transformer
+from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.parallel.rules import parameter_spec
+from taca_jax.pipelines.pipeline import Autoencoder
 from taca_jax.taca import active, gamma_at
-from taca_jax.text import FluxText, SD3Text, encode
+from taca_jax.text.encoders import FluxText, SD3Text, encode
+from taca_jax.text.t5 import T5Encoder
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.losses import flow_matching_loss, interpolate, sample_timesteps
+from taca_jax.weights.folders import kind_of
 
 AutoencoderConfig = VAEConfig | TinyVAEConfig | PixelsConfig
 

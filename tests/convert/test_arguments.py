@@ -64,7 +64,7 @@ def test_help_names_commands_and_options(capsys):
 
 def test_a_reader_who_leaves_is_no_error(tmp_path):
     """As `inspect X | head` does; every program says its lines so."""
-    program = "from taca_jax.cli import say\nsay(['line'] * 100_000)"
+    program = "from taca_jax.config.command_line import say\nsay(['line'] * 100_000)"
     read, write = os.pipe()
     words = [sys.executable, "-c", program]
     process = subprocess.Popen(words, stdout=write, stderr=subprocess.PIPE, cwd=ROOT)

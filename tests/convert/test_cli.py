@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 
 from convert.cli import main
-from taca_jax.checkpoint import flat_params, load_model
-from taca_jax.formats import clip, engine, t5, vae
-from taca_jax.models.clip import CLIPConfig
-from taca_jax.models.t5 import T5Config, T5Encoder
-from taca_jax.models.tiny_vae import TAEF1
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.sampling import FlowSchedule
-from taca_jax.tensor_files import open_tensors, write_tensors
-from taca_jax.tokenizers import load_tokenizer
+from taca_jax.autoencoders import vae_diffusers as vae
+from taca_jax.autoencoders.tiny_vae import TAEF1
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.formats import engine
+from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.text import clip_layout as clip
+from taca_jax.text import t5_layout as t5
+from taca_jax.text.clip import CLIPConfig
+from taca_jax.text.t5 import T5Config, T5Encoder
+from taca_jax.text.tokenizers import load_tokenizer
+from taca_jax.weights.folders import flat_params, load_model
 from tests.random_models import random_model
 from tests.shared import shared_path
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taca_jax.checkpoint import load_model, save_model
-from taca_jax.formats import engine, flux_bfl, vae_bfl
-from taca_jax.models.flux import FluxConfig
-from taca_jax.models.vae import VAEConfig
-from taca_jax.tensor_files import write_tensors
+from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.autoencoders.vae import VAEConfig
+from taca_jax.families.flux import bfl as flux_bfl
+from taca_jax.families.flux.model import FluxConfig
+from taca_jax.formats import engine
+from taca_jax.formats.tensor_files import write_tensors
+from taca_jax.weights.folders import load_model, save_model
 from tests.convert.test_cli import original_t5, refused, run
 from tests.random_models import random_model
 from tests.shared import shared_path

@@ -8,18 +8,21 @@ import pytest
 from flax import nnx
 
 from convert.cli import main
-from taca_jax.checkpoint import flat_params, load_model
-from taca_jax.formats import clip, engine, sd3_native, vae_bfl
-from taca_jax.formats import t5 as t5_format
-from taca_jax.formats.lora_files import load_adapter, read_lora, write_lora
-from taca_jax.lora import SD3_ATTENTION_TARGETS, LoRAConfig, add_lora
-from taca_jax.models.clip import CLIPConfig
-from taca_jax.models.layers import LoRAParam
-from taca_jax.models.sd3 import SD3Config
-from taca_jax.models.t5 import T5Config
-from taca_jax.models.vae import SD3_VAE, VAEConfig
-from taca_jax.pipelines.sd3 import SD3Pipeline
-from taca_jax.tensor_files import open_tensors, write_tensors
+from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.autoencoders.vae import SD3_VAE, VAEConfig
+from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.families.sd3.model import SD3Config
+from taca_jax.families.sd3.pipeline import SD3Pipeline
+from taca_jax.formats import engine
+from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.nn.lora import SD3_ATTENTION_TARGETS, LoRAConfig, add_lora
+from taca_jax.text import clip_layout as clip
+from taca_jax.text import t5_layout as t5_format
+from taca_jax.text.clip import CLIPConfig
+from taca_jax.text.t5 import T5Config
+from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.lora_files import load_adapter, read_lora, write_lora
 from tests.random_models import random_model, randomise
 
 SD3 = SD3Config(

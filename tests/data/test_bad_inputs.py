@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taca_jax.data.bad_examples import BadExampleError
 from taca_jax.data.config import DataConfig
-from taca_jax.data.decoding import MAX_PIXELS, read_picture
 from taca_jax.data.loader import make_loader
-from taca_jax.data.sources import open_source, summaries
+from taca_jax.data.sources.bad_examples import BadExampleError
+from taca_jax.data.sources.decoding import MAX_PIXELS, read_picture
+from taca_jax.data.sources.opening import open_source, summaries
 from tests.data.making import noise_bytes, picture_bytes, write_tar
 
 COUNT = 1000

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taca_jax.data.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import make_loader
-from taca_jax.data.shapes_captions import VOCABULARY
-from taca_jax.data.sources import open_source
+from taca_jax.data.shapes.captions import VOCABULARY
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
+from taca_jax.data.sources.opening import open_source
 from taca_jax.errors import UserError
 from tests.shared import shared_path
 

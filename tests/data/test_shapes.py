@@ -11,9 +11,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from taca_jax.data import shapes
-from taca_jax.data.shapes import GeneratedShapes, load, parse_caption
-from taca_jax.data.shapes_captions import (
+from taca_jax.data.shapes import dataset as shapes
+from taca_jax.data.shapes.captions import (
     CATEGORIES,
     COLORS,
     COUNTS,
@@ -37,8 +36,9 @@ from taca_jax.data.shapes_captions import (
     canonical_relation,
     held_out,
 )
-from taca_jax.data.shapes_drawing import BACKGROUND, GAP, IMAGE_SIZE, MARGIN, PALETTE, place
-from taca_jax.data.shapes_examples import SPLITS, random_scene
+from taca_jax.data.shapes.dataset import GeneratedShapes, load, parse_caption
+from taca_jax.data.shapes.drawing import BACKGROUND, GAP, IMAGE_SIZE, MARGIN, PALETTE, place
+from taca_jax.data.shapes.examples import SPLITS, random_scene
 from taca_jax.errors import UserError
 
 SCENES = 3000
@@ -292,7 +292,7 @@ def test_an_interrupted_build_is_done_again(tmp_path):
 
 def test_two_processes_build_once(tmp_path):
     code = (
-        "import sys; from taca_jax.data.shapes import load;"
+        "import sys; from taca_jax.data.shapes.dataset import load;"
         f"print(load('tiny', 'test', {str(tmp_path)!r})[15]['id'], 'tensorflow' in sys.modules)"
     )
     running = [

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taca_jax.data import shapes
-from taca_jax.data.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.config import DataConfig
-from taca_jax.data.decoding import read_picture
-from taca_jax.data.folders import FolderSource
-from taca_jax.data.sources import GENERATED_SIZE, open_source
+from taca_jax.data.shapes import dataset as shapes
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
+from taca_jax.data.sources.decoding import read_picture
+from taca_jax.data.sources.folders import FolderSource
+from taca_jax.data.sources.opening import GENERATED_SIZE, open_source
 from taca_jax.errors import UserError
 from tests.shared import shared_path
 

@@ -13,11 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from taca_jax.data import tars
-from taca_jax.data.bad_examples import BadExampleError
 from taca_jax.data.config import DataConfig
-from taca_jax.data.sources import MixedSource, open_source, parts_of
-from taca_jax.data.tars import Broken, Member, expand, walk
+from taca_jax.data.sources import tars
+from taca_jax.data.sources.bad_examples import BadExampleError
+from taca_jax.data.sources.opening import MixedSource, open_source, parts_of
+from taca_jax.data.sources.tars import Broken, Member, expand, walk
 from taca_jax.errors import UserError
 from tests.data.making import picture_bytes, write_tar
 
@@ -237,7 +237,8 @@ def test_where_files_are_is_found_once_and_again_when_a_tar_changes(tmp_path, mo
     expected = everything(open_tars(path))
     walked = []
     monkeypatch.setattr(
-        "taca_jax.data.webdataset.walk", lambda path: (walked.append(path), tars.walk(path))[1]
+        "taca_jax.data.sources.webdataset.walk",
+        lambda path: (walked.append(path), tars.walk(path))[1],
     )
     assert everything(open_tars(path)) == expected
     assert walked == []

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from taca_jax.config import EvalConfig
-from taca_jax.data.shapes_captions import CATEGORIES, held_out, parse_caption
-from taca_jax.data.shapes_drawing import draw, place
-from taca_jax.data.shapes_examples import _complete
+from taca_jax.data.shapes.captions import CATEGORIES, held_out, parse_caption
+from taca_jax.data.shapes.drawing import draw, place
+from taca_jax.data.shapes.examples import _complete
 from taca_jax.evaluation.alignment import (
     Alignment,
     evaluate_shapes,
@@ -22,6 +21,7 @@ from taca_jax.evaluation.alignment import (
     table,
     variants,
 )
+from taca_jax.evaluation.config import EvalConfig
 from taca_jax.taca import TacaConfig
 
 TACA = TacaConfig(gamma=1.3, threshold=900)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from taca_jax.data.shapes_captions import COLORS, SHAPES, TEXTURES, Description, Object, Phrase
-from taca_jax.data.shapes_drawing import BACKGROUND, IMAGE_SIZE, Placed, draw
-from taca_jax.data.shapes_examples import CATEGORIES, random_scene
+from taca_jax.data.shapes.captions import COLORS, SHAPES, TEXTURES, Description, Object, Phrase
+from taca_jax.data.shapes.drawing import BACKGROUND, IMAGE_SIZE, Placed, draw
+from taca_jax.data.shapes.examples import CATEGORIES, random_scene
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes import check, read_scene
 

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save
 
 from taca_jax.errors import UserError
-from taca_jax.formats.lora_files import load_adapter
-from taca_jax.tensor_files import open_tensors
+from taca_jax.formats.tensor_files import open_tensors
+from taca_jax.weights.lora_files import load_adapter
 
 LORA = "transformer.transformer_blocks.{}.attn.to_q.{}"
 TYPES = {

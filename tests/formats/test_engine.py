@@ -8,21 +8,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from taca_jax.checkpoint import abstract_model, flat_params
+from taca_jax.autoencoders import tiny_vae_layout as tiny_vae
+from taca_jax.autoencoders import vae_diffusers as vae
+from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.autoencoders.tiny_vae import TAEF1, TinyVAEConfig
+from taca_jax.autoencoders.vae import FLUX_VAE, VAEConfig
 from taca_jax.errors import UserError
-from taca_jax.formats import (
-    clip,
-    engine,
-    flux_bfl,
-    flux_diffusers,
-    sd3_diffusers,
-    t5,
-    tiny_vae,
-    vae,
-    vae_bfl,
-)
-from taca_jax.formats.settings import Settings, read_settings
-from taca_jax.formats.table import (
+from taca_jax.families.flux import bfl as flux_bfl
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.model import FLUX_DEV, FLUX_SCHNELL, FluxConfig
+from taca_jax.families.sd3 import diffusers as sd3_diffusers
+from taca_jax.formats import engine
+from taca_jax.formats.key_table import (
     CONVOLUTION,
     KEEP,
     SWAP_HALVES,
@@ -32,13 +29,14 @@ from taca_jax.formats.table import (
     Table,
     Target,
 )
-from taca_jax.models.clip import CLIPConfig
-from taca_jax.models.flux import FLUX_DEV, FLUX_SCHNELL, FluxConfig
-from taca_jax.models.t5 import T5Config
-from taca_jax.models.tiny_vae import TAEF1, TinyVAEConfig
-from taca_jax.models.vae import FLUX_VAE, VAEConfig
-from taca_jax.sampling import FlowSchedule
-from taca_jax.tensor_files import FLOAT8, ArrayTensors, open_tensors, write_tensors
+from taca_jax.formats.settings import Settings, read_settings
+from taca_jax.formats.tensor_files import FLOAT8, ArrayTensors, open_tensors, write_tensors
+from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.text import clip_layout as clip
+from taca_jax.text import t5_layout as t5
+from taca_jax.text.clip import CLIPConfig
+from taca_jax.text.t5 import T5Config
+from taca_jax.weights.folders import abstract_model, flat_params
 from tests.random_models import random_model
 from tests.shared import shared_path
 
@@ -327,7 +325,7 @@ def test_t5_settings():
         "num_heads": 64,
         "num_layers": 24,
     }
-    from taca_jax.models.t5 import T5_XXL
+    from taca_jax.text.t5 import T5_XXL
 
     assert t5.config_of(Settings(Path("x"), fields)) == T5_XXL
     with pytest.raises(UserError, match="feed_forward_proj 'relu'; only 'gated-gelu'"):

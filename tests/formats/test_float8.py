@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 
 from convert.cli import main
-from taca_jax.checkpoint import flat_params, load_model
 from taca_jax.errors import UserError
-from taca_jax.formats import engine, flux_bfl, sd3_native, t5
+from taca_jax.families.flux import bfl as flux_bfl
+from taca_jax.families.flux.model import FluxConfig
+from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.formats import engine
 from taca_jax.formats.float8 import cast
-from taca_jax.formats.original_pipelines import sd3_parts
-from taca_jax.formats.sources import Source, flux, sd3
-from taca_jax.formats.sources import t5 as open_t5
-from taca_jax.formats.table import Table
-from taca_jax.models.flux import FluxConfig
-from taca_jax.models.t5 import T5Config
-from taca_jax.tensor_files import FLOAT8, open_tensors, write_tensors
+from taca_jax.formats.key_table import Table
+from taca_jax.formats.tensor_files import FLOAT8, open_tensors, write_tensors
+from taca_jax.text import t5_layout as t5
+from taca_jax.text.t5 import T5Config
+from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.original_pipelines import sd3_parts
+from taca_jax.weights.originals import Source, flux, sd3
+from taca_jax.weights.originals import t5 as open_t5
 from tests.convert.test_sd3 import SD3
 from tests.random_models import random_model
 

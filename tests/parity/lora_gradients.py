@@ -3,8 +3,8 @@
 import numpy as np
 from flax import nnx
 
-from taca_jax.formats.lora_factors import unstacked
-from taca_jax.lora import linears
+from taca_jax.formats.lora.factors import unstacked
+from taca_jax.nn.lora import linears
 
 
 def by_layer(gradient: nnx.State, model: nnx.Module) -> dict:

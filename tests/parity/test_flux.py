@@ -15,16 +15,23 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert.cli import main
-from taca_jax.checkpoint import load_model
-from taca_jax.formats import engine, flux_diffusers
-from taca_jax.formats.lora_files import read_lora, write_lora
-from taca_jax.formats.lora_peft import tensors_of
-from taca_jax.lora import LoRAConfig, add_lora
-from taca_jax.models.flux import FLUX_DEV, FLUX_KREA, FLUX_SCHNELL, FluxConfig, FluxTransformer
-from taca_jax.models.layers import LoRAParam, patchify
-from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.model import (
+    FLUX_DEV,
+    FLUX_KREA,
+    FLUX_SCHNELL,
+    FluxConfig,
+    FluxTransformer,
+)
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.formats import engine
+from taca_jax.formats.lora.peft import tensors_of
+from taca_jax.formats.tensor_files import write_tensors
+from taca_jax.nn.layers import LoRAParam, patchify
+from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.taca import TacaConfig
-from taca_jax.tensor_files import write_tensors
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
 from tests.parity.lora_gradients import by_layer

@@ -8,11 +8,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert.cli import main
-from taca_jax.checkpoint import load_model
-from taca_jax.formats import engine, flux_bfl, vae_bfl
-from taca_jax.models.layers import unpatchify
-from taca_jax.models.vae import FLUX_VAE, SD3_VAE
-from taca_jax.tensor_files import open_tensors, write_tensors
+from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.autoencoders.vae import FLUX_VAE, SD3_VAE
+from taca_jax.families.flux import bfl as flux_bfl
+from taca_jax.formats import engine
+from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.nn.layers import unpatchify
+from taca_jax.weights.folders import load_model
 from tests.parity.test_flux import nhwc, relative_error, tokens_of
 from tests.shared import shared_path
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from convert.cli import main
-from taca_jax.models.layers import patchify
-from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.families.sd3.pipeline import SD3Pipeline
+from taca_jax.nn.layers import patchify
 from taca_jax.pipelines.loading import load_pipeline
-from taca_jax.pipelines.sd3 import SD3Pipeline
 from tests.compare import relative_error
 from tests.parity.test_prompts import clip, clip_tokenizer, t5, t5_tokenizer
 from tests.shared import shared_path

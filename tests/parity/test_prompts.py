@@ -16,12 +16,12 @@ from flax import nnx
 
 from convert.cli import main
 from taca_jax.errors import UserError
-from taca_jax.formats.sd3_diffusers import SCHEDULE
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.pipelines.parts import PipelineSettings, converted_parts
-from taca_jax.pipelines.text_folders import encoder_parts, load_sd3_text, save_tokenizers
-from taca_jax.text import FluxText, SD3Text
-from taca_jax.tokenizers import load_tokenizer
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.families.sd3.diffusers import SCHEDULE
+from taca_jax.pipelines.text import encoder_parts, load_sd3_text, save_tokenizers
+from taca_jax.text.encoders import FluxText, SD3Text
+from taca_jax.text.tokenizers import load_tokenizer
+from taca_jax.weights.pipeline_folders import PipelineSettings, converted_parts
 from tests.compare import relative_error
 from tests.shared import shared_path
 

@@ -17,24 +17,26 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert.cli import main
-from taca_jax.checkpoint import flat_params, load_model
-from taca_jax.formats import engine, sd3_diffusers, sd3_native
-from taca_jax.formats.lora_files import read_lora, write_lora
-from taca_jax.formats.lora_peft import tensors_of
-from taca_jax.lora import LoRAConfig, add_lora
-from taca_jax.models.layers import LoRAParam
-from taca_jax.models.positions import sinusoids
-from taca_jax.models.sd3 import (
+from taca_jax.families.sd3 import diffusers as sd3_diffusers
+from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.families.sd3.model import (
     SD3_MEDIUM,
     SD35_LARGE,
     SD35_MEDIUM,
     SD3Config,
     SD3Transformer,
 )
-from taca_jax.pipelines.sd3 import SD3Pipeline
-from taca_jax.sampling import SkipLayers
+from taca_jax.families.sd3.pipeline import SD3Pipeline
+from taca_jax.families.sd3.positions import sinusoids
+from taca_jax.formats import engine
+from taca_jax.formats.lora.peft import tensors_of
+from taca_jax.formats.tensor_files import write_tensors
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.nn.lora import LoRAConfig, add_lora
+from taca_jax.sampling.loop import SkipLayers
 from taca_jax.taca import TacaConfig
-from taca_jax.tensor_files import write_tensors
+from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
 from tests.parity.lora_gradients import by_layer

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 
 from convert.cli import main
-from taca_jax.checkpoint import flat_params, load_model
+from taca_jax.autoencoders import vae_original as vae_bfl
 from taca_jax.errors import UserError
-from taca_jax.formats import engine, sd3_native, vae_bfl
-from taca_jax.formats import t5 as t5_format
-from taca_jax.pipelines.base import Pipeline
-from taca_jax.pipelines.flux import FluxPipeline
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.families.sd3.pipeline import SD3Pipeline
+from taca_jax.formats import engine
+from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.pipelines.loading import load_pipeline
-from taca_jax.pipelines.sd3 import SD3Pipeline
-from taca_jax.pipelines.text_folders import encoder_parts
-from taca_jax.sharding import MeshConfig, make_mesh
-from taca_jax.tensor_files import open_tensors, write_tensors
+from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.text import encoder_parts
+from taca_jax.text import t5_layout as t5_format
+from taca_jax.weights.folders import flat_params, load_model
 from tests.convert.test_sd3 import SD3, T5, VAE
 from tests.random_models import random_model
 from tests.shared import shared_path

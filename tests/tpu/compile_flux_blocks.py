@@ -16,7 +16,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from taca_jax.models.flux import FLUX_DEV, FluxTransformer
+from taca_jax.families.flux.model import FLUX_DEV, FluxTransformer
 
 BATCH, TEXT, SIDE = 2, 512, 128
 BLOCKS = dataclasses.replace(FLUX_DEV, num_double_blocks=1, num_single_blocks=1)

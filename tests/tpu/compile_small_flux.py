@@ -12,11 +12,13 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from taca_jax.models.flux import FluxTransformer
-from taca_jax.models.pixels import Pixels
-from taca_jax.models.t5 import T5Encoder
-from taca_jax.sampling import Conditioning, FlowSchedule, denoise, make_plan
+from taca_jax.autoencoders.pixels import Pixels
+from taca_jax.families.flux.model import FluxTransformer
+from taca_jax.nn.conditioning import Conditioning
+from taca_jax.sampling.loop import denoise, make_plan
+from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
+from taca_jax.text.t5 import T5Encoder
 from taca_jax.training.step import Batch, TextToImage, make_trainer
 from tests.training.tiny import FLUX, T5, TEXT_LENGTH, tiny_config
 

@@ -15,12 +15,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from taca_jax.config import DataConfig, LoRAConfig, OptimizerConfig, TextConfig
-from taca_jax.mesh import on
-from taca_jax.models.layers import LoRAParam, Quantized
-from taca_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from taca_jax.data.config import DataConfig
+from taca_jax.nn.layers import LoRAParam, Quantized
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.parallel.batches import batch_sharding
+from taca_jax.parallel.mesh import MeshConfig, make_mesh, on
 from taca_jax.taca import TacaConfig
+from taca_jax.text.config import TextConfig
 from taca_jax.training.build import build_pipeline
+from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.step import Batch, TextToImage, make_trainer
 from tests.training.tiny import arrays, tiny_config, tiny_pipeline
 

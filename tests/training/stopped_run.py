@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 
 import train as program
-from taca_jax.config import TrainConfig, from_json
+from taca_jax.config.fields import from_json
 from taca_jax.training import run
+from taca_jax.training.config import TrainConfig
 
 
 def main() -> None:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taca_jax.config import DataConfig, TextConfig
-from taca_jax.models.t5 import T5Config
+from taca_jax.data.config import DataConfig
+from taca_jax.text.config import TextConfig
+from taca_jax.text.t5 import T5Config
 from taca_jax.training import run as run_module
-from taca_jax.training import train
+from taca_jax.training.run import train
 from tests.training.tiny import tiny_config
 
 SIZES = [(40, 40)] * 5 + [(60, 40)] * 4 + [(40, 60)] * 6

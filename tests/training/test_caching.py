@@ -12,23 +12,27 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, to_json
+from taca_jax.autoencoders.vae import VAEConfig
+from taca_jax.config.fields import to_json
 from taca_jax.data import cache as cache_module
 from taca_jax.data.cache import CacheWriter, encoded, read_manifest
+from taca_jax.data.config import DataConfig
 from taca_jax.errors import StoppedError, UserError
-from taca_jax.lora import LoRAConfig
-from taca_jax.models.vae import VAEConfig
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.sharding import MeshConfig
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.taca import TacaConfig
-from taca_jax.text import encode
-from taca_jax.tokenizers import load_tokenizer
-from taca_jax.training import caching, train
+from taca_jax.text.config import TextConfig
+from taca_jax.text.encoders import encode
+from taca_jax.text.tokenizers import load_tokenizer
+from taca_jax.training import encoding as caching
 from taca_jax.training import run as run_module
 from taca_jax.training.build import autoencoder_config, build_pipeline
-from taca_jax.training.caching import Encoders, ready_cache
+from taca_jax.training.encoding import Encoders, ready_cache
 from taca_jax.training.inputs import open_loader
-from taca_jax.training.preemption import Notice
+from taca_jax.training.optimizer import OptimizerConfig
+from taca_jax.training.run import train
+from taca_jax.training.signals import Notice
 from taca_jax.training.step import TextToImage, make_trainer
 from tests.compare import relative_error
 from tests.processes import run_cluster

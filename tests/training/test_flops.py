@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from taca_jax.checkpoint import abstract_model
-from taca_jax.config import DataConfig, LoRAConfig, TextConfig
-from taca_jax.models.flux import FLUX_DEV
-from taca_jax.models.sd3 import SD35_MEDIUM
+from taca_jax.data.config import DataConfig
+from taca_jax.families.flux.model import FLUX_DEV
+from taca_jax.families.sd3.model import SD35_MEDIUM
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.planning.slices import CHIPS, chip_of
+from taca_jax.text.config import TextConfig
 from taca_jax.training.flops import forward_flops, step_flops, text_tokens
-from taca_jax.training.slices import CHIPS, chip_of
+from taca_jax.weights.folders import abstract_model
 from tests.training.tiny import tiny_config
 
 # XLA counts a loop's body once: one layer of each kind.

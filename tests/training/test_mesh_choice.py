@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from configs import flux_taca, sd35_taca
-from taca_jax.lora import LoRAConfig
-from taca_jax.sharding import MeshConfig
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.parallel.mesh import MeshConfig
+from taca_jax.planning.slices import CHIPS
 from taca_jax.training.mesh_choice import parameter_bytes, settled
-from taca_jax.training.slices import CHIPS
 
 WHOLE, SHARED = MeshConfig(data=-1, fsdp=1), MeshConfig()
 DEVICE = jax.devices()[0]

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from convert.cli import main as convert
-from taca_jax.config import DataConfig, OptimizerConfig, TextConfig
-from taca_jax.models.flux import FluxConfig
-from taca_jax.models.t5 import T5Config
-from taca_jax.models.tiny_vae import TinyVAE
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.training import train
+from taca_jax.autoencoders.tiny_vae import TinyVAE
+from taca_jax.data.config import DataConfig
+from taca_jax.families.flux.model import FluxConfig
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.text.config import TextConfig
+from taca_jax.text.t5 import T5Config
+from taca_jax.training.optimizer import OptimizerConfig
+from taca_jax.training.run import train
 from tests.shared import shared_path
 from tests.training.tiny import FLUX, tiny_config
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from taca_jax.training.preemption import Notice
+from taca_jax.training.signals import Notice
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, to_json
-from taca_jax.lora import LoRAConfig
-from taca_jax.sharding import MeshConfig
+from taca_jax.config.fields import to_json
+from taca_jax.data.config import DataConfig
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.taca import TacaConfig
+from taca_jax.text.config import TextConfig
+from taca_jax.training.optimizer import OptimizerConfig
 from tests.compare import relative_error
 from tests.processes import run_cluster, run_python
 from tests.training.checkpoints import logged, saved_checkpoint, saved_steps

@@ -16,22 +16,26 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from taca_jax.checkpoint import load_config
-from taca_jax.config import DataConfig, EvalConfig, OptimizerConfig, TextConfig, from_json, to_json
+from taca_jax.autoencoders.pixels import PixelsConfig
+from taca_jax.config.fields import from_json, to_json
+from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import Loader
-from taca_jax.data.shapes_captions import CATEGORIES
+from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.errors import StoppedError, UserError
-from taca_jax.lora import LoRAConfig, linears
-from taca_jax.models.layers import Quantized
-from taca_jax.models.pixels import PixelsConfig
-from taca_jax.models.t5 import T5Config
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.quantize import encode
+from taca_jax.evaluation.config import EvalConfig
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.nn.layers import Quantized
+from taca_jax.nn.lora import LoRAConfig, linears
+from taca_jax.nn.quantization import encode
 from taca_jax.taca import TacaConfig
+from taca_jax.text.config import TextConfig
+from taca_jax.text.t5 import T5Config
 from taca_jax.training import run as run_module
-from taca_jax.training import train
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.optimizer import OptimizerConfig
+from taca_jax.training.run import train
 from taca_jax.training.step import TrainState
+from taca_jax.weights.folders import load_config
 from tests.processes import run_python
 from tests.training.checkpoints import saved_checkpoint, saved_steps
 from tests.training.tiny import tiny_config

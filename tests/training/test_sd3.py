@@ -7,12 +7,12 @@ import numpy as np
 from flax import nnx
 
 from configs.sd35_taca import CONFIG
-from taca_jax.lora import add_lora
-from taca_jax.models.clip import CLIPConfig
-from taca_jax.models.layers import Fixed, LoRAParam
-from taca_jax.models.pixels import Pixels, PixelsConfig
-from taca_jax.models.sd3 import SD3Config
-from taca_jax.text import SD3Text
+from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
+from taca_jax.families.sd3.model import SD3Config
+from taca_jax.nn.layers import Fixed, LoRAParam
+from taca_jax.nn.lora import add_lora
+from taca_jax.text.clip import CLIPConfig
+from taca_jax.text.encoders import SD3Text
 from taca_jax.training.step import Batch, TextToImage, make_trainer
 from tests.random_models import random_model
 

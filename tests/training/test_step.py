@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from taca_jax.config import OptimizerConfig
-from taca_jax.lora import LoRAConfig, add_lora
-from taca_jax.losses import flow_matching_loss, interpolate, sample_timesteps
-from taca_jax.models.clip import CLIPConfig
-from taca_jax.models.flux import FluxTransformer
-from taca_jax.models.layers import LoRAParam
-from taca_jax.quantize import quantize
+from taca_jax.families.flux.model import FluxTransformer
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.nn.lora import LoRAConfig, add_lora
+from taca_jax.nn.quantization import quantize
 from taca_jax.taca import TacaConfig
-from taca_jax.text import FluxText, encode
+from taca_jax.text.clip import CLIPConfig
+from taca_jax.text.encoders import FluxText, encode
+from taca_jax.training.losses import flow_matching_loss, interpolate, sample_timesteps
+from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.step import Batch, TextToImage, make_trainer, objective
 from tests.random_models import random_model
 from tests.training.tiny import arrays, tiny_config, tiny_pipeline

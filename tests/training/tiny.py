@@ -6,14 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from taca_jax.config import DataConfig, OptimizerConfig, TextConfig, TrainConfig
-from taca_jax.models.flux import FluxConfig
-from taca_jax.models.pixels import Pixels
-from taca_jax.models.t5 import T5Config
-from taca_jax.pipelines.base import PipelineSettings
-from taca_jax.pipelines.flux import FluxPipeline
-from taca_jax.sampling import FlowSchedule
-from taca_jax.tokenizers import load_tokenizer
+from taca_jax.autoencoders.pixels import Pixels
+from taca_jax.data.config import DataConfig
+from taca_jax.families.flux.model import FluxConfig
+from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.pipelines.pipeline import PipelineSettings
+from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.text.config import TextConfig
+from taca_jax.text.t5 import T5Config
+from taca_jax.text.tokenizers import load_tokenizer
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.optimizer import OptimizerConfig
 from tests.random_models import random_model
 
 FLUX = FluxConfig(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from taca_jax.attention.pallas_tpu.tiles import LANES, Blocks
-from taca_jax.chips import generation
+from taca_jax.parallel.chips import generation
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""`PROGRAM --config NAME key=value ...`: a preset, changed field by field, or one clear line."""
+
+import dataclasses
+import importlib
+import inspect
+import os
+import pkgutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from taca_jax.config.fields import C, describe, fields_of, nearest, show, update
+from taca_jax.errors import UserError
+
+_WIDTH = 100
+
+
+def parse_cli(
+    argv: Sequence[str], kind: type[C], *, package: str = "configs", attribute: str = "CONFIG"
+) -> C:
+    """The configuration that the command line `argv` (without the program's name) asks for.
+
+    `--config NAME` takes the value `attribute`, of class `kind`, of the module `package.NAME`;
+    each `key=value` then replaces a field (`lora.rank=64`, `resume=true`, `lora=none`). `--help`
+    prints the presets and every key, `--config` alone the presets; both exit with status 0.
+    Bad input prints one line, `error: ...`, on stderr and exits with status 2.
+    """
+    try:
+        return _parse(list(argv), kind, package, attribute)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def say(lines: Sequence[str]) -> None:
+    """Prints the lines; whoever reads them may leave before the end, as `head` does."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # Python writes what is left once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
+    preset, values = None, {}
+    wants_help = False
+    rest = iter(argv)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if key in ("-h", "--help"):
+            wants_help = True
+        elif key == "--config":
+            preset = value if equals else next(rest, "")
+            if not preset or preset.startswith("-"):
+                say(_presets(package, kind, attribute))
+                raise SystemExit(0)
+        elif not equals:
+            raise UserError(f"{argument}: expected key=value{_as_assignment(argument)}")
+        elif key.startswith("-"):
+            raise UserError(f"{argument}: keys have no dashes; write {key.lstrip('-')}={value}")
+        elif key in values:
+            raise UserError(f"{key} is given twice ({values[key]} and {value}); keep one")
+        else:
+            values[key] = value
+    config = None if preset is None else _load(preset, package, kind, attribute)
+    if wants_help:
+        say([_help(kind, config, preset, _presets(package, kind, attribute))])
+        raise SystemExit(0)
+    if config is None:
+        names = ", ".join(_presets(package, kind, attribute))
+        raise UserError(f"no --config NAME given; the presets are {names}")
+    return update(config, values)
+
+
+def _as_assignment(argument: str) -> str:
+    name = argument.lstrip("-")
+    return f"; write {name}=VALUE" if name.replace(".", "").isidentifier() else ""
+
+
+PURPOSES = {"CONFIG": "trains", "GENERATE": "draws"}
+"""What a preset under each name is for, in our own modules."""
+
+
+def _modules(package: str) -> list[str]:
+    return [
+        module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
+    ]
+
+
+def _presets(package: str, kind: type, attribute: str) -> list[str]:
+    """The names of the package's modules that have a preset of this kind."""
+    return [
+        name for name in _modules(package) if isinstance(_preset(name, package, attribute), kind)
+    ]
+
+
+def _preset(name: str, package: str, attribute: str) -> Any:
+    return getattr(importlib.import_module(f"{package}.{name}"), attribute, None)
+
+
+def _load(name: str, package: str, kind: type[C], attribute: str) -> C:
+    presets = _presets(package, kind, attribute)
+    if name in presets:
+        return _preset(name, package, attribute)
+    problem = f"unknown preset {name}"
+    if name in _modules(package):
+        purposes = [
+            purpose
+            for each, purpose in PURPOSES.items()
+            if _preset(name, package, each) is not None
+        ]
+        problem = f"the preset {name} only {' and '.join(purposes)}" if purposes else problem
+    raise UserError(f"{problem}; there are {', '.join(nearest(name, presets))}")
+
+
+def _help(kind: type, config: Any, preset: str | None, presets: list[str]) -> str:
+    """Usage, presets, and each key with its value (the preset's or the class's), type and words."""
+    whose = f"values of {preset}" if preset else "default values; add --config NAME for a preset's"
+    lines = [
+        f"usage: python {sys.argv[0]} --config NAME [key=value ...]",
+        "",
+        f"presets: {', '.join(presets)}",
+        "",
+        f"keys ({whose}):",
+    ]
+    for name, field in fields_of(kind).items():
+        value = field.default if config is None else _at(config, name, field.default)
+        if field.group is not None:
+            note = "; none here" if value is None else ""
+            switch = f" ({name}=none leaves it out{note})" if field.optional else ""
+            lines += ["", *_paragraph(f"  {name}.*{switch}", field.doc)]
+        else:
+            given = "required" if value is dataclasses.MISSING else f"{name}={show(value)}"
+            heading = f"  {given}" if given != "required" else f"  {name}=... (required)"
+            lines += _paragraph(f"{heading}  [{describe(field.annotation)}]", field.doc)
+    return "\n".join(lines)
+
+
+def _paragraph(heading: str, doc: str) -> list[str]:
+    body = textwrap.wrap(inspect.cleandoc(doc), _WIDTH - 8)
+    return [heading, *(f"        {line}" for line in body)]
+
+
+def _at(config: Any, name: str, default: Any) -> Any:
+    """The value of a dotted field; the class's default inside a group that is None."""
+    for part in name.split("."):
+        if config is None:
+            return default
+        config = getattr(config, part)
+    return config

@@ -1,0 +1,317 @@
+"""Nested frozen dataclasses as dotted fields: list, read from text, write, compare.
+
+A configuration is a frozen dataclass whose fields are plain values (int, float, bool, str, Literal,
+tuples of these, or None) or configurations again. A field is addressed by its dotted name
+(`optimizer.learning_rate`); its documentation is the line `name: what it is` of its class's
+docstring.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from taca_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    C = TypeVar("C", bound=DataclassInstance)
+else:
+    C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field: its dotted name, annotation, class's default (MISSING: none) and documentation.
+
+    `group` is the dataclass that it holds (alone or as `X | None`), or None for a plain value.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    doc: str
+    group: type | None
+
+    @property
+    def optional(self) -> bool:
+        return _optional(self.annotation)
+
+
+def fields_of(cls: type) -> dict[str, Field]:
+    """Every field of a configuration class by dotted name, in order, groups before members."""
+    found = {}
+    hints, docs = get_type_hints(cls), _documentation(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        group = _group(hints[field.name])
+        doc = docs.get(field.name, "")
+        found[field.name] = Field(field.name, hints[field.name], default, doc, group)
+        if group is not None:
+            for name, member in fields_of(group).items():
+                dotted = f"{field.name}.{name}"
+                found[dotted] = dataclasses.replace(member, name=dotted)
+    return found
+
+
+def update(config: C, values: Mapping[str, str]) -> C:
+    """`config` with fields replaced, given as text by dotted name: `{"lora.rank": "64"}`.
+
+    `none` (any case) is None where a field may be None; a group that is None is made from its
+    defaults when one of its members is given. Tuples are comma lists, or JSON lists when an element
+    holds a comma. Each dataclass is rebuilt once, so that values which only fit together can be
+    given together. Raises UserError, naming the key, the value and what is expected.
+    """
+    return _update(config, type(config), values, "", fields_of(type(config)))
+
+
+def to_json(config: "DataclassInstance") -> str:
+    """The configuration as indented JSON; groups are objects, tuples are lists."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(cls: type[C], text: str, where: str = "the configuration") -> C:
+    """What `to_json` wrote, validated again; `where` names the source in errors.
+
+    Raises UserError for text that is not JSON, and for unknown, missing or mistyped fields.
+    """
+    try:
+        return _from_tree(cls, json.loads(text), "")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error}); write it again") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def difference(a: C, b: C) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configurations of a class differ: dotted name -> (in a, in b)."""
+    differing = {}
+    for field in dataclasses.fields(a):
+        mine, other = getattr(a, field.name), getattr(b, field.name)
+        if type(mine) is type(other) and dataclasses.is_dataclass(mine):
+            inside = difference(mine, other)
+            differing |= {f"{field.name}.{name}": pair for name, pair in inside.items()}
+        elif mine != other:
+            differing[field.name] = (mine, other)
+    return differing
+
+
+def nearest(word: str, names: Sequence[str]) -> list[str]:
+    """`names`, the most alike first; a dotted name also counts by its last part alone."""
+
+    def likeness(name: str) -> float:
+        whole = difflib.SequenceMatcher(None, word, name).ratio()
+        last = difflib.SequenceMatcher(None, word.split(".")[-1], name.split(".")[-1]).ratio()
+        return max(whole, 0.95 * last)
+
+    return sorted(names, key=likeness, reverse=True)
+
+
+def unknown(key: str, names: Sequence[str], what: str = "key") -> str:
+    """The words for a key that is not among `names`: what was given, and the nearest right name."""
+    closest = nearest(key, names)[:1]
+    hint = f"; did you mean {closest[0]}?" if closest else ""
+    return f"unknown {what} {key}{hint}"
+
+
+def check(right: bool, name: str, value: Any, allowed: str) -> None:
+    """Raises UserError unless `right`; NaN is never right where comparisons say so."""
+    if not right:
+        raise UserError(f"{name} is {value}; it must be {allowed}")
+
+
+def describe(type_: Any) -> str:
+    """What a field of this type takes, in words: `an integer`, `one of step, linear`, ... ."""
+    if _optional(type_):
+        return f"{describe(_present(type_))} or none"
+    if get_origin(type_) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(type_))
+    if get_origin(type_) is tuple:
+        items = get_args(type_)
+        if items[-1] is Ellipsis:
+            return f"a comma list, each {describe(items[0])}"
+        return f"a comma list of {len(items)}: {', '.join(describe(item) for item in items)}"
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+    }
+    return words.get(type_, getattr(type_, "__name__", str(type_)))
+
+
+def show(value: Any) -> str:
+    """A value as it would be written on the command line."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        listed = [show(item) for item in value]
+        plain = all(
+            item and item == item.strip() and not set(item) & set(",[]()") for item in listed
+        )
+        return ",".join(listed) if plain else json.dumps(listed)
+    return str(value)
+
+
+def tokens_of(type_: Any, text: str, said: str) -> list[str]:
+    """The elements of a comma list or JSON list for a tuple type, else the text alone."""
+    if get_origin(_present(type_)) is not tuple:
+        return [text]
+    if text.lstrip().startswith("["):
+        try:
+            return [_as_text(item) for item in json.loads(text)]
+        except json.JSONDecodeError:
+            raise UserError(f"{said}: expected {describe(type_)}, or a JSON list") from None
+    if text.startswith("(") and text.endswith(")"):  # and not `folder:pictures (2)`
+        text = text[1:-1]
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def value_of(type_: Any, tokens: list[str], said: str) -> Any:
+    """The value of a type that words stand for.
+
+    Raises UserError, which begins with what was `said`, for words that are no such value.
+    """
+    if _optional(type_) and [token.lower() for token in tokens] == ["none"]:
+        return None
+    present = _present(type_)
+    if present is str and len(tokens) == 1:
+        return tokens[0]  # any text is right, and tyro would take `-x` for a flag
+    if get_origin(present) is tuple and get_args(present) == (str, ...):
+        return tuple(tokens)
+    if present is bool:
+        tokens = [token.capitalize() for token in tokens]
+    try:  # tyro knows the types, the errors are ours
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            return tyro.cli(present, args=tokens, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        raise UserError(f"{said}: expected {describe(type_)}") from None
+
+
+def _update(
+    config: Any, cls: type, values: Mapping[str, str], prefix: str, known: Mapping[str, Field]
+) -> Any:
+    """`config` (None: a new `cls`) with `values`, named without their common `prefix`."""
+    changes: dict[str, Any] = {}
+    members: dict[str, dict[str, str]] = {}
+    for name, text in values.items():
+        full, (head, _, rest) = prefix + name, name.partition(".")
+        if full not in known:
+            raise UserError(unknown(full, list(known)))
+        if rest:
+            members.setdefault(head, {})[rest] = text
+        elif (group := known[full].group) is None:
+            expected, said = known[full].annotation, f"{full}={text}"
+            changes[head] = value_of(expected, tokens_of(expected, text, said), said)
+        elif known[full].optional and text.lower() == "none":
+            changes[head] = None
+        else:
+            inside = ", ".join(f"{full}.{field.name}" for field in dataclasses.fields(group))
+            none = f" or {full}=none" if known[full].optional else ""
+            raise UserError(f"{full}={text}: {full} is a group; set one of {inside}{none}")
+    for head, inside in members.items():
+        if head in changes:
+            raise UserError(
+                f"{prefix}{head}=none and {prefix}{head}.{next(iter(inside))} exclude each other"
+            )
+        group = known[prefix + head].group
+        assert group is not None  # a dotted name in `known` goes through groups only
+        current = None if config is None else getattr(config, head)
+        changes[head] = _update(current, group, inside, f"{prefix}{head}.", known)
+    if config is not None:
+        return _make(lambda: dataclasses.replace(config, **changes), prefix)
+    missing = [f"{prefix}{name}" for name in _required(cls) if name not in changes]
+    if missing:
+        raise UserError(
+            f"{prefix[:-1]} is none here, so it needs all of its values: add {', '.join(missing)}"
+        )
+    return _make(lambda: cls(**changes), prefix)
+
+
+def _from_tree(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{prefix[:-1] or 'the whole'} is {tree!r}; expected an object")
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in tree:
+        if key not in names:
+            raise UserError(unknown(prefix + key, [prefix + name for name in names]))
+    missing = [prefix + name for name in _required(cls) if name not in tree]
+    if missing:
+        raise UserError(f"{', '.join(missing)} missing; add what was removed")
+    values = {}
+    for name, value in tree.items():
+        group, full = _group(hints[name]), prefix + name
+        if group is not None and not (value is None and _optional(hints[name])):
+            values[name] = _from_tree(group, value, f"{full}.")
+        else:
+            tokens = [_as_text(item) for item in (value if isinstance(value, list) else [value])]
+            values[name] = value_of(hints[name], tokens, f"{full}={json.dumps(value)}")
+    return _make(lambda: cls(**values), prefix)
+
+
+def _make(construct: Callable[[], Any], prefix: str) -> Any:
+    """What `construct` returns; a class's own ValueError becomes a UserError that says whose."""
+    try:
+        return construct()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{prefix.rstrip('.')}: {error}" if prefix else str(error)) from None
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else show(value)
+
+
+def _documentation(cls: type) -> dict[str, str]:
+    """The `name: text` lines of a class docstring, with their indented continuation lines."""
+    docs: dict[str, str] = {}
+    names: list[str] = []
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        if match := re.match(r"(\w+(?:, \w+)*): (.*)", line):
+            names = match[1].split(", ")
+            docs |= dict.fromkeys(names, match[2])
+        elif line.startswith(" ") and names:
+            docs |= {name: f"{docs[name]} {line.strip()}" for name in names}
+        else:
+            names = []
+    return docs
+
+
+def _required(cls: type) -> list[str]:
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+
+
+def _optional(type_: Any) -> bool:
+    return get_origin(type_) in (Union, types.UnionType) and types.NoneType in get_args(type_)
+
+
+def _present(type_: Any) -> Any:
+    """`X` of `X | None`; any other type as it is."""
+    if not _optional(type_):
+        return type_
+    inner = tuple(arg for arg in get_args(type_) if arg is not types.NoneType)
+    return inner[0] if len(inner) == 1 else Union[inner]  # noqa: UP007 - built at run time
+
+
+def _group(type_: Any) -> type | None:
+    present = _present(type_)
+    return present if isinstance(present, type) and dataclasses.is_dataclass(present) else None

@@ -1,0 +1,215 @@
+"""Random shapes examples, drawn on the fly: index -> picture, caption, category, id.
+
+Splits: `train` and `validation` hold nothing that `held_out` names, neither in the caption nor in
+the picture; every caption of `test` holds a composition of its category's own kind, and of no other
+kind (those of `complex`: of any kinds), so that a category measures one thing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TypedDict
+
+import numpy as np
+
+from taca_jax.data.shapes.captions import (
+    CATEGORIES,
+    COLORS,
+    HELD_OUT_COLOR_SHAPES,
+    PLAIN,
+    RELATIONS,
+    SAID_TEXTURES,
+    SHAPES,
+    Description,
+    Object,
+    Phrase,
+    held_out,
+)
+from taca_jax.data.shapes.drawing import Placed, draw, pick, place
+
+SPLITS = ("train", "validation", "test")
+MAX_OBJECTS = 4
+_SINGLE = 0.25  # share of captions of one object, outside `test`, where a category allows them
+
+
+class Example(TypedDict):
+    image: np.ndarray  # uint8 [40, 40, 3]
+    caption: str
+    category: str
+    id: str
+
+
+_SEEN_COLORS = {
+    shape: tuple(color for color in COLORS if (color, shape) not in HELD_OUT_COLOR_SHAPES)
+    for shape in SHAPES
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture before it is drawn, with what is said of it."""
+
+    category: str
+    description: Description
+    placed: tuple[Placed, ...]
+
+
+@dataclass(frozen=True)
+class GeneratedShapes:
+    """A random-access source of `size` examples of a split: a seed and an index decide each."""
+
+    split: str
+    size: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"split {self.split!r} is not one of {', '.join(SPLITS)}")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        index = int(index)
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is not in 0..{self.size - 1}")
+        scene = random_scene(self.split, self.seed, index)
+        return {
+            "image": draw(scene.placed),
+            "caption": scene.description.caption,
+            "category": scene.category,
+            "id": f"{self.split}-{self.seed}-{index:06d}",
+        }
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(self.size))
+
+
+def random_scene(split: str, seed: int, index: int) -> Scene:
+    """The scene that a split, a seed and an index stand for; categories are equally frequent."""
+    random = Random((SPLITS.index(split) << 96) + (seed << 48) + index)
+    category = pick(CATEGORIES, random)
+    description = random_description(category, split, random)
+    objects = _complete(description, random)
+    return Scene(category, description, tuple(place(objects, description.relation, random)))
+
+
+def random_description(category: str, split: str, random: Random) -> Description:
+    """A description of a category that may stand in a split."""
+    make = _MAKERS[category]
+    while True:
+        description = make(random, split != "test")
+        if _belongs(held_out(description), category, split):
+            return description
+
+
+def test_prompts(n_per_category: int, seed: int) -> list[tuple[str, str]]:
+    """(category, caption) pairs of the test split, `n_per_category` of each category in turn.
+
+    Captions of a category are distinct as far as it has enough of them, and repeat in rounds
+    after that: `shape` and `texture` have few.
+    """
+    prompts = []
+    for number, category in enumerate(CATEGORIES):
+        random = Random((seed << 8) + number)
+        distinct: dict[str, None] = {}
+        misses = 0
+        while len(distinct) < n_per_category and misses < 2000:
+            before = len(distinct)
+            distinct[random_description(category, "test", random).caption] = None
+            misses = 0 if len(distinct) > before else misses + 1
+        captions = list(distinct)
+        prompts += [(category, captions[i % len(captions)]) for i in range(n_per_category)]
+    return prompts
+
+
+def _belongs(kinds: frozenset[str], category: str, split: str) -> bool:
+    if split != "test":
+        return not kinds
+    return bool(kinds) if category == "complex" else kinds == {category}
+
+
+def _complete(description: Description, random: Random) -> list[Object]:
+    """The objects to draw: open textures plain, open colours random, distinct if one of each."""
+    objects = []
+    used = {phrase.object.color for phrase in description.phrases}
+    for phrase in description.phrases:
+        for _ in range(phrase.count or 1):
+            thing = phrase.object
+            color = thing.color
+            if color is None:
+                seen = _SEEN_COLORS[thing.shape]
+                color = pick([c for c in seen if c not in used] or seen, random)
+                used.add(color)
+            objects.append(replace(thing, color=color, texture=thing.texture or PLAIN))
+    return objects
+
+
+def _sample(items: tuple[str, ...], count: int, random: Random) -> list[str]:
+    left = list(items)
+    return [left.pop(int(random.random() * len(left))) for _ in range(count)]
+
+
+def _phrases(
+    count: int, random: Random, *, colors: bool = False, textures: int = 0
+) -> tuple[Phrase, ...]:
+    """`count` phrases of distinct shapes, with distinct colours; the first `textures` textured."""
+    shapes = _sample(SHAPES, count, random)
+    said = [*_sample(COLORS, count, random)] if colors else [None] * count
+    texture = [*_sample(SAID_TEXTURES, textures, random), *[None] * (count - textures)]
+    return tuple(Phrase(Object(*words)) for words in zip(shapes, said, texture, strict=True))
+
+
+def _color(random: Random, single: bool) -> Description:
+    count = 1 if single and random.random() < _SINGLE else 2
+    return Description(_phrases(count, random, colors=True))
+
+
+def _shape(random: Random, single: bool) -> Description:
+    if single and random.random() < _SINGLE:
+        return Description(_phrases(1, random))
+    return Description(_phrases(2 if random.random() < 0.5 else 3, random))
+
+
+def _texture(random: Random, single: bool) -> Description:
+    """Both objects textured, or one: then the other is plain, which is not said."""
+    if single and random.random() < _SINGLE:
+        return Description(_phrases(1, random, textures=1))
+    phrases = _phrases(2, random, textures=2 if random.random() < 0.7 else 1)
+    return Description(phrases if random.random() < 0.5 else phrases[::-1])
+
+
+def _spatial(random: Random, single: bool) -> Description:
+    del single
+    return Description(_phrases(2, random, colors=random.random() < 0.7), pick(RELATIONS, random))
+
+
+def _numeracy(random: Random, single: bool) -> Description:
+    """Up to four objects: of one kind, or of two kinds of which one at least is several."""
+    if random.random() < 0.5:
+        (phrase,) = _phrases(1, random, colors=True)
+        return Description((replace(phrase, count=1 + int(random.random() * MAX_OBJECTS)),))
+    first, second = pick(((1, 2), (2, 1), (2, 2), (1, 3), (3, 1)), random)
+    one, other = _phrases(2, random, colors=True)
+    return Description((replace(one, count=first), replace(other, count=second)))
+
+
+def _complex(random: Random, single: bool) -> Description:
+    """Coloured objects, one to three of them textured, the first two related."""
+    del single
+    count = 2 if random.random() < 0.5 else 3
+    textures = 1 + int(random.random() * count)
+    phrases = _phrases(count, random, colors=True, textures=textures)
+    if random.random() < 0.5:
+        phrases = phrases[::-1]
+    return Description(phrases, pick(RELATIONS, random))
+
+
+_MAKERS = {
+    "color": _color,
+    "shape": _shape,
+    "texture": _texture,
+    "spatial": _spatial,
+    "numeracy": _numeracy,
+    "complex": _complex,
+}

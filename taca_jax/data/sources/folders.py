@@ -1,0 +1,199 @@
+"""Pictures under a folder, captioned in tables or in files beside them."""
+
+import json
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
+from taca_jax.data.sources.base import SUFFIXES, PictureSource, captions_of, printable, text_of
+from taca_jax.data.sources.scans import stamp_of
+from taca_jax.errors import UserError
+
+CAPTIONS_FILE = "captions.jsonl"
+
+_FILE_KEYS = ("file", "file_name")
+_BESIDE = (".txt", ".json")  # the first that is there
+
+Captions = str | Sequence[str]
+FurtherCaptions = Callable[[str], Mapping[str, Captions]]
+"""Of a folder's pictures that have none: stem of the file -> caption."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: str  # under the folder, with slashes
+    caption: Captions | None  # None: in the file beside it that ends with `beside`
+    id: str
+    beside: str = ""
+
+
+class FolderSource(PictureSource):
+    """Pictures under a folder, each with its caption; in the order of their paths.
+
+    A caption stands in a `captions.jsonl` (one `{"file": PATH, "caption": TEXT}` a line, the path
+    relative to it; `file_name` and `text` or `name` are read too; a list of captions is one picture
+    with several), or in a .txt or .json of the picture's name.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        resolution: int,
+        max_bad_share: float,
+        further: FurtherCaptions | None = None,
+    ):
+        """`further` gives, for a folder under the root, captions of pictures that have none.
+
+        Raises UserError for a folder without usable pictures, or with too many bad ones.
+        """
+        super().__init__(resolution)
+        self._root = root.expanduser()
+        listing = _Listing(self._root, further)
+        self._entries = listing.entries
+        total = len(self._entries) + sum(len(names) for names in listing.bad.values())
+        if total == 0:
+            raise UserError(f"{self._root} holds no pictures ({', '.join(SUFFIXES)})")
+        self.bad = BadExamples(total, max_bad_share)
+        self.bad.listed(str(self._root), listing.bad)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name(self, index: int) -> str:
+        return str(self._file(index))
+
+    def id(self, index: int) -> str:
+        return self._entries[index].id
+
+    def stamp(self) -> bytes:
+        return b"".join(stamp_of(self._file(index)) for index in range(len(self)))
+
+    def _file(self, index: int) -> Path:
+        return self._root / self._entries[index].path
+
+    def _caption(self, index: int) -> Captions:
+        entry = self._entries[index]
+        if entry.caption is not None:
+            return entry.caption
+        file = self._file(index).with_suffix(entry.beside)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise BadExampleError(f"cannot read {file.name}: {error.strerror}") from error
+        if entry.beside == ".txt":
+            return text_of(content, file.name)
+        if not (caption := captions_of(_json(content))):
+            raise BadExampleError(f"{file.name} has no caption")
+        return caption
+
+
+class _Listing:
+    """What a folder's files say, without opening a picture."""
+
+    entries: list[_Entry]
+    bad: dict[str, list[str]]  # reason -> paths
+
+    def __init__(self, root: Path, further: FurtherCaptions | None):
+        self.entries, self.bad = [], {}
+        pictures, texts, tables = _files(root)
+        named: set[str] = set()
+        for table in tables:
+            for number, line in _lines(root / table):
+                self._read_line(line, table, number, pictures, named)
+        silent: dict[str, list[str]] = {}
+        for path in sorted(pictures - named):
+            stem = os.path.splitext(path)[0]
+            beside = next((suffix for suffix in _BESIDE if stem + suffix in texts), None)
+            if beside is None:
+                silent.setdefault(posixpath.dirname(path), []).append(path)
+            else:
+                self.entries.append(_Entry(path, None, printable(path), beside))
+        for folder, paths in silent.items():
+            captions = {} if further is None else further(folder)
+            for path in paths:
+                if caption := captions.get(posixpath.splitext(posixpath.basename(path))[0]):
+                    self.entries.append(_Entry(path, caption, printable(path)))
+                else:
+                    reason = f"without a caption (in {CAPTIONS_FILE}, or a .txt beside it)"
+                    self._add_bad(reason, path)
+        self.entries.sort(key=lambda entry: (entry.path, entry.id))
+
+    def _read_line(
+        self, line: bytes, table: str, number: int, pictures: set[str], named: set[str]
+    ) -> None:
+        where = f"{printable(table)}:{number}"
+        record = _json(line)
+        file = caption = None
+        if isinstance(record, dict):
+            file = next((record[key] for key in _FILE_KEYS if key in record), None)
+            caption = captions_of({k: v for k, v in record.items() if k not in _FILE_KEYS})
+        if not isinstance(file, str) or caption is None:
+            self._add_bad('not a line of UTF-8 JSON with "file" and "caption"', where)
+            return
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(table), file))
+        if path not in pictures:
+            reason = f"named in {CAPTIONS_FILE} but not there (as {', '.join(SUFFIXES)})"
+            self._add_bad(reason, path)
+            return
+        # A picture may stand in several lines: each makes an example.
+        ident = printable(path) + (f"#{number}" if path in named else "")
+        named.add(path)
+        if caption:
+            self.entries.append(_Entry(path, caption, ident))
+        else:
+            self._add_bad("with an empty caption", path)
+
+    def _add_bad(self, reason: str, name: str) -> None:
+        self.bad.setdefault(reason, []).append(printable(name))
+
+
+def _files(root: Path) -> tuple[set[str], set[str], list[str]]:
+    """Pictures, .txt and .json files, and captions.jsonl files under a folder, with slashes."""
+    if not root.is_dir():
+        state = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(f"{root} {state}; data.source=folder:PATH takes a folder of pictures")
+    pictures: set[str] = set()
+    texts: set[str] = set()
+    tables: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for folder, inner, files in os.walk(root, onerror=fail):
+        # Folders that systems leave: .ipynb_checkpoints, .git, a Mac's resource forks.
+        inner[:] = sorted(name for name in inner if name[0] != "." and name != "__MACOSX")
+        prefix = Path(folder).relative_to(root).as_posix() + "/"
+        prefix = "" if prefix == "./" else prefix
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if name == CAPTIONS_FILE:
+                tables.append(prefix + name)
+            elif suffix in SUFFIXES:
+                pictures.add(prefix + name)
+            elif suffix in _BESIDE:
+                texts.add(prefix + name)
+    return pictures, texts, sorted(tables)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of the lines that are not blank."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _json(content: bytes) -> object:
+    """What JSON says; None where it is none."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError among them
+        return None

@@ -1,0 +1,142 @@
+"""Captioned pictures of any data set that TFDS has prepared."""
+
+import errno
+import io
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
+from taca_jax.data.sources.base import CAPTION_KEYS, PictureSource, captions_of, text_of
+from taca_jax.data.sources.scans import stamp_of
+from taca_jax.errors import UserError
+from taca_jax.quiet import quiet
+
+_RANDOM_ACCESS = "array_record"
+
+
+class TfdsSource(PictureSource):
+    """A split of a data set with one picture and one or more captions an example.
+
+    place: `NAME`, `NAME/CONFIG` or `NAME:VERSION` as TFDS has it, or the folder of a prepared one;
+    `#SPLIT` after it is one of its splits or a part of one (`#train[:10%]`), else `train`. The
+    caption is the feature `caption`, `captions`, `text` or `name`: text, a sequence of texts, or of
+    records that have a `text`, as COCO's.
+    """
+
+    def __init__(self, place: str, resolution: int, max_bad_share: float):
+        """Raises UserError for a data set that is not prepared, or not for reading at random, and
+        for one without a picture or a caption."""
+        super().__init__(resolution)
+        self._name, _, split = place.partition("#")
+        self._split = split or "train"
+        builder = _prepared(self._name)
+        self._picture, self._captions = _features(self._name, builder.info.features)
+        if self._split.partition("[")[0] not in builder.info.splits:
+            raise UserError(
+                f"data.source is tfds:{place}; its splits are {', '.join(builder.info.splits)}"
+            )
+        decoders = {self._picture: tfds.decode.SkipDecoding()}
+        try:
+            # TFDS's decorators hide the method's signature.
+            self._records = builder.as_data_source(self._split, decoders=decoders)  # pyright: ignore[reportCallIssue]
+        except Exception as error:  # TFDS and array_record have no common class for what they raise
+            raise UserError(f"tfds:{place} cannot be read: {_reason(error)}") from error
+        folder = Path(os.fspath(builder.data_path))
+        self._stamp = b"".join(map(stamp_of, sorted(folder.iterdir()))) + self._split.encode()
+        self._last = threading.local()  # the record that a caption and a picture are both of
+        self.bad = BadExamples(len(self), max_bad_share)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, index: int) -> str:
+        return f"tfds:{self._name}#{self._split}, example {index}"
+
+    def id(self, index: int) -> str:
+        return f"{self._name}#{self._split}/{index}"
+
+    def stamp(self) -> bytes:
+        return self._stamp
+
+    def _record(self, index: int) -> dict[str, Any]:
+        if getattr(self._last, "index", None) != index:
+            try:
+                self._last.record = self._records[index]
+            except Exception as error:  # as above
+                if "Too many open files" in str(error):
+                    reason = "has more shards than files may be open; raise `ulimit -n`"
+                    raise UserError(f"tfds:{self._name} {reason}") from error
+                # It may be the file or the system: as the latter, so that sizes are not kept.
+                refused = OSError(errno.EIO, _reason(error))
+                raise BadExampleError(f"cannot be read: {_reason(error)}") from refused
+            self._last.index = index
+        return self._last.record
+
+    def _caption(self, index: int) -> str | Sequence[str]:
+        found = self._record(index)[self._captions]
+        found = found["text"] if isinstance(found, dict) else found
+        if isinstance(found, bytes):
+            return text_of(found, f"its {self._captions}")
+        try:
+            captions = captions_of({"captions": [text.decode() for text in found]})
+        except UnicodeDecodeError as error:
+            raise BadExampleError(f"its {self._captions} is not UTF-8") from error
+        if not captions:
+            raise BadExampleError(f"its {self._captions} is empty")
+        return captions
+
+    def _file(self, index: int) -> io.BytesIO:
+        return io.BytesIO(self._record(index)[self._picture])
+
+
+def _prepared(name: str) -> tfds.core.DatasetBuilder:
+    hint = f"prepare it with `tfds build ... --file_format={_RANDOM_ACCESS}`"
+    folder = Path(name).expanduser()
+    try:
+        with quiet("absl", below=logging.ERROR):
+            if (folder / "dataset_info.json").is_file():
+                builder = tfds.builder_from_directory(str(folder))
+            else:
+                builder = tfds.builder(name)
+    except Exception as error:  # of a data set's own code, which may want other packages
+        raise UserError(
+            f"data.source is tfds:{name}: {_reason(error)}; give TFDS's name of a data set, or the "
+            "folder where one is prepared"
+        ) from error
+    if "://" in os.fspath(builder.data_path):
+        raise UserError(f"tfds:{name} is at {builder.data_path}; copy or mount it as a folder")
+    if not builder.is_prepared():
+        raise UserError(f"tfds:{name} is not in {builder.data_path}; {hint}")
+    stored = builder.info.file_format
+    if stored is None or stored.value != _RANDOM_ACCESS:
+        kind = "unknown files" if stored is None else stored.value
+        raise UserError(f"tfds:{name} is stored as {kind}, which cannot be shuffled; {hint}")
+    return builder
+
+
+def _features(name: str, features: Any) -> tuple[str, str]:
+    """The names of the picture and of the caption."""
+    pictures = [key for key, each in features.items() if isinstance(each, tfds.features.Image)]
+    captions = [key for key in CAPTION_KEYS if key in features and _is_text(features[key])]
+    if len(pictures) == 1 and captions:
+        return pictures[0], captions[0]
+    lacks = "one picture an example" if captions else f"a caption ({' or '.join(CAPTION_KEYS)})"
+    raise UserError(f"tfds:{name} lacks {lacks}; its features are {', '.join(sorted(features))}")
+
+
+def _is_text(feature: Any) -> bool:
+    if type(feature) is tfds.features.Sequence:  # and no Dataset, which is read one by one
+        feature = feature.feature
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return "text" in feature and isinstance(feature["text"], tfds.features.Text)
+    return isinstance(feature, tfds.features.Text)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")

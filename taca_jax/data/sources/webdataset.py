@@ -1,0 +1,192 @@
+"""Pictures in tar files as WebDataset lays them out: the files of a sample have one name up to its
+first dot, and stand side by side."""
+
+import io
+import json
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
+from taca_jax.data.sources.base import SUFFIXES, PictureSource, captions_of, printable, text_of
+from taca_jax.data.sources.scans import kept_array, stamp_of
+from taca_jax.data.sources.tars import Broken, walk
+from taca_jax.errors import UserError
+
+Captions = str | Sequence[str]
+FurtherCaptions = Callable[[Path], Mapping[str, Captions]]
+"""Of a tar's samples that bring none: name of the sample -> caption."""
+
+_HEAD_BYTES = 2**15  # holds a picture's header, unless that carries a thumbnail or a profile
+_ABSENT = (0, -1)
+_PICTURE, _TXT, _JSON = "picture", "txt", "json"
+
+
+class TarSource(PictureSource):
+    """The captioned pictures of tar files, in their order, each read by its place in its tar.
+
+    A caption is in the .txt of a picture's name, else in its .json, else `further` has it. Where
+    members are is found once by walking through the tars, and then kept (`kept_array`).
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        resolution: int,
+        max_bad_share: float,
+        further: FurtherCaptions | None = None,
+    ):
+        """Raises UserError where there is no usable picture, or where too many are bad."""
+        super().__init__(resolution)
+        self._paths = list(paths)
+        self._stamps = [stamp_of(path) for path in self._paths]
+        self._further: list[Mapping[str, Captions]] = []
+        self._shards: list[np.ndarray] = []
+        bad: dict[str, list[str]] = {}
+        for path, stamp in zip(self._paths, self._stamps, strict=True):
+            rows = kept_array("tar", stamp, partial(_index, path))
+            captions, usable = {}, rows["reason"] == b""
+            silent = usable & (rows[_TXT][:, 1] < 0) & (rows[_JSON][:, 1] < 0)
+            if silent.any() and further is not None:
+                known = further(path)
+                captions = {
+                    key: known[key] for key in map(_text, rows["key"][silent]) if key in known
+                }
+            for i in np.flatnonzero(silent | ~usable):
+                key, reason = _text(rows["key"][i]), _text(rows["reason"][i])
+                if reason or key not in captions:
+                    reason = reason or "without a caption (in a .txt or .json of its name)"
+                    bad.setdefault(reason, []).append(f"{path.name}/{key}")
+                    usable[i] = False
+            self._shards.append(rows[usable])
+            self._further.append(captions)
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+        total = len(self) + sum(map(len, bad.values()))
+        where = str(self._paths[0].parent)
+        if total == 0:
+            raise UserError(
+                f"{len(self._paths)} tars in {where} hold no pictures ({', '.join(SUFFIXES)})"
+            )
+        self.bad = BadExamples(total, max_bad_share)
+        self.bad.listed(where, bad)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def name(self, index: int) -> str:
+        shard, row = self._find(index)
+        return f"{self._paths[shard]}/{printable(_text(row['key']))}"
+
+    def id(self, index: int) -> str:
+        shard, row = self._find(index)
+        return f"{self._paths[shard].name}/{printable(_text(row['key']))}"
+
+    def stamp(self) -> bytes:
+        return b"".join(self._stamps)
+
+    def _find(self, index: int) -> tuple[int, Any]:
+        shard = int(np.searchsorted(self._starts, index, "right")) - 1
+        return shard, self._shards[shard][index - self._starts[shard]]
+
+    def _caption(self, index: int) -> Captions:
+        shard, row = self._find(index)
+        if row[_TXT][1] >= 0:
+            return text_of(self._bytes(shard, row[_TXT]), "its .txt")
+        if row[_JSON][1] < 0:
+            return self._further[shard][_text(row["key"])]
+        try:
+            caption = captions_of(json.loads(self._bytes(shard, row[_JSON]).decode("utf-8-sig")))
+        except (ValueError, RecursionError) as error:
+            raise BadExampleError("its .json is not UTF-8 JSON") from error
+        if not caption:
+            raise BadExampleError("its .json has no caption")
+        return caption
+
+    def _file(self, index: int) -> io.BytesIO:
+        shard, row = self._find(index)
+        return io.BytesIO(self._bytes(shard, row[_PICTURE]))
+
+    def _head(self, index: int) -> io.BytesIO:
+        shard, row = self._find(index)
+        return io.BytesIO(self._bytes(shard, row[_PICTURE], most=_HEAD_BYTES))
+
+    def _bytes(self, shard: int, place: np.ndarray, most: int | None = None) -> bytes:
+        offset, size = map(int, place)
+        size = size if most is None else min(size, most)
+        try:
+            # Opened anew: there may be more tars than files that a process may hold open.
+            handle = os.open(self._paths[shard], os.O_RDONLY)
+            try:
+                content = os.pread(handle, size, offset)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise BadExampleError(f"cannot read the tar: {error.strerror}") from error
+        if len(content) < size:
+            raise BadExampleError(f"the tar ends after {len(content)} of its {size} bytes")
+        return content
+
+
+def _index(path: Path) -> tuple[np.ndarray, bool]:
+    """A row for each sample of a tar that has a picture, and for each broken part of it; and
+    whether it could be read to its end.
+
+    Fields: key, its name, or where it is broken; picture, txt and json, offset and size of their
+    bytes in the tar, ABSENT where there is none; reason, empty unless it is broken.
+    """
+    rows: list[tuple] = []
+    whole = True
+    try:
+        for key, members in _samples(path):
+            if isinstance(members, Broken):
+                rows.append((os.fsencode(key), *[_ABSENT] * 3, os.fsencode(members.reason)))
+            elif _PICTURE in members:
+                places = [members.get(kind, _ABSENT) for kind in (_PICTURE, _TXT, _JSON)]
+                rows.append((os.fsencode(key), *places, b""))
+    except OSError as error:
+        whole = False
+        reason = f"cannot be read ({error.strerror})"
+        rows.append((b"", *[_ABSENT] * 3, reason.encode()))
+    place = ("<i8", 2)
+    widths = [max((len(row[i]) for row in rows), default=1) or 1 for i in (0, -1)]
+    fields = [
+        ("key", f"S{widths[0]}"),
+        (_PICTURE, *place),
+        (_TXT, *place),
+        (_JSON, *place),
+        ("reason", f"S{widths[1]}"),
+    ]
+    return np.array(rows, fields), whole
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Broken]]:
+    """Neighbours of one name: kind -> place."""
+    current, members = None, {}
+    for member in walk(path):
+        if isinstance(member, Broken):
+            yield member.where, member
+            continue
+        folder, name = posixpath.split(member.name)
+        stem, _, suffix = name.partition(".")
+        if not stem or not suffix or "__MACOSX" in folder:
+            continue
+        key = posixpath.join(folder, stem)
+        if key != current:
+            if current is not None:
+                yield current, members
+            current, members = key, {}
+        suffix = f".{suffix.lower()}"
+        kind = _PICTURE if suffix in SUFFIXES else suffix[1:]
+        if kind in (_PICTURE, _TXT, _JSON):
+            members.setdefault(kind, (member.offset, member.size))
+    if current is not None:
+        yield current, members
+
+
+def _text(key: bytes) -> str:
+    return os.fsdecode(key)

@@ -1,0 +1,27 @@
+"""How a run on shapes is measured."""
+
+from dataclasses import dataclass
+
+from taca_jax.config.fields import check
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The measurement at the end of a training run on shapes.
+
+    prompts: held-out prompts per category.
+    steps: sampling steps per picture.
+    guidance: strength of classifier-free guidance; 1 is none.
+    batch_size: pictures sampled at a time.
+    """
+
+    prompts: int = 100
+    steps: int = 20
+    guidance: float = 1.0
+    batch_size: int = 50
+
+    def __post_init__(self):
+        check(self.prompts >= 1, "evaluate.prompts", self.prompts, "1 or more per category")
+        check(self.steps >= 1, "evaluate.steps", self.steps, "1 or more")
+        check(self.guidance >= 0, "evaluate.guidance", self.guidance, "0 or more")
+        check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "1 or more")

@@ -1,0 +1,308 @@
+"""FLUX.1's multimodal diffusion transformer, with TACA in its joint attention.
+
+Source: black-forest-labs/flux, model.py and modules/layers.py. What differs: projections for q, k
+and v are apart (as in diffusers, which LoRA files follow), blocks are stacked and scanned, and
+latents go in and out as NHWC images: packing into tokens happens here and nowhere else.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from taca_jax.attention import Implementation, joint_attention
+from taca_jax.errors import UserError
+from taca_jax.nn.kinds import ModelKind, register
+from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
+from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
+from taca_jax.nn.layers import (
+    TIMESTEP_CHANNELS,
+    ZEROS,
+    Linear,
+    MLPEmbedder,
+    modulate,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+from taca_jax.nn.rope import Rotation, joint_rotation, rotate
+from taca_jax.nn.stacking import Remat, make_stack, run_stack
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The shape of a FLUX transformer.
+
+    patch_size: latent pixels per token side. latent_channels: of the autoencoder.
+    axes_dim: rotary channels for (index, row, column); they sum to head_dim.
+    txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
+    guidance_embed: whether the guidance scale is an input (dev, Krea) or not (schnell).
+
+    Raises UserError when axes_dim does not sum to head_dim or is odd.
+    """
+
+    patch_size: int
+    latent_channels: int
+    num_heads: int
+    head_dim: int
+    axes_dim: tuple[int, int, int]
+    theta: float
+    num_double_blocks: int
+    num_single_blocks: int
+    mlp_ratio: float
+    txt_dim: int
+    pooled_dim: int
+    guidance_embed: bool
+
+    def __post_init__(self):
+        if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
+            raise UserError(
+                f"axes_dim {self.axes_dim} must be even and sum to head_dim {self.head_dim}"
+            )
+        if self.num_double_blocks < 1 or self.num_single_blocks < 1:
+            raise UserError("FLUX needs at least one double and one single block")
+
+    @property
+    def hidden(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def token_features(self) -> int:
+        return self.latent_channels * self.patch_size**2
+
+
+FLUX_DEV = FluxConfig(
+    patch_size=2,
+    latent_channels=16,
+    num_heads=24,
+    head_dim=128,
+    axes_dim=(16, 56, 56),
+    theta=10_000,
+    num_double_blocks=19,
+    num_single_blocks=38,
+    mlp_ratio=4.0,
+    txt_dim=4096,
+    pooled_dim=768,
+    guidance_embed=True,
+)
+FLUX_KREA = FLUX_DEV
+FLUX_SCHNELL = replace(FLUX_DEV, guidance_embed=False)
+
+
+class FluxTransformer(nnx.Module):
+    """Predicts the flow-matching velocity noise - x0 of latents, given text.
+
+    Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
+    time embedding are float32 always. `remat` says what the backward pass recomputes.
+    """
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.remat: Remat = remat
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        hidden = config.hidden
+        self.img_in = Linear(config.token_features, hidden, **types)
+        self.txt_in = Linear(config.txt_dim, hidden, **types)
+        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types)
+        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **types)
+        self.guidance_in = nnx.data(
+            MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types) if config.guidance_embed else None
+        )
+        self.double_blocks = make_stack(
+            lambda r: DoubleBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
+            config.num_double_blocks,
+            rngs,
+        )
+        self.single_blocks = make_stack(
+            lambda r: SingleBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
+            config.num_single_blocks,
+            rngs,
+        )
+        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **types)
+        self.final_out = Linear(hidden, config.token_features, kernel_init=ZEROS, **types)
+
+    def __call__(
+        self,
+        latents: Float[Array, "b H W c"],
+        timestep: Float[Array, " b"],
+        txt: Float[Array, "b t k"],
+        pooled: Float[Array, "b p"],
+        *,
+        guidance: Float[Array, " b"] | None = None,
+        gamma: Float[Array, " b"] | None = None,
+        lora_scale: Float[Array, " b"] | None = None,
+        attention: Implementation = "auto",
+    ) -> Float[Array, "b H W c"]:
+        """The velocity, float32, shaped as `latents`.
+
+        timestep: 0 (data) to 1000 (noise). guidance: the guidance scale itself (3.5), exactly where
+        the model has the embedding. gamma: TACA's temperature, None for plain attention.
+        lora_scale: the strength of attached LoRA factors, None to leave them out.
+
+        Raises ValueError when guidance is given to a model without it or missing from one with it,
+        or when sizes do not fit.
+        """
+        config = self.config
+        if (guidance is not None) != config.guidance_embed:
+            raise ValueError(
+                "this model takes a guidance scale; none was given"
+                if config.guidance_embed
+                else "this model has no guidance embedding (schnell has none); leave guidance out"
+            )
+        for name, given, expected in (
+            ("latents", latents.shape[-1], config.latent_channels),
+            ("txt", txt.shape[-1], config.txt_dim),
+            ("pooled", pooled.shape[-1], config.pooled_dim),
+        ):
+            if given != expected:
+                raise ValueError(f"{name} has {given} channels; this model expects {expected}")
+        height, width = latents.shape[1:3]
+        text_len = txt.shape[1]
+
+        vec = self.time_in(timestep_embedding(timestep), lora_scale)
+        vec = vec + self.vector_in(pooled, lora_scale)
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance * 1000), lora_scale)
+        vec = nnx.silu(vec)  # every modulation starts with it
+        inputs = FluxInputs(
+            vec=vec,
+            rotation=joint_rotation(
+                text_len,
+                height // config.patch_size,
+                width // config.patch_size,
+                axes_dim=config.axes_dim,
+                theta=config.theta,
+            ),
+            text_len=text_len,
+            gamma=gamma,
+            lora_scale=lora_scale,
+            attention=attention,
+        )
+        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
+        txt = self.txt_in(txt, lora_scale)
+
+        img, txt = run_stack(
+            self.double_blocks,
+            lambda block, x: block(x[0], x[1], inputs),
+            (img, txt),
+            remat=self.remat,
+        )
+        joint = run_stack(
+            self.single_blocks,
+            lambda block, x: block(x, inputs),
+            jnp.concatenate([txt, img], axis=1),
+            remat=self.remat,
+        )
+        shift, scale = jnp.split(self.final_mod(vec, lora_scale), 2, axis=-1)
+        out = self.final_out(modulate(joint[:, text_len:], shift, scale), lora_scale)
+        return unpatchify(out.astype(jnp.float32), config.patch_size, height, width)
+
+
+@dataclass(frozen=True)
+class FluxInputs(BlockInputs):
+    """`BlockInputs`, and the positions of all tokens."""
+
+    rotation: Rotation
+
+
+class DoubleBlock(nnx.Module):
+    """Text and image each with its own weights, meeting in one attention."""
+
+    def __init__(
+        self, config: FluxConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
+    ):
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        self.img = Stream(config, **types)
+        self.txt = Stream(config, **types)
+
+    def __call__(
+        self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: FluxInputs
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"]]:
+        img_mod, txt_mod = self.img.modulation(inputs), self.txt.modulation(inputs)
+        img_qkv = self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale)
+        txt_qkv = self.txt.qkv(modulate(txt, *txt_mod[:2]), inputs.lora_scale)
+        q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
+        attended = attend(q, k, v, inputs)
+        txt_attended, img_attended = jnp.split(attended, [inputs.text_len], axis=1)
+        img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale)
+        txt = self.txt.finish(txt, txt_attended, txt_mod, inputs.lora_scale)
+        return img, txt
+
+
+class SingleBlock(nnx.Module):
+    """One set of weights for the joint sequence; attention and MLP side by side."""
+
+    def __init__(
+        self, config: FluxConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
+    ):
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        self.mod = Linear(config.hidden, 3 * config.hidden, kernel_init=ZEROS, **types)
+        self.qkv = QKV(config, **types)
+        self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)
+        self.out = Linear(config.hidden + config.mlp_hidden, config.hidden, **types)
+
+    def __call__(self, x: Float[Array, "b s d"], inputs: FluxInputs) -> Float[Array, "b s d"]:
+        scale_by = inputs.lora_scale
+        shift, scale, gate = jnp.split(self.mod(inputs.vec, scale_by), 3, axis=-1)
+        y = modulate(x, shift, scale)
+        attended = attend(*self.qkv(y, scale_by), inputs)
+        mlp = nnx.gelu(self.mlp_in(y, scale_by), approximate=True)
+        out = self.out(jnp.concatenate([attended, mlp], axis=-1), scale_by)
+        return x + gate[:, None] * out
+
+
+def attend(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    inputs: FluxInputs,
+) -> Float[Array, "b s k"]:
+    """TACA joint attention on rotated queries and keys, heads merged."""
+    out = joint_attention(
+        rotate(q, inputs.rotation),
+        rotate(k, inputs.rotation),
+        v,
+        text_len=inputs.text_len,
+        gamma=inputs.gamma,
+        implementation=inputs.attention,
+    )
+    return out.reshape(*out.shape[:2], -1)
+
+
+FLUX_KIND = register(
+    ModelKind(
+        "flux",
+        FluxConfig,
+        FluxTransformer,
+        sharding={
+            r"(img_in|final_out)": (WHOLE, FSDP),
+            r"txt_in": (FSDP, WHOLE),
+            r"(time|vector|guidance)_in\.linear_1": IN,
+            r"(time|vector|guidance)_in\.linear_2": OUT,
+            r"double_blocks\.(img|txt)\.mod": IN,
+            r"double_blocks\.(img|txt)\.(qkv\.[qkv]|mlp_in)": IN,
+            r"double_blocks\.(img|txt)\.(out|mlp_out)": OUT,
+            r"single_blocks\.mod": IN,
+            r"single_blocks\.(qkv\.[qkv]|mlp_in)": IN,
+            # Its inputs are heads and MLP side by side: a device's pieces of them would not be
+            # neighbours.
+            r"single_blocks\.out": IN,
+            r"final_mod": IN,
+        },
+        quantized=r"(double|single)_blocks\..*",
+    )
+)

@@ -1,0 +1,351 @@
+"""Stable Diffusion 3's multimodal diffusion transformer (MM-DiT), with TACA in its joint attention.
+
+Source: Esser et al. 2024 (arXiv:2403.03206); Stability-AI/sd3.5, mmditx.py. What differs: text is
+first in the joint sequence, projections for q, k and v are apart, blocks of a kind are stacked and
+scanned, and latents go in and out as NHWC images.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from taca_jax.attention import Implementation, joint_attention
+from taca_jax.errors import UserError
+from taca_jax.nn.kinds import ModelKind, register
+from taca_jax.parallel.rules import EMBEDDING, FSDP, IN, OUT, WHOLE
+from taca_jax.families.sd3.positions import PositionTable
+from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
+from taca_jax.nn.layers import (
+    TIMESTEP_CHANNELS,
+    ZEROS,
+    Linear,
+    MLPEmbedder,
+    modulate,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+from taca_jax.nn.stacking import Remat, make_stack, run_stack
+
+QKNorm = Literal["none", "rms"]
+
+
+@dataclass(frozen=True)
+class SD3Config:
+    """The shape of a Stable Diffusion 3 transformer.
+
+    patch_size: latent pixels per token side. latent_channels: of the autoencoder.
+    num_layers: all blocks; of the last one the text's part ends at its attention.
+    num_dual_layers: the first blocks, which have a second attention among image tokens alone.
+    qk_norm: what queries and keys pass through, per head.
+    position_size: rows and columns of the position table, of which the middle is used.
+    txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
+
+    Raises UserError for too many dual layers, and a width that is no multiple of 4.
+    """
+
+    patch_size: int
+    latent_channels: int
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    num_dual_layers: int
+    qk_norm: QKNorm
+    position_size: int
+    mlp_ratio: float
+    txt_dim: int
+    pooled_dim: int
+
+    def __post_init__(self):
+        if not 0 <= self.num_dual_layers < self.num_layers:
+            raise UserError(
+                f"num_dual_layers is {self.num_dual_layers}; it must be 0 or more and below "
+                f"num_layers, {self.num_layers}"
+            )
+        if self.hidden % 4:
+            raise UserError(f"num_heads * head_dim is {self.hidden}; it must be a multiple of 4")
+
+    @property
+    def hidden(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+    @property
+    def token_features(self) -> int:
+        return self.latent_channels * self.patch_size**2
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.qk_norm == "rms"
+
+    @property
+    def num_joint_layers(self) -> int:
+        """Blocks between the dual ones and the last."""
+        return self.num_layers - self.num_dual_layers - 1
+
+
+SD35_MEDIUM = SD3Config(
+    patch_size=2,
+    latent_channels=16,
+    num_heads=24,
+    head_dim=64,
+    num_layers=24,
+    num_dual_layers=13,
+    qk_norm="rms",
+    position_size=384,
+    mlp_ratio=4.0,
+    txt_dim=4096,
+    pooled_dim=2048,
+)
+SD35_LARGE = replace(SD35_MEDIUM, num_heads=38, num_layers=38, num_dual_layers=0, position_size=192)
+SD3_MEDIUM = replace(SD35_MEDIUM, num_dual_layers=0, qk_norm="none", position_size=192)
+
+
+class SD3Transformer(nnx.Module):
+    """Predicts the flow-matching velocity noise - x0 of latents, given text.
+
+    Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
+    time embedding are float32 always. `remat` says what the backward pass recomputes.
+    """
+
+    def __init__(
+        self,
+        config: SD3Config,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.remat: Remat = remat
+        types: dict[str, Any] = {"param_dtype": param_dtype, "dtype": dtype}
+        hidden = config.hidden
+        self.img_in = Linear(config.token_features, hidden, rngs=rngs, **types)
+        self.position_embed = PositionTable(config.position_size, hidden, param_dtype=param_dtype)
+        self.txt_in = Linear(config.txt_dim, hidden, rngs=rngs, **types)
+        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, rngs=rngs, **types)
+        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, rngs=rngs, **types)
+
+        def stack(layers: int, *, dual: bool) -> JointBlock | None:
+            if not layers:
+                return nnx.data(None)
+            return make_stack(
+                lambda r: JointBlock(config, dual=dual, rngs=r, **types), layers, rngs
+            )
+
+        self.dual_blocks = stack(config.num_dual_layers, dual=True)
+        self.joint_blocks = stack(config.num_joint_layers, dual=False)
+        self.last_block = LastBlock(config, rngs=rngs, **types)
+        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, rngs=rngs, **types)
+        self.final_out = Linear(
+            hidden, config.token_features, kernel_init=ZEROS, rngs=rngs, **types
+        )
+
+    def __call__(
+        self,
+        latents: Float[Array, "b H W c"],
+        timestep: Float[Array, " b"],
+        txt: Float[Array, "b t k"],
+        pooled: Float[Array, "b p"],
+        *,
+        gamma: Float[Array, " b"] | None = None,
+        lora_scale: Float[Array, " b"] | None = None,
+        skip: Bool[Array, " layers"] | None = None,
+        attention: Implementation = "auto",
+    ) -> Float[Array, "b H W c"]:
+        """The velocity, float32, shaped as `latents`.
+
+        timestep: 0 (data) to 1000 (noise). gamma: TACA's temperature, None for plain attention.
+        lora_scale: the strength of attached LoRA factors, None to leave them out. skip: which
+        blocks to leave out, traced, for skip-layer guidance; None runs all.
+
+        Raises ValueError when sizes do not fit, or are more tokens than the position table has.
+        """
+        config = self.config
+        for name, given, expected in (
+            ("latents", latents, config.latent_channels),
+            ("txt", txt, config.txt_dim),
+            ("pooled", pooled, config.pooled_dim),
+        ):
+            if (channels := given.shape[-1]) != expected:
+                raise ValueError(f"{name} has {channels} channels; this model expects {expected}")
+        if skip is not None and skip.shape != (config.num_layers,):
+            raise ValueError(f"skip is {skip.shape}; this model has {config.num_layers} layers")
+        height, width = latents.shape[1:3]
+
+        vec = self.time_in(timestep_embedding(timestep), lora_scale)
+        vec = vec + self.vector_in(pooled, lora_scale)
+        inputs = BlockInputs(
+            vec=nnx.silu(vec),  # every modulation starts with it
+            text_len=txt.shape[1],
+            gamma=gamma,
+            lora_scale=lora_scale,
+            attention=attention,
+        )
+        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
+        rows, columns = height // config.patch_size, width // config.patch_size
+        img = (img + self.position_embed(rows, columns)).astype(self.dtype)
+        txt = self.txt_in(txt, lora_scale)
+
+        start, end = config.num_dual_layers, config.num_layers - 1
+        for stack, layers in (
+            (self.dual_blocks, slice(0, start)),
+            (self.joint_blocks, slice(start, end)),
+        ):
+            if stack is not None:
+                img, txt = run_stack(
+                    stack,
+                    lambda block, x, skipped=None: _unless(
+                        skipped, lambda x: block(x[0], x[1], inputs), x
+                    ),
+                    (img, txt),
+                    each=None if skip is None else skip[layers],
+                    remat=self.remat,
+                )
+        img = _unless(
+            None if skip is None else skip[-1], lambda x: self.last_block(x, txt, inputs), img
+        )
+        shift, scale = jnp.split(self.final_mod(inputs.vec, lora_scale), 2, axis=-1)
+        out = self.final_out(modulate(img, shift, scale), lora_scale)
+        return unpatchify(out.astype(jnp.float32), config.patch_size, height, width)
+
+
+class ImageAttention(nnx.Module):
+    """Dual blocks' second attention: image tokens among themselves, never scaled by TACA."""
+
+    def __init__(
+        self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
+    ):
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        self.qkv = QKV(config, norms=config.has_qk_norm, **types)
+        self.out = Linear(config.hidden, config.hidden, **types)
+
+    def __call__(self, x: Float[Array, "b s d"], inputs: BlockInputs) -> Float[Array, "b s d"]:
+        qkv = self.qkv(x, inputs.lora_scale)
+        attended = joint_attention(*qkv, text_len=0, implementation=inputs.attention)
+        return self.out(attended.reshape(x.shape), inputs.lora_scale)
+
+
+class JointBlock(nnx.Module):
+    """Text and image each with its own weights, in one attention; `dual` as in SD3Config."""
+
+    def __init__(
+        self,
+        config: SD3Config,
+        *,
+        dual: bool,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype,
+        dtype: jnp.dtype,
+    ):
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        self.img = Stream(config, mods=9 if dual else 6, norms=config.has_qk_norm, **types)
+        self.txt = Stream(config, norms=config.has_qk_norm, **types)
+        self.img_attn = nnx.data(ImageAttention(config, **types) if dual else None)
+
+    def __call__(
+        self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: BlockInputs
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"]]:
+        img_mod, txt_mod = self.img.modulation(inputs), self.txt.modulation(inputs)
+        txt_attended, img_attended = attend(
+            self.txt.qkv(modulate(txt, *txt_mod[:2]), inputs.lora_scale),
+            self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale),
+            inputs,
+        )
+        own = None
+        if self.img_attn is not None:
+            own = img_mod[8][:, None] * self.img_attn(modulate(img, *img_mod[6:8]), inputs)
+        img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale, own)
+        txt = self.txt.finish(txt, txt_attended, txt_mod, inputs.lora_scale)
+        return img, txt
+
+
+class TextEnd(nnx.Module):
+    """The text's part of the last block: nothing of it goes on after the attention."""
+
+    def __init__(
+        self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
+    ):
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        self.mod = Linear(config.hidden, 2 * config.hidden, kernel_init=ZEROS, **types)
+        self.qkv = QKV(config, norms=config.has_qk_norm, **types)
+
+
+class LastBlock(nnx.Module):
+    """The last block, which gives the image only."""
+
+    def __init__(
+        self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
+    ):
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        self.img = Stream(config, norms=config.has_qk_norm, **types)
+        self.txt = TextEnd(config, **types)
+
+    def __call__(
+        self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: BlockInputs
+    ) -> Float[Array, "b s d"]:
+        lora_scale = inputs.lora_scale
+        img_mod = self.img.modulation(inputs)
+        shift, scale = jnp.split(self.txt.mod(inputs.vec, lora_scale), 2, axis=-1)
+        _, img_attended = attend(
+            self.txt.qkv(modulate(txt, shift, scale), lora_scale),
+            self.img.qkv(modulate(img, *img_mod[:2]), lora_scale),
+            inputs,
+        )
+        return self.img.finish(img, img_attended, img_mod, lora_scale)
+
+
+def attend(
+    txt_qkv: tuple[jax.Array, jax.Array, jax.Array],
+    img_qkv: tuple[jax.Array, jax.Array, jax.Array],
+    inputs: BlockInputs,
+) -> tuple[Float[Array, "b t k"], Float[Array, "b s k"]]:
+    """TACA joint attention, text first, heads merged: what text and image get of it."""
+    q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
+    out = joint_attention(
+        *(q, k, v),
+        text_len=inputs.text_len,
+        gamma=inputs.gamma,
+        implementation=inputs.attention,
+    )
+    txt, img = jnp.split(out.reshape(*out.shape[:2], -1), [inputs.text_len], axis=1)
+    return txt, img
+
+
+def _unless(skipped: Bool[Array, ""] | None, call: Any, x: Any) -> Any:
+    """`call(x)`, or x where it is skipped; only what is chosen runs."""
+    if skipped is None:
+        return call(x)
+    return jax.lax.cond(skipped, lambda x: x, call, x)
+
+
+SD3_KIND = register(
+    ModelKind(
+        "sd3",
+        SD3Config,
+        SD3Transformer,
+        sharding={
+            r"(img_in|final_out)": (WHOLE, FSDP),
+            r"position_embed": EMBEDDING,
+            r"txt_in": (FSDP, WHOLE),
+            r"(time|vector)_in\.linear_1": IN,
+            r"(time|vector)_in\.linear_2": OUT,
+            r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.mod": IN,
+            r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.(qkv\.[qkv]|mlp_in)": IN,
+            r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.(out|mlp_out)": OUT,
+            r"dual_blocks\.img_attn\.qkv\.[qkv]": IN,
+            r"dual_blocks\.img_attn\.out": OUT,
+            r"final_mod": IN,
+        },
+        quantized=r"(dual_blocks|joint_blocks|last_block)\..*",
+    )
+)

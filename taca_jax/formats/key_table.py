@@ -1,0 +1,194 @@
+"""Key tables: which tensor of another layout is which of our parameters, and how it is changed."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+
+from taca_jax.formats.tensor_files import Shape
+
+LAYER = "layer"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to a tensor on its way in, and what undoes it."""
+
+    load: Callable[[np.ndarray], np.ndarray]
+    store: Callable[[np.ndarray], np.ndarray]
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Their shape of an array that is `shape` here."""
+        return self.store(np.broadcast_to(np.False_, shape)).shape
+
+    def loaded_shape(self, shape: Shape) -> Shape:
+        """Our shape of a tensor that is `shape` there."""
+        return self.load(np.broadcast_to(np.False_, shape)).shape
+
+
+def swap_halves(x: np.ndarray) -> np.ndarray:
+    """The two halves of the first axis, exchanged."""
+    return np.roll(x, x.shape[0] // 2, axis=0)
+
+
+KEEP = Transform(lambda x: x, lambda x: x)
+TRANSPOSE = Transform(np.transpose, np.transpose)
+"""PyTorch's Linear `[out, in]`, ours `[in, out]`."""
+CONVOLUTION = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+"""PyTorch's OIHW, ours HWIO."""
+SWAP_HALVES = Transform(swap_halves, swap_halves)
+TRANSPOSE_SWAPPED = Transform(lambda x: swap_halves(x).T, lambda x: swap_halves(x.T))
+POINTWISE = Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+"""PyTorch's 1 x 1 convolution `[out, in, 1, 1]`, our Linear `[in, out]`."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table: `theirs` and `ours` are the same tensor under `transform`.
+
+    `{name}` in both stands for a number that is carried over. `{layer}` in `theirs` alone numbers
+    the layers that `ours` stacks along its first axis. With a `part`, `theirs` is several of ours
+    one after another along its first axis, in the order of their parts. With `layers`, only those
+    of their layers are this one of our stacks, the first of them its first.
+    """
+
+    theirs: str
+    ours: str
+    transform: Transform = KEEP
+    part: int | None = None
+    layers: range | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return f"{{{LAYER}}}" in self.theirs and f"{{{LAYER}}}" not in self.ours
+
+    @cached_property
+    def their_pattern(self) -> re.Pattern[str]:
+        return _pattern(self.theirs)
+
+    @cached_property
+    def our_pattern(self) -> re.Pattern[str]:
+        return _pattern(self.ours)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of theirs, of `shape`, as one of our parameters (or, stacked, one layer of it).
+
+    `rows` are those of the tensor's first axis that are this parameter; None where all are.
+    """
+
+    key: str
+    path: str
+    layer: int | None
+    shape: Shape
+    transform: Transform
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a key of theirs is here: one of our parameters (or, stacked, one layer of it)."""
+
+    path: str
+    layer: int | None
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Table:
+    """A layout. `name` is what errors call it; keys that match `ignored` are not needed.
+
+    `ignored` are regular expressions on whole keys, for copies of what other keys hold.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """Every tensor that a model with parameters of these shapes has in this layout.
+
+        Raises LookupError for a parameter that not exactly one rule is about: the table is wrong.
+        """
+        parts: dict[str, list[tuple[int, Piece]]] = {}
+        for path, shape in shapes.items():
+            rules = [(r, m) for r in self.rules if (m := r.our_pattern.fullmatch(path))]
+            if len(rules) != 1:
+                raise LookupError(f"{len(rules)} rules of {self.name} are about {path}")
+            ((rule, match),) = rules
+            layers = range(shape[0]) if rule.stacked else (None,)
+            stored = rule.transform.stored_shape(shape[1:] if rule.stacked else shape)
+            for layer in layers:
+                number = layer if rule.layers is None or layer is None else rule.layers[layer]
+                key = rule.theirs.format(**{LAYER: number, **match.groupdict()})
+                piece = Piece(key, path, layer, stored, rule.transform)
+                if rule.part is None:
+                    yield piece
+                else:
+                    parts.setdefault(key, []).append((rule.part, piece))
+        for fused in parts.values():
+            yield from _in_a_row([piece for _, piece in sorted(fused, key=lambda each: each[0])])
+
+    def find(self, key: str) -> tuple[Target, ...]:
+        """What one key of theirs is here, its parts in their order; empty if nothing."""
+        matches = [
+            (r, m)
+            for r in self.rules
+            if (m := r.their_pattern.fullmatch(key))
+            and (r.layers is None or int(m[LAYER]) in r.layers)
+        ]
+        return tuple(
+            Target(
+                rule.ours.format(**match.groupdict()),
+                int(match[LAYER]) - (rule.layers or range(1)).start if rule.stacked else None,
+                rule.transform,
+            )
+            for rule, match in sorted(matches, key=lambda each: each[0].part or 0)
+        )
+
+    def is_ignored(self, key: str) -> bool:
+        return any(re.fullmatch(pattern, key) for pattern in self.ignored)
+
+
+def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """The rules of a PyTorch Linear: kernel and bias."""
+    return (
+        Rule(f"{theirs}.weight", f"{ours}.kernel", TRANSPOSE),
+        Rule(f"{theirs}.bias", f"{ours}.bias"),
+    )
+
+
+def fused_linear(theirs: str, *ours: str) -> tuple[Rule, ...]:
+    """The rules of one PyTorch Linear that is several of ours, outputs one after another."""
+    return tuple(
+        replace(rule, part=part) for part, path in enumerate(ours) for rule in linear(theirs, path)
+    )
+
+
+def convolution(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """The rules of a PyTorch Conv2d: kernel and bias."""
+    return (
+        Rule(f"{theirs}.weight", f"{ours}.kernel", CONVOLUTION),
+        Rule(f"{theirs}.bias", f"{ours}.bias"),
+    )
+
+
+def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """The rules of a normalisation: scale and bias."""
+    return Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias")
+
+
+def _in_a_row(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The parts of one tensor, each with its rows and the shape of the whole."""
+    stops = list(accumulate(piece.shape[0] for piece in pieces))
+    for piece, stop in zip(pieces, stops, strict=True):
+        rows = slice(stop - piece.shape[0], stop)
+        yield replace(piece, shape=(stops[-1], *piece.shape[1:]), rows=rows)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template)))

@@ -1,0 +1,191 @@
+"""What a LoRA file holds, whatever it calls things: two factors for some layers of a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from taca_jax.errors import UserError
+from taca_jax.formats.tensor_files import Shape, summary
+from taca_jax.nn.lora import attach, linears
+
+Place = tuple[str, int | None]
+"""A linear layer: its dotted path, and which of a stack it is (None: not stacked)."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """kernel + strength * a b, with a `[in, r]` and b `[r, out]`. `name` is the file's own."""
+
+    name: str
+    a: np.ndarray
+    b: np.ndarray
+    strength: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+Adapter = Mapping[Place, Factors]
+
+
+@dataclass(frozen=True)
+class LoRASummary:
+    """What was attached, for people: `str()` is one line.
+
+    `targets` are the paths of the layers; `left_out` keys of the file that are of text encoders.
+    """
+
+    dialect: str
+    ranks: tuple[int, ...]
+    strengths: tuple[float, ...]
+    layers: int
+    targets: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.dialect} LoRA of {self.layers} layers, rank {_range(self.ranks)}, "
+            f"strength {_range(self.strengths)}, on {_grouped(self.targets)}"
+        )
+        if not self.left_out:
+            return said
+        names = summary(self.left_out, limit=3)
+        return f"{said}; left out: {len(self.left_out)} tensors of text encoders: {names}"
+
+
+def summarise(adapter: Adapter, dialect: str, left_out: tuple[str, ...] = ()) -> LoRASummary:
+    """Ranks and strengths that occur, ascending, and which layers there are."""
+    return LoRASummary(
+        dialect,
+        tuple(sorted({factors.rank for factors in adapter.values()})),
+        tuple(sorted({factors.strength for factors in adapter.values()})),
+        len(adapter),
+        tuple(sorted({path for path, _ in adapter})),
+        left_out,
+    )
+
+
+def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
+    """Puts the factors on the model's layers, in float32, in place of what they had.
+
+    Strengths go into the b factors, so that a stack is one pair of arrays of strength 1 whatever
+    its layers had. Changes nothing unless all fits: raises UserError that names what is of no layer
+    here or of another size, with both sizes.
+    """
+    layers = dict(linears(model))
+    check_fits(adapter, {path: layer.kernel.shape for path, layer in layers.items()}, where)
+    depths = {path: layers[path].kernel.shape[0] for path, index in adapter if index is not None}
+    for path, (a, b) in stacked(adapter, depths).items():
+        attach(layers[path], jnp.asarray(a), jnp.asarray(b), 1.0)
+
+
+def check_fits(adapter: Adapter, kernels: Mapping[str, Shape], where: str) -> None:
+    """Raises UserError that names the factors of no layer with these kernels, with both sizes."""
+    problems = [
+        problem
+        for place, factors in adapter.items()
+        if (problem := _misfit(place, factors, kernels.get(place[0])))
+    ]
+    if problems:
+        raise UserError(
+            f"{where} is a LoRA of another model: {len(problems)} of its {len(adapter)} layers do "
+            f"not fit: {summary(problems, limit=4)}"
+        )
+
+
+def depths_of(adapter: Adapter) -> dict[str, int]:
+    """How many layers of each stacked path the adapter reaches."""
+    depths: dict[str, int] = {}
+    for path, layer in adapter:
+        if layer is not None:
+            depths[path] = max(depths.get(path, 0), layer + 1)
+    return depths
+
+
+def stacked(
+    adapter: Adapter, depths: Mapping[str, int]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """float32 a and b by path, strengths in b; `depths` are the layers of each stacked path.
+
+    Missing layers and lower ranks are filled with zeros.
+    """
+    members: dict[str, dict[int | None, Factors]] = {}
+    for (path, index), factors in adapter.items():
+        members.setdefault(path, {})[index] = factors
+    arrays = {}
+    for path, layers in members.items():
+        first = next(iter(layers.values()))
+        stack = (depths[path],) if path in depths else ()
+        rank = max(factors.rank for factors in layers.values())
+        a = np.zeros((*stack, first.a.shape[0], rank), np.float32)
+        b = np.zeros((*stack, rank, first.b.shape[1]), np.float32)
+        for index, factors in layers.items():
+            at = () if index is None else (index,)
+            a[at][:, : factors.rank] = factors.a
+            b[at][: factors.rank] = factors.b.astype(np.float32) * np.float32(factors.strength)
+        arrays[path] = a, b
+    return arrays
+
+
+def adapter_of(model: nnx.Module) -> dict[Place, Factors]:
+    """The factors attached to a model, each layer's strength in its b; empty without any.
+
+    Layers of a stack whose factors are all zero, as those that a file did not have, are left out.
+    """
+    adapter: dict[Place, Factors] = {}
+    for path, layer in linears(model):
+        if layer.lora_a is None or layer.lora_b is None:
+            continue
+        a = np.asarray(layer.lora_a.get_value(), np.float32)
+        b = np.asarray(layer.lora_b.get_value(), np.float32) * np.float32(
+            layer.lora_alpha_over_rank
+        )
+        adapter |= unstacked(path, a, b)
+    return adapter
+
+
+def unstacked(path: str, a: np.ndarray, b: np.ndarray) -> dict[Place, Factors]:
+    """The factors `[in, r]`, `[r, out]`, or of a stack with a leading axis, layer by layer."""
+    if a.ndim == 2:
+        return {(path, None): Factors(path, a, b)}
+    return {
+        (path, index): Factors(path, a[index], b[index])
+        for index in range(len(a))
+        if a[index].any() or b[index].any()
+    }
+
+
+def _misfit(place: Place, factors: Factors, kernel: Shape | None) -> str | None:
+    """Why these factors are not of the layer with that kernel, in words; None when they fit."""
+    _, index = place
+    if kernel is None:
+        return f"{factors.name} is no layer of this model"
+    *stack, inputs, outputs = kernel
+    if index is not None and index >= stack[0]:
+        return f"{factors.name} is beyond the model's {stack[0]} layers"
+    if (factors.a.shape[0], factors.b.shape[1]) != (inputs, outputs):
+        return (
+            f"{factors.name} maps {factors.a.shape[0]} to {factors.b.shape[1]} channels instead of "
+            f"{inputs} to {outputs}"
+        )
+    return None
+
+
+def _grouped(paths: Sequence[str]) -> str:
+    """`double_blocks (img.out img.qkv.q), img_in`."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        first, _, rest = path.partition(".")
+        groups.setdefault(first, []).append(rest)
+    return ", ".join(
+        f"{first} ({' '.join(rests)})" if any(rests) else first for first, rests in groups.items()
+    )
+
+
+def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:
+    low, high = f"{values[0]:g}", f"{values[-1]:g}"
+    return low if low == high else f"{low} to {high}"

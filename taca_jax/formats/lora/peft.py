@@ -1,0 +1,51 @@
+"""LoRA files in PEFT's layout: those that diffusers writes and reads, and PEFT's own."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.formats.key_table import Table
+from taca_jax.formats.lora.alphas import METADATA, PEFT_PREFIX, PREFIX
+from taca_jax.formats.lora.dialect import Dialect, pieces_of
+from taca_jax.formats.lora.factors import Adapter
+
+FLUX = Dialect("PEFT", flux_diffusers.TABLE, (PREFIX, PEFT_PREFIX, "diffusion_model.", ""))
+
+
+def tensors_of(
+    adapter: Adapter, table: Table = flux_diffusers.TABLE
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The adapter's tensors in PEFT's names, and the file's metadata; alpha is the rank."""
+    modules = {
+        (piece.path.removesuffix(".kernel"), piece.layer): (
+            piece.key.removesuffix(".weight"),
+            piece.transform,
+        )
+        for piece in pieces_of(adapter, table)
+    }
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for place, factors in adapter.items():
+        module, transform = modules[place]
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.a.T
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = transform.store(
+            factors.b * np.float32(factors.strength)
+        )
+        ranks[module] = factors.rank
+    return tensors, {"format": "pt", METADATA: json.dumps(_metadata(ranks), sort_keys=True)}
+
+
+def _metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What PEFT's LoraConfig needs to know, under diffusers' prefix."""
+    rank = max(ranks.values())
+    others = {f"^{module}": other for module, other in ranks.items() if other != rank}
+    return {
+        f"{PREFIX}r": rank,
+        f"{PREFIX}lora_alpha": rank,
+        f"{PREFIX}rank_pattern": others,
+        f"{PREFIX}alpha_pattern": others,
+        f"{PREFIX}target_modules": sorted(ranks),
+    }

@@ -1,0 +1,112 @@
+"""Low-rank adapters on a model's linear layers: kernel + alpha / rank * A B.
+
+The factors sit in the layers themselves (`models.layers.Linear`) as `LoRAParam`, so that one
+compiled model runs with and without them: the traced `lora_scale` argument is their strength, and
+TACA turns it on exactly while it acts. The base's own parameters never change.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from taca_jax.errors import UserError
+from taca_jax.nn.layers import Linear, LoRAParam
+
+ATTENTION_TARGETS = (
+    r"double_blocks\.(img|txt)\.qkv\.[qkv]",
+    r"double_blocks\.(img|txt)\.out",
+    r"single_blocks\.qkv\.[qkv]",
+    r"single_blocks\.out",
+)
+"""FLUX's attention projections: q, k, v and out of both streams and of the single blocks (whose
+out projection takes attention and MLP together)."""
+
+SD3_ATTENTION_TARGETS = (
+    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.qkv\.[qkv]",
+    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.out",
+)
+"""Stable Diffusion 3's: q, k, v and out of both streams in the joint attention, as published; the
+second attention of dual blocks has none."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers get factors, and of what size.
+
+    rank: of the factors.
+    alpha: their strength is alpha / rank.
+    targets: regular expressions; a layer whose whole dotted path matches one gets factors.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ATTENTION_TARGETS
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise UserError(f"lora.rank is {self.rank}; it must be 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha is {self.alpha}; it must be positive and finite")
+
+
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """Every linear layer with its dotted path; a stack of layers counts once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Linear):
+            yield ".".join(str(p) for p in path), node
+
+
+def attach(layer: Linear, lora_a: jax.Array, lora_b: jax.Array, alpha_over_rank: float) -> None:
+    """Puts factors `[.., in, r]` and `[.., r, out]` on one layer (or stack of layers).
+
+    Raises ValueError when they do not fit the layer's kernel.
+    """
+    kernel = layer.kernel[...].shape
+    rank = lora_a.shape[-1]
+    expected = ((*kernel[:-1], rank), (*kernel[:-2], rank, kernel[-1]))
+    if (lora_a.shape, lora_b.shape) != expected:
+        raise ValueError(
+            f"LoRA factors {lora_a.shape} and {lora_b.shape} do not fit a kernel {kernel}; "
+            f"expected {expected[0]} and {expected[1]}"
+        )
+    layer.lora_a = LoRAParam(lora_a)
+    layer.lora_b = LoRAParam(lora_b)
+    layer.lora_alpha_over_rank = alpha_over_rank
+
+
+def add_lora(
+    model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+) -> list[str]:
+    """Attaches fresh factors (A uniform as PyTorch's Linear, B zero) and returns the layers' paths.
+
+    With B = 0 the model computes what it did before. Raises UserError for a target that matches
+    no layer.
+    """
+    unused = set(config.targets)
+    adapted = []
+    for path, layer in linears(model):
+        matching = {target for target in config.targets if re.fullmatch(target, path)}
+        unused -= matching
+        if not matching:
+            continue
+        *stack, inputs, outputs = layer.kernel[...].shape
+        bound = inputs**-0.5
+        a = jax.random.uniform(rngs.params(), (*stack, inputs, config.rank), dtype, -bound, bound)
+        b = jnp.zeros((*stack, config.rank, outputs), dtype)
+        attach(layer, a, b, config.alpha / config.rank)
+        adapted.append(path)
+    if unused:
+        raise UserError(f"lora.targets match no layer of this model: {', '.join(sorted(unused))}")
+    return adapted
+
+
+def remove_lora(model: nnx.Module) -> None:
+    """Takes every factor off again."""
+    for _, layer in linears(model):
+        layer.lora_a = layer.lora_b = None
+        layer.lora_alpha_over_rank = 1.0

@@ -1,0 +1,51 @@
+"""Blocks of one kind as one module with a leading layer axis: created by vmap, run by scan."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+from flax import nnx
+
+from taca_jax.parallel.mesh import constrain_tokens
+
+Remat = Literal["none", "full"]
+"""What the backward pass recomputes: nothing, or each block from its inputs."""
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> Block:
+    """`layers` blocks of `make(rngs)`, each with its own random keys, their parameters stacked."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return make(rngs)
+
+    return create(rngs)
+
+
+def run_stack(
+    stack: nnx.Module,
+    call: Callable[..., Any],
+    carry: Any,
+    *,
+    each: Any = None,
+    remat: Remat = "none",
+) -> Any:
+    """`carry = call(block, carry)` through every block, traced once whatever the depth.
+
+    With `each`, arrays with a leading layer axis, it is `call(block, carry, slice of each)`.
+    `carry` is of token arrays [b, s, d], which are kept where `taca_jax.parallel.mesh` wants them.
+    """
+    graph, state = nnx.split(stack)
+
+    def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        params, *own = layer
+        return jax.tree.map(constrain_tokens, call(nnx.merge(graph, params), carry, *own)), None
+
+    layers = (state,) if each is None else (state, each)
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    carry, _ = jax.lax.scan(body, jax.tree.map(constrain_tokens, carry), layers)
+    return carry

@@ -1,0 +1,75 @@
+"""What `generate.py` draws."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from taca_jax.autoencoders.tiling import Tiling
+from taca_jax.config.fields import check
+from taca_jax.errors import UserError
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.sampling.loop import MAX_SEED
+from taca_jax.taca import TacaConfig
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One call of generate.py; what is none is the model's own default.
+
+    base: the model folder, or the name of a model that comes with the package.
+    prompt: what to draw.
+    negative_prompt: what to stay away from, under classifier-free guidance.
+    lora: a LoRA file; none for the base alone.
+    taca: TACA's strength and time; none draws plainly, without the LoRA too.
+    steps: sampling steps.
+    guidance: strength of guidance.
+    height: of the picture, in pixels.
+    width: of the picture, in pixels.
+    num_images: pictures, from seeds seed, seed + 1, ... .
+    seed: decides the noise.
+    compare: draw the same noise plain, with TACA, and with TACA and LoRA, side by side.
+    dtype: of parameters and activations.
+    tiling: how large pictures are decoded in squares, to save memory; none never does.
+    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws
+      beside `out`, after each step, what the picture is predicted to become; `own` is the model's
+      own autoencoder, where that is small; none draws nothing.
+    progress: a bar of the steps; none shows it on a terminal only.
+    quantize: what the transformer's kernels are kept in: `int8`, `nf4` (4 bits), or none, which is
+      dtype.
+    quantize_text: the same of T5.
+    out: the PNG to write (numbered for several pictures); its settings go into its metadata.
+    """
+
+    base: str
+    prompt: str = ""
+    negative_prompt: str | None = None
+    lora: str | None = None
+    taca: TacaConfig | None = field(default_factory=TacaConfig)
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    num_images: int = 1
+    seed: int = 0
+    compare: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    tiling: Tiling | None = field(default_factory=Tiling)
+    preview: str | None = None
+    progress: bool | None = None
+    quantize: Quantization = "none"
+    quantize_text: Quantization = "none"
+    out: str = "out.png"
+
+    def __post_init__(self):
+        counts = {"steps": self.steps, "num_images": self.num_images}
+        for name, value in counts.items():
+            check(value is None or value >= 1, name, value, "1 or more")
+        for name, value in {"height": self.height, "width": self.width}.items():
+            check(value is None or value >= 8, name, value, "8 or more pixels")
+        guidance = self.guidance
+        right = guidance is None or 0 <= guidance < math.inf
+        check(right, "guidance", guidance, "0 or more, or none")
+        check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+        check(self.out.endswith(".png"), "out", self.out or "empty", "the name of a .png file")
+        if self.compare and self.taca is None:
+            raise UserError("compare=true compares plain with TACA; leave taca on (not taca=none)")

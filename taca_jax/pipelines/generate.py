@@ -1,0 +1,146 @@
+"""Pictures from a prompt, written with everything that made them."""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from taca_jax.config.fields import to_json
+from taca_jax.errors import UserError
+from taca_jax.formats.atomic import whole_file
+from taca_jax.formats.tensor_files import open_tensors
+from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.pipelines.grids import caption_grid
+from taca_jax.pipelines.loading import load_pipeline
+from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.previews import check_previewer
+from taca_jax.pipelines.variants import Variant
+from taca_jax.taca import TacaConfig
+from taca_jax.weights.shipped import find_weights
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Draws as configured and returns the files written.
+
+    Raises UserError for what the user can mend.
+    """
+    if not config.prompt:
+        raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
+    out = Path(config.out)
+    if not out.parent.is_dir():
+        raise UserError(f"out={out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; name a file in it")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
+    if config.lora is not None:
+        _check_lora(config.lora)  # before the model loads
+    if config.preview not in (None, OWN):
+        check_previewer(Path(config.preview))
+    pipeline = load_pipeline(
+        config.base,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+    )
+    if config.lora is not None and config.taca is None:
+        print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
+    elif config.lora is not None:
+        print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    if config.preview is not None:
+        if config.preview != OWN:
+            pipeline.load_previewer(config.preview)
+        print(f"previews: {preview_path(config)}, after each step")
+    if not config.compare:
+        drawn_as = Variant(_describe(config.taca), config.taca, 1.0)
+        names = [out] if config.num_images == 1 else _numbered(out, config.num_images)
+        for name, picture in zip(names, _draw(pipeline, config, drawn_as), strict=True):
+            _write(name, picture, config)
+        return names
+
+    columns = [Variant("plain", None, 0.0), Variant(_describe(config.taca), config.taca, 0.0)]
+    if config.lora is not None:
+        columns.append(Variant("TACA + LoRA", config.taca, 1.0))
+    drawn = [_draw(pipeline, config, column) for column in columns]
+    captions = [f"{config.prompt} (seed {config.seed + i})" for i in range(config.num_images)]
+    grid = caption_grid(
+        [pictures[i] for i in range(config.num_images) for pictures in drawn],
+        [caption for caption in captions for _ in columns],
+        columns=len(columns),
+        headings=[column.name for column in columns],
+    )
+    _write(out, grid, config)
+    return [out]
+
+
+def _check_lora(lora: str) -> None:
+    found = find_weights(lora)
+    if not found.exists():
+        raise UserError(
+            f"lora={lora} is not there; train it, name another file, or set lora=none to draw "
+            "without one"
+        )
+    open_tensors(found)
+
+
+def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Sequence[Image.Image]:
+    images = pipeline(
+        config.prompt,
+        config.negative_prompt,
+        height=config.height,
+        width=config.width,
+        steps=config.steps,
+        guidance=config.guidance,
+        seed=config.seed,
+        num_images=config.num_images,
+        taca=variant.taca,
+        lora_strength=variant.lora_strength,
+        tiling=config.tiling,
+        preview=None if config.preview is None else partial(_write_preview, preview_path(config)),
+        progress=config.progress,
+    ).images
+    assert isinstance(images, list)  # output="pil"
+    return images
+
+
+OWN = "own"
+"""As `preview`: the model's own autoencoder."""
+
+
+def preview_path(config: GenerateConfig) -> Path:
+    """Where previews are written, each in place of the last."""
+    out = Path(config.out)
+    return out.with_stem(f"{out.stem}-preview")
+
+
+def _write_preview(path: Path, step: int, pictures: list[Image.Image]) -> None:
+    """All pictures of the run side by side."""
+    del step
+    width, height = pictures[0].size
+    row = Image.new("RGB", (width * len(pictures), height))
+    for i, picture in enumerate(pictures):
+        row.paste(picture, (i * width, 0))
+    with whole_file(path) as file:
+        row.save(file, format="PNG")
+
+
+def _describe(taca: TacaConfig | None) -> str:
+    return "plain" if taca is None else f"TACA, gamma {taca.gamma:g}"
+
+
+def _numbered(out: Path, count: int) -> list[Path]:
+    return [out.with_stem(f"{out.stem}-{i:03d}") for i in range(count)]
+
+
+def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
+    info = PngInfo()
+    settings = {"taca_jax": version("taca-jax"), **json.loads(to_json(config))}
+    info.add_itxt("taca_jax", json.dumps(settings))
+    with whole_file(path) as file:
+        picture.save(file, format="PNG", pnginfo=info)
+    print(f"wrote {path}")

@@ -1,0 +1,355 @@
+"""What a run takes on a slice of TPUs, said by the TPU's compiler: no TPU is needed, nor weights.
+
+The very step that `train` would run is compiled for the slice. Memory is the compiler's own account
+of each chip; times are a roofline's, from the arithmetic that the model needs and from the bytes
+that must move, so that a real step takes longer.
+"""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from rich.console import Console
+from rich.table import Table
+
+from taca_jax.errors import UserError
+from taca_jax.parallel.batches import batch_sharding
+from taca_jax.parallel.mesh import on
+from taca_jax.planning.slices import Slice
+from taca_jax.planning.traffic import Traffic, read_traffic
+from taca_jax.text.encoders import FluxText, SD3Text
+from taca_jax.training.abstract import abstract_training, local_bytes, part_configs
+from taca_jax.training.build import check_batch, check_sizes
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.flops import forward_flops, step_flops
+from taca_jax.training.mesh_choice import choose_mesh, settled
+from taca_jax.training.step import (
+    Batch,
+    EncodedBatch,
+    TextToImage,
+    Trainer,
+    TrainState,
+    make_trainer,
+)
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A program on a slice; bytes and seconds are of one chip.
+
+    batch: samples. parts: bytes of each part's arrays. program: bytes that the compiled program
+    needs beside them, activations above all. flops: that the transformer needs for all samples.
+    repeated: of those the program does again, to save memory. compile_seconds: of CPU time, all
+    cores together. text: of the compiled program.
+    """
+
+    where: Slice
+    mesh: Mesh
+    batch: int
+    resolution: int
+    parts: Mapping[str, int]
+    program: int
+    flops: float
+    repeated: float
+    traffic: Traffic
+    compile_seconds: float
+    text: str = field(repr=False)
+
+    @property
+    def memory(self) -> int:
+        return sum(self.parts.values()) + self.program
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.where.chip.memory
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The least that the program can take, by what would bound it."""
+        chip = self.where.chip
+        return {
+            "matrix units": (self.flops + self.repeated) / self.where.chips / chip.flops,
+            "memory": self.traffic.memory / chip.memory_bandwidth,
+            "wires": self.traffic.together.received / chip.wire_bandwidth,
+        }
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+    @property
+    def hidden(self) -> float:
+        """The share of the wires' time in which the units need not wait for them; 1 with none."""
+        wires = self.seconds["wires"]
+        return 1.0 if not wires else max(0.0, 1 - self.traffic.waited / wires)
+
+
+def plan(config: TrainConfig) -> None:
+    """Compiles the step of `config` for the slice `config.plan` and prints what it takes.
+
+    Raises UserError where it does not fit, naming the nearest slice where it does.
+    """
+    assert config.plan is not None
+    where = Slice.of(config.plan)
+    try:
+        found = make_plan(config, where)
+    except OutOfMemoryError as error:
+        reason = str(error)
+    else:
+        Console(width=max(100, Console().width)).print(table(found))
+        if found.fits:
+            return
+        reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
+    if where.chips > 1 and settled(config, where.chip, jax.devices()[0]) != config.mesh:
+        shared = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
+        if _fits(shared, where):
+            raise UserError(f"{reason}; mesh.fsdp=-1, which shares parameters, fits")
+    for other in where.larger():
+        # More chips share more samples: as many for each as were asked for.
+        batch = config.data.batch_size * other.chips // where.chips
+        data = dataclasses.replace(config.data, batch_size=batch)
+        if _fits(dataclasses.replace(config, data=data), other):
+            nearest = f"plan={other.name} data.batch_size={batch} fits"
+            break
+    else:
+        nearest = "nor does any larger slice of that kind"
+    smaller = []
+    if config.lora is not None:
+        smaller += ["quantize=nf4"] if config.quantize != "nf4" else []
+        smaller += ["quantize_text=int8"] if config.quantize_text == "none" else []
+        smaller += ["data.encode=cache"] if config.data.encode == "online" else []
+    instead = f" (or with less: {', '.join(smaller)})" if smaller else ""
+    raise UserError(f"{reason}; {nearest}{instead}")
+
+
+class OutOfMemoryError(Exception):
+    """The compiler has no program that fits a chip: its own words."""
+
+
+def _fits(config: TrainConfig, where: Slice) -> bool:
+    try:
+        return make_plan(config, where).fits
+    except OutOfMemoryError:
+        return False
+
+
+def _compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = re.search(r"RESOURCE_EXHAUSTED: (?:E\d+: \w+: )?(.*?)(?:\. HLO|\n|$)", str(error))
+        if said is None:
+            raise
+        raise OutOfMemoryError(f"the compiler says: {said[1]}") from error
+
+
+def make_plan(config: TrainConfig, where: Slice) -> Plan:
+    """The plan of a run on a slice. Takes some minutes for a model of 12 B parameters, nearly all
+    of them in the TPU's compiler: for the transformer, and for the autoencoder's convolutions.
+
+    Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
+    """
+    mesh = choose_mesh(config, devices_of(where))
+    check_batch(config, mesh)
+    parts_of, text_length = part_configs(config)
+    model, autoencoder = abstract_training(config, parts_of, text_length, mesh)
+    check_sizes(config, model.transformer, autoencoder, mesh)
+    batch, text = _batch(config, model, autoencoder, text_length, mesh)
+    encoder = autoencoder
+    if config.data.encode == "cache":
+        model.text_encoder, encoder = None, autoencoder.config
+    # Padding is what is left out of the pooled mean, which no published model has.
+    trainer, trained = make_trainer(config, model, encoder, pad_id=0, mesh=mesh)
+    with on(mesh):
+        state = trainer.abstract_state(trained)
+        step: Any = trainer.step
+        lowered = step.lower(state, trainer.frozen, trainer.autoencoder, batch)
+        transformer = parts_of["transformer"]
+        side = config.data.resolution // (autoencoder.config.downscale * transformer.patch_size)
+        tokens = {"image": side * side, "text": text}
+        samples = config.data.batch_size * config.grad_accumulation
+        again = config.remat == "full"
+        return compiled_plan(
+            lowered,
+            where,
+            mesh,
+            batch=samples,
+            resolution=config.data.resolution,
+            parts=_parts(state, trainer, batch),
+            flops=step_flops(config, transformer, **tokens),
+            repeated=again * samples * forward_flops(transformer, **tokens),
+        )
+
+
+def compiled_plan(
+    lowered: Any,
+    where: Slice,
+    mesh: Mesh,
+    *,
+    batch: int,
+    resolution: int,
+    parts: Mapping[str, int],
+    flops: float,
+    repeated: float = 0.0,
+) -> Plan:
+    """The plan of any lowered program, of which `parts` are the arguments; Plan says the rest.
+
+    Raises OutOfMemoryError as `make_plan` does.
+    """
+    start = time.process_time()
+    compiled = _compiled(lowered)
+    seconds = time.process_time() - start
+    used = compiled.memory_analysis()
+    total = (
+        used.argument_size_in_bytes
+        + used.output_size_in_bytes
+        - used.alias_size_in_bytes
+        + used.temp_size_in_bytes
+        + used.generated_code_size_in_bytes
+    )
+    text = compiled.as_text()
+    return Plan(
+        where=where,
+        mesh=mesh,
+        batch=batch,
+        resolution=resolution,
+        parts=parts,
+        program=max(total - sum(parts.values()), 0),
+        flops=flops,
+        repeated=repeated,
+        traffic=read_traffic(text, where.chip),
+        compile_seconds=seconds,
+        text=text,
+    )
+
+
+def table(plan: Plan) -> Table:
+    """The plan as people read it."""
+    chip = plan.where.chip
+    axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.shape.items() if n > 1) or "one chip"
+    out = Table(
+        title=f"{plan.where.name} ({plan.where.topology}), {axes}: "
+        f"{plan.batch} pictures of {plan.resolution} px a step"
+    )
+    out.add_column("on each chip")
+    out.add_column("", justify="right")
+    for name, size in plan.parts.items():
+        out.add_row(name, in_units(size, "B"))
+    out.add_row("activations, gathered parameters, program", in_units(plan.program, "B"))
+    share = plan.memory / chip.memory
+    out.add_row(
+        "together", f"{in_units(plan.memory, 'B')}, {share:.0%} of its memory", end_section=True
+    )
+    out.add_row("the transformer's arithmetic, all chips", in_units(plan.flops, "FLOP"))
+    if plan.repeated:
+        out.add_row("done again to save memory", in_units(plan.repeated, "FLOP"))
+    out.add_row("read from memory and written", in_units(plan.traffic.memory, "B"))
+    for kind, moved in sorted(plan.traffic.collectives.items()):
+        out.add_row(
+            f"{moved.count:,} x {kind}",
+            f"{in_units(moved.received, 'B')} received, "
+            f"{moved.asynchronous_share:.0%} asynchronously",
+        )
+    out.columns[0].no_wrap = True
+    out.add_section()
+    for name, seconds in plan.seconds.items():
+        out.add_row(f"least time for the {name}", in_units(seconds, "s"))
+    out.add_row("bound by", f"the {plan.bound}")
+    if plan.seconds["wires"]:
+        out.add_row("wires' time hidden by the schedule", f"{plan.hidden:.0%}")
+    out.add_row("compiled in", f"{plan.compile_seconds:.0f} s of CPU time")
+    return out
+
+
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+
+
+def in_units(value: float, unit: str) -> str:
+    """A quantity with three digits or more in the largest unit that it fills: `1.25 GB`, `3 ms`."""
+    factor, prefix = next(
+        (each for each in PREFIXES if value >= each[0] and (unit != "s" or each[0] <= 1)),
+        (1.0, ""),
+    )
+    number = value / factor
+    return f"{number:,.0f} {prefix}{unit}" if number >= 100 else f"{number:.3g} {prefix}{unit}"
+
+
+def devices_of(where: Slice) -> list[Any]:
+    """The devices of a slice that is not there.
+
+    Raises UserError without the TPU's compiler.
+    """
+    # Read when libtpu is loaded: without them it asks the network where it is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=where.topology).devices
+    except Exception as error:  # JAX raises what loading a plugin raises
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"plan needs the TPU's compiler (pip install libtpu): {reason}") from error
+
+
+def _batch(
+    config: TrainConfig, model: TextToImage, autoencoder: Any, text_length: int, mesh: Mesh
+) -> tuple[Batch | EncodedBatch, int]:
+    """The step's batch as shapes, and how many text tokens the transformer reads of each sample."""
+    match model.text_encoder:
+        case FluxText(clip=clip):
+            ids, text = clip.config.max_tokens + text_length, text_length
+        case SD3Text(clip_l=first, clip_g=second, t5=t5):
+            both = first.config.max_tokens + second.config.max_tokens
+            ids = both + (0 if t5 is None else text_length)
+            text = first.config.max_tokens + text_length
+        case _:
+            ids = text = text_length
+    sharding = batch_sharding(mesh, leading=1)
+
+    def array(dtype: DTypeLike, *shape: int) -> Any:
+        leading = (config.grad_accumulation, config.data.batch_size)
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+
+    side = config.data.resolution
+    if config.data.encode == "online":
+        return Batch(image=array(jnp.uint8, side, side, 3), tokens=array(jnp.int32, ids)), text
+    dtype = jnp.dtype(config.dtype)
+    latent_side = side // autoencoder.config.downscale
+    latents = (latent_side, latent_side, autoencoder.config.latent_channels)
+    # As the stage that encodes writes them.
+    kept = dtype if jax.tree.leaves(nnx.state(autoencoder)) else jnp.dtype(jnp.float32)
+    transformer = model.transformer.config
+    return EncodedBatch(
+        mean=array(kept, *latents),
+        logvar=array(kept, *latents) if config.data.latents == "sample" else None,
+        txt=array(dtype, text, transformer.txt_dim),
+        pooled=array(jnp.float32, transformer.pooled_dim),
+    ), text
+
+
+def _parts(state: TrainState, trainer: Trainer, batch: Any) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.frozen)[0]:
+        name = _WORDS[str(path[0].key)]
+        parts[name] = parts.get(name, 0) + local_bytes(leaf)
+    parts["autoencoder"] = local_bytes(trainer.autoencoder)
+    name = "trained parameters, optimizer"
+    parts[name] = local_bytes(state)
+    parts["batch"] = local_bytes(batch)
+    return {name: size for name, size in parts.items() if size}
+
+
+_WORDS = {"transformer": "transformer, frozen", "text_encoder": "text encoders, frozen"}

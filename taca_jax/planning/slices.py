@@ -1,0 +1,97 @@
+"""Slices of TPUs that can be rented, by name, and what their chips can do."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from taca_jax.errors import UserError
+from taca_jax.parallel.chips import generation
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TPU chip: bytes of memory, bf16 FLOP/s, bytes/s to its memory and to other chips, Hz.
+
+    Source: cloud.google.com/tpu/docs, system architecture of each generation; of the clock, what
+    flops make of the size of the matrix units.
+    """
+
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    wire_bandwidth: float
+    clock: float
+
+
+CHIPS = {
+    "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
+    "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
+    "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a JAX device, by its `device_kind`; None for what is not in CHIPS."""
+    name = generation(device_kind)
+    return None if name is None else CHIPS[name]
+
+
+_SIDES = {
+    "v5e": {
+        1: "1x1",
+        4: "2x2",
+        8: "2x4",
+        16: "4x4",
+        32: "4x8",
+        64: "8x8",
+        128: "8x16",
+        256: "16x16",
+    },
+    "v5p": {
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+        256: "4x8x8",
+        512: "8x8x8",
+    },
+}
+_SIDES["v6e"] = _SIDES["v5e"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Chips that are rented together: `v5e-16` is 16 chips; in `v5p-8` cores are counted, two a
+    chip."""
+
+    name: str
+    chip: Chip
+    chips: int
+    topology: str
+
+    @classmethod
+    def of(cls, name: str) -> "Slice":
+        """Raises UserError for a name that is none, listing those that are."""
+        kind, _, number = name.partition("-")
+        chips = int(number) if number.isdigit() else 0
+        if kind == "v5p":
+            chips, odd = divmod(chips, 2)
+            chips = 0 if odd else chips
+        if kind not in CHIPS or chips not in _SIDES[kind]:
+            raise UserError(f"plan={name}: no such slice; there are {', '.join(slice_names())}")
+        return cls(name, CHIPS[kind], chips, f"{kind}:{_SIDES[kind][chips]}")
+
+    def larger(self) -> Iterator["Slice"]:
+        """Those of the same generation with more chips, the smallest first."""
+        kind = self.name.partition("-")[0]
+        for name in slice_names(kind):
+            other = Slice.of(name)
+            if other.chips > self.chips:
+                yield other
+
+
+def slice_names(kind: str | None = None) -> list[str]:
+    """Every slice that can be planned for."""
+    kinds = CHIPS if kind is None else [kind]
+    return [f"{k}-{n * (2 if k == 'v5p' else 1)}" for k in kinds for n in _SIDES[k]]

@@ -1,0 +1,272 @@
+"""From noise to latents: the flow-matching schedule and the Euler loop, TACA's state traced.
+
+Everything that changes from step to step (time, gamma, the LoRA's strength) is an array over
+steps, so that one compiled loop serves plain sampling, every TACA schedule and every LoRA strength.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from taca_jax.errors import UserError
+from taca_jax.nn.conditioning import Conditioning
+from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
+
+_LOG = logging.getLogger(__name__)
+MAX_SEED = 2**31 - 1 - 2**16
+"""The largest seed, as int32, from which many pictures can still count on."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """What each sampling step does; float32 arrays `[steps]`.
+
+    sigma, next_sigma: noise level before and after. gamma: TACA's temperature. lora_scale: strength
+    of attached LoRA factors. Both are for the prompt and, as negative_gamma and
+    negative_lora_scale, for the negative prompt of classifier-free guidance.
+    """
+
+    sigma: Float[Array, " n"]
+    next_sigma: Float[Array, " n"]
+    gamma: Float[Array, " n"]
+    negative_gamma: Float[Array, " n"]
+    lora_scale: Float[Array, " n"]
+    negative_lora_scale: Float[Array, " n"]
+    skip_scale: Float[Array, " n"]
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance, of Stable Diffusion 3.5-Medium: away from a model without some layers.
+
+    layers: which to leave out. scale: how strongly. start, stop: it acts at steps i of n with
+    start * n < i < stop * n. Source: diffusers' `StableDiffusion3Pipeline`.
+
+    Raises UserError for no layers, and a range that is not within 0 and 1.
+    """
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __post_init__(self):
+        if not self.layers:
+            raise UserError("skip_layers is empty; give layers such as (7, 8, 9), or None")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise UserError(
+                f"skip-layer guidance acts from {self.start} to {self.stop}; expected a range "
+                "within 0 and 1"
+            )
+
+    def scales(self, steps: int) -> Float[Array, " n"]:
+        """The strength at each step, float32."""
+        step = np.arange(steps)
+        on = (step > self.start * steps) & (step < self.stop * steps)
+        return jnp.asarray(self.scale * on, jnp.float32)
+
+    def announce(self, steps: int) -> None:
+        """Logs a warning where no step of a run of `steps` lies between start and stop."""
+        if self.scale and not np.any(self.scales(steps)):
+            _LOG.warning(
+                "warning: skip_layers acts at steps i of n with %g n < i < %g n, which is none "
+                "of %d: it does nothing here",
+                *(self.start, self.stop, steps),
+            )
+
+    def mask(self, num_layers: int) -> Bool[Array, " layers"]:
+        """Which layers are left out. Raises UserError for one that the model has not."""
+        beyond = [layer for layer in self.layers if not 0 <= layer < num_layers]
+        if beyond:
+            raise UserError(
+                f"skip_layers has {beyond}; this model's layers are 0..{num_layers - 1}"
+            )
+        return jnp.asarray(np.isin(np.arange(num_layers), self.layers))
+
+
+def make_plan(
+    sigmas: np.ndarray,
+    taca: TacaConfig | None,
+    *,
+    lora_strength: float = 1.0,
+    skip: SkipLayers | None = None,
+) -> Plan:
+    """The plan of a run over `sigmas` with TACA, or plain where `taca` is None.
+
+    The LoRA is on, at `lora_strength`, exactly where TACA is (`cond_only`: not for the negative
+    prompt): to see it alone, set gamma to 1; to see TACA without it, set its strength to 0.
+    `skip` is skip-layer guidance.
+    """
+    timestep = jnp.asarray(sigmas[:-1]) * MAX_TIMESTEP
+    step = jnp.arange(len(timestep))
+    plain = jnp.ones_like(timestep)
+    gamma = plain if taca is None else gamma_at(taca, timestep, step)
+    on = jnp.zeros_like(timestep) if taca is None else active(taca, timestep, step)
+    lora_scale = on * jnp.float32(lora_strength)
+    cond_only = taca is not None and taca.cond_only
+    return Plan(
+        sigma=jnp.asarray(sigmas[:-1]),
+        next_sigma=jnp.asarray(sigmas[1:]),
+        gamma=gamma,
+        negative_gamma=plain if cond_only else gamma,
+        lora_scale=lora_scale,
+        negative_lora_scale=jnp.zeros_like(lora_scale) if cond_only else lora_scale,
+        skip_scale=jnp.zeros_like(timestep) if skip is None else skip.scales(len(timestep)),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trajectory:
+    """Each step's latents after it and the x0 that it predicted, `[steps, b, H, W, c]`."""
+
+    latents: Float[Array, "n b H W c"]
+    x0: Float[Array, "n b H W c"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """How far a run is: its latents, the x0 predicted last, and the trajectory where asked for."""
+
+    latents: Float[Array, "b H W c"]
+    x0: Float[Array, "b H W c"]
+    trajectory: Trajectory | None
+
+
+def denoise(
+    transformer: nnx.Module,
+    latents: Float[Array, "b H W c"],
+    plan: Plan,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    cfg_scale: float = 1.0,
+    *,
+    skip: Bool[Array, " layers"] | None = None,
+    trajectory: bool = False,
+    watch: Callable[[int, Sampled], None] | None = None,
+) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
+    """Euler steps along `plan` from noise to latents, compiled as one program.
+
+    `negative` turns classifier-free guidance on: v = v_negative + cfg_scale (v - v_negative), both
+    in one batch. `skip` adds skip_scale (v - v without those layers) where the plan's skip_scale
+    is not 0. The transformer is called as FluxTransformer is; latents stay float32.
+
+    `watch(step, now)` is called after each step; its arrays may be under way still. The same
+    program then runs step by step, so that watching changes no bit of what is drawn.
+    """
+    graph, state = nnx.split(transformer)
+    x = jnp.asarray(latents, jnp.float32)
+    steps = len(plan.sigma)
+    seen = None
+    if trajectory:
+        empty = jnp.zeros((steps, *x.shape), jnp.float32)
+        seen = Trajectory(latents=empty, x0=empty)
+    now = Sampled(latents=x, x0=x, trajectory=seen)
+    run = partial(_denoise, graph, state, plan, positive, negative, cfg_scale, skip)
+    if watch is None:
+        now = run(now, 0, steps)
+    else:
+        for i in range(steps):
+            now = run(now, i, i + 1)
+            watch(i, now)
+    return now.latents, now.trajectory
+
+
+@jax.jit(static_argnames=("graph",))
+def _denoise(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    plan: Plan,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    cfg_scale: Float[Array, ""],
+    skip: Bool[Array, " layers"] | None,
+    now: Sampled,
+    start: Int[Array, ""],
+    stop: Int[Array, ""],
+) -> Sampled:
+    """The steps from `start` to before `stop`, which are data, so that this is compiled once."""
+    model = nnx.merge(graph, state)
+    velocity = guided_velocity(model, positive, negative, cfg_scale, skip)
+
+    def step(i: jax.Array, now: Sampled) -> Sampled:
+        level = jax.tree.map(lambda steps: steps[i], plan)
+        v = velocity(now.latents, level)
+        after = now.latents + (level.next_sigma - level.sigma) * v
+        x0 = now.latents - level.sigma * v
+        seen = now.trajectory
+        if seen is not None:
+            seen = Trajectory(latents=seen.latents.at[i].set(after), x0=seen.x0.at[i].set(x0))
+        return Sampled(latents=after, x0=x0, trajectory=seen)
+
+    return jax.lax.fori_loop(start, stop, step, now)
+
+
+def guided_velocity(
+    model: Callable[..., jax.Array],
+    positive: Conditioning,
+    negative: Conditioning | None,
+    cfg_scale: Float[Array, ""],
+    skip: Bool[Array, " layers"] | None = None,
+) -> Callable[[jax.Array, Plan], jax.Array]:
+    """The velocity at one step of a plan (of scalars), guided where there is `negative`."""
+
+    def call(
+        x: jax.Array,
+        text: Conditioning,
+        now: Plan,
+        gamma: Float[Array, " b"],
+        lora_scale: Float[Array, " b"],
+        **options: jax.Array,
+    ) -> Float[Array, "b H W c"]:
+        if text.guidance is not None:
+            options["guidance"] = text.guidance
+        return model(
+            x,
+            jnp.full(x.shape[0], now.sigma * MAX_TIMESTEP),
+            text.txt,
+            text.pooled,
+            gamma=gamma,
+            lora_scale=lora_scale,
+            **options,
+        )
+
+    def plain(x: jax.Array, now: Plan, **options: jax.Array) -> jax.Array:
+        b = x.shape[0]
+        return call(
+            x, positive, now, jnp.full(b, now.gamma), jnp.full(b, now.lora_scale), **options
+        )
+
+    if negative is None:
+        return plain
+    both = jax.tree.map(lambda n, p: jnp.concatenate([n, p]), negative, positive)
+
+    def guided(x: jax.Array, now: Plan) -> jax.Array:
+        gamma, lora_scale = (
+            jnp.repeat(jnp.stack(pair), x.shape[0])
+            for pair in (
+                (now.negative_gamma, now.gamma),
+                (now.negative_lora_scale, now.lora_scale),
+            )
+        )
+        low, high = jnp.split(call(jnp.concatenate([x, x]), both, now, gamma, lora_scale), 2)
+        velocity = low + cfg_scale * (high - low)
+        if skip is None:
+            return velocity
+        without = partial(plain, x, now, skip=skip)
+        return jax.lax.cond(
+            now.skip_scale != 0,
+            lambda: velocity + now.skip_scale * (high - without()),
+            lambda: velocity,
+        )
+
+    return guided

@@ -1,0 +1,229 @@
+"""Captions to token ids."""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from taca_jax.data.shapes.captions import VOCABULARY
+from taca_jax.errors import UserError
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """Captions to int32 ids `[n, length]`: cut or padded with `pad_id`, ended by the end token.
+
+    `cuts` says, a line for each caption that is cut, what of it is not among the ids.
+    """
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    def __call__(self, captions: Sequence[str]) -> np.ndarray: ...
+    def cuts(self, captions: Sequence[str]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class WordTokenizer:
+    """One token per word of the shapes data; a caption that does not fit is an error.
+
+    Raises UserError naming a word that the vocabulary lacks.
+    """
+
+    length: int
+    vocab_size: int = len(VOCABULARY)
+    pad_id: int = VOCABULARY.index("<pad>")
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        ids = np.full((len(captions), self.length), self.pad_id, np.int32)
+        for row, caption in zip(ids, captions, strict=True):
+            words = [*caption.lower().split(), "</s>"]
+            if len(words) > self.length:
+                raise UserError(
+                    f"{caption!r} takes {len(words)} tokens; this model reads {self.length}"
+                )
+            for column, word in enumerate(words):
+                if word not in _WORD_IDS:
+                    known = " ".join(w for w in VOCABULARY if not w.startswith("<"))
+                    raise UserError(
+                        f"the word {word!r} is unknown to this model; it knows: {known}"
+                    )
+                row[column] = _WORD_IDS[word]
+        return ids
+
+    def cuts(self, captions: Sequence[str]) -> list[str]:
+        del captions
+        return []
+
+
+_WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """UTF-8 bytes as tokens, with ByT5's ids: 0 pads, 1 ends, 2 is unused, byte + 3."""
+
+    length: int
+    vocab_size: int = 256 + 3
+    pad_id: int = 0
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        ids = np.full((len(captions), self.length), self.pad_id, np.int32)
+        for row, caption in zip(ids, captions, strict=True):
+            text = _valid(caption).encode()
+            tokens = [byte + 3 for byte in text[: self.length - 1]] + [1]
+            row[: len(tokens)] = tokens
+        return ids
+
+    def cuts(self, captions: Sequence[str]) -> list[str]:
+        rests = [_valid(caption).encode()[self.length - 1 :] for caption in captions]
+        texts = [rest.decode(errors="ignore") for rest in rests]
+        return [
+            _cut_line("this model", self.length, caption, text, len(rest))
+            for caption, rest, text in zip(captions, rests, texts, strict=True)
+            if rest
+        ]
+
+
+_PAD = "<pad>"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_BARE_CLIP = ("vocab.json", "merges.txt")
+_SAYS_ITS_CLASS = ("tokenizer.json", "tokenizer_config.json")
+
+
+class FolderTokenizer:
+    """A Hugging Face tokenizer from a local folder, or by its hub id (`google/t5-v1_1-xxl`).
+
+    CLIP's vocab.json and merges.txt alone are enough. Raises UserError where there is none, it
+    cannot be read, or the hub does not answer.
+    """
+
+    def __init__(self, path: str | Path, length: int):
+        self._tokenizer = _read_tokenizer(path)
+        if self._tokenizer.pad_token_id is None and _PAD in self._tokenizer.get_vocab():
+            self._tokenizer.pad_token = _PAD  # a tokenizer.json alone does not say what pads
+        if self._tokenizer.pad_token_id is None:
+            raise UserError(f"the tokenizer in {path} has no padding token; T5's has one")
+        self.where = f"the tokenizer in {path}"
+        self.length = length
+        self.vocab_size: int = len(self._tokenizer)
+        self.pad_id: int = self._tokenizer.pad_token_id
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        encoded = self._tokenizer(
+            [_valid(caption) for caption in captions],
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="np",
+        )
+        return encoded["input_ids"].astype(np.int32)
+
+    def cuts(self, captions: Sequence[str]) -> list[str]:
+        valid = [_valid(caption) for caption in captions]
+        lines = []
+        # All of a caption at once is longer than some tokenizers find right, and say.
+        for caption, ids in zip(
+            valid, self._tokenizer(valid, verbose=False).input_ids, strict=True
+        ):
+            if len(ids) > self.length:
+                rest = ids[self.length - 1 : -1]  # the end token takes the last place
+                text = self._tokenizer.decode(rest, skip_special_tokens=True)
+                lines.append(_cut_line(self.where, self.length, caption, text, len(rest)))
+        return lines
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer's files, so that the folder can be read as this one was."""
+        self._tokenizer.save_pretrained(str(folder))
+
+
+@dataclass(frozen=True)
+class JoinedTokenizer:
+    """Several tokenizers' ids of the same captions, one after the other.
+
+    `pad_id` is the last one's.
+    """
+
+    parts: tuple[Tokenizer, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(part.length for part in self.parts)
+
+    @property
+    def pad_id(self) -> int:
+        return self.parts[-1].pad_id
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        return np.concatenate([part(captions) for part in self.parts], axis=1)
+
+    def cuts(self, captions: Sequence[str]) -> list[str]:
+        return [line for part in self.parts for line in part.cuts(captions)]
+
+
+def load_tokenizer(name: str, length: int) -> WordTokenizer | ByteTokenizer | FolderTokenizer:
+    """The tokenizer called `shapes` or `bytes`, or that of a local folder or a hub id.
+
+    Raises UserError when there is none to be had.
+    """
+    if name == "shapes":
+        return WordTokenizer(length)
+    if name == "bytes":
+        return ByteTokenizer(length)
+    return FolderTokenizer(name, length)
+
+
+def announce_cuts(tokenizer: Tokenizer, captions: Sequence[str]) -> None:
+    """Logs a warning, one line, for each caption that does not fit, saying what is not read."""
+    for line in tokenizer.cuts(captions):
+        LOGGER.warning("warning: %s", line)
+
+
+def _read_tokenizer(path: str | Path) -> Any:
+    from transformers import AutoTokenizer, CLIPTokenizer  # slow to import, and needed only here
+
+    folder = Path(path)
+    local = folder.is_dir()
+    if not local and not _HUB_ID.fullmatch(str(path)):
+        raise UserError(
+            f"text.tokenizer {str(path)!r} is neither shapes, bytes nor a folder with a tokenizer"
+        )
+    bare_clip = all((folder / name).is_file() for name in _BARE_CLIP) and not any(
+        (folder / name).is_file() for name in _SAYS_ITS_CLASS
+    )
+    reader = CLIPTokenizer if bare_clip else AutoTokenizer
+    try:
+        return reader.from_pretrained(str(path), local_files_only=local)
+    except Exception as error:  # the library raises almost anything for a damaged file
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if local:
+            raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
+        raise UserError(
+            f"{path} is no folder here, and as a hub id gave no tokenizer ({reason}); download it "
+            "and give its folder"
+        ) from error
+
+
+def _valid(caption: str) -> str:
+    """The caption as UTF-8 can hold it: a terminal may pass on undecodable bytes."""
+    return caption.encode(errors="replace").decode()
+
+
+_SHOWN = 40, 400
+"""Characters of a caption, and of what was cut from it, in one line of warning."""
+
+
+def _cut_line(where: str, length: int, caption: str, cut: str, tokens: int) -> str:
+    named, rest = (
+        text if len(text) <= shown else f"{text[:shown]}..."
+        for text, shown in zip(
+            (" ".join(caption.split()), " ".join(cut.split())), _SHOWN, strict=True
+        )
+    )
+    return f'{where} reads {length} tokens; {tokens} more of "{named}" are cut: "{rest}"'

@@ -1,0 +1,185 @@
+"""What a training run is: a frozen dataclass, validated when it is made.
+
+A preset (`configs/NAME.py`) is a value of it, and the command line changes it field by field
+(`config.command_line`). Everything a run depends on stands here, and every field is read by
+something.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from taca_jax.autoencoders.pixels import PixelsConfig
+from taca_jax.config.fields import check
+from taca_jax.data.config import DataConfig
+from taca_jax.errors import UserError
+from taca_jax.evaluation.config import EvalConfig
+from taca_jax.families.flux.model import FluxConfig
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.nn.stacking import Remat
+from taca_jax.parallel.mesh import MeshConfig
+from taca_jax.sampling.loop import MAX_SEED
+from taca_jax.taca import TacaConfig
+from taca_jax.text.config import TextConfig
+from taca_jax.training.losses import TimestepSampling
+from taca_jax.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Without `lora` every parameter trains, else the LoRA alone.
+
+    name: of the run; its folder is called so.
+    steps: optimizer steps.
+    base: the model folder to start from (`transformer/`, `text_encoder/`, ...); none starts `model`
+      from random numbers.
+    model: the transformer's shape when there is no base.
+    lora: the adapter to train; none trains everything.
+    quantize: what the transformer's kernels are kept in under a LoRA: `int8`, `nf4` (4 bits), or
+      none, which is dtype.
+    quantize_text: the same of T5.
+    text: captions to text tokens.
+    autoencoder: `pixels` trains a new model on the pictures themselves and a base on what it was
+      made with; a path trains on the latents of that folder's autoencoder.
+    pixels: how a new model on pixels normalises them.
+    taca: with it, training draws timesteps where TACA is active, and applies it (the paper's
+      equations 11-13); none trains plainly over all timesteps.
+    data: pictures and captions.
+    mesh: how several devices share the work.
+    optimizer: how gradients become updates.
+    grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
+    dtype: of activations; parameters, softmax and loss are float32.
+    remat: `full` computes activations again in the backward pass, block by block, to save memory.
+    timestep_sampling: `uniform`, or `logit_normal` (more in the middle), before any truncation.
+    timestep_shift: above 1 draws more noise: SD3's and FLUX's shift of times, in training.
+    guidance: the guidance scale shown to models that embed one; others do without.
+    log_every: optimizer steps between two lines of metrics.
+    save_every: optimizer steps between two checkpoints; the last step is always saved.
+    keep_checkpoints: how many checkpoints stay.
+    sample_every: optimizer steps between two grids of samples; 0 draws none.
+    sample_prompts: the prompts of those grids.
+    seed: decides parameters, noise and timesteps.
+    out_dir: the run's folder; none is runs/NAME.
+    plan: a slice of TPUs (v5e-16, v6e-8, v5p-8): compile the step for it and say what it takes,
+      instead of training; no TPU is needed.
+    resume: go on from the folder's newest good checkpoint; otherwise the folder must be new.
+    evaluate: the table at the end; none makes none.
+    """
+
+    name: str
+    steps: int
+    base: str | None = None
+    model: FluxConfig | None = None
+    lora: LoRAConfig | None = None
+    quantize: Quantization = "none"
+    quantize_text: Quantization = "none"
+    text: TextConfig = field(default_factory=TextConfig)
+    autoencoder: str = "pixels"
+    pixels: PixelsConfig = field(default_factory=PixelsConfig)
+    taca: TacaConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grad_accumulation: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
+    timestep_sampling: TimestepSampling = "logit_normal"
+    timestep_shift: float = 1.0
+    guidance: float = 1.0
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    sample_every: int = 0
+    sample_prompts: tuple[str, ...] = ()
+    seed: int = 0
+    out_dir: str | None = None
+    plan: str | None = None
+    resume: bool = False
+    evaluate: EvalConfig | None = None
+
+    def __post_init__(self):
+        plain = bool(self.name) and Path(self.name).name == self.name
+        check(plain, "name", self.name or "empty", "a plain folder name")
+        positive = {
+            "steps": self.steps,
+            "grad_accumulation": self.grad_accumulation,
+            "log_every": self.log_every,
+            "save_every": self.save_every,
+            "keep_checkpoints": self.keep_checkpoints,
+        }
+        for name, value in positive.items():
+            check(value >= 1, name, value, "1 or more")
+        shift = self.timestep_shift
+        check(0 < shift < math.inf, "timestep_shift", shift, "a number above 0")
+        check(self.sample_every >= 0, "sample_every", self.sample_every, "0 (never) or more")
+        check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+        check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
+        local = "://" not in (self.out_dir or "")
+        check(local, "out_dir", self.out_dir, "a folder (for buckets see docs/launching.md)")
+        warmup = self.optimizer.warmup_steps
+        below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
+        check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
+        for source in self.data.source:
+            shapes = source.partition(":")[2].partition("/")[0] == "shapes"
+            if self.evaluate is not None and not shapes:
+                raise UserError(
+                    f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
+                )
+        if self.taca is not None:
+            threshold = self.taca.threshold
+            check(threshold < 1000, "taca.threshold", threshold, "below 1000, to train above it")
+            if self.taca.first_steps is not None:
+                raise UserError(
+                    f"taca.first_steps is {self.taca.first_steps}, and training has no steps: it "
+                    "draws times above taca.threshold; leave first_steps to generate.py"
+                )
+        if self.base is None and self.model is None:
+            raise UserError(
+                "base and model are both none; give base=FOLDER, or a preset with a model"
+            )
+        if self.base is not None and self.model is not None:
+            raise UserError(
+                f"base={self.base} says what the model is; leave model out (model=none)"
+            )
+        if self.base is None and self.lora is not None:
+            raise UserError("lora adapts a trained model; give base=FOLDER, or lora=none")
+        if self.base is None and self.text.encoder is None:
+            raise UserError("without a base there is no text encoder; set text.encoder")
+        if self.lora is not None and self.optimizer.kind != "adamw":
+            raise UserError(
+                f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, of "
+                "which lora trains none; set optimizer.kind=adamw, or lora=none"
+            )
+        if self.data.encode == "cache":
+            if self.lora is None:
+                raise UserError(
+                    "data.encode=cache encodes captions once, and without a lora the text encoder "
+                    "trains with the model; set lora.*, or data.encode=online"
+                )
+            if self.sample_every:
+                raise UserError(
+                    f"sample_every is {self.sample_every}, and data.encode=cache trains without "
+                    "what samples are drawn with; set sample_every=0, or data.encode=online"
+                )
+        for name, to in {"quantize": self.quantize, "quantize_text": self.quantize_text}.items():
+            if self.lora is None and to != "none":
+                raise UserError(
+                    f"{name}={to} is for a base that stays as it is, and lora=none trains it; give "
+                    f"a lora, or {name}=none"
+                )
+        if self.sample_every and not self.sample_prompts:
+            raise UserError(
+                f"sample_every is {self.sample_every} without sample_prompts; give some"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.out_dir or Path("runs") / self.name)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where encoded examples are."""
+        return Path(self.data.cache or self.run_dir / "cache")

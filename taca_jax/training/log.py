@@ -1,0 +1,140 @@
+"""Where a run's numbers go: a progress bar, a JSON line a step, TensorBoard."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from taca_jax.formats.atomic import whole_file
+
+PLAIN_LINE_SECONDS = 15.0
+"""Where there is no terminal to redraw a bar on, a line at most this often."""
+
+
+class RunLog:
+    """Progress and metrics of a training run; a context manager.
+
+    Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. On resuming after `start` steps, lines
+    of later steps are dropped first, so that each step stands there once. The share of the peak
+    FLOP/s of all devices that the model used is there where that peak is known.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        start: int,
+        steps: int,
+        samples_per_step: int,
+        flops_per_step: float = 0.0,
+        peak_flops: float | None = None,
+    ):
+        self.console = Console(stderr=True)
+        self._jsonl = run_dir / "metrics.jsonl"
+        self._keep_before(start)
+        self._file = self._jsonl.open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self._samples_per_step = samples_per_step
+        self._flops_per_step = flops_per_step
+        self._peak_flops = peak_flops
+        self._steps = steps
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
+        self._start = start
+        self._last = (time.perf_counter(), start)
+        self._last_line = 0.0
+
+    def __enter__(self) -> "RunLog":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of the steps up to and with `step` (counted from 1)."""
+        now = time.perf_counter()
+        then, before = self._last
+        self._last = (now, step)
+        seconds = (now - then) / max(step - before, 1)
+        record = {
+            **metrics,
+            "seconds_per_step": seconds,
+            "samples_per_second": self._samples_per_step / seconds,
+            **device_memory(),
+        }
+        if self._peak_flops is not None:
+            used = self._flops_per_step / seconds
+            record["model_flops_utilisation"] = used / self._peak_flops
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            self._board.add_scalar(name, value, step)
+        numbers = (
+            f"loss {metrics['loss']:.4f}  {seconds:.3f} s/step  "
+            f"{record['samples_per_second']:.1f} samples/s"
+        )
+        if self._peak_flops is not None:
+            numbers += f"  {record['model_flops_utilisation']:.0%} of peak"
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        late = now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps
+        if not self.console.is_terminal and late:
+            self._last_line = now
+            left = f"{(self._steps - step) * seconds / 60:.1f} min left"
+            if before == self._start:
+                left = "compiled first"
+            line = f"step {step}/{self._steps}  {numbers}  {left}"
+            self.console.print(line, soft_wrap=True)
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """A uint8 HWC picture for TensorBoard."""
+        self._board.add_image(name, picture, step, dataformats="HWC")
+
+    def _keep_before(self, start: int) -> None:
+        if not self._jsonl.exists():
+            return
+        kept = []
+        for line in self._jsonl.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line cut off by a kill
+        with whole_file(self._jsonl) as file:
+            file.write_text("".join(line + "\n" for line in kept))
+
+
+def device_memory() -> dict[str, float]:
+    """GB in use, and the most so far, on the fullest of this process's devices.
+
+    Empty where devices do not say, as CPUs.
+    """
+    found = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"device_memory_gb": "bytes_in_use", "device_memory_peak_gb": "peak_bytes_in_use"}
+    return {
+        name: max(stats[key] for stats in found) / 1e9
+        for name, key in names.items()
+        if found and all(key in stats for stats in found)
+    }

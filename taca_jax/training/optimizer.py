@@ -1,0 +1,136 @@
+"""How gradients become updates: AdamW or Muon, and their learning rate."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float
+from optax.contrib import MuonDimensionNumbers, muon
+
+from taca_jax.config.fields import check
+from taca_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon, with warm-up and clipping by global norm.
+
+    kind: `adamw`, or `muon` (Jordan et al. 2024), which trains from scratch in fewer steps: kernels
+      between hidden states move along their orthogonalised momentum, at a root mean square of about
+      1, as Adam's first step has, so that one learning rate serves all; the kernels of img_in, of
+      modulations and of the output, and all that is no kernel, by AdamW with Nesterov's momentum.
+    learning_rate: the highest, reached after warm-up.
+    warmup_steps: optimizer steps of linear rise.
+    schedule: after warm-up, `constant`, or `cosine` down to 0 at the last step.
+    weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only; of muon, on the
+      kernels that it orthogonalises only.
+    b1, b2: decay of Adam's first and second moment.
+    muon_beta: decay of Muon's momentum; for kind=muon only.
+    clip_norm: longest gradient, over all trained parameters; none never clips.
+    ema_decay: decay of the moving average of the trained parameters that is sampled, scored and
+      exported; 0 takes the parameters themselves.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    muon_beta: float = 0.95
+    clip_norm: float | None = 1.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        rate, decay, clip = self.learning_rate, self.weight_decay, self.clip_norm
+        check(0 < rate < math.inf, "optimizer.learning_rate", rate, "positive")
+        check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        check(0 <= decay < math.inf, "optimizer.weight_decay", decay, "0 or more")
+        decays = {
+            "b1": self.b1,
+            "b2": self.b2,
+            "muon_beta": self.muon_beta,
+            "ema_decay": self.ema_decay,
+        }
+        for name, value in decays.items():
+            check(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+        check(clip is None or clip > 0, "optimizer.clip_norm", clip, "positive, or none")
+        if self.kind != "muon" and self.muon_beta != OptimizerConfig.muon_beta:
+            raise UserError(
+                f"optimizer.muon_beta is {self.muon_beta}, which optimizer.kind={self.kind} has no "
+                "use for; leave it out, or set optimizer.kind=muon"
+            )
+
+    def make(self, total_steps: int) -> optax.GradientTransformation:
+        """The optax object for a run of `total_steps` optimizer steps."""
+        clip = (
+            optax.identity()
+            if self.clip_norm is None
+            else optax.clip_by_global_norm(self.clip_norm)
+        )
+
+        def rate(count: ArrayLike) -> Float[Array, ""]:
+            return self.learning_rate_at(count, total_steps)
+
+        if self.kind == "muon":
+            update = muon(
+                rate,
+                beta=self.muon_beta,
+                weight_decay=self.weight_decay,
+                adam_b1=self.b1,
+                adam_b2=self.b2,
+                consistent_rms=1.0,
+                muon_weight_dimension_numbers=_muon_axes,
+            )
+        else:
+            update = optax.adamw(
+                rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay, mask=_is_matrix
+            )
+        return optax.chain(clip, update)
+
+    def learning_rate_at(self, count: ArrayLike, total_steps: int) -> Float[Array, ""]:
+        """The learning rate of the update that follows `count` updates, float32, traceable.
+
+        Warm-up starts above 0, so that no step is spent for nothing.
+        """
+        count = jnp.asarray(count, jnp.float32)
+        warm = jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1))
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        progress = (count - self.warmup_steps) / max(total_steps - self.warmup_steps, 1)
+        return self.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+
+
+def _muon_axes(params: Any) -> Any:
+    """For each parameter the axes of its matrices, or None where AdamW updates it.
+
+    Muon is for matrices between hidden states. Its author leaves a model's first and last layer to
+    Adam; so do we, and the layers that make all modulations of one vector per picture.
+    """
+    not_hidden = {"img_in", "mod", "final_mod", "final_out"}
+
+    def axes(path: tuple[Any, ...], param: jax.Array) -> MuonDimensionNumbers | None:
+        names = {jax.tree_util.keystr((key,), simple=True) for key in path}
+        if "kernel" not in names or names & not_hidden:
+            return None
+        # Any axis before these two is that of a stack's layers.
+        return MuonDimensionNumbers(reduction_axis=param.ndim - 2, output_axis=param.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _is_matrix(params: Any) -> Any:
+    """The tree of booleans that says which parameters weight decay acts on.
+
+    By name, not by rank: stacked blocks give biases and norms a leading layer axis.
+    """
+    names = {"kernel", "lora_a", "lora_b", "embedding"}
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        return not names.isdisjoint(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,174 @@
+"""Model folders: `config.json` beside `model.safetensors`, or alone where a model has no
+parameters.
+
+`config.json` holds the fields of the model's config and its `kind`. Parameters go by their dotted
+path ("double_blocks.img.qkv.q.kernel"; stacked blocks are one array with a leading layer axis).
+LoRA factors are never part of a model folder.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from taca_jax.config.fields import from_json, to_json
+from taca_jax.errors import UserError
+from taca_jax.families.registry import model_kinds
+from taca_jax.formats.atomic import whole_folder
+from taca_jax.formats.tensor_files import (
+    ArrayTensors,
+    LazyTensor,
+    Tensors,
+    differences,
+    in_file_order,
+    open_tensors,
+    write_streamed,
+)
+from taca_jax.nn.kinds import abstract_model, flat_params, kind_of, shapes_of
+from taca_jax.nn.layers import Quantized
+from taca_jax.parallel.processes import is_first, on_host, wait_for_all
+from taca_jax.weights.loading import AT_ONCE, LoadOptions, StoredParameters, load_parameters
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PIPELINE_FILE = "pipeline.json"
+"""Beside the model folders of a pipeline."""
+
+_ORBAX = "params"
+"""Where versions before this one kept parameters."""
+
+
+def save_model(path: Path | str, model: Any, *, dtype: DTypeLike | None = None) -> None:
+    """Writes a model folder, whole or not at all; a model folder that was there is replaced.
+
+    Parameters are stored in `dtype`, or as they are. They come to the host a layer at a time. Of
+    several processes all must call this: each gives what its devices hold, and the first writes.
+    Raises UserError when `path` holds something else, or cannot be written, and for a quantised
+    model.
+    """
+    path = Path(path)
+    if path.exists() and not (path / CONFIG).is_file() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is no model folder; remove it or save elsewhere")
+    params = flat_params(model)
+    if any(isinstance(param, Quantized) for param in params.values()):
+        raise UserError(
+            f"{path}: a quantised model is not written; keep the one that it was made of, and "
+            "quantise as you load it"
+        )
+    tensors = {name: _lazy(param, dtype) for name, param in params.items()}
+    if is_first():
+        save_streamed(path, model.config, tensors)
+    else:
+        for name in in_file_order(tensors):
+            for _ in tensors[name].pieces():
+                pass
+    wait_for_all(f"a model in {path.name}")
+
+
+def save_streamed(path: Path, config: Any, tensors: Mapping[str, LazyTensor]) -> None:
+    """A model folder of parameters, by path, that need not fit into memory."""
+    with whole_folder(path) as folder:
+        if tensors:
+            write_streamed(folder / WEIGHTS, tensors)
+        (folder / CONFIG).write_text(_config_text(config))
+
+
+def load_config(path: Path | str) -> Any:
+    """The config of a model folder; its class says what model it is.
+
+    Raises UserError where config.json is missing, of an unknown kind, or not what the kind needs.
+    """
+    file = Path(path) / CONFIG
+    try:
+        tree = json.loads(file.read_text())
+    except OSError:
+        raise UserError(
+            f"{path} is no model folder: it has no readable {CONFIG}; convert the original weights "
+            "with `python -m convert`"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); write the folder again") from None
+    kinds = model_kinds()
+    name = tree.pop("kind", None) if isinstance(tree, dict) else None
+    if name not in kinds:
+        hint = "; original weights need `python -m convert` first" if name is None else ""
+        raise UserError(f"{file} says kind {name!r}; expected one of {', '.join(kinds)}{hint}")
+    return from_json(kinds[name].config, json.dumps(tree), where=str(file))
+
+
+def load_model(path: Path | str, options: LoadOptions) -> Any:
+    """The model of a folder.
+
+    Raises UserError that names everything missing, left over or mis-shaped, for files that are
+    absent, truncated or damaged, and for a model that cannot be quantised.
+    """
+    path = Path(path)
+    config = load_config(path)
+    if not shapes_of(config):  # pixels: the config is all
+        return abstract_model(config, dtype=options.dtype, remat=options.remat)
+    tensors = open_parameters(path)
+    if problems := differences(shapes_of(config), tensors.shapes):
+        raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
+    stored = StoredParameters(tensors.dtypes, lambda name, part: _read(tensors, name, part))
+    return load_parameters(config, stored, options)
+
+
+def open_parameters(path: Path) -> Tensors:
+    """The parameters of a model folder by dotted path, none of them read; empty where a model has
+    none. Raises UserError where they are absent or damaged."""
+    if (path / WEIGHTS).is_file():
+        return open_tensors(path / WEIGHTS)
+    config = load_config(path)
+    if (path / _ORBAX).is_dir():
+        raise UserError(
+            f"{path} was written by an older version, with its parameters in {_ORBAX}/; make it "
+            f"anew: python -m convert {kind_of(config).name} --src ORIGINAL --dst NEW_FOLDER"
+        )
+    if shapes_of(config):
+        raise UserError(f"{path} has no {WEIGHTS}; write the folder again")
+    return ArrayTensors(str(path), {})
+
+
+def _read(tensors: Tensors, name: str, part: tuple[slice, ...]) -> np.ndarray:
+    """Whole rows are read, which lie together in the file, and then cut: of a stack's layers, or of
+    the first axis."""
+    rows = min(len(part), 2 if len(part) > 2 else 1)
+    return tensors.read(name, *part[:rows])[(slice(None),) * rows + part[rows:]]
+
+
+def _lazy(param: nnx.Variable, dtype: DTypeLike | None) -> LazyTensor:
+    array = param.get_value()
+    target = jnp.dtype(array.dtype if dtype is None else dtype)
+
+    def pieces() -> Iterator[np.ndarray]:
+        if array.ndim < 3 or array.nbytes <= AT_ONCE:
+            yield on_host(array).astype(target, copy=False)
+            return
+        for layer in range(array.shape[0]):
+            yield np.asarray(_layer(array, layer)).astype(target, copy=False)
+
+    return LazyTensor(array.shape, target, pieces)
+
+
+def _layer(stack: jax.Array, layer: int) -> jax.Array:
+    """One layer of a stack, whole on every device that holds a part of it."""
+    where = stack.sharding
+    whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else where
+    return _taken(stack, layer, whole)
+
+
+@jax.jit(static_argnames=("where",))
+def _taken(stack: jax.Array, layer: int, where: Sharding) -> jax.Array:
+    taken = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    return jax.lax.with_sharding_constraint(taken, where)
+
+
+def _config_text(config: Any) -> str:
+    return json.dumps({"kind": kind_of(config).name, **json.loads(to_json(config))}, indent=2) + "\n"

@@ -1,0 +1,133 @@
+"""generate.py on the small model that comes with the package: files, metadata, refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from taca_jax.errors import UserError
+from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.pipelines.generate import generate
+from taca_jax.taca import TacaConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "a red circle and a blue square"
+
+
+def config(out: Path, **changes) -> GenerateConfig:
+    values = {
+        "base": "shapes_base",
+        "prompt": PROMPT,
+        "taca": TacaConfig(gamma=1.5, threshold=835),
+        "steps": 3,
+        "dtype": "float32",
+        "out": str(out),
+    }
+    return GenerateConfig(**{**values, **changes})
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+def test_a_picture_carries_its_settings(tmp_path):
+    [path] = generate(config(tmp_path / "one.png", seed=7))
+    with Image.open(path) as picture:
+        assert picture.size == (40, 40)
+        settings = json.loads(picture.text["taca_jax"])
+    assert settings["prompt"] == PROMPT
+    assert settings["seed"] == 7
+    assert settings["taca"]["gamma"] == 1.5
+
+
+def test_the_same_settings_give_the_same_picture_and_taca_another(tmp_path):
+    def drawn(name: str, **changes) -> np.ndarray:
+        [path] = generate(config(tmp_path / name, **changes))
+        return pixels(path)
+
+    first = drawn("a.png")
+    np.testing.assert_array_equal(first, drawn("b.png"))
+    assert (first != drawn("c.png", taca=None)).any()
+
+
+def test_several_pictures_are_numbered_and_go_on_from_the_seed(tmp_path):
+    paths = generate(config(tmp_path / "many.png", num_images=2, seed=3))
+    assert [path.name for path in paths] == ["many-000.png", "many-001.png"]
+    [single] = generate(config(tmp_path / "single.png", seed=4))
+    assert abs(pixels(paths[1]) - pixels(single)).max() <= 1  # other batch sizes, other rounding
+
+
+def test_compare_shows_plain_taca_and_lora(tmp_path):
+    [two] = generate(config(tmp_path / "two.png", compare=True))
+    [three] = generate(config(tmp_path / "three.png", compare=True, lora="shapes_taca.safetensors"))
+    assert pixels(three).shape[1] > pixels(two).shape[1]
+
+
+def test_previews_are_written_beside_the_picture(tmp_path, capsys):
+    [path] = generate(config(tmp_path / "x.png", preview="own"))
+    assert f"previews: {tmp_path / 'x-preview.png'}, after each step" in capsys.readouterr().out
+    # The last step is predicted to become what it becomes.
+    np.testing.assert_array_equal(pixels(tmp_path / "x-preview.png"), pixels(path))
+
+
+def test_a_missing_previewer_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "taca_jax.pipelines.generate.load_pipeline", lambda *_, **__: pytest.fail("loaded")
+    )
+    with pytest.raises(UserError, match=r"taef1_encoder\.safetensors is not there"):
+        generate(config(tmp_path / "x.png", preview=str(tmp_path / "taef1")))
+
+
+def test_a_missing_lora_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "taca_jax.pipelines.generate.load_pipeline", lambda *_, **__: pytest.fail("loaded")
+    )
+    with pytest.raises(UserError, match=r"nowhere\.safetensors is not there; .* lora=none"):
+        generate(config(tmp_path / "x.png", lora="nowhere.safetensors"))
+
+
+def test_without_taca_a_lora_is_said_not_to_be_used(tmp_path, capsys):
+    generate(config(tmp_path / "x.png", taca=None, lora="shapes_taca.safetensors"))
+    assert "shapes_taca.safetensors is not used: it acts only while" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": "a red dragon"}, "dragon"),
+        ({"base": "nowhere"}, "nowhere is not there"),
+        ({"height": 41}, "multiples of 4"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        generate(config(tmp_path / "x.png", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        generate(config(tmp_path / "absent" / "x.png"))
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        generate(config(tmp_path / "x.png"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="cannot be written to"):
+        generate(config(tmp_path / "y.png"))
+
+
+def test_the_command_fails_in_one_line():
+    command = [sys.executable, "generate.py", "--config", "shapes_taca", "prompt=a red dragon"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1

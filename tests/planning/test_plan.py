@@ -1,0 +1,233 @@
+"""What a run would take on a slice of TPUs: names of slices, what is refused, and a small plan.
+
+The plan itself is made in a process of its own, which libtpu, once loaded, would stay in.
+"""
+
+import importlib.util
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from configs.sd35_taca import CONFIG
+from taca_jax.autoencoders.pixels import Pixels
+from taca_jax.config.fields import to_json
+from taca_jax.data.config import DataConfig
+from taca_jax.errors import UserError
+from taca_jax.families.sd3.pipeline import SD3Pipeline
+from taca_jax.nn.layers import Fixed, LoRAParam
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
+from taca_jax.planning import plan as plan_module
+from taca_jax.planning.plan import _batch, in_units
+from taca_jax.planning.slices import Slice, slice_names
+from taca_jax.taca import TacaConfig
+from taca_jax.text.config import TextConfig
+from taca_jax.text.encoders import SD3Text
+from taca_jax.training.abstract import (
+    PUBLISHED,
+    PUBLISHED_TEXT_LENGTH,
+    abstract_training,
+    part_configs,
+)
+from taca_jax.training.build import check_sizes
+from taca_jax.training.step import Batch, EncodedBatch
+from tests.processes import last_line, run_python
+from tests.random_models import random_model
+from tests.training.test_sd3 import CLIP
+from tests.training.test_sd3 import TINY as SD3
+from tests.training.tiny import tiny_config, tiny_pipeline
+
+
+def test_slices_are_named_as_they_are_rented():
+    assert Slice.of("v5e-16").topology == "v5e:4x4"
+    v5p = Slice.of("v5p-8")  # cores, two a chip
+    assert (v5p.chips, v5p.topology) == (4, "v5p:2x2x1")
+    assert [other.name for other in Slice.of("v6e-64").larger()] == ["v6e-128", "v6e-256"]
+    for name in slice_names():
+        assert Slice.of(name).name == name
+    for name in ("v5e-3", "v5p-7", "v9-8", "16"):
+        with pytest.raises(UserError, match=f"plan={name}: no such slice; there are v5e-1, v5e-4"):
+            Slice.of(name)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "said"),
+    [
+        (6_618_000_000, "B", "6.62 GB"),
+        (123_400, "B", "123 kB"),
+        (12, "B", "12 B"),
+        (0, "B", "0 B"),
+        (1.59e14, "FLOP", "159 TFLOP"),
+        (0.76, "s", "760 ms"),
+        (4.2e-6, "s", "4.2 µs"),
+        (4000.0, "s", "4,000 s"),
+    ],
+)
+def test_units_fit_what_is_said(value, unit, said):
+    assert in_units(value, unit) == said
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_pipeline().save(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def config_on(base, **changes):
+    adapt = {
+        "base": str(base),
+        "model": None,
+        "text": TextConfig(),
+        "lora": LoRAConfig(rank=2),
+        "taca": TacaConfig(threshold=500),
+    }
+    return tiny_config(base.parent / "run", **(adapt | changes))
+
+
+def test_text_is_as_long_as_the_base_says(base):
+    parts, text_length = part_configs(config_on(base))
+    assert set(parts) == {"transformer", "text_encoder", "autoencoder"}
+    assert text_length == 16
+    published, text_length = part_configs(config_on(Path("flux1-schnell")))
+    assert text_length == 256
+    assert not published["transformer"].guidance_embed
+    assert PUBLISHED.keys() == PUBLISHED_TEXT_LENGTH.keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("transformer", "transformer is no model folder"),
+        ("text_encoder", "lacks a T5, which training needs"),
+        ("autoencoder", r"lacks an autoencoder \(autoencoder=FOLDER\), which training needs"),
+    ],
+)
+def test_a_base_without_a_part_is_refused(base, part, message):
+    shutil.rmtree(base / part)
+    with pytest.raises(UserError, match=message):
+        part_configs(config_on(base))
+
+
+def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
+    said = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (22.55G) exceeds available HBM (15.75G). HLO module: j."
+    )
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(said)
+
+    def make_plan(config, where):
+        if where.chips == 1:
+            plan_module._compiled(Lowered())
+        return SimpleNamespace(fits=where.chips > 4)
+
+    monkeypatch.setattr(plan_module, "make_plan", make_plan)
+    message = (
+        r"^the compiler says: Ran out of memory on HBM, .* \(22.55G\) exceeds available HBM "
+        r"\(15.75G\); plan=v5e-8 data.batch_size=16 fits \(or with less: "
+        r"quantize=nf4, quantize_text=int8, data.encode=cache\)$"
+    )
+    with pytest.raises(UserError, match=message):
+        plan_module.plan(config_on(base, plan="v5e-1"))
+
+
+def test_whole_parameters_that_do_not_fit_are_to_be_shared(base, monkeypatch):
+    def make_plan(config, where):
+        if config.mesh.open:
+            raise plan_module.OutOfMemoryError("too large")
+        return SimpleNamespace(fits=config.mesh.fsdp == -1)
+
+    monkeypatch.setattr(plan_module, "make_plan", make_plan)
+    with pytest.raises(UserError, match=r"too large; mesh\.fsdp=-1, which shares parameters, fits"):
+        plan_module.plan(config_on(base, plan="v5e-8"))
+
+
+def test_stable_diffusion_is_planned_for():
+    """Its published shapes: as many parameters as the original, and as many tokens."""
+    config = replace(CONFIG, data=replace(CONFIG.data, batch_size=1))
+    parts, text_length = part_configs(config)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model, autoencoder = abstract_training(config, parts, text_length, mesh)
+    check_sizes(config, model.transformer, autoencoder, mesh)
+    batch, text = _batch(config, model, autoencoder, text_length, mesh)
+    cached = replace(config, data=replace(config.data, encode="cache"))
+    encoded, _ = _batch(cached, model, autoencoder, text_length, mesh)
+    kernels = nnx.state(model.transformer, nnx.Any(nnx.Param, Fixed))
+    sizes = [
+        (isinstance(param, LoRAParam), math.prod(param.shape))
+        for _, param in nnx.to_flat_state(kernels)
+    ]
+    assert sum(size for is_lora, size in sizes if not is_lora) == 2_469_663_936
+    assert any(is_lora for is_lora, _ in sizes)
+    assert isinstance(model.text_encoder, SD3Text)
+    assert model.text_encoder.t5 is not None
+    assert isinstance(batch, Batch)
+    assert (text, batch.tokens.shape) == (77 + 256, (1, 1, 77 + 77 + 256))
+    assert isinstance(encoded, EncodedBatch)
+    assert encoded.mean.shape == (1, 1, 128, 128, 16)
+    assert (encoded.txt.shape, encoded.txt.dtype) == ((1, 1, text, 4096), jnp.bfloat16)
+    assert encoded.pooled.shape == (1, 1, 2048)
+
+
+SCRIPT = """
+import json, sys
+from taca_jax.config import TrainConfig, from_json
+from taca_jax.training.plan import make_plan
+from taca_jax.training.slices import Slice
+plan = make_plan(from_json(TrainConfig, open(sys.argv[1]).read()), Slice.of("v5e-4"))
+print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.flops,
+                  "repeated": plan.repeated, "received": plan.traffic.together.received,
+                  "seconds": plan.seconds, "hidden": plan.hidden, "fits": plan.fits,
+                  "mesh": dict(plan.mesh.shape)}))
+"""
+
+
+@pytest.fixture
+def sd3_base(tmp_path):
+    path = tmp_path / "base"
+    clip = replace(CLIP, max_tokens=8)
+    SD3Pipeline(
+        random_model(replace(SD3, position_size=20)),
+        text_encoder=SD3Text(
+            random_model(clip), random_model(clip), None, width=SD3.txt_dim, t5_length=16
+        ),
+        tokenizer=None,
+        autoencoder=Pixels(),
+        settings=tiny_pipeline().settings,
+    ).save(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    ("folder", "changes", "encode"),
+    [
+        ("base", {"quantize": "nf4", "quantize_text": "int8"}, "online"),
+        ("base", {"remat": "full", "dtype": "bfloat16"}, "cache"),
+        ("sd3_base", {"remat": "full", "lora": CONFIG.lora}, "online"),
+    ],
+)
+def test_a_small_plan(folder, changes, encode, request, tmp_path):
+    source = ("generated:shapes/64",)
+    data = DataConfig(source=source, batch_size=4, resolution=40, encode=encode)
+    config = config_on(request.getfixturevalue(folder), data=data, **changes)
+    (tmp_path / "config.json").write_text(to_json(config))
+    plan = json.loads(last_line(run_python("-c", SCRIPT, str(tmp_path / "config.json"))))
+    assert plan["fits"]
+    assert plan["mesh"] == {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}  # it has room
+    assert plan["parts"]["trained parameters, optimizer"] > 0
+    assert plan["parts"]["transformer, frozen"] > 0
+    assert min(plan["program"], plan["flops"], plan["received"], *plan["seconds"].values()) > 0
+    assert (plan["repeated"] == plan["flops"] / 2) == ("remat" in changes)
+    assert 0 <= plan["hidden"] <= 1

@@ -1,0 +1,172 @@
+"""Text encoders in single files: the layout told from the keys, the sizes from the shapes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.cli import main
+from taca_jax.errors import UserError
+from taca_jax.formats import engine
+from taca_jax.formats.key_table import Table
+from taca_jax.formats.settings import Settings
+from taca_jax.formats.tensor_files import ArrayTensors, write_tensors
+from taca_jax.text import clip_layout as clip
+from taca_jax.text import t5_layout as t5
+from taca_jax.text.clip import CLIP_BIGG, CLIP_L, CLIPConfig
+from taca_jax.text.t5 import T5_XXL, T5Config
+from taca_jax.weights.folders import abstract_model, flat_params, load_model
+from tests.random_models import random_model
+
+CLIP = CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)
+T5 = T5Config(11, 8, 12, 2, 4, 2)
+SIZES = ("--num-heads", "2", "--activation", "gelu")
+
+
+def converted(kind: str, src: Path, *options: str):
+    dst = src.parent / f"{src.name}_converted"
+    main([kind, "--src", str(src), "--dst", str(dst), *options])
+    return load_model(dst, dtype=jnp.float32)
+
+
+def refused(kind: str, src: Path, *options: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        converted(kind, src, *options)
+    assert "\n" not in str(stop.value.code)
+    return str(stop.value.code)
+
+
+def assert_same(one, other) -> None:
+    params, others = flat_params(one), flat_params(other)
+    assert params.keys() == others.keys()
+    for path, param in params.items():
+        np.testing.assert_array_equal(param.get_value(), others[path].get_value(), path)
+
+
+@pytest.fixture
+def model():
+    return random_model(CLIP)
+
+
+def with_prefix(tensors):
+    """clip_l.safetensors, with the copies that some such files hold."""
+    copies = {"text_model.embeddings.position_ids": np.arange(5)[None], "logit_scale": np.ones(())}
+    return tensors | copies
+
+
+def openclip_projection(tensors):
+    """clip_g.safetensors where the projection is OpenCLIP's: not a Linear, so not transposed."""
+    projection = tensors.pop("text_projection.weight")
+    return tensors | {"text_projection": np.ascontiguousarray(projection.T)}
+
+
+@pytest.mark.parametrize("change", [dict, with_prefix, openclip_projection])
+def test_single_files_of_clip(tmp_path, model, change: Callable):
+    file = tmp_path / "clip.safetensors"
+    write_tensors(file, change(engine.export(clip.TABLE, model)))
+    again = converted("clip", file, *SIZES)
+    assert again.config == CLIP
+    assert_same(again, model)
+
+
+def test_without_a_projection_there_need_be_no_prefix(tmp_path):
+    """As transformers 5 writes `CLIPTextModel`."""
+    model = random_model(replace(CLIP, projection_dim=None))
+    tensors = engine.export(clip.TABLE, model)
+    bare = {name.removeprefix(clip.PREFIX): tensor for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "clip.safetensors", bare)
+    again = converted("clip", tmp_path / "clip.safetensors", *SIZES)
+    assert again.config == model.config
+    assert_same(again, model)
+
+
+def test_single_files_of_t5(tmp_path):
+    model = random_model(T5)
+    tensors = engine.export(t5.TABLE, model)
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    write_tensors(tmp_path / "t5xxl.safetensors", tensors)
+    again = converted("t5", tmp_path / "t5xxl.safetensors")
+    assert again.config == T5
+    assert_same(again, model)
+
+
+def shapes_alone(table: Table, config) -> ArrayTensors:
+    """All tensors of a full-size model, without memory behind them."""
+    params = flat_params(abstract_model(config, dtype=jnp.float32))
+    pieces = table.pieces({path: param.shape for path, param in params.items()})
+    nothing = np.zeros((), np.float16)
+    return ArrayTensors("it", {p.key: np.broadcast_to(nothing, p.shape) for p in pieces})
+
+
+@pytest.mark.parametrize(
+    "config", [CLIP_L, replace(CLIP_L, projection_dim=None), CLIP_BIGG], ids=["L", "L-", "bigG"]
+)
+def test_released_sizes_of_clip_are_known(config):
+    assert clip.inferred(shapes_alone(clip.TABLE, config)) == config
+
+
+def test_the_released_size_of_t5_is_known():
+    assert t5.inferred(shapes_alone(t5.TABLE, T5_XXL)) == T5_XXL
+
+
+def test_what_shapes_do_not_tell_is_asked_for_by_name(tmp_path, model):
+    file = tmp_path / "clip.safetensors"
+    write_tensors(file, engine.export(clip.TABLE, model))
+    for options in ((), SIZES[:2], SIZES[2:]):
+        said = refused("clip", file, *options)
+        assert "8 wide with 2 layers, neither CLIP-L nor CLIP-bigG" in said
+        assert "give --num-heads and --activation" in said
+    said = refused("clip", file, "--num-heads", "3", "--activation", "gelu")
+    assert "num_heads is 3; it must divide the width of 8" in said
+
+
+def test_files_of_other_models_are_told_apart(tmp_path, model):
+    files = {"clip": tmp_path / "clip.safetensors", "t5": tmp_path / "t5.safetensors"}
+    write_tensors(files["clip"], engine.export(clip.TABLE, model))
+    write_tensors(files["t5"], engine.export(t5.TABLE, random_model(T5)))
+    assert "has no shared.weight; is it another model's?" in refused("t5", files["clip"])
+    said = refused("clip", files["t5"])
+    assert "has no embeddings.token_embedding.weight; is it another model's?" in said
+
+
+def test_clip_settings():
+    fields = {
+        "model_type": "clip_text_model",
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 5,
+        "vocab_size": 11,
+        "projection_dim": 6,
+        "eos_token_id": 2,
+    }
+    projected = ArrayTensors("it", {"text_projection.weight": np.zeros((6, 8))})
+    plain = ArrayTensors("it", {})
+
+    def config_of(tensors, **changes):
+        return clip.config_of(Settings(Path("config.json"), fields | changes), tensors)
+
+    assert config_of(projected) == CLIP
+    assert config_of(plain) == replace(CLIP, projection_dim=None)
+    assert config_of(projected, eos_token_id=7).end_token == 7
+    for change in ({"model_type": "clip"}, {"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}):
+        (name,) = change
+        with pytest.raises(UserError, match=f"config.json says {name} .*supported"):
+            config_of(projected, **change)
+
+
+def test_the_command_line_cannot_contradict_a_config(tmp_path, model):
+    (tmp_path / "src").mkdir()
+    write_tensors(tmp_path / "src" / "model.safetensors", engine.export(clip.TABLE, model))
+    (tmp_path / "src" / "config.json").write_text(
+        '{"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 11,'
+        '"num_hidden_layers": 2, "hidden_act": "gelu", "max_position_embeddings": 5}'
+    )
+    said = refused("clip", tmp_path / "src", "--activation", "quick_gelu")
+    assert "says activation is gelu, the command line quick_gelu" in said
+    assert converted("clip", tmp_path / "src", "--activation", "gelu").config.num_heads == 2
