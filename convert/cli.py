@@ -1,231 +1,295 @@
 """The command line of `python -m convert`."""
 
+import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any, NoReturn, get_args
 
-import tyro
-
-from convert.arguments import parse
 from convert.exporting import Layout as ExportLayout
 from convert.exporting import export
 from convert.inspection import inspect
-from convert.loras import For, convert_lora
-from convert.models import convert_flux, convert_model, convert_sd3
+from convert.loras import convert_lora, lora_models
+from convert.models import convert_family, convert_model
 from convert.verification import verify
 from taca_jax.config.command_line import say
+from taca_jax.config.fields import nearest, unknown, value_of
 from taca_jax.errors import UserError
+from taca_jax.families.base import Family
+from taca_jax.families.registry import families
 from taca_jax.text.clip import Activation
-from taca_jax.weights.lora_files import Layout
-from taca_jax.weights.originals import Latents, clip, t5, tiny_vae, vae
+from taca_jax.weights.lora_files import Layout as LoRALayout
+from taca_jax.weights.originals import Original, clip, t5, tiny_vae, vae
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+SHARD_GB = 10.0
 
 
-@dataclass(frozen=True)
-class Flux:
-    """FLUX.1 from a diffusers folder to a pipeline folder: all of its models, tokenizers, sampler.
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError for what argparse would print with the usage above it."""
 
-    A bare transformer folder, or a single file, gives a bare model folder.
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.rpartition(' ')[2]}: {message}")
+
+
+class _Once(argparse.Action):
+    """Refuses an option that is given twice, of which argparse would keep the last."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        if self.dest in given:
+            raise UserError(f"{option_string} is given twice; keep one")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Adds every command: its options, and what runs it, as `run` in the namespace."""
+    added = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, about: str, run: Callable[..., list[str]]) -> argparse.ArgumentParser:
+        made = added.add_parser(name, help=about.partition("\n")[0], description=about)
+        made.register("action", None, _Once)
+        made.set_defaults(run=run)
+        return made
+
+    def conversion(
+        name: str, about: str, src: str, run: Callable[..., list[str]]
+    ) -> argparse.ArgumentParser:
+        made = command(name, about, run)
+        made.add_argument("--src", type=Path, required=True, help=src)
+        made.add_argument(
+            "--dst", type=Path, required=True, help="the folder to make; must be new or empty"
+        )
+        made.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="what to store parameters in; by default as they are, and bfloat16 for float8",
+        )
+        return made
+
+    for family in families():
+        _family(conversion, family)
+    conversion(
+        "t5",
+        "A T5 v1.1 encoder from a transformers folder or a single file to a model folder.",
+        "the folder with config.json and the safetensors, or the weights alone "
+        "(t5xxl_fp16.safetensors), from which the sizes are read",
+        partial(convert_model, t5),
+    )
+    made = conversion(
+        "clip",
+        "A CLIP text encoder from a transformers folder or a single file to a model folder.",
+        "the folder with config.json and the safetensors, or the weights alone "
+        "(clip_l.safetensors, clip_g.safetensors), from which the sizes are read",
+        _told(clip),
+    )
+    made.add_argument(
+        "--num-heads",
+        type=int,
+        help="attention heads, for weights alone that are neither CLIP-L nor CLIP-bigG",
+    )
+    made.add_argument(
+        "--activation",
+        choices=get_args(Activation),
+        help="quick_gelu for OpenAI's models, gelu for OpenCLIP's; for the same weights",
+    )
+    made = conversion(
+        "vae",
+        "An autoencoder from a diffusers folder or a single file to a model folder.",
+        "the folder with config.json and the safetensors, or a file in the original's layout "
+        "(ae.safetensors, or a whole checkpoint)",
+        _told(vae),
+    )
+    made.add_argument(
+        "--latents",
+        choices=[family.name for family in families()],
+        help="whose scale and shift the latents have, for a file that does not say",
+    )
+    conversion(
+        "tiny_vae",
+        "TAEF1 or TAESD3 from its two published files to a model folder.",
+        "DIR/taef1 for DIR/taef1_encoder.safetensors and DIR/taef1_decoder.safetensors, or DIR if "
+        "it has one such pair",
+        partial(convert_model, tiny_vae),
+    )
+    made = command(
+        "lora",
+        "A LoRA file from one layout to another.\n\nWhat SRC is in is recognised: PEFT or "
+        "diffusers, kohya (lora_unet_, lora_transformer_), ComfyUI, the models' authors, fal, "
+        "XLabs, or our own. Text encoders' factors are left out, and named.",
+        convert_lora,
+    )
+    made.add_argument(
+        "--src",
+        type=Path,
+        required=True,
+        help="the safetensors file, or the folder with it (PEFT's adapter_model.safetensors)",
+    )
+    made.add_argument(
+        "--dst", type=Path, required=True, help="the safetensors file to make; must not exist"
+    )
+    made.add_argument(
+        "--to",
+        choices=get_args(LoRALayout),
+        required=True,
+        help="peft: a tensor for each layer in diffusers' names, read by diffusers and PEFT. "
+        "kohya: lora_unet_..., read by ComfyUI and most others. native: our names, all layers of "
+        "a kind in one array. Alpha is folded into the factors in all",
+    )
+    made.add_argument(
+        "--model",
+        choices=list(lora_models()),
+        help="what it was trained for; by default what its names and widths are of. Asked for "
+        "where those do not tell",
+    )
+    made = command(
+        "export",
+        "A converted or trained model to what others read.\n\nOf a pipeline folder all models that "
+        "have a layout there; LoRA factors have files of their own.",
+        _export,
+    )
+    made.add_argument(
+        "--src", type=Path, required=True, help="the model folder, or the pipeline folder"
+    )
+    made.add_argument(
+        "--dst",
+        type=Path,
+        required=True,
+        help="the folder to make, new or empty; with --to original the safetensors file",
+    )
+    made.add_argument(
+        "--to",
+        choices=get_args(ExportLayout),
+        default="diffusers",
+        help="diffusers: a folder with config.json that from_pretrained reads. original: one file "
+        "in the names of the model's authors, which ComfyUI reads",
+    )
+    made.add_argument("--dtype", choices=DTYPES, help="what to store tensors in; else as they are")
+    made.add_argument(
+        "--shard-gb",
+        type=float,
+        default=SHARD_GB,
+        help=f"longest file of a folder in GB (default: {SHARD_GB:g}); what is longer becomes "
+        "several with an index",
+    )
+    made = command(
+        "inspect",
+        "Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets.",
+        inspect,
+    )
+    made.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a safetensors file, or a folder of a model or a pipeline, converted or not",
+    )
+    made = command(
+        "verify",
+        "Compares a converted model or pipeline folder with its source, tensor by tensor.",
+        verify,
+    )
+    made.add_argument("--src", type=Path, required=True, help="what was converted")
+    made.add_argument("--dst", type=Path, required=True, help="what was made of it")
+    return dict(added.choices)
+
+
+def _family(conversion: Callable[..., argparse.ArgumentParser], family: Family) -> None:
+    """The command that converts a family's models."""
+    author = family.original.author
+    made = conversion(
+        family.name,
+        f"{family.title} to a pipeline folder: all models that are there, tokenizers, sampler.\n\n"
+        "A transformer alone becomes a bare model folder.",
+        f"diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single "
+        f"file of {author} or ComfyUI, with or without autoencoder and text encoders",
+        partial(convert_family, family),
+    )
+    for name, about in family.original.untold.items():
+        annotation = family.kind.config.__dataclass_fields__[name].type
+        made.add_argument(
+            f"--{name.replace('_', '-')}",
+            nargs="+",
+            type=str,
+            action=_OfType,
+            annotation=annotation,
+            help=about,
+        )
+
+
+class _OfType(_Once):
+    """A value of a field's type, of words or of a comma list."""
+
+    def __init__(self, *arguments: Any, annotation: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self._annotation = annotation
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        words = [word for each in values for word in each.split(",") if word]
+        said = f"{option_string} {' '.join(values)}"
+        value = value_of(self._annotation, words, said)
+        super().__call__(parser, namespace, value, option_string)
+
+
+def _told(read: Callable[..., Original]) -> Callable[..., list[str]]:
+    """What converts a model, given what its file does not tell."""
+
+    def run(src: Path, dst: Path, dtype: str | None, **told: Any) -> list[str]:
+        return convert_model(partial(read, **told), src, dst, dtype)
+
+    return run
+
+
+def _export(
+    src: Path, dst: Path, to: ExportLayout, dtype: str | None, shard_gb: float
+) -> list[str]:
+    if not shard_gb > 0:
+        raise UserError(f"--shard-gb is {shard_gb}; it must be above 0")
+    return export(src, dst, to, dtype, int(shard_gb * 1e9))
+
+
+def parse(words: Sequence[str]) -> Callable[[], list[str]]:
+    """The conversion that a command line asks for, to be called; it returns lines to print.
+
+    `--help` prints help and exits with status 0. Raises UserError for what is not understood.
     """
-
-    src: Path
-    """diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single file
-    of Black Forest Labs or ComfyUI (flux1-dev.safetensors, ae.safetensors)."""
-    dst: Path
-    """The folder to make; must be new or empty."""
-    dtype: Dtype | None = None
-    """What to store parameters in; by default as they are, and bfloat16 for float8."""
-
-    axes_dim: tuple[int, int, int] | None = None
-    """Rotary channels of (index, row, column), for a single file whose heads are not 128 wide."""
-
-    def run(self) -> list[str]:
-        return convert_flux(self.src, self.dst, self.dtype, self.axes_dim)
-
-
-@dataclass(frozen=True)
-class SD3:
-    """Stable Diffusion 3 or 3.5 to a pipeline folder: all of the models that are there, sampler.
-
-    A transformer alone gives a bare model folder.
-    """
-
-    src: Path
-    """diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single file
-    of Stability AI or ComfyUI (sd3.5_medium.safetensors), with or without autoencoder and text
-    encoders."""
-    dst: Path
-    """The folder to make; must be new or empty."""
-    dtype: Dtype | None = None
-    """What to store parameters in; by default as they are, and bfloat16 for float8."""
-
-    def run(self) -> list[str]:
-        return convert_sd3(self.src, self.dst, self.dtype)
+    parser = _Parser(prog="python -m convert", description=sys.modules["convert"].__doc__)
+    commands = _commands(parser)
+    if not words:
+        raise UserError(f"no command given; there are {', '.join(commands)} (--help says more)")
+    name = words[0]
+    if name not in commands and name not in ("-h", "--help"):
+        others = ", ".join(nearest(name, list(commands)))
+        raise UserError(f"unknown command {name}; there are {others}")
+    found, left = parser.parse_known_args([_with_dashes(word) for word in words])
+    if left:
+        options = [flag for flag in commands[name]._option_string_actions if flag != "-h"]
+        flag = left[0].partition("=")[0]
+        if flag.startswith("--"):
+            raise UserError(unknown(flag, options, f"option of {name}:"))
+        raise UserError(f"{name} has no use for {flag}; options are written --name VALUE")
+    values = {key: value for key, value in vars(found).items() if key not in ("run", "_given")}
+    return partial(found.run, **values)
 
 
-@dataclass(frozen=True)
-class T5:
-    """A T5 v1.1 encoder from a transformers folder or a single file to a model folder."""
-
-    src: Path
-    """The folder with config.json and the safetensors, or the weights alone (`t5xxl_fp16
-    .safetensors`): without a config.json the sizes are read from them."""
-    dst: Path
-    """The folder to make; must be new or empty."""
-    dtype: Dtype | None = None
-    """What to store parameters in; by default as they are, and bfloat16 for float8."""
-
-    def run(self) -> list[str]:
-        return convert_model(t5, self.src, self.dst, self.dtype)
-
-
-@dataclass(frozen=True)
-class CLIP:
-    """A CLIP text encoder from a transformers folder or a single file to a model folder."""
-
-    src: Path
-    """The folder with config.json and the safetensors, or the weights alone (`clip_l.safetensors`,
-    `clip_g.safetensors`): without a config.json the sizes are read from them."""
-    dst: Path
-    """The folder to make; must be new or empty."""
-    dtype: Dtype | None = None
-    """What to store parameters in; by default as they are, and bfloat16 for float8."""
-    num_heads: int | None = None
-    """Attention heads, for weights alone that are neither CLIP-L nor CLIP-bigG."""
-    activation: Activation | None = None
-    """quick_gelu for OpenAI's models, gelu for OpenCLIP's; for the same weights."""
-
-    def run(self) -> list[str]:
-        read = partial(clip, num_heads=self.num_heads, activation=self.activation)
-        return convert_model(read, self.src, self.dst, self.dtype)
-
-
-@dataclass(frozen=True)
-class VAE:
-    """FLUX's or SD3's autoencoder from a diffusers folder or a single file to a model folder."""
-
-    src: Path
-    """The folder with config.json and the safetensors, or a file in the original's layout
-    (ae.safetensors, or a whole checkpoint of Stability)."""
-    dst: Path
-    """The folder to make; must be new or empty."""
-    dtype: Dtype | None = None
-    """What to store parameters in; by default as they are, and bfloat16 for float8."""
-
-    latents: Latents | None = None
-    """Whose scale and shift the latents have, for a file that does not say."""
-
-    def run(self) -> list[str]:
-        return convert_model(partial(vae, latents=self.latents), self.src, self.dst, self.dtype)
-
-
-@dataclass(frozen=True)
-class TinyVAE:
-    """TAEF1 or TAESD3 from its two published files to a model folder."""
-
-    src: Path
-    """DIR/taef1 for DIR/taef1_encoder.safetensors and DIR/taef1_decoder.safetensors, or DIR if it
-    has one such pair."""
-    dst: Path
-    """The folder to make; must be new or empty."""
-    dtype: Dtype | None = None
-    """What to store parameters in; by default as they are, and bfloat16 for float8."""
-
-    def run(self) -> list[str]:
-        return convert_model(tiny_vae, self.src, self.dst, self.dtype)
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """A LoRA file of FLUX or Stable Diffusion 3 from one layout to another.
-
-    What SRC is in is recognised: PEFT or diffusers, kohya (lora_unet_, lora_transformer_), ComfyUI,
-    Black Forest Labs, fal, XLabs, or our own. Text encoders' factors are left out, and named.
-    """
-
-    src: Path
-    """The safetensors file to read, or the folder with it (PEFT's `adapter_model.safetensors`)."""
-    dst: Path
-    """The safetensors file to make; must not exist."""
-    to: Layout
-    """peft: a tensor per layer under diffusers' names (`transformer.transformer_blocks.0.attn.to_q
-    .lora_A.weight`), read by diffusers and PEFT. kohya: `lora_unet_double_blocks_0_img_attn_qkv
-    .lora_down.weight`, read by ComfyUI and most others. native: our names, all layers of a kind in
-    one array (`double_blocks.img.qkv.q.lora_a`). Alpha is folded into the factors in all."""
-    model: For | None = None
-    """What it was trained for; by default what its names and widths are of, else FLUX. Our names
-    differ from one Stable Diffusion 3 to another, so that from and to native it must be known which
-    it is: it is asked for where the widths do not tell."""
-
-    def run(self) -> list[str]:
-        return convert_lora(self.src, self.dst, self.to, self.model)
-
-
-@dataclass(frozen=True)
-class Export:
-    """A converted or trained FLUX, Stable Diffusion 3 or autoencoder to what others read.
-
-    Of a pipeline folder all of these that it has; LoRA factors have files of their own.
-    """
-
-    src: Path
-    """The model folder, or the pipeline folder."""
-    dst: Path
-    """The folder to make, new or empty; with --to original the safetensors file."""
-    to: ExportLayout = "diffusers"
-    """diffusers: a folder with config.json that `from_pretrained` reads. original: one file in the
-    names of Black Forest Labs or Stability AI, which ComfyUI reads."""
-    dtype: Dtype | None = None
-    """What to store tensors in; by default as they are."""
-    shard_gb: float = 10.0
-    """Longest file of a folder in GB; what is longer becomes several with an index."""
-
-    def run(self) -> list[str]:
-        if not self.shard_gb > 0:
-            raise UserError(f"--shard-gb is {self.shard_gb}; it must be above 0")
-        return export(self.src, self.dst, self.to, self.dtype, int(self.shard_gb * 1e9))
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets."""
-
-    path: Annotated[Path, tyro.conf.Positional]
-    """A safetensors file, or a folder of a model or a pipeline, converted or not."""
-
-    def run(self) -> list[str]:
-        return inspect(self.path)
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Compares a converted model or pipeline folder with its source, tensor by tensor."""
-
-    src: Path
-    """What was converted."""
-    dst: Path
-    """What was made of it."""
-
-    def run(self) -> list[str]:
-        return verify(self.src, self.dst)
-
-
-COMMANDS = {
-    "flux": Flux,
-    "sd3": SD3,
-    "t5": T5,
-    "clip": CLIP,
-    "vae": VAE,
-    "tiny_vae": TinyVAE,
-    "lora": LoRA,
-    "export": Export,
-    "inspect": Inspect,
-    "verify": Verify,
-}
+def _with_dashes(word: str) -> str:
+    """`--its_name=VALUE` as `--its-name=VALUE`."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -237,12 +301,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if argv is None else argv
     try:
-        command = parse(words, COMMANDS, prog="python -m convert", about=__doc__ or "")
+        run = parse(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     try:
-        made = command.run()
+        made = run()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

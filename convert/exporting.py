@@ -2,24 +2,22 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.stored import open_stored
+from convert.models import counting
 from convert.writing import check_free, progress
-from taca_jax.autoencoders import vae_diffusers as vae_format
-from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.autoencoders import vae_diffusers, vae_original
+from taca_jax.autoencoders.vae import VAE_KIND
 from taca_jax.errors import UserError
-from taca_jax.families.flux import bfl as flux_bfl
-from taca_jax.families.flux import diffusers as flux_diffusers
-from taca_jax.families.sd3 import diffusers as sd3_diffusers
-from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.families.registry import families
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.engine import exported
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.tensor_files import LazyTensor, write_streamed
-from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, kind_of, load_config
+from taca_jax.nn.kinds import kind_of
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 
 Layout = Literal["diffusers", "original"]
@@ -32,7 +30,7 @@ METADATA = {"format": "pt"}
 
 @dataclass(frozen=True)
 class _Format:
-    """How others store a kind of model: diffusers' settings and names, and the original's."""
+    """How others store a model: diffusers' settings and names, and the original's."""
 
     settings_of: Callable[[Any], Mapping[str, Any]]
     diffusers: Callable[[Any], Table]
@@ -40,15 +38,23 @@ class _Format:
     prefix: str = ""
 
 
-FORMATS = {
-    "flux": _Format(
-        flux_diffusers.settings_of, lambda _: flux_diffusers.TABLE, lambda _: flux_bfl.TABLE
-    ),
-    "sd3": _Format(
-        sd3_diffusers.settings_of, sd3_diffusers.table_of, sd3_native.table_of, sd3_native.PREFIX
-    ),
-    "vae": _Format(vae_format.settings_of, lambda _: vae_format.TABLE, vae_bfl.table_of),
-}
+_AUTOENCODER = _Format(
+    vae_diffusers.settings_of, lambda _: vae_diffusers.TABLE, vae_original.table_of
+)
+
+
+def _formats() -> dict[str, _Format]:
+    """By kind of model."""
+    transformers = {
+        family.name: _Format(
+            family.diffusers.settings_of,
+            family.diffusers.table_of,
+            family.original.table_of,
+            family.original.written_prefix,
+        )
+        for family in families()
+    }
+    return transformers | {VAE_KIND.name: _AUTOENCODER}
 
 
 def export(src: Path, dst: Path, to: Layout, dtype: str | None, shard_bytes: int) -> list[str]:
@@ -64,10 +70,11 @@ def export(src: Path, dst: Path, to: Layout, dtype: str | None, shard_bytes: int
     if to == "original":
         raise UserError(f"{src} has several models; give one of its folders for one file of it")
     theirs = {made: name for name, made, _ in PIPELINE_PARTS}
+    formats = _formats()
     lines, left_out = [], []
     with whole_folder(dst) as folder:
         for part in sorted(each for each in src.iterdir() if each.is_dir()):
-            if part.name in theirs and kind_of(load_config(part)) in FORMATS:
+            if part.name in theirs and kind_of(load_config(part)).name in formats:
                 name = theirs[part.name]
                 lines.append(_export(part, folder / name, dst / name, to, dtype, shard_bytes))
             else:
@@ -81,16 +88,16 @@ def _export(
     src: Path, made: Path, shown: Path, to: Layout, dtype: str | None, shard_bytes: int
 ) -> str:
     config = load_config(src)
-    kind = kind_of(config)
-    if kind not in FORMATS:
-        raise UserError(f"{src} is a {kind}; export writes {', '.join(FORMATS)}")
-    form = FORMATS[kind]
+    kind, formats = kind_of(config).name, _formats()
+    if kind not in formats:
+        raise UserError(f"{src} is a {kind}; export writes {', '.join(formats)}")
+    form = formats[kind]
     table = form.diffusers(config) if to == "diffusers" else form.original(config)
     settings = form.settings_of(config) if to == "diffusers" else {}
-    tensors = exported(table, open_stored(src), dtype)
+    tensors = exported(table, open_parameters(src), dtype)
     size = sum(tensor.nbytes for tensor in tensors.values())
     with progress(shown.name, size) as advance:
-        counted = {key: _counted(tensor, advance) for key, tensor in tensors.items()}
+        counted = {key: counting(tensor, advance) for key, tensor in tensors.items()}
         if to == "original":
             write_streamed(made, {form.prefix + key: t for key, t in counted.items()}, METADATA)
         else:
@@ -128,12 +135,3 @@ def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> Iterator[dic
         shard[key] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def _counted(tensor: LazyTensor, advance: Callable[[int], None]) -> LazyTensor:
-    def make():
-        array = tensor.make()
-        advance(array.nbytes)
-        return array
-
-    return replace(tensor, make=make)

@@ -1,52 +1,49 @@
 """What a file or a folder is: `python -m convert inspect`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from convert.loras import doubts
-from convert.stored import open_stored
-from taca_jax.autoencoders import vae_diffusers as vae_format
-from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.autoencoders import vae_diffusers, vae_original
 from taca_jax.autoencoders.tiny_vae_layout import beginning_of_pair
 from taca_jax.errors import UserError
-from taca_jax.families.flux import bfl as flux_bfl
-from taca_jax.families.flux import diffusers as flux_diffusers
-from taca_jax.families.sd3 import diffusers as sd3_diffusers
-from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.families.base import Family
+from taca_jax.families.registry import families
 from taca_jax.formats.float8 import ScaledTensors, unscaled
-from taca_jax.formats.key_table import Table
 from taca_jax.formats.lora.native import is_native
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
-from taca_jax.text import clip_layout as clip_format
-from taca_jax.text import t5_layout as t5_format
-from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, kind_of, load_config
-from taca_jax.weights.lora_files import Kind, dialects_of, load_adapter
-from taca_jax.weights.original_pipelines import PIPELINE_PARTS, TEXT_PREFIXES
+from taca_jax.nn.kinds import kind_of
+from taca_jax.text import clip_layout, t5_layout
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
+from taca_jax.weights.lora_files import load_adapter
+from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 from taca_jax.weights.originals import (
-    VAE_PREFIXES,
-    Source,
+    Original,
+    autoencoder_prefixes,
     clip,
-    flux,
+    family_in,
     others,
-    sd3,
     t5,
     tiny_vae,
+    transformer,
     vae,
 )
 
-_BY_CLASS: dict[str, Callable[[Path], Source]] = {
-    flux_diffusers.CLASS: flux,
-    sd3_diffusers.CLASS: sd3,
-    vae_format.CLASS: vae,
-    "t5": t5,
-    "clip_text_model": clip,
-}
-"""What an original's config.json calls itself."""
+
+def _readers() -> dict[str, Callable[[Path], Original]]:
+    """What reads a model, by what an original's config.json calls it."""
+    return {
+        **{family.diffusers.class_name: transformer for family in families()},
+        vae_diffusers.CLASS: vae,
+        "t5": t5,
+        "clip_text_model": clip,
+    }
 
 
 def inspect(path: Path) -> list[str]:
@@ -80,8 +77,8 @@ def _is_ours(config: Path) -> bool:
 def _model_folder(folder: Path) -> list[str]:
     config = load_config(folder)
     return [
-        f"{folder}: a model folder of kind {kind_of(config)}",
-        _sizes(open_stored(folder)),
+        f"{folder}: a model folder of kind {kind_of(config).name}",
+        _sizes(open_parameters(folder)),
         _config(config),
     ]
 
@@ -89,21 +86,22 @@ def _model_folder(folder: Path) -> list[str]:
 def _original_folder(folder: Path) -> list[str]:
     settings = read_settings(folder)
     name = settings.get("_class_name", settings.get("model_type", None))
-    if not isinstance(name, str) or name not in _BY_CLASS:
+    readers = _readers()
+    if not isinstance(name, str) or name not in readers:
         raise UserError(
-            f"{folder / CONFIG} is of {name!r}; known are {', '.join(_BY_CLASS)} and our own"
+            f"{folder / CONFIG} is of {name!r}; known are {', '.join(readers)} and our own"
         )
-    return _described(str(folder), _BY_CLASS[name](folder))
+    return _described(str(folder), readers[name](folder))
 
 
 def _tensors(path: Path) -> list[str]:
     """Weights without a config: a LoRA, or one or several models by their names."""
     tensors = open_tensors(path)
-    dialects = [dialect for kind in get_args(Kind) for dialect in dialects_of(kind)]
+    dialects = [each for family in families() for each in family.lora.dialects(None)]
     if is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes):
         file = load_adapter(path)
         return [
-            f"{path}: of {file.kind}: {file.summary}",
+            f"{path}: of {file.family.name}: {file.summary}",
             *(f"  {line}" for line in doubts(file)),
             _sizes(tensors),
             *_metadata(tensors),
@@ -120,66 +118,71 @@ def _tensors(path: Path) -> list[str]:
     return [*lines, *([f"{path}: {len(left)} other tensors: {summary(left)}"] if left else [])]
 
 
-def _models(tensors: TensorFiles):
-    """(prefix, tensors, what describes them) of each model in a file."""
-    for prefix in (flux_bfl.COMFY_PREFIX, ""):
+Describe = Callable[[str, TensorFiles], list[str]]
+"""(what to begin with, a model's tensors) -> lines that say what it is."""
+
+
+def _models(tensors: TensorFiles) -> Iterator[tuple[str, TensorFiles, Describe]]:
+    """Each model in a file: its prefix, its tensors, and what describes it."""
+    if (found := family_in(tensors)) is not None:
+        family, own = found
+        prefix = next(
+            p for p in family.original.prefixes if family.original.recognises(under(tensors, p))
+        )
+        yield prefix, own, partial(_transformer, family)
+    for prefix, _ in autoencoder_prefixes():
         found = under(tensors, prefix)
-        if flux_bfl.is_flux(found):
-            yield prefix, found, _flux
-        if sd3_native.is_sd3(found):
-            yield prefix, found, _sd3
-    for prefix, _ in VAE_PREFIXES:
-        found = under(tensors, prefix)
-        if vae_bfl.is_autoencoder(found):
+        if vae_original.is_autoencoder(found):
             yield prefix, found, _autoencoder
-    for prefix in (*TEXT_PREFIXES, ""):
+    prefixes = {prefix for family in families() for prefix in family.original.text_encoders}
+    for prefix in (*sorted(prefixes), ""):
         found = under(tensors, prefix)
-        if t5_format.is_t5(found):
+        if t5_layout.is_t5(found):
             yield prefix, found, _t5
-        if clip_format.is_clip(found):
+        if clip_layout.is_clip(found):
             yield prefix, found, _clip
 
 
-def _flux(where: str, tensors: TensorFiles) -> list[str]:
-    return _inferred(where, flux_bfl.TABLE, tensors, flux_bfl.inferred)
+def _transformer(family: Family, where: str, tensors: TensorFiles) -> list[str]:
+    layout = family.original
+    try:
+        name = layout.table_of(layout.config_of(tensors)).name
+    except UserError:
+        name = f"a {family.title} transformer in {layout.author}' layout"
+    return _inferred(where, name, tensors, layout.config_of)
 
 
 def _t5(where: str, tensors: TensorFiles) -> list[str]:
-    return _inferred(where, t5_format.TABLE, tensors, t5_format.inferred)
+    return _inferred(where, t5_layout.TABLE.name, tensors, t5_layout.inferred)
 
 
 def _clip(where: str, tensors: TensorFiles) -> list[str]:
-    return _inferred(where, clip_format.table_of(tensors), tensors, clip_format.inferred)
+    return _inferred(where, clip_layout.table_of(tensors).name, tensors, clip_layout.inferred)
 
 
 def _inferred(
-    where: str, table: Table, tensors: TensorFiles, infer: Callable[[TensorFiles], Any]
+    where: str, name: str, tensors: TensorFiles, infer: Callable[[TensorFiles], Any]
 ) -> list[str]:
     try:
         config = _config(infer(tensors))
         tensors = unscaled(tensors)
     except UserError as error:  # what it is can be said all the same
         config = f"  config: {error}"
-    return [f"{where}{table.name}", _sizes(tensors), config]
-
-
-def _sd3(where: str, tensors: TensorFiles) -> list[str]:
-    table = sd3_native.table_of(sd3_native.inferred(tensors))
-    return _inferred(where, table, tensors, sd3_native.inferred)
+    return [f"{where}{name}", _sizes(tensors), config]
 
 
 def _autoencoder(where: str, tensors: TensorFiles) -> list[str]:
-    config = vae_bfl.inferred(tensors, like=vae_bfl.FLUX_VAE)
+    config = vae_original.inferred(tensors, like=families()[0].autoencoder)
     fields = _config(config, without=("scaling_factor", "shift_factor"))
     return [
-        f"{where}{vae_bfl.table_of(config).name}",
+        f"{where}{vae_original.table_of(config).name}",
         _sizes(tensors),
         f"{fields}; scale and shift of the latents are not in the file",
     ]
 
 
-def _described(where: str, source: Source) -> list[str]:
-    return [f"{where}: {source.table.name}", _sizes(source.tensors), _config(source.config)]
+def _described(where: str, original: Original) -> list[str]:
+    return [f"{where}: {original.table.name}", _sizes(original.tensors), _config(original.config)]
 
 
 def _sizes(tensors: Tensors) -> str:

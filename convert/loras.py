@@ -1,58 +1,68 @@
 """LoRA files from one layout to another: `python -m convert lora`."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from taca_jax.errors import UserError
-from taca_jax.families.sd3 import lora as lora_sd3
-from taca_jax.formats.engine import shapes_of
+from taca_jax.families.base import Family
+from taca_jax.families.registry import families
 from taca_jax.formats.lora.factors import check_fits
 from taca_jax.formats.tensor_files import open_tensors
-from taca_jax.weights.lora_files import Kind, Layout, LoRAFile, load_adapter, save_adapter
-
-For = Literal["flux", "sd3", "sd3.5-medium", "sd3.5-large", "sd3-medium"]
-"""What a file was trained for."""
-_KINDS: Mapping[str, tuple[Kind, Any]] = {
-    "flux": ("flux", None),
-    "sd3": ("sd3", None),
-    **{name: ("sd3", config) for name, config in lora_sd3.RELEASED.items()},
-}
+from taca_jax.nn.kinds import shapes_of
+from taca_jax.weights.lora_files import Layout, LoRAFile, load_adapter, save_adapter
 
 
-def convert_lora(src: Path, dst: Path, to: Layout, model: For | None = None) -> list[str]:
+def lora_models() -> dict[str, tuple[Family, Any]]:
+    """What a file may be for, by name: a family, or one of its released models with its config."""
+    released = {
+        model.name: (family, model.transformer)
+        for family in families()
+        for model in family.published.values()
+    }
+    return {**{family.name: (family, None) for family in families()}, **released}
+
+
+def convert_lora(src: Path, dst: Path, to: Layout, model: str | None = None) -> list[str]:
     """Writes the LoRA file `dst` of the one at `src`, for a model or what it seems to be for.
 
-    Raises UserError, with nothing at `dst`, for a file that is not of it, for one of a Stable
-    Diffusion 3 that must be known and is not, and for a `dst` that exists.
+    Raises UserError, with nothing at `dst`, for a file that is not of it, for one whose model must
+    be known and is not, for a model that is none, and for a `dst` that exists.
     """
     if dst.exists():
         raise UserError(f"{dst} exists; give a new name or remove it")
-    kind, config = (None, None) if model is None else _KINDS[model]
-    file = load_adapter(src, kind, config)
-    if file.kind == "sd3" and config is None and (to == "native") != (file.dialect == "native"):
-        config = lora_sd3.released(open_tensors(src))
+    family, config = None, None
+    if model is not None:
+        known = lora_models()
+        if model not in known:
+            raise UserError(f"--model {model} is unknown; give one of {', '.join(known)}")
+        family, config = known[model]
+    file = load_adapter(src, family, config)
+    names = file.family.lora
+    renamed = (to == "native") != (file.dialect == "native")
+    if names.unplaced is not None and config is None and renamed:
+        config = names.model_of(open_tensors(src))
         if config is None:
+            released = ", ".join(each.name for each in file.family.published.values())
             raise UserError(
-                f"nothing in {src} tells which layers of a Stable Diffusion 3 are of which of our "
-                f"stacks; give --model, one of {', '.join(lora_sd3.RELEASED)}, or load the file "
-                "into a pipeline"
+                f"nothing in {src} tells which layers of a {file.family.title} are of which of our "
+                f"stacks; give --model, one of {released}, or load the file into a pipeline"
             )
-        file = load_adapter(src, file.kind, config)
+        file = load_adapter(src, file.family, config)
     if config is not None:
         shapes = shapes_of(config)
         kernels = {path.removesuffix(".kernel"): shape for path, shape in shapes.items()}
         check_fits(file.adapter, kernels, str(src))
-    written = save_adapter(dst, file.adapter, to, kind=file.kind, config=config)
+    written = save_adapter(dst, file.adapter, to, file.family, config=config)
     return [f"{src}: {file.summary}", *doubts(file), f"{dst}: {written}"]
 
 
 def doubts(file: LoRAFile) -> list[str]:
-    """A line where the kind of the model was guessed."""
+    """A line where the family of the model was guessed."""
     if not file.guessed:
         return []
-    doubt = (
-        "guessed to be FLUX's: its layers are in FLUX and in Stable Diffusion 3 alike, and its "
-        "widths in no released model; for the other, `convert lora` takes --model sd3"
-    )
-    return [doubt]
+    others = [family for family in families() if family is not file.family]
+    named = " or ".join(f"--model {family.name}" for family in others)
+    return [
+        f"guessed to be of {file.family.title}: its layers are in other families' models alike, "
+        f"and its widths in no released model; for another, `convert lora` takes {named}"
+    ]

@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from convert.stored import open_stored
+from taca_jax.autoencoders.tiny_vae import TINY_VAE_KIND
+from taca_jax.autoencoders.vae import VAE_KIND, VAEConfig
 from taca_jax.errors import UserError
-from taca_jax.formats.engine import contiguous, match, shapes_of
+from taca_jax.families.registry import families, family_of
+from taca_jax.formats.engine import contiguous, match
 from taca_jax.formats.key_table import Piece
 from taca_jax.formats.tensor_files import Tensors, differences
-from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, kind_of, load_config
-from taca_jax.weights.original_pipelines import PIPELINE_PARTS, sd3_parts
-from taca_jax.weights.originals import LATENTS, Source, clip, flux, sd3, t5, tiny_vae, vae
+from taca_jax.nn.kinds import kind_of, shapes_of
+from taca_jax.text.clip import CLIP_KIND
+from taca_jax.text.t5 import T5_KIND
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
+from taca_jax.weights.original_pipelines import PIPELINE_PARTS, parts_in_file
+from taca_jax.weights.originals import Original, clip, t5, tiny_vae, transformer, vae
+from taca_jax.weights.pipeline_folders import TRANSFORMER
 
 
 def verify(src: Path, dst: Path) -> list[str]:
@@ -28,7 +34,10 @@ def verify(src: Path, dst: Path) -> list[str]:
     if not (dst / PIPELINE_FILE).is_file():
         return [_compared(_source(src, load_config(dst)), dst)]
     if src.is_file():
-        return [_compared(source, dst / made) for made, source in sd3_parts(src).items()]
+        family = family_of(load_config(dst / TRANSFORMER))
+        return [
+            _compared(source, dst / made) for made, source in parts_in_file(src, family).items()
+        ]
     lines = []
     for name, made, _ in PIPELINE_PARTS:
         if (src / name).is_dir() != (dst / made).is_dir():
@@ -38,38 +47,35 @@ def verify(src: Path, dst: Path) -> list[str]:
     return lines
 
 
-def _source(src: Path, config: Any) -> Source:
+def _source(src: Path, config: Any) -> Original:
     """The source of a model of this config, which also tells what the source does not."""
     kind = kind_of(config)
-    told = not (src / CONFIG).is_file()
-    readers: Mapping[str, Callable[[Path], Source]] = {
-        "flux": partial(flux, axes_dim=config.axes_dim) if kind == "flux" and told else flux,
-        "vae": partial(vae, latents=_latents(config)) if kind == "vae" and told else vae,
-        "sd3": sd3,
-        "t5": t5,
-        "clip": (
-            partial(clip, num_heads=config.num_heads, activation=config.activation)
-            if kind == "clip"
-            else clip
+    single = not (src / CONFIG).is_file()
+    if kind.role == "transformer":
+        family = family_of(config)
+        told = {name: getattr(config, name) for name in family.original.untold if single}
+        return transformer(src, family, **told)
+    readers: Mapping[str, Callable[[Path], Original]] = {
+        VAE_KIND.name: partial(vae, latents=_latents(config) if single else None),
+        T5_KIND.name: t5,
+        CLIP_KIND.name: lambda src: clip(
+            src, num_heads=config.num_heads, activation=config.activation
         ),
-        "tiny_vae": tiny_vae,
+        TINY_VAE_KIND.name: tiny_vae,
     }
-    if kind not in readers:
-        raise UserError(f"{src} cannot be the source of a {kind}: that is not converted")
-    return readers[kind](src)
+    if kind.name not in readers:
+        raise UserError(f"{src} cannot be the source of a {kind.name}: that is not converted")
+    return readers[kind.name](src)
 
 
-def _latents(config: Any) -> Any:
-    """Whose latents a converted autoencoder has; None where nobody's."""
+def _latents(config: VAEConfig) -> str | None:
+    """The family whose latents a converted autoencoder has; None where no family's."""
     scale = (config.scaling_factor, config.shift_factor)
-    return next(
-        (
-            name
-            for name, known in LATENTS.items()
-            if (known.scaling_factor, known.shift_factor) == scale
-        ),
-        None,
-    )
+    for family in families():
+        known = family.autoencoder
+        if (known.scaling_factor, known.shift_factor) == scale:
+            return family.name
+    return None
 
 
 @dataclass
@@ -80,18 +86,16 @@ class _Tally:
     differing: int = 0
 
 
-def _compared(source: Source, dst: Path) -> str:
+def _compared(source: Original, dst: Path) -> str:
     config = load_config(dst)
     if config != source.config:
         ours, theirs = (dataclasses.asdict(each) for each in (config, source.config))
         fields = [
             f"{k} is {v}, there {theirs.get(k)}" for k, v in ours.items() if theirs.get(k) != v
         ]
-        raise UserError(
-            f"{dst} is not of {source.tensors.where}: {', '.join(fields) or 'another model'}"
-        )
+        raise UserError(f"{dst} is not of {source.where}: {', '.join(fields) or 'another model'}")
     wanted = shapes_of(config)
-    stored = open_stored(dst)
+    stored = open_parameters(dst)
     if problems := differences(wanted, stored.shapes):
         raise UserError(f"{dst} does not fit its {CONFIG}: {'; '.join(problems)}")
     tally = _Tally()
@@ -102,7 +106,7 @@ def _compared(source: Source, dst: Path) -> str:
     if tally.differing:
         difference, name = tally.worst
         raise UserError(
-            f"{dst} is not what {source.tensors.where} holds: {tally.differing} of {count} tensors "
+            f"{dst} is not what {source.where} holds: {tally.differing} of {count} tensors "
             f"differ, most {name}, by {difference:.2g} of its largest value; convert it again"
         )
     dtypes = ", ".join(sorted({str(dtype) for dtype in stored.dtypes.values()}))

@@ -6,29 +6,45 @@ The public names below are imported when they are first used, so that `import ta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from taca_jax.attention import joint_attention
-    from taca_jax.errors import UserError
-    from taca_jax.families.flux.pipeline import FluxPipeline
-    from taca_jax.families.sd3.pipeline import SD3Pipeline
-    from taca_jax.taca import TacaConfig
+from taca_jax import families
 
-__all__ = ["FluxPipeline", "SD3Pipeline", "TacaConfig", "UserError", "joint_attention"]
+if TYPE_CHECKING:
+    from taca_jax.attention import joint_attention as joint_attention
+    from taca_jax.data.config import DataConfig as DataConfig
+    from taca_jax.errors import UserError as UserError
+    from taca_jax.evaluation.config import EvalConfig as EvalConfig
+    from taca_jax.families import *  # noqa: F403 - a pipeline for each family
+    from taca_jax.nn.lora import LoRAConfig as LoRAConfig
+    from taca_jax.parallel.mesh import MeshConfig as MeshConfig
+    from taca_jax.pipelines.config import GenerateConfig as GenerateConfig
+    from taca_jax.pipelines.pipeline import Pipeline as Pipeline
+    from taca_jax.taca import TacaConfig as TacaConfig
+    from taca_jax.text.config import TextConfig as TextConfig
+    from taca_jax.training.config import TrainConfig as TrainConfig
+    from taca_jax.training.optimizer import OptimizerConfig as OptimizerConfig
 
 _HOMES = {
-    "FluxPipeline": "taca_jax.families.flux.pipeline",
-    "SD3Pipeline": "taca_jax.families.sd3.pipeline",
+    "DataConfig": "taca_jax.data.config",
+    "EvalConfig": "taca_jax.evaluation.config",
+    "GenerateConfig": "taca_jax.pipelines.config",
+    "LoRAConfig": "taca_jax.nn.lora",
+    "MeshConfig": "taca_jax.parallel.mesh",
+    "OptimizerConfig": "taca_jax.training.optimizer",
+    "Pipeline": "taca_jax.pipelines.pipeline",
     "TacaConfig": "taca_jax.taca",
+    "TextConfig": "taca_jax.text.config",
+    "TrainConfig": "taca_jax.training.config",
     "UserError": "taca_jax.errors",
     "joint_attention": "taca_jax.attention",
+    **dict.fromkeys(families.__all__, "taca_jax.families"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'taca_jax' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_HOMES)

@@ -65,6 +65,7 @@ class Pixels(nnx.Module):
 PIXELS_KIND = register(
     ModelKind(
         "pixels",
+        "autoencoder",
         PixelsConfig,
         Pixels,
         sharding={},

@@ -12,9 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from taca_jax.autoencoders.vae import check_images, check_latents, upsample_nearest
 from taca_jax.nn.kinds import ModelKind, register
 from taca_jax.parallel.rules import WHOLE
-from taca_jax.autoencoders.vae import check_images, check_latents, upsample_nearest
 
 LATENT_LIMIT = 3.0
 """The decoder sees limit * tanh(latents / limit)."""
@@ -148,6 +148,7 @@ class TinyVAE(nnx.Module):
 TINY_VAE_KIND = register(
     ModelKind(
         "tiny_vae",
+        "autoencoder",
         TinyVAEConfig,
         TinyVAE,
         # Small beside a transformer, and convolutions have no side to share: whole everywhere.

@@ -43,24 +43,6 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-FLUX_VAE = VAEConfig(
-    channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=16,
-    groups=32,
-    scaling_factor=0.3611,
-    shift_factor=0.1159,
-)
-SD3_VAE = VAEConfig(
-    channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=16,
-    groups=32,
-    scaling_factor=1.5305,
-    shift_factor=0.0609,
-)
-
-
 def check_images(images: Float[Array, "b h w c"], channels: int, multiple: int) -> None:
     """Raises UserError unless they are floats, NHWC, of `channels` and of a size that divides."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -338,6 +320,7 @@ def to_latents(
 VAE_KIND = register(
     ModelKind(
         "vae",
+        "autoencoder",
         VAEConfig,
         AutoencoderKL,
         # Small beside a transformer, and convolutions have no side to share: whole everywhere.

@@ -18,8 +18,7 @@ from taca_jax.evaluation.shapes import check
 from taca_jax.evaluation.statistics import paired_difference, wilson_interval
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.grids import caption_grid
-from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.pipelines.variants import Variant
+from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.taca import TacaConfig
 
 PROMPT_SEED = 0

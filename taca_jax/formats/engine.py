@@ -13,17 +13,13 @@ from taca_jax.formats.float8 import cast
 from taca_jax.formats.key_table import Piece, Table
 from taca_jax.formats.tensor_files import (
     FLOAT8,
-    ArrayTensors,
     LazyTensor,
     Shape,
     Tensors,
     differences,
     summary,
 )
-from taca_jax.nn.low_bit import Quantization
-from taca_jax.nn.stacking import Remat
-from taca_jax.weights.folders import Model, Place, Stored, flat_params, load_stored, shapes_of
-from taca_jax.weights.placing import StreamedArray
+from taca_jax.nn.kinds import shapes_of
 
 
 def match(
@@ -54,74 +50,29 @@ def match(
 
 def streamed(
     table: Table, tensors: Tensors, config: Any, dtype: DTypeLike | None = None
-) -> dict[str, StreamedArray]:
+) -> dict[str, LazyTensor]:
     """Our parameters of a model of `config`, read as they are written. Raises as `match` does.
 
     In `dtype`, or as stored there; float8 is bfloat16 then, which holds it exactly.
     """
     shapes = shapes_of(config)
-    return {
-        path: _array(tensors, shapes[path], pieces, dtype)
-        for path, pieces in match(table, tensors, shapes).items()
-    }
+    made = {}
+    for path, pieces in match(table, tensors, shapes).items():
+        target = stored_dtype(tensors, pieces) if dtype is None else jnp.dtype(dtype)
+        made[path] = LazyTensor(shapes[path], target, partial(_ours, tensors, pieces, target))
+    return made
 
 
-def _array(
-    tensors: Tensors, shape: Shape, pieces: Sequence[Piece], dtype: DTypeLike | None
-) -> StreamedArray:
-    stored = np.result_type(*(_kept(tensors.dtypes[piece.key]) for piece in pieces))
-    target = stored if dtype is None else jnp.dtype(dtype)
-    return StreamedArray(
-        shape=shape,
-        dtype=target,
-        pieces=_reader(tensors, pieces, target),
-        stacked=pieces[0].layer is not None,
-    )
+def stored_dtype(tensors: Tensors, pieces: Sequence[Piece]) -> np.dtype:
+    """What holds all of these tensors exactly; bfloat16 for float8, in which nothing computes."""
+    dtypes = (tensors.dtypes[piece.key] for piece in pieces)
+    return np.result_type(*(np.dtype(jnp.bfloat16) if each in FLOAT8 else each for each in dtypes))
 
 
-def load(
-    table: Table,
-    tensors: Tensors,
-    config: Any,
-    *,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike | None = None,
-    remat: Remat = "none",
-    place: Place | None = None,
-    quantize: Quantization = "none",
-) -> Any:
-    """The model of `config` with these weights, straight onto its devices, a tensor at a time.
-
-    `dtype` and what follows are as of `checkpoint.load_model`. Raises as `match` does.
-    """
-    shapes = shapes_of(config)
-    found = match(table, tensors, shapes)
-
-    def read(path: str, target: DTypeLike | None) -> StreamedArray:
-        return _array(tensors, shapes[path], found[path], target)
-
-    def matrix(path: str, layer: tuple[int, ...]) -> np.ndarray:
-        piece = found[path][layer[0] if layer else 0]
+def _ours(tensors: Tensors, pieces: Sequence[Piece], dtype: np.dtype) -> Iterator[np.ndarray]:
+    for piece in pieces:
         array = piece.transform.load(tensors.read(piece.key, piece.rows))
-        return contiguous(cast(array, _kept(array.dtype)))
-
-    stored = Stored(shapes, read, matrix)
-    return load_stored(
-        config,
-        stored,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        place=place,
-        quantize=quantize,
-    )
-
-
-def export(table: Table, model: Model) -> dict[str, np.ndarray]:
-    """The model's parameters, LoRA factors left out, in the layout of the table."""
-    params = {path: np.asarray(param.get_value()) for path, param in flat_params(model).items()}
-    tensors = exported(table, ArrayTensors("the model", params))
-    return {key: tensor.make() for key, tensor in tensors.items()}
+        yield contiguous(cast(array, dtype))
 
 
 def exported(
@@ -138,42 +89,22 @@ def exported(
     for key, parts in pieces.items():
         stored = np.result_type(*(params.dtypes[part.path] for part in parts))
         target = stored if dtype is None else jnp.dtype(dtype)
-        make = partial(_theirs, params, parts, target)
-        tensors[key] = LazyTensor(parts[0].shape, target, make)
+        tensors[key] = LazyTensor(parts[0].shape, target, partial(_theirs, params, parts, target))
     return tensors
 
 
-def _theirs(params: Tensors, parts: Sequence[Piece], dtype: np.dtype) -> np.ndarray:
-    """One tensor of theirs, of one of our parameters or of several."""
-    arrays = []
+def _theirs(params: Tensors, parts: Sequence[Piece], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """One tensor of theirs: of one of our parameters, or of several after one another."""
     for part in parts:
-        array = (
-            params.read(part.path)
-            if part.layer is None
-            else params.read(part.path, slice(part.layer, part.layer + 1))[0]
-        )
-        arrays.append(contiguous(part.transform.store(array).astype(dtype, copy=False)))
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if part.layer is None:
+            array = params.read(part.path)
+        else:
+            array = params.read(part.path, slice(part.layer, part.layer + 1))[0]
+        yield contiguous(part.transform.store(array).astype(dtype, copy=False))
 
 
 def _is_real(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
-
-
-def _kept(dtype: np.dtype) -> np.dtype:
-    return np.dtype(jnp.bfloat16) if dtype in FLOAT8 else dtype
-
-
-def _reader(tensors: Tensors, pieces: Sequence[Piece], dtype: np.dtype) -> Any:
-    def read() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        for piece in pieces:
-            array = piece.transform.load(tensors.read(piece.key, piece.rows))
-            yield (
-                () if piece.layer is None else (piece.layer,),
-                contiguous(cast(array, dtype)),
-            )
-
-    return read
 
 
 TILE = 128

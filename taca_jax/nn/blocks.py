@@ -3,6 +3,7 @@
 Sources: black-forest-labs/flux, modules/layers.py; Stability-AI/sd3.5, mmditx.py.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,3 +134,18 @@ def join(txt: Float[Array, "b t h d"], img: Float[Array, "b i h d"]) -> Float[Ar
     merged = (x.reshape(*x.shape[:2], -1) for x in (txt, img))
     joint = jnp.concatenate([*merged], axis=1)
     return joint.reshape(*joint.shape[:2], *txt.shape[2:])
+
+
+def layer_tokens(path: str, image: int, text: int, *, joint: re.Pattern[str] | None = None) -> int:
+    """On how many tokens of a sample a linear layer acts, by its path.
+
+    joint: the layers that act on image and text together. Modulations and embedders of the time,
+    the guidance and the pooled text act on one vector.
+    """
+    if re.search(r"(mod|_in\.linear_[12])$", path):
+        return 1
+    if joint is not None and joint.fullmatch(path):
+        return image + text
+    if ".txt." in path or path == "txt_in":
+        return text
+    return image

@@ -3,22 +3,27 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from taca_jax.attention import Implementation
 from taca_jax.nn.layers import Fixed, LoRAParam
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.rules import ShardingTable
+
+Role = Literal["transformer", "text_encoder", "autoencoder"]
+
 
 @dataclass(frozen=True, eq=False)
 class ModelKind:
     """One kind of model: a transformer, a text encoder, an autoencoder.
 
     name: what its folder's config.json calls it.
+    role: what it is for.
     config: the dataclass of its sizes.
     module: the NNX module, made by `module(config, rngs=..., dtype=..., param_dtype=...)`.
     sharding: where its parameters lie on a mesh (`parallel.rules`).
@@ -27,6 +32,7 @@ class ModelKind:
     """
 
     name: str
+    role: Role
     config: type
     module: type
     sharding: ShardingTable
@@ -53,10 +59,21 @@ def kind_of(config: Any) -> ModelKind:
     return next(kind for kind in _KINDS.values() if kind.config is type(config))
 
 
-def abstract_model(config: Any, *, dtype: DTypeLike, remat: Remat = "none") -> Any:
-    """The model of a config with shapes in place of parameters."""
+def abstract_model(
+    config: Any,
+    *,
+    dtype: DTypeLike,
+    remat: Remat = "none",
+    attention: Implementation = "auto",
+) -> Any:
+    """The model of a config with shapes in place of parameters; `remat` and `attention` are for
+    transformers."""
     module = kind_of(config).module
-    options = {"remat": remat} if remat != "none" else {}
+    options: dict[str, str] = {}
+    if remat != "none":
+        options["remat"] = remat
+    if attention != "auto":
+        options["attention"] = attention
     return nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
 
 

@@ -7,7 +7,7 @@ TACA turns it on exactly while it acts. The base's own parameters never change.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,22 +17,6 @@ from flax import nnx
 from taca_jax.errors import UserError
 from taca_jax.nn.layers import Linear, LoRAParam
 
-ATTENTION_TARGETS = (
-    r"double_blocks\.(img|txt)\.qkv\.[qkv]",
-    r"double_blocks\.(img|txt)\.out",
-    r"single_blocks\.qkv\.[qkv]",
-    r"single_blocks\.out",
-)
-"""FLUX's attention projections: q, k, v and out of both streams and of the single blocks (whose
-out projection takes attention and MLP together)."""
-
-SD3_ATTENTION_TARGETS = (
-    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.qkv\.[qkv]",
-    r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.out",
-)
-"""Stable Diffusion 3's: q, k, v and out of both streams in the joint attention, as published; the
-second attention of dual blocks has none."""
-
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -40,12 +24,13 @@ class LoRAConfig:
 
     rank: of the factors.
     alpha: their strength is alpha / rank.
-    targets: regular expressions; a layer whose whole dotted path matches one gets factors.
+    targets: regular expressions; a layer whose whole dotted path matches one gets factors. None is
+      the attention's projections, as the model's family says.
     """
 
     rank: int = 16
     alpha: float = 16.0
-    targets: tuple[str, ...] = ATTENTION_TARGETS
+    targets: tuple[str, ...] | None = None
 
     def __post_init__(self):
         if self.rank < 1:
@@ -80,17 +65,22 @@ def attach(layer: Linear, lora_a: jax.Array, lora_b: jax.Array, alpha_over_rank:
 
 
 def add_lora(
-    model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    model: nnx.Module,
+    config: LoRAConfig,
+    targets: Sequence[str],
+    *,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype = jnp.float32,
 ) -> list[str]:
     """Attaches fresh factors (A uniform as PyTorch's Linear, B zero) and returns the layers' paths.
 
-    With B = 0 the model computes what it did before. Raises UserError for a target that matches
-    no layer.
+    `targets` are those of the config, or of the family where it has none. With B = 0 the model
+    computes what it did before. Raises UserError for a target that matches no layer.
     """
-    unused = set(config.targets)
+    unused = set(targets)
     adapted = []
     for path, layer in linears(model):
-        matching = {target for target in config.targets if re.fullmatch(target, path)}
+        matching = {target for target in targets if re.fullmatch(target, path)}
         unused -= matching
         if not matching:
             continue

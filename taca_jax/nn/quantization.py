@@ -15,17 +15,16 @@ loaded would have to be there in full before it is quantised.
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from taca_jax.errors import UserError
-from taca_jax.nn.layers import Linear, Quantized
 from taca_jax.nn.kinds import ModelKind, known_kinds
+from taca_jax.nn.layers import Linear, Quantized
 from taca_jax.nn.lora import linears
 from taca_jax.nn.low_bit import INT8_MAX, NF4_LEVELS, Codes, Quantization, Scales
 
@@ -36,6 +35,7 @@ NF4_SMALLEST_BLOCK = 16
 
 _CODES = {"int8": jnp.int8, "nf4": jnp.uint4}
 _SCALES = {"int8": jnp.float32, "nf4": jnp.bfloat16}
+
 
 def quantized_layers(model: nnx.Module, kind: ModelKind) -> Iterator[tuple[str, Linear]]:
     """The layers of a model that are quantised, with their dotted paths.

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from taca_jax.attention import Implementation
 from taca_jax.autoencoders.tiling import Tiling
 from taca_jax.config.fields import check
 from taca_jax.errors import UserError
@@ -37,6 +38,7 @@ class GenerateConfig:
     quantize: what the transformer's kernels are kept in: `int8`, `nf4` (4 bits), or none, which is
       dtype.
     quantize_text: the same of T5.
+    attention: the implementation of the joint attention: `auto` takes the fastest for the device.
     out: the PNG to write (numbered for several pictures); its settings go into its metadata.
     """
 
@@ -58,6 +60,7 @@ class GenerateConfig:
     progress: bool | None = None
     quantize: Quantization = "none"
     quantize_text: Quantization = "none"
+    attention: Implementation = "auto"
     out: str = "out.png"
 
     def __post_init__(self):

@@ -16,10 +16,8 @@ from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.grids import caption_grid
-from taca_jax.pipelines.loading import load_pipeline
-from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.pipelines.previews import check_previewer
-from taca_jax.pipelines.variants import Variant
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
 
@@ -42,11 +40,12 @@ def generate(config: GenerateConfig) -> list[Path]:
         _check_lora(config.lora)  # before the model loads
     if config.preview not in (None, OWN):
         check_previewer(Path(config.preview))
-    pipeline = load_pipeline(
+    pipeline = Pipeline.from_pretrained(
         config.base,
         dtype=config.dtype,
         quantize=config.quantize,
         quantize_text=config.quantize_text,
+        attention=config.attention,
     )
     if config.lora is not None and config.taca is None:
         print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")

@@ -1,7 +1,7 @@
-"""What the pipelines of all models share: their folder, their parts, and sampling."""
+"""From prompts to pictures: a transformer and what it needs around it."""
 
-import math
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -14,48 +14,63 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
+from taca_jax.attention import Implementation
 from taca_jax.autoencoders.tiling import TILING, Tiling
 from taca_jax.config.fields import to_json
 from taca_jax.errors import UserError
+from taca_jax.families.base import Family
+from taca_jax.families.registry import family_of
+from taca_jax.formats.atomic import whole_folder
 from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.kinds import abstract_model
 from taca_jax.nn.lora import linears, remove_lora
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.mesh import on
-from taca_jax.parallel.rules import placement
+from taca_jax.parallel.processes import is_first
+from taca_jax.parallel.rules import parameter_sharding
 from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
+from taca_jax.pipelines.inputs import (
+    NO_DOWNSCALE,
+    Prompt,
+    check_guidance,
+    given_latents,
+    negative_conditioning,
+    noise,
+    repeated,
+    skip_guidance,
+)
 from taca_jax.pipelines.previews import (
     Callback,
     Preview,
     Previewer,
-    find_previewer,
+    drawer,
     read_previewer,
     watcher,
 )
 from taca_jax.pipelines.progress import step_bar
-from taca_jax.pipelines.text import Load, encoder_parts, save_tokenizers
-from taca_jax.sampling.loop import MAX_SEED, SkipLayers, Trajectory, denoise, make_plan
+from taca_jax.pipelines.text import encoders_by_folder, load_text, save_tokenizers
+from taca_jax.sampling.loop import SkipLayers, Trajectory, denoise, make_plan
 from taca_jax.taca import TacaConfig
-from taca_jax.text.encoders import FluxText, SD3Text, encode
-from taca_jax.text.t5 import T5Config, T5Encoder
+from taca_jax.text.encoders import TextEncoder
 from taca_jax.text.tokenizers import Tokenizer, announce_cuts
-from taca_jax.weights.folders import PIPELINE_FILE, abstract_model, kind_of, save_model
+from taca_jax.weights.folders import PIPELINE_FILE, save_model
+from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora
 from taca_jax.weights.pipeline_folders import (
     AUTOENCODER,
     ROLES,
     TRANSFORMER,
-    Part,
-    Parts,
     PipelineSettings,
     Role,
-    open_parts,
+    StoredPipeline,
+    open_pipeline,
 )
 from taca_jax.weights.shipped import find_weights
 
-TextEncoder = T5Encoder | FluxText | SD3Text
-
 Output = Literal["pil", "array", "latents"]
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -72,30 +87,21 @@ class PipelineOutput:
     trajectory: Trajectory | None
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One way of sampling a model: TACA's settings (None: plain) and the LoRA's strength."""
+
+    name: str
+    taca: TacaConfig | None
+    lora_strength: float
+
+
 class Pipeline:
-    """A transformer with what it needs around it; parts may be absent where embeddings or latents
-    are given instead. What differs from model to model is in the classes of `flux` and `sd3`."""
+    """A transformer with what it needs around it, of any family; parts may be absent where
+    embeddings or latents are given instead."""
 
-    kind: ClassVar[str]
-    """Of the transformer, as in its config.json."""
-    text_encoders: ClassVar[str]
-    """What such a model reads prompts with, in words."""
-    has_skip_layers: ClassVar[bool]
-    """Whether there is skip-layer guidance."""
-
-    @classmethod
-    def _load_text(
-        cls, parts: Parts, load: Load, config: Any
-    ) -> tuple[TextEncoder, Tokenizer] | None:
-        """What reads prompts; None where a part of it is left out."""
-        raise NotImplementedError
-
-    def _check_grid(self, rows: int, columns: int) -> None:
-        """Raises UserError where the model has no positions for so many tokens."""
-
-    def _embeds_guidance(self) -> bool:
-        """Whether the guidance scale is an input of the transformer."""
-        return False
+    reads: ClassVar[Family | None] = None
+    """The family that `from_pretrained` accepts; None accepts all."""
 
     def __init__(
         self,
@@ -115,83 +121,70 @@ class Pipeline:
         self.mesh = mesh
         self.previewer: Previewer | None = None
 
+    @property
+    def family(self) -> Family:
+        return family_of(self.transformer.config)
+
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        dtype: Precision = "bfloat16",
         *,
-        param_dtype: Literal["float32", "bfloat16"] | None = None,
+        param_dtype: Precision | None = None,
         mesh: Mesh | None = None,
         remat: Remat = "none",
         quantize: Quantization = "none",
         quantize_text: Quantization = "none",
+        attention: Implementation = "auto",
     ) -> Self:
         """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
 
-        `path` may also be the name of a model that comes with the package (`shapes_base`), or an
-        original that nobody has converted: a diffusers pipeline folder, or a single file of Black
-        Forest Labs' or Stability AI's with what is beside it (`open_original`).
+        `path` may also be the name of a model that comes with the package (`shapes_base`), or
+        original weights that nobody has converted: a diffusers pipeline folder, or its authors'
+        single file with what is beside it (`open_original`).
 
         `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
-        go straight to their places on `mesh` (`sharding.make_mesh`), a tensor at a time; over it
-        the pipeline then runs. Without one they go to the first device. `remat` matters to training
-        only. `quantize` is what the kernels of the transformer's blocks are kept in, `int8`, `nf4`
-        or `none` (as parameters are), and `quantize_text` those of T5's; they are encoded as they
-        are read.
+        go straight to their places on `mesh` (`parallel.mesh.make_mesh`), a tensor at a time; over
+        it the pipeline then runs. Without one they go to the first device. `remat` matters to
+        training only. `quantize` is what the kernels of the transformer's blocks are kept in,
+        `int8`, `nf4` or `none` (as parameters are), and `quantize_text` those of T5's; they are
+        encoded as they are read. `attention` is the implementation of the joint attention.
 
         Raises UserError where the pipeline or a part of it is missing, damaged, or of another kind
         of model.
         """
-        parts = open_parts(find_weights(path))
-        return cls.from_parts(
-            parts,
-            dtype,
-            param_dtype=param_dtype,
+        options = LoadOptions(
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype or dtype),
             mesh=mesh,
-            remat=remat,
             quantize=quantize,
-            quantize_text=quantize_text,
+            remat=remat,
+            attention=attention,
         )
+        return cls.from_stored(open_pipeline(path), options, quantize_text=quantize_text)
 
     @classmethod
-    def from_parts(
+    def from_stored(
         cls,
-        parts: Parts,
-        dtype: Literal["float32", "bfloat16"],
+        stored: StoredPipeline,
+        options: LoadOptions,
         *,
-        param_dtype: Literal["float32", "bfloat16"] | None,
-        mesh: Mesh | None,
-        remat: Remat,
-        quantize: Quantization,
-        quantize_text: Quantization,
+        quantize_text: Quantization = "none",
         only: Collection[Role] = ROLES,
     ) -> Self:
         """What `from_pretrained` makes of an opened pipeline.
 
         Of what `only` leaves out nothing is read; the transformer is then one of shapes.
         """
-
-        def load(part: Part, remat: Remat = "none", quantize: Quantization = "none") -> Any:
-            return part.load(
-                dtype=jnp.dtype(dtype),
-                param_dtype=jnp.dtype(param_dtype or dtype),
-                place=placement(mesh),
-                remat=remat,
-                quantize=quantize,
-            )
-
-        def load_text(part: Part) -> Any:
-            is_t5 = isinstance(part.config, T5Config)
-            return load(part, quantize=quantize_text if is_t5 else "none")
-
-        config = parts.models[TRANSFORMER].config
-        if kind_of(config) != cls.kind:
+        config, family = stored.transformer.config, stored.family
+        if cls.reads not in (None, family):
             raise UserError(
-                f"{parts.where} is of kind {kind_of(config)}; {cls.__name__} reads {cls.kind}"
+                f"{stored.where} is of kind {family.name}; {cls.__name__} reads {cls.reads.name}"
             )
-        autoencoder = parts.models.get(AUTOENCODER) if "autoencoder" in only else None
+        beside = replace(options, quantize="none", remat="none", attention="auto")
+        autoencoder = stored.models.get(AUTOENCODER) if "autoencoder" in only else None
         if autoencoder is not None:
             given, expected = autoencoder.config.latent_channels, config.latent_channels
             if given != expected:
@@ -199,43 +192,48 @@ class Pipeline:
                     f"{autoencoder.where} has {given} latent channels, the transformer expects "
                     f"{expected}; it is of another model"
                 )
-        text = cls._load_text(parts, load_text, config) if "text" in only else None
-        text_encoder, tokenizer = text or (None, None)
+        reading = stored.reading if "text" in only else None
+        text_encoder, tokenizer = None, None
+        if reading is not None:
+            text_encoder, tokenizer = load_text(stored, reading, beside, quantize_text)
         if "transformer" in only:
-            transformer = load(parts.models[TRANSFORMER], remat, quantize)
+            transformer = stored.transformer.load(options)
         else:
-            transformer = abstract_model(config, dtype=jnp.dtype(dtype))
+            transformer = abstract_model(config, dtype=options.dtype)
         return cls(
             transformer,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            autoencoder=None if autoencoder is None else load(autoencoder),
-            settings=parts.settings,
-            mesh=mesh,
+            autoencoder=None if autoencoder is None else autoencoder.load(beside),
+            settings=stored.settings,
+            mesh=options.mesh,
         )
 
-    def save(
-        self,
-        path: str | Path,
-        *,
-        format: Literal["orbax", "safetensors"] = "safetensors",
-        dtype: Literal["float32", "bfloat16"] | None = None,
-    ) -> None:
-        """Writes the folder that `from_pretrained` reads; LoRA factors are left out."""
+    def save(self, path: str | Path, *, dtype: Precision | None = None) -> None:
+        """Writes the folder that `from_pretrained` reads, whole or not at all; a pipeline's folder
+        that was there is replaced, and LoRA factors are left out.
+
+        Of several processes all must call this. Raises UserError where `path` holds something else,
+        or cannot be written, and for quantised models.
+        """
         path = Path(path)
-        parts = {
-            "transformer": self.transformer,
-            **encoder_parts(self.text_encoder),
-            "autoencoder": self.autoencoder,
+        is_ours = (path / PIPELINE_FILE).is_file()
+        if path.exists() and not is_ours and (path.is_file() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is no pipeline folder; save elsewhere")
+        models = {
+            TRANSFORMER: self.transformer,
+            **encoders_by_folder(self.text_encoder),
+            AUTOENCODER: self.autoencoder,
         }
-        path.mkdir(parents=True, exist_ok=True)
-        for name, model in parts.items():
-            if model is not None:
-                save_model(path / name, model, format=format, dtype=dtype)
-        settings = self.settings
-        if save_tokenizers(path, self.tokenizer):
-            settings = replace(settings, tokenizer=None)
-        (path / PIPELINE_FILE).write_text(to_json(settings) + "\n")
+        with whole_folder(path) if is_first() else nullcontext(path) as folder:
+            for name, model in models.items():
+                if model is not None:
+                    save_model(folder / name, model, dtype=dtype)
+            if is_first():
+                settings = self.settings
+                if save_tokenizers(folder, self.tokenizer):
+                    settings = replace(settings, tokenizer=None)
+                (folder / PIPELINE_FILE).write_text(to_json(settings) + "\n")
 
     def load_lora(self, path: str | Path) -> str:
         """Attaches a LoRA file in place of any other; returns a line that says what it holds.
@@ -253,11 +251,14 @@ class Pipeline:
             for layer, a, b, strength in before:
                 layer.lora_a, layer.lora_b, layer.lora_alpha_over_rank = a, b, strength
             raise
-        if (place := placement(self.mesh)) is not None:
+        if self.mesh is not None:
+            table = self.family.kind.sharding
             for name, layer in linears(self.transformer):
                 for factor, param in (("lora_a", layer.lora_a), ("lora_b", layer.lora_b)):
                     if param is not None:
-                        where = place(self.kind, f"{name}.{factor}", param.shape)
+                        where = parameter_sharding(
+                            table, f"{name}.{factor}", param.shape, self.mesh
+                        )
                         param.set_value(jax.device_put(param.get_value(), where))
         return said
 
@@ -266,8 +267,8 @@ class Pipeline:
         remove_lora(self.transformer)
 
     def load_previewer(self, path: str | Path) -> None:
-        """Reads the tiny autoencoder that draws previews: TAEF1 for FLUX.1, TAESD3 for Stable
-        Diffusion 3; a converted folder, or the beginning of the names of its two published files.
+        """Reads the tiny autoencoder that draws previews (TAEF1 for FLUX.1, TAESD3 for Stable
+        Diffusion 3): a converted folder, or the beginning of the names of its two published files.
 
         Raises UserError where it is missing, damaged, or of another model.
         """
@@ -281,14 +282,14 @@ class Pipeline:
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError(
-                f"this pipeline lacks a text encoder ({self.text_encoders}); add text_encoder/, "
-                "text_encoder_2/, ... and their tokenizers beside its transformer, or from Python "
-                "give prompt_embeds and pooled_prompt_embeds"
+                f"this pipeline lacks a text encoder ({self.family.text_encoders}); add "
+                "text_encoder/, text_encoder_2/, ... and their tokenizers beside its transformer, "
+                "or from Python give prompt_embeds and pooled_prompt_embeds"
             )
         announce_cuts(self.tokenizer, prompts)
         graph, state = nnx.split(self.text_encoder)
         with on(self.mesh):
-            return _encode(graph, state, self.tokenizer(prompts), self.tokenizer.pad_id)
+            return _encode(graph, state, self.tokenizer(prompts))
 
     def __call__(
         self,
@@ -323,10 +324,10 @@ class Pipeline:
         for each prompt) when it is above 1.
         A model with embedded guidance refuses `negative_prompt`. Picture i starts from the noise of
         `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
-        while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to Stable
-        Diffusion 3's classifier-free one, away from the model without those layers (7, 8, 9 of
-        3.5-Medium): layers, or SkipLayers for its strength and time too. `tiling` says how large
-        pictures are decoded in squares, None that they never are.
+        while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to
+        classifier-free guidance, for models that have it: away from the model without those layers
+        (7, 8, 9 of Stable Diffusion 3.5-Medium); layers, or SkipLayers for its strength and time
+        too. `tiling` says how large pictures are decoded in squares, None that they never are.
 
         After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with
         what each picture is predicted to become, drawn by the previewer (`load_previewer`). A bar
@@ -335,35 +336,46 @@ class Pipeline:
 
         Raises UserError for input that does not fit together.
         """
+        family, config, settings = self.family, self.transformer.config, self.settings
         self._check_output(output)
-        previewer = None
-        if preview is not None:
-            previewer = find_previewer(self.previewer, self.autoencoder)
+        draw = drawer(preview, self.previewer, self.autoencoder, family.tiny_autoencoder)
         if guidance is None:
-            guidance = self.settings.guidance
-        if not 0 <= guidance < math.inf:
-            raise UserError(f"guidance is {guidance}; it must be 0 or more")
-        positive = self._positive(prompt, prompt_embeds, pooled_prompt_embeds, num_images)
+            guidance = settings.guidance
+        check_guidance(guidance)
+        if num_images < 1:
+            raise UserError(f"num_images is {num_images}; it must be 1 or more")
+        asked = Prompt("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        positive = repeated(asked.conditioning(config, self.encode_prompts), num_images)
         batch = positive.txt.shape[0]
+        away = Prompt(
+            "negative_prompt",
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
         negative = None
-        if self._embeds_guidance():
+        if family.embeds_guidance(config):
             if negative_prompt is not None or negative_prompt_embeds is not None:
                 raise UserError("this model embeds its guidance and takes no negative prompt")
             positive = replace(positive, guidance=jnp.full(batch, guidance, jnp.float32))
         else:
-            negative = self._negative(
-                negative_prompt,
-                negative_prompt_embeds,
-                negative_pooled_prompt_embeds,
-                guidance,
-                positive,
-                num_images,
+            negative = negative_conditioning(
+                away, guidance, positive, num_images, config, self.encode_prompts
             )
-        skip = self._skip(skip_layers, guidance)
-        x = self._noise(latents, batch, height, width, seed)
-        sigmas = self.settings.schedule.sigmas(
-            self.settings.steps if steps is None else steps,
-            x.shape[1] * x.shape[2] // self.transformer.config.patch_size**2,
+        layers = family.skippable_layers(config)
+        skip = skip_guidance(skip_layers, guidance, layers)
+        downscale = NO_DOWNSCALE if self.autoencoder is None else self.autoencoder.config.downscale
+        if latents is not None:
+            x = given_latents(config, latents, batch, (height, width), downscale, family)
+        else:
+            size = (
+                settings.resolution if height is None else height,
+                settings.resolution if width is None else width,
+            )
+            x = noise(config, batch, size, downscale, seed, family)
+        sigmas = settings.schedule.sigmas(
+            settings.steps if steps is None else steps,
+            x.shape[1] * x.shape[2] // config.patch_size**2,
         )
         if skip is not None:
             skip.announce(len(sigmas) - 1)
@@ -376,9 +388,9 @@ class Pipeline:
                 positive,
                 negative,
                 jnp.float32(guidance),
-                skip=None if skip is None else skip.mask(self.transformer.config.num_layers),
+                skip=None if skip is None else skip.mask(layers),
                 trajectory=trajectory,
-                watch=watcher(advance, callback, preview, previewer),
+                watch=watcher(advance, callback, draw),
             )
         with on(self.mesh):
             return PipelineOutput(self._pictures(x, output, tiling), x, seen)
@@ -391,152 +403,15 @@ class Pipeline:
         if output != "latents" and self.autoencoder is None:
             raise UserError('this pipeline has no autoencoder; ask for output="latents"')
 
-    def _skip(
-        self, skip_layers: SkipLayers | Sequence[int] | None, guidance: float
-    ) -> SkipLayers | None:
-        """Skip-layer guidance. Raises UserError where there is none or it would not act."""
-        if skip_layers is None:
-            return None
-        if not self.has_skip_layers:
-            raise UserError("skip_layers is of Stable Diffusion 3; this model has no such guidance")
-        if guidance <= 1:
-            raise UserError(f"skip_layers acts with guidance above 1; it is {guidance:g}")
-        if isinstance(skip_layers, SkipLayers):
-            return skip_layers
-        return SkipLayers(tuple(skip_layers))
-
-    def _conditioning(
-        self,
-        prompt: str | Sequence[str] | None,
-        embeds: Float[Array, "b t k"] | None,
-        pooled: Float[Array, "b p"] | None,
-        name: str,
-    ) -> Conditioning:
-        if (embeds is None) != (pooled is None) or (embeds is None) == (prompt is None):
-            pooled_name = name.replace("prompt", "pooled_prompt_embeds")
-            raise UserError(f"give either {name}, or {name}_embeds with {pooled_name}")
-        if embeds is not None and pooled is not None:
-            self._check_embeds(embeds, pooled, name)
-            return Conditioning(jnp.asarray(embeds), jnp.asarray(pooled))
-        assert prompt is not None
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UserError(f"{name} is an empty list; give one or more")
-        return self.encode_prompts(prompts)
-
-    def _check_embeds(self, embeds: jax.Array, pooled: jax.Array, name: str) -> None:
-        config = self.transformer.config
-        right = (
-            embeds.ndim == 3
-            and len(embeds) > 0
-            and embeds.shape[2] == config.txt_dim
-            and pooled.shape == (embeds.shape[0], config.pooled_dim)
-        )
-        if not right:
-            raise UserError(
-                f"{name}_embeds are {embeds.shape} and pooled {pooled.shape}; expected "
-                f"(b, tokens, {config.txt_dim}) and (b, {config.pooled_dim}) of one batch size b"
-            )
-
-    def _negative(
-        self,
-        prompt: str | Sequence[str] | None,
-        embeds: Float[Array, "b t k"] | None,
-        pooled: Float[Array, "b p"] | None,
-        guidance: float,
-        positive: Conditioning,
-        num_images: int,
-    ) -> Conditioning | None:
-        """What classifier-free guidance goes away from, as many as pictures; None without it.
-
-        Without a prompt it is the empty one. Raises UserError where something is given that does
-        not act.
-        """
-        if guidance <= 1:
-            if prompt is not None or embeds is not None or pooled is not None:
-                raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
-            return None
-        text = "" if prompt is None and embeds is None else prompt
-        negative = self._conditioning(text, embeds, pooled, "negative_prompt")
-        given, batch = negative.txt.shape[0], positive.txt.shape[0]
-        if given not in (1, batch // num_images, batch):
-            raise UserError(f"{given} negative prompts for {batch} pictures; give one")
-        tokens, expected = negative.txt.shape[1], positive.txt.shape[1]
-        if tokens != expected:
-            raise UserError(
-                f"negative_prompt_embeds have {tokens} tokens, prompt_embeds {expected}"
-            )
-        return _repeated(negative, batch // given)
-
-    def _positive(
-        self,
-        prompt: str | Sequence[str] | None,
-        embeds: Float[Array, "b t k"] | None,
-        pooled: Float[Array, "b p"] | None,
-        num_images: int,
-    ) -> Conditioning:
-        """The prompts, each as many times as it has pictures."""
-        if num_images < 1:
-            raise UserError(f"num_images is {num_images}; it must be 1 or more")
-        return _repeated(self._conditioning(prompt, embeds, pooled, "prompt"), num_images)
-
-    def _noise(
-        self,
-        latents: Float[Array, "b h w c"] | None,
-        batch: int,
-        height: int | None,
-        width: int | None,
-        seed: int,
-    ) -> Float[Array, "b h w c"]:
-        config = self.transformer.config
-        downscale = 8 if self.autoencoder is None else self.autoencoder.config.downscale
-        if latents is not None:
-            patch, channels = config.patch_size, config.latent_channels
-            if (
-                latents.ndim != 4
-                or (latents.shape[0], latents.shape[3]) != (batch, channels)
-                or latents.shape[1] % patch
-                or latents.shape[2] % patch
-                or 0 in latents.shape
-            ):
-                raise UserError(
-                    f"latents are {latents.shape}; expected {batch} of {channels} channels, "
-                    f"height and width multiples of {patch}"
-                )
-            size = (latents.shape[1] * downscale, latents.shape[2] * downscale)
-            if height not in (None, size[0]) or width not in (None, size[1]):
-                raise UserError(
-                    f"height and width are {height} x {width}, and the latents make {size[0]} x "
-                    f"{size[1]} pixels; leave one of the two out"
-                )
-            self._check_grid(latents.shape[1] // patch, latents.shape[2] // patch)
-            return jnp.asarray(latents, jnp.float32)
-        height = self.settings.resolution if height is None else height
-        width = self.settings.resolution if width is None else width
-        multiple = downscale * config.patch_size
-        if min(height, width) < multiple or height % multiple or width % multiple:
-            raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
-        self._check_grid(height // multiple, width // multiple)
-        shape = (height // downscale, width // downscale, config.latent_channels)
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"seed is {seed}; it must be 0 to {MAX_SEED}")
-        seeds = jnp.arange(seed, seed + batch)
-        return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
-
     def _pictures(
         self, latents: Float[Array, "b h w c"], output: Output, tiling: Tiling | None
     ) -> list[Image.Image] | np.ndarray | None:
-        if output == "latents":
+        if output == "latents" or self.autoencoder is None:
             return None
-        assert self.autoencoder is not None  # _check_output saw to it
         images = decode(self.autoencoder, latents, tiling)
         return images if output == "array" else to_pil(images)
 
 
-def _repeated(text: Conditioning, times: int) -> Conditioning:
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
-
-
-@jax.jit(static_argnames=("graph", "pad_id"))
-def _encode(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, pad_id: int) -> Conditioning:
-    return encode(nnx.merge(graph, state), tokens, pad_id)
+@jax.jit(static_argnames=("graph",))
+def _encode(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> Conditioning:
+    return nnx.merge(graph, state)(tokens)

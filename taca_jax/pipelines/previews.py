@@ -1,4 +1,4 @@
-"""What is shown of a run while it goes on: a bar, and pictures of where it is heading."""
+"""Pictures of what a sampling run is predicted to become, while it goes on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +10,11 @@ from PIL import Image
 from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.autoencoders.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.errors import UserError
-from taca_jax.formats import engine
+from taca_jax.nn.kinds import kind_of
 from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
 from taca_jax.sampling.loop import Sampled
-from taca_jax.weights.folders import CONFIG, kind_of, load_config, load_model
+from taca_jax.weights.folders import CONFIG, load_config, load_model
+from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.originals import tiny_vae
 
 Previewer = Pixels | TinyVAE
@@ -26,39 +27,42 @@ Preview = Callable[[int, list[Image.Image]], None]
 def watcher(
     advance: Callable[[], None] | None,
     callback: Callback | None,
-    preview: Preview | None,
-    previewer: Previewer | None,
+    draw: Callable[[int, Sampled], None] | None,
 ) -> Callable[[int, Sampled], None] | None:
     """What does all of these after a step; None where there is nothing to do."""
-    if advance is None and callback is None and preview is None:
+    if advance is None and callback is None and draw is None:
         return None
 
     def watch(step: int, now: Sampled) -> None:
         jax.block_until_ready(now.latents)  # else the bar would show what is asked for, not done
         if callback is not None:
             callback(step, now.latents)
-        if preview is not None:
-            assert previewer is not None  # find_previewer saw to it
-            preview(step, to_pil(decode(previewer, now.x0, None)))
+        if draw is not None:
+            draw(step, now)
         if advance is not None:
             advance()
 
     return watch
 
 
-def find_previewer(previewer: Previewer | None, autoencoder: Autoencoder | None) -> Previewer:
-    """What previews are drawn with: the one loaded for it, else an autoencoder that is small too.
+def drawer(
+    preview: Preview | None, previewer: Previewer | None, autoencoder: Autoencoder | None, name: str
+) -> Callable[[int, Sampled], None] | None:
+    """What calls `preview` with pictures of the predicted x0; None where there is none to call.
 
-    Raises UserError where there is none.
+    They are drawn by `previewer`, else by an autoencoder that is small too. Raises UserError where
+    there is neither; `name` is the published previewer of the model's family.
     """
-    if previewer is not None:
-        return previewer
-    if isinstance(autoencoder, Pixels | TinyVAE):
-        return autoencoder
-    raise UserError(
-        "previews are drawn by a tiny autoencoder (TAEF1 for FLUX.1, TAESD3 for Stable Diffusion "
-        "3), and there is none; load_previewer(PATH) reads one"
-    )
+    if preview is None:
+        return None
+    if previewer is None:
+        if not isinstance(autoencoder, Pixels | TinyVAE):
+            raise UserError(
+                f"previews are drawn by a tiny autoencoder ({name} for this model), and there is "
+                "none; load_previewer(PATH) reads one"
+            )
+        previewer = autoencoder
+    return lambda step, now: preview(step, to_pil(decode(previewer, now.x0, None)))
 
 
 def check_previewer(path: Path) -> TinyVAEConfig:
@@ -68,7 +72,7 @@ def check_previewer(path: Path) -> TinyVAEConfig:
     """
     config = load_config(path) if (path / CONFIG).is_file() else tiny_vae(path).config
     if not isinstance(config, TinyVAEConfig):
-        raise UserError(f"{path} is of a {kind_of(config)}; previews take a tiny_vae")
+        raise UserError(f"{path} is of a {kind_of(config).name}; previews take a tiny_vae")
     return config
 
 
@@ -80,8 +84,6 @@ def read_previewer(path: Path, latent_channels: int) -> TinyVAE:
             f"{path} has {given} latent channels, the transformer expects {latent_channels}; it is "
             "of another model"
         )
-    types = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-    if (path / CONFIG).is_file():
-        return load_model(path, **types)
-    source = tiny_vae(path)
-    return engine.load(source.table, source.tensors, source.config, **types)
+    options = LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32)
+    is_ours = (path / CONFIG).is_file()
+    return load_model(path, options) if is_ours else tiny_vae(path).load(options)

@@ -22,24 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from taca_jax.errors import UserError
+from taca_jax.families.flops import forward_flops
 from taca_jax.parallel.batches import batch_sharding
+from taca_jax.parallel.choice import choose_mesh, settled
 from taca_jax.parallel.mesh import on
 from taca_jax.planning.slices import Slice
 from taca_jax.planning.traffic import Traffic, read_traffic
-from taca_jax.text.encoders import FluxText, SD3Text
-from taca_jax.training.abstract import abstract_training, local_bytes, part_configs
-from taca_jax.training.build import check_batch, check_sizes
 from taca_jax.training.config import TrainConfig
-from taca_jax.training.flops import forward_flops, step_flops
-from taca_jax.training.mesh_choice import choose_mesh, settled
-from taca_jax.training.step import (
-    Batch,
-    EncodedBatch,
-    TextToImage,
-    Trainer,
-    TrainState,
-    make_trainer,
-)
+from taca_jax.training.models import RunModels, check_mesh, local_bytes, open_models
+from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 
 GB = 1e9
 
@@ -101,7 +92,8 @@ def plan(config: TrainConfig) -> None:
 
     Raises UserError where it does not fit, naming the nearest slice where it does.
     """
-    assert config.plan is not None
+    if config.plan is None:
+        raise UserError("plan is none; name a slice of TPUs, such as plan=v5e-16")
     where = Slice.of(config.plan)
     try:
         found = make_plan(config, where)
@@ -112,7 +104,9 @@ def plan(config: TrainConfig) -> None:
         if found.fits:
             return
         reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
-    if where.chips > 1 and settled(config, where.chip, jax.devices()[0]) != config.mesh:
+    models = open_models(config, published=True)
+    mesh = settled(config.mesh, where.chip, lambda: models.parameter_bytes(jax.devices()[0]))
+    if where.chips > 1 and mesh != config.mesh:
         shared = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
         if _fits(shared, where):
             raise UserError(f"{reason}; mesh.fsdp=-1, which shares parameters, fits")
@@ -161,24 +155,19 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
 
     Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
     """
-    mesh = choose_mesh(config, devices_of(where))
-    check_batch(config, mesh)
-    parts_of, text_length = part_configs(config)
-    model, autoencoder = abstract_training(config, parts_of, text_length, mesh)
-    check_sizes(config, model.transformer, autoencoder, mesh)
-    batch, text = _batch(config, model, autoencoder, text_length, mesh)
+    models = open_models(config, published=True)
+    mesh = choose_mesh(config.mesh, devices_of(where), models.parameter_bytes)
+    check_mesh(config, models, mesh)
+    model, autoencoder = models.abstract(mesh)
+    batch = _batch(config, models, autoencoder, mesh)
     encoder = autoencoder
     if config.data.encode == "cache":
         model.text_encoder, encoder = None, autoencoder.config
-    # Padding is what is left out of the pooled mean, which no published model has.
-    trainer, trained = make_trainer(config, model, encoder, pad_id=0, mesh=mesh)
+    trainer, trained = make_trainer(config, model, encoder, mesh)
     with on(mesh):
         state = trainer.abstract_state(trained)
         step: Any = trainer.step
-        lowered = step.lower(state, trainer.frozen, trainer.autoencoder, batch)
-        transformer = parts_of["transformer"]
-        side = config.data.resolution // (autoencoder.config.downscale * transformer.patch_size)
-        tokens = {"image": side * side, "text": text}
+        lowered = step.lower(state, trainer.frozen, batch)
         samples = config.data.batch_size * config.grad_accumulation
         again = config.remat == "full"
         return compiled_plan(
@@ -188,8 +177,8 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
             batch=samples,
             resolution=config.data.resolution,
             parts=_parts(state, trainer, batch),
-            flops=step_flops(config, transformer, **tokens),
-            repeated=again * samples * forward_flops(transformer, **tokens),
+            flops=models.step_flops,
+            repeated=again * samples * forward_flops(models.transformer, **models.tokens),
         )
 
 
@@ -305,18 +294,9 @@ def devices_of(where: Slice) -> list[Any]:
 
 
 def _batch(
-    config: TrainConfig, model: TextToImage, autoencoder: Any, text_length: int, mesh: Mesh
-) -> tuple[Batch | EncodedBatch, int]:
-    """The step's batch as shapes, and how many text tokens the transformer reads of each sample."""
-    match model.text_encoder:
-        case FluxText(clip=clip):
-            ids, text = clip.config.max_tokens + text_length, text_length
-        case SD3Text(clip_l=first, clip_g=second, t5=t5):
-            both = first.config.max_tokens + second.config.max_tokens
-            ids = both + (0 if t5 is None else text_length)
-            text = first.config.max_tokens + text_length
-        case _:
-            ids = text = text_length
+    config: TrainConfig, models: RunModels, autoencoder: Any, mesh: Mesh
+) -> Batch | EncodedBatch:
+    """The step's batch as shapes."""
     sharding = batch_sharding(mesh, leading=1)
 
     def array(dtype: DTypeLike, *shape: int) -> Any:
@@ -325,27 +305,28 @@ def _batch(
 
     side = config.data.resolution
     if config.data.encode == "online":
-        return Batch(image=array(jnp.uint8, side, side, 3), tokens=array(jnp.int32, ids)), text
+        return Batch(
+            image=array(jnp.uint8, side, side, 3), tokens=array(jnp.int32, models.token_ids)
+        )
     dtype = jnp.dtype(config.dtype)
     latent_side = side // autoencoder.config.downscale
     latents = (latent_side, latent_side, autoencoder.config.latent_channels)
     # As the stage that encodes writes them.
     kept = dtype if jax.tree.leaves(nnx.state(autoencoder)) else jnp.dtype(jnp.float32)
-    transformer = model.transformer.config
     return EncodedBatch(
         mean=array(kept, *latents),
         logvar=array(kept, *latents) if config.data.latents == "sample" else None,
-        txt=array(dtype, text, transformer.txt_dim),
-        pooled=array(jnp.float32, transformer.pooled_dim),
-    ), text
+        txt=array(dtype, models.reading.tokens, models.transformer.txt_dim),
+        pooled=array(jnp.float32, models.transformer.pooled_dim),
+    )
 
 
 def _parts(state: TrainState, trainer: Trainer, batch: Any) -> dict[str, int]:
     parts: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.frozen)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trainer.frozen.model)[0]:
         name = _WORDS[str(path[0].key)]
         parts[name] = parts.get(name, 0) + local_bytes(leaf)
-    parts["autoencoder"] = local_bytes(trainer.autoencoder)
+    parts["autoencoder"] = local_bytes(trainer.frozen.autoencoder)
     name = "trained parameters, optimizer"
     parts[name] = local_bytes(state)
     parts["batch"] = local_bytes(batch)

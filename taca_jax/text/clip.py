@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from taca_jax.errors import UserError
 from taca_jax.nn.kinds import ModelKind, register
-from taca_jax.parallel.rules import EMBEDDING, IN, OUT
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.parallel.rules import EMBEDDING, IN, OUT
 
 NORM_EPSILON = 1e-5
 
@@ -253,6 +253,7 @@ class CLIPTextEncoder(nnx.Module):
 CLIP_KIND = register(
     ModelKind(
         "clip",
+        "text_encoder",
         CLIPConfig,
         CLIPTextEncoder,
         sharding={

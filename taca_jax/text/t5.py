@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.nn.kinds import ModelKind, register
-from taca_jax.parallel.rules import EMBEDDING, IN, OUT, WHOLE
 from taca_jax.nn.layers import Linear, RMSNorm
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.parallel.rules import EMBEDDING, IN, OUT, WHOLE
 
 NORM_EPSILON = 1e-6
 
@@ -226,6 +226,7 @@ class T5Encoder(nnx.Module):
 T5_KIND = register(
     ModelKind(
         "t5",
+        "text_encoder",
         T5Config,
         T5Encoder,
         sharding={

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from taca_jax.attention import Implementation
 from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import check
 from taca_jax.data.config import DataConfig
@@ -51,6 +52,7 @@ class TrainConfig:
     optimizer: how gradients become updates.
     grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
     dtype: of activations; parameters, softmax and loss are float32.
+    attention: the implementation of the joint attention: `auto` takes the fastest for the device.
     remat: `full` computes activations again in the backward pass, block by block, to save memory.
     timestep_sampling: `uniform`, or `logit_normal` (more in the middle), before any truncation.
     timestep_shift: above 1 draws more noise: SD3's and FLUX's shift of times, in training.
@@ -84,6 +86,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grad_accumulation: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Implementation = "auto"
     remat: Remat = "none"
     timestep_sampling: TimestepSampling = "logit_normal"
     timestep_shift: float = 1.0

@@ -1,19 +1,14 @@
-"""The stage before training that encodes every picture and caption once, with all devices.
+"""Pictures and captions to latents and embeddings: batches through the encoders, into a cache.
 
-It goes on where it was interrupted, and a complete cache is used again by any run that asks for the
-same. Examples are encoded in batches of `data.batch_size`, each process those rows that its devices
-hold; while a batch is encoded, the next ones are read and the one before is written.
+While a batch is encoded, the next ones are read and the one before is written. Each process encodes
+the rows that its devices hold.
 """
 
-import hashlib
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -26,229 +21,28 @@ from rich.console import Console
 from rich.progress import track
 
 from taca_jax.autoencoders.vae import AutoencoderKL
-from taca_jax.config.fields import to_json
-from taca_jax.data.buckets import make_buckets
-from taca_jax.data.cache import (
-    Cache,
-    CacheWriter,
-    Caption,
-    Manifest,
-    differences,
-    encoded,
-    read_buckets,
-    read_manifest,
-    same_data,
-    write_empty,
-    write_sizes,
-)
+from taca_jax.data.cache import CacheWriter, Caption
 from taca_jax.data.loader import BATCHES_AHEAD, FILES_PER_CHUNK, MAX_THREADS, captions_of
 from taca_jax.data.order import Bucket
 from taca_jax.data.sources.bad_examples import BadExampleError
 from taca_jax.data.sources.base import Example, Source, cores
-from taca_jax.data.sources.opening import open_source, parts_of, read_example, summaries
-from taca_jax.data.sources.scans import stamp_of
-from taca_jax.errors import UserError
+from taca_jax.data.sources.opening import read_example
 from taca_jax.parallel.batches import batch_sharding, local_rows, own_rows, put_rows
-from taca_jax.parallel.processes import (
-    all_of,
-    first_before_others,
-    is_first,
-    most_of_all,
-    wait_for_all,
-)
-from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.pipelines.text import encoder_parts
-from taca_jax.text.encoders import encode
+from taca_jax.parallel.processes import is_first, most_of_all
 from taca_jax.text.tokenizers import Tokenizer
-from taca_jax.training.build import build_pipeline
-from taca_jax.training.checkpoints import sum_of
-from taca_jax.training.config import TrainConfig
-from taca_jax.training.signals import Notice
-from taca_jax.weights.folders import kind_of
-from taca_jax.weights.original_pipelines import BFL_AUTOENCODER
-from taca_jax.weights.pipeline_folders import TRANSFORMER
-from taca_jax.weights.shipped import find_weights
-
-_PROBE = "Two red cups, left of a blue book: ½ é 漢字"
-"""What tokenizers that differ read differently, most likely."""
-
-
-def ready_cache(config: TrainConfig, mesh: Mesh | None, notice: Notice) -> Cache:
-    """The cache of `config.cache_dir`, which is made or completed first where it is not there.
-
-    Models are loaded only to encode, and to compare them where their files have changed, and are
-    gone when this returns. Raises UserError for a cache of other models or pictures, and
-    StoppedError when told to stop, once what was encoded is in the cache.
-    """
-    folder = config.cache_dir
-    manifest = read_manifest(folder)
-    stamp = _files_stamp(config)
-    # What follows waits for all, so each step is one that all of them take.
-    if not all_of(manifest is None) and not all_of(manifest is not None):
-        raise UserError(
-            f"{folder} holds a cache for some processes and none for others; give a data.cache "
-            "that all of them share"
-        )
-    if manifest is not None:
-        _check_data(config, folder, manifest)
-    complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
-    same_files = all_of(manifest is not None and manifest.files == stamp)
-    if manifest is None or not complete or not same_files:
-        # Only here: on a complete cache of the same files nothing of this is in memory.
-        pipeline = build_pipeline(config, mesh, only=("text", "autoencoder"))
-        made_with = _made_with(pipeline)
-        if manifest is not None:
-            _check_models(folder, manifest, made_with)
-        if manifest is None or not complete:
-            manifest = _encode_all(config, pipeline, mesh, made_with, stamp, manifest, notice)
-        elif is_first():  # copied, or touched: the same all the same
-            replace(manifest, files=stamp).write(folder)
-        wait_for_all("a complete cache")
-    return Cache(folder, manifest)
-
-
-def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
-    asked = same_data(config.data)
-    if changed := differences(manifest.data, asked):
-        name = changed[0]
-        raise UserError(
-            f"{folder} was made with data.{name}={_shown(manifest.data.get(name))}, now it is "
-            f"{_shown(asked.get(name))}; give another data.cache, or the same data"
-        )
-    if manifest.dtype != config.dtype:
-        raise UserError(
-            f"{folder} was made with dtype={manifest.dtype}, now it is {config.dtype}; give "
-            "another data.cache, or the same dtype"
-        )
-
-
-def _check_models(folder: Path, manifest: Manifest, made_with: dict[str, Any]) -> None:
-    if changed := differences(manifest.made_with, made_with):
-        name = changed[0]
-        raise UserError(
-            f"{folder} was made with another {name} ({_shown(manifest.made_with.get(name))}, now "
-            f"{_shown(made_with.get(name))}); give another data.cache, or the weights it was made "
-            "with"
-        )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
-    return ",".join(value) if isinstance(value, list) else str(value)
-
-
-def _made_with(pipeline: Pipeline) -> dict[str, Any]:
-    """By part: its kind, the sum of its parameters and a digest of its config."""
-    found: dict[str, Any] = {}
-    assert pipeline.autoencoder is not None  # build_pipeline saw to them
-    assert pipeline.tokenizer is not None
-    models = {**encoder_parts(pipeline.text_encoder), "autoencoder": pipeline.autoencoder}
-    for name, model in models.items():
-        found[name] = {
-            "kind": kind_of(model.config),
-            "sum": sum_of(nnx.state(model)),
-            "config": _digest(to_json(model.config).encode()),
-        }
-    found["tokenizer"] = _digest(np.asarray(pipeline.tokenizer([_PROBE, ""]), np.int32).tobytes())
-    return found
-
-
-def _files_stamp(config: TrainConfig) -> str:
-    """A digest of the names, sizes and times of all files that encoders are read from, and of how
-    they are kept."""
-    assert config.base is not None  # a lora has one
-    base = find_weights(config.base)
-    if base.is_dir():  # all but the transformer
-        roots = [each for each in base.iterdir() if each.name != TRANSFORMER]
-    else:
-        beside = ("text_encoder*", "tokenizer*", "vae", BFL_AUTOENCODER)
-        roots = [base, *(each for names in beside for each in base.parent.glob(names))]
-    if config.autoencoder != "pixels":
-        roots.append(Path(config.autoencoder))
-    files = sorted({file for root in roots for file in (root, *root.rglob("*"))})
-    return _digest(b"".join(map(stamp_of, files)) + config.quantize_text.encode())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _encode_all(
-    config: TrainConfig,
-    pipeline: Pipeline,
-    mesh: Mesh | None,
-    made_with: dict[str, Any],
-    stamp: str,
-    before: Manifest | None,
-    notice: Notice,
-) -> Manifest:
-    """Encodes what is not yet in the cache, which `before` says it is, and completes it."""
-    data, folder = config.data, config.cache_dir
-    with first_before_others("data that is made on first use"):
-        source = open_source(data)
-    encoders = Encoders(pipeline, mesh, data.batch_size, config.dtype)
-    (empty,) = encoders.captions([""])
-    manifest = Manifest(
-        made_with=made_with,
-        files=stamp,
-        data=same_data(data),
-        sources=[len(part) for part in parts_of(source)],
-        dtype=config.dtype,
-        latents_dtype=encoders.latents_dtype,
-        channels=encoders.channels,
-        downscale=encoders.downscale,
-        moments=encoders.moments,
-        text=list(empty["txt"].shape),
-        pooled=list(empty["pooled"].shape),
-    )
-    # The source must still be the one that the shards there are of.
-    if before is not None and before.sources != manifest.sources:
-        raise UserError(
-            f"{folder} was begun with {sum(before.sources)} pictures, now there are "
-            f"{sum(manifest.sources)}; remove it to encode anew"
-        )
-    if before is None:
-        multiple = encoders.downscale * pipeline.transformer.config.patch_size
-        least = config.grad_accumulation * data.batch_size
-        buckets = make_buckets(source, data, multiple=multiple, least=least)
-        if is_first():
-            write_empty(folder, empty)
-            write_sizes(folder, buckets, len(source), data.resolution)
-            manifest.write(folder)
-    wait_for_all("the start of a cache")
-    # As they were when it was begun, whatever the batches are now.
-    buckets = read_buckets(folder, manifest)
-    prefix = "" if jax.process_count() == 1 else f"{jax.process_index():04}-"
-    done = encoded(folder)
-    wait_for_all("the examples that are left")
-    with notice.steps():
-        with CacheWriter(folder, prefix) as writer:
-            whole = encode_to(writer, source, buckets, encoders, done=done, told=notice.reached)
-        wait_for_all("the shards of a cache")
-        if not whole:
-            raise notice.stopped(f"{len(encoded(folder))} pictures are encoded")
-    for line in summaries(source):
-        print(line, file=sys.stderr)
-    manifest = replace(manifest, examples=len(encoded(folder)))
-    if is_first():
-        manifest.write(folder)
-    return manifest
+from taca_jax.training.models import InputModels
 
 
 class Encoders:
-    """The autoencoder and the text encoders of a pipeline, on the mesh, as programs for batches.
+    """The autoencoder and the text encoder of a run, on the mesh, as programs for batches.
 
     Each is compiled for batches of `batch_size` samples: for each size of pictures, and for
     captions. A process gives and gets the rows that its devices hold; `own` says which of them no
     other process answers for.
     """
 
-    def __init__(self, pipeline: Pipeline, mesh: Mesh | None, batch_size: int, dtype: DTypeLike):
-        assert pipeline.autoencoder is not None  # build_pipeline saw to them
-        assert pipeline.text_encoder is not None
-        assert pipeline.tokenizer is not None
-        autoencoder = pipeline.autoencoder
+    def __init__(self, models: InputModels, mesh: Mesh | None, batch_size: int, dtype: DTypeLike):
+        autoencoder = models.autoencoder
         self.batch_size = batch_size
         self.rows = np.arange(batch_size) if mesh is None else local_rows(mesh, batch_size)
         own = self.rows if mesh is None else own_rows(mesh, batch_size)
@@ -256,15 +50,14 @@ class Encoders:
         self.moments = isinstance(autoencoder, AutoencoderKL)
         self.downscale = autoencoder.config.downscale
         self.channels = autoencoder.config.latent_channels
-        self.tokenizer: Tokenizer = pipeline.tokenizer
+        self.tokenizer: Tokenizer = models.tokenizer
         self._mesh = mesh
         ae_graph, self._autoencoder = nnx.split(autoencoder)
-        text_graph, self._text_encoder = nnx.split(pipeline.text_encoder)
+        text_graph, self._text_encoder = nnx.split(models.text_encoder)
         dtype = jnp.dtype(dtype)
         # What models return as float32 they have computed in `dtype`, all but pixels.
         latents_dtype = dtype if jax.tree.leaves(self._autoencoder) else jnp.dtype(jnp.float32)
         self.latents_dtype: str = latents_dtype.name
-        pad_id = self.tokenizer.pad_id
 
         def latents(state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
             model = nnx.merge(ae_graph, state)
@@ -274,7 +67,7 @@ class Encoders:
             return tuple(each.astype(latents_dtype) for each in found)
 
         def text(state: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            found = encode(nnx.merge(text_graph, state), tokens, pad_id)
+            found = nnx.merge(text_graph, state)(tokens)
             return found.txt.astype(dtype), found.pooled.astype(jnp.float32)
 
         places = None if mesh is None else batch_sharding(mesh)

@@ -1,5 +1,7 @@
 """From a configuration to the batches of its run."""
 
+from collections.abc import Sequence
+
 from jax.sharding import Mesh
 
 from taca_jax.data.buckets import make_buckets
@@ -8,56 +10,51 @@ from taca_jax.data.loader import Loader, make_loader
 from taca_jax.data.order import Bucket
 from taca_jax.data.sources.opening import open_source
 from taca_jax.errors import UserError
-from taca_jax.families.sd3.model import SD3Transformer
 from taca_jax.parallel.batches import local_rows
 from taca_jax.parallel.processes import first_before_others
-from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.training.config import TrainConfig
+from taca_jax.training.models import InputModels, RunModels
 
 
 def open_loader(
-    config: TrainConfig, pipeline: Pipeline, mesh: Mesh | None, cache: Cache | None = None
+    config: TrainConfig, models: RunModels, inputs: InputModels | Cache, mesh: Mesh | None
 ) -> Loader:
     """The loader of this process's part of each batch: over the sources of `config.data`, or over
-    what `cache` has made of them.
+    what a cache has made of them.
 
     Raises UserError for sources that cannot be used, and for pictures that the model cannot take.
     """
     parts = config.grad_accumulation
     rows = None if mesh is None else local_rows(mesh, config.data.batch_size)
-    if cache is not None:
-        _check_positions(cache.buckets(), pipeline, cache.manifest.downscale)
-        return make_cached_loader(cache, data=config.data, rows=rows, together=parts)
-    assert pipeline.tokenizer is not None  # build_pipeline saw to both
-    assert pipeline.autoencoder is not None
+    if isinstance(inputs, Cache):
+        _check_grids(inputs.buckets(), models)
+        return make_cached_loader(inputs, data=config.data, rows=rows, together=parts)
     with first_before_others("data that is made on first use"):
         source = open_source(config.data)
-    downscale = pipeline.autoencoder.config.downscale
     buckets = make_buckets(
-        source,
-        config.data,
-        multiple=downscale * pipeline.transformer.config.patch_size,
-        least=parts * config.data.batch_size,
+        source, config.data, multiple=models.multiple, least=parts * config.data.batch_size
     )
-    _check_positions(buckets, pipeline, downscale)
+    _check_grids(buckets, models)
     return make_loader(
         source,
         data=config.data,
-        tokenize=pipeline.tokenizer,
+        tokenize=inputs.tokenizer,
         rows=rows,
         buckets=buckets,
         together=parts,
     )
 
 
-def _check_positions(buckets: list[Bucket], pipeline: Pipeline, downscale: int) -> None:
-    transformer = pipeline.transformer
-    if not isinstance(transformer, SD3Transformer):
-        return
-    longest = max((max(bucket.size) for bucket in buckets if bucket.size), default=0)
-    most = transformer.config.position_size * transformer.config.patch_size * downscale
-    if longest > most:
-        raise UserError(
-            f"the longest bucket has {longest} pixels a side; this model has positions for {most}: "
-            "lower data.max_aspect or data.resolution"
-        )
+def _check_grids(buckets: Sequence[Bucket], models: RunModels) -> None:
+    for bucket in buckets:
+        if bucket.size is None:
+            continue
+        rows, columns = (side // models.multiple for side in bucket.size)
+        try:
+            models.family.check_grid(models.transformer, rows, columns)
+        except UserError as error:
+            height, width = bucket.size
+            raise UserError(
+                f"a bucket has pictures of {height} x {width} pixels: {error}; lower "
+                "data.max_aspect or data.resolution"
+            ) from None

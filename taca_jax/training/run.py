@@ -1,6 +1,5 @@
 """A training run from start (or checkpoint) to exported weights and their measurement."""
 
-import copy
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,12 +10,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from taca_jax.config.fields import difference, from_json, to_json
+from taca_jax.data.cache import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
 from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.batches import put_rows
+from taca_jax.parallel.chips import chip_of
+from taca_jax.parallel.choice import choose_mesh
 from taca_jax.parallel.mesh import on
 from taca_jax.parallel.processes import (
     do_not_wait_at_exit,
@@ -27,29 +29,22 @@ from taca_jax.parallel.processes import (
 )
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.planning.plan import plan
-from taca_jax.planning.slices import chip_of
-from taca_jax.text.tokenizers import Tokenizer
-from taca_jax.training.build import autoencoder_config, build_pipeline, check_batch
+from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.config import TrainConfig
-from taca_jax.training.encoding import ready_cache
-from taca_jax.training.flops import step_flops, text_tokens
 from taca_jax.training.health import Health, Step
 from taca_jax.training.inputs import open_loader
 from taca_jax.training.log import RunLog
-from taca_jax.training.mesh_choice import choose_mesh
-from taca_jax.training.signals import Notice
-from taca_jax.training.step import (
-    Batch,
-    EncodedBatch,
+from taca_jax.training.models import (
+    InputModels,
+    RunModels,
     TextToImage,
-    Trainer,
-    TrainState,
-    make_trainer,
+    check_mesh,
+    open_models,
 )
+from taca_jax.training.signals import Notice
+from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.weights.lora_files import write_lora
-from taca_jax.weights.pipeline_folders import ROLES
 
 # What may differ between a run and its resumption without making it another run.
 FREE_FIELDS = (
@@ -76,62 +71,54 @@ def train(config: TrainConfig) -> None:
 
     That folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and
     `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
-    `.png` where asked for. Of several processes all run it, and the first writes. With config.plan
-    nothing is trained (see `training.plan`). Raises UserError for what the user can mend, and
-    StoppedError when told to stop (SIGTERM), once everything is saved.
+    `.png` where asked for. Of several processes all run it, and the first writes. Raises UserError
+    for what the user can mend, and StoppedError when told to stop (SIGTERM), once everything is
+    saved.
     """
-    if config.plan is not None:
-        return plan(config)
     join_processes()
     try:
-        mesh = choose_mesh(config, jax.devices()) if jax.device_count() > 1 else None
+        _check_free(config, config.run_dir)
+        models = open_models(config)
+        mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
+        if mesh.size == 1:
+            mesh = None
+        check_mesh(config, models, mesh)
         with on(mesh):
-            _run(config, mesh, Notice(f"go on with resume=true out_dir={config.run_dir}"))
+            _run(config, models, mesh, Notice(f"go on with resume=true out_dir={config.run_dir}"))
     except StoppedError:
         raise
     except BaseException:
         do_not_wait_at_exit()
         raise
-    return None
 
 
-def _run(config: TrainConfig, mesh: Mesh | None, notice: Notice) -> None:
-    run_dir = config.run_dir
-    _check_free(config, run_dir)
-    check_batch(config, mesh)
-    cached = config.data.encode == "cache"
-    cache = ready_cache(config, mesh, notice) if cached else None
-    pipeline = build_pipeline(config, mesh, only=("transformer",) if cached else ROLES)
-    _check_prompts(config, pipeline)
+def _run(config: TrainConfig, models: RunModels, mesh: Mesh | None, notice: Notice) -> None:
+    if config.data.encode == "cache":
+        inputs = ready_cache(config, models, mesh, notice)
+    else:
+        inputs = models.load_inputs(mesh)
+    transformer = models.load_transformer(mesh)
+    sampler = None
+    if config.sample_every and isinstance(inputs, InputModels):
+        sampler = models.pipeline(transformer, inputs, mesh)
+        # Prompts that cannot be read are found now, and not at the first grid.
+        inputs.tokenizer(config.sample_prompts)
     try:
-        with open_loader(config, pipeline, mesh, cache) as loader:
+        with open_loader(config, models, inputs, mesh) as loader:
             # Only now: what fails before this leaves no run behind.
             wait_for_all("a run that can begin")
             if is_first():
-                with whole_file(run_dir / RECORD) as record:
+                with whole_file(config.run_dir / RECORD) as record:
                     record.write_text(to_json(config))
-            _train(config, pipeline, loader, mesh, notice)
+            trained = _train(config, models, transformer, inputs, sampler, loader, mesh, notice)
             for line in loader.skipped():
                 print(line, file=sys.stderr)
-        _export(config, pipeline, run_dir)
-        if config.evaluate is not None:
-            if cached:
-                _complete(config, pipeline, mesh)
-            evaluate_shapes(
-                pipeline, config.evaluate, run_dir, taca=config.taca, lora=config.lora is not None
-            )
+        _finish(config, models, trained, inputs, mesh)
     except OSError as error:
         raise UserError(
-            f"{error.filename or run_dir}: {error.strerror or error}; mend that and go on with "
-            "resume=true"
+            f"{error.filename or config.run_dir}: {error.strerror or error}; mend that and go on "
+            "with resume=true"
         ) from error
-
-
-def _complete(config: TrainConfig, pipeline: Pipeline, mesh: Mesh | None) -> None:
-    """Reads the parts that training from a cache does without."""
-    others = build_pipeline(config, mesh, only=("text", "autoencoder"))
-    pipeline.text_encoder, pipeline.tokenizer = others.text_encoder, others.tokenizer
-    pipeline.autoencoder = others.autoencoder
 
 
 def _check_free(config: TrainConfig, run_dir: Path) -> None:
@@ -159,26 +146,25 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
         )
 
 
-def _check_prompts(config: TrainConfig, pipeline: Pipeline) -> None:
-    """Finds prompts that cannot be drawn before the first of many steps, not at the first grid."""
-    if config.sample_every:
-        _tokenizer(pipeline)(config.sample_prompts)
-
-
 def _train(
-    config: TrainConfig, pipeline: Pipeline, loader: Loader, mesh: Mesh | None, notice: Notice
-) -> None:
-    """Runs all steps that are left, and puts what they made into `pipeline`."""
-    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
-    if config.data.encode == "cache":
-        autoencoder, pad_id = autoencoder_config(config), 0  # nothing is padded any more
+    config: TrainConfig,
+    models: RunModels,
+    transformer: nnx.Module,
+    inputs: InputModels | Cache,
+    sampler: Pipeline | None,
+    loader: Loader,
+    mesh: Mesh | None,
+    notice: Notice,
+) -> TextToImage:
+    """Runs all steps that are left; the trained model."""
+    if isinstance(inputs, Cache):
+        model, autoencoder = TextToImage(transformer, None), models.autoencoder
     else:
-        assert pipeline.autoencoder is not None  # build_pipeline saw to it
-        autoencoder, pad_id = pipeline.autoencoder, _tokenizer(pipeline).pad_id
-    trainer, trained = make_trainer(config, model, autoencoder, pad_id=pad_id, mesh=mesh)
+        model, autoencoder = TextToImage(transformer, inputs.text_encoder), inputs.autoencoder
+    trainer, trained = make_trainer(config, model, autoencoder, mesh)
     state = trainer.begin(trained)
     with Checkpoints(
-        config.run_dir, keep=config.keep_checkpoints, frozen=trainer.frozen
+        config.run_dir, keep=config.keep_checkpoints, frozen=trainer.frozen.model
     ) as checkpoints:
         if config.resume:
             restored = checkpoints.restore(
@@ -192,18 +178,14 @@ def _train(
                 loader.set_state(position)
                 if is_first():
                     print(f"going on after step {int(state.step)}")
-        state = _loop(config, pipeline, trainer, state, loader, checkpoints, mesh, notice)
-    _install(pipeline, trainer.merge(state.best))
-
-
-def _tokenizer(pipeline: Pipeline) -> Tokenizer:
-    assert pipeline.tokenizer is not None  # build_pipeline saw to it
-    return pipeline.tokenizer
+        state = _loop(config, models, sampler, trainer, state, loader, checkpoints, mesh, notice)
+    return trainer.merge(state.best)
 
 
 def _loop(
     config: TrainConfig,
-    pipeline: Pipeline,
+    models: RunModels,
+    sampler: Pipeline | None,
     trainer: Trainer,
     state: TrainState,
     loader: Loader,
@@ -213,7 +195,7 @@ def _loop(
 ) -> TrainState:
     start = int(state.step)
     before: Step | None = None
-    log = _log(config, pipeline, start) if is_first() else None
+    log = _log(config, models, start) if is_first() else None
     health = Health()
 
     def report(step: Step) -> None:
@@ -239,38 +221,25 @@ def _loop(
                 report(before)
                 checkpoints.wait()
                 raise notice.stopped(f"saved after step {number} of {config.steps}")
-            if config.sample_every and number % config.sample_every == 0:
-                _install(pipeline, trainer.merge(state.best))
-                _sample(config, pipeline, log, number)
+            if sampler is not None and number % config.sample_every == 0:
+                _install(sampler, trainer.merge(state.best))
+                _sample(config, sampler, log, number)
         if before is not None:
             report(before)
         checkpoints.wait()
     return state
 
 
-def _log(config: TrainConfig, pipeline: Pipeline, start: int) -> RunLog:
-    flops = _step_flops(config, pipeline)
+def _log(config: TrainConfig, models: RunModels, start: int) -> RunLog:
     chip = chip_of(jax.devices()[0].device_kind)
     return RunLog(
         config.run_dir,
         start=start,
         steps=config.steps,
         samples_per_step=config.data.batch_size * config.grad_accumulation,
-        flops_per_step=flops,
+        flops_per_step=models.step_flops,
         peak_flops=None if chip is None else chip.flops * jax.device_count(),
     )
-
-
-def _step_flops(config: TrainConfig, pipeline: Pipeline) -> float:
-    if config.data.encode == "cache":
-        downscale = autoencoder_config(config).downscale
-    else:
-        assert pipeline.autoencoder is not None  # build_pipeline saw to it
-        downscale = pipeline.autoencoder.config.downscale
-    transformer = pipeline.transformer.config
-    side = config.data.resolution // downscale // transformer.patch_size
-    text = text_tokens(transformer, pipeline.settings.text_length)
-    return step_flops(config, transformer, image=side * side, text=text)
 
 
 def _next_batch(
@@ -299,9 +268,8 @@ def _install(pipeline: Pipeline, model: TextToImage) -> None:
 def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog | None, step: int) -> None:
     prompts = list(config.sample_prompts)
     pictures = pipeline(prompts, taca=config.taca, seed=config.seed, progress=False).images
-    if log is None:  # the processes draw together, and the first keeps the pictures
-        return
-    assert isinstance(pictures, list)
+    if log is None or not isinstance(pictures, list):
+        return  # the processes draw together, and the first keeps the pictures
     grid = caption_grid(pictures, prompts)
     folder = config.run_dir / "samples"
     folder.mkdir(exist_ok=True)
@@ -309,26 +277,41 @@ def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog | None, step: i
     log.image(step, "samples", np.asarray(grid))
 
 
-def _export(config: TrainConfig, pipeline: Pipeline, run_dir: Path) -> None:
-    lora = config.lora is not None
-    if jax.process_count() > 1:
-        pipeline = _gathered(pipeline, LoRAParam if lora else nnx.Variable)
-    if not is_first():
-        return
-    if lora:
-        write_lora(run_dir / "lora.safetensors", pipeline.transformer)
-        print(f"LoRA written to {run_dir / 'lora.safetensors'}")
-    else:
-        pipeline.save(run_dir / "model", dtype="bfloat16")
-        print(f"model written to {run_dir / 'model'}")
+def _finish(
+    config: TrainConfig,
+    models: RunModels,
+    trained: TextToImage,
+    inputs: InputModels | Cache,
+    mesh: Mesh | None,
+) -> None:
+    """Writes what was trained, and measures it where asked for."""
+    if config.lora is not None:
+        _write_lora(config, trained.transformer)
+        if config.evaluate is None:
+            return
+    if isinstance(inputs, Cache):  # training from it does without them
+        inputs = models.load_inputs(mesh)
+    pipeline = models.pipeline(trained.transformer, inputs, mesh)
+    if trained.text_encoder is not None:
+        pipeline.text_encoder = trained.text_encoder
+    if config.lora is None:
+        pipeline.save(config.run_dir / "model", dtype="bfloat16")
+        if is_first():
+            print(f"model written to {config.run_dir / 'model'}")
+    if config.evaluate is not None:
+        evaluate_shapes(
+            pipeline,
+            config.evaluate,
+            config.run_dir,
+            taca=config.taca,
+            lora=config.lora is not None,
+        )
 
 
-def _gathered(pipeline: Pipeline, kind: type[nnx.Variable]) -> Pipeline:
-    """A copy of the pipeline whose parameters of a kind are on the host, in every process."""
-    found = copy.copy(pipeline)
-    for name in ("transformer", "text_encoder", "autoencoder"):
-        part = getattr(pipeline, name)
-        if part is not None:
-            graph, ours, others = nnx.split(part, kind, ...)
-            setattr(found, name, nnx.merge(graph, jax.tree.map(on_host, ours), others))
-    return found
+def _write_lora(config: TrainConfig, transformer: nnx.Module) -> None:
+    graph, factors, others = nnx.split(transformer, LoRAParam, ...)
+    if jax.process_count() > 1:  # each holds a part of them
+        factors = jax.tree.map(on_host, factors)
+    if is_first():
+        write_lora(config.run_dir / "lora.safetensors", nnx.merge(graph, factors, others))
+        print(f"LoRA written to {config.run_dir / 'lora.safetensors'}")

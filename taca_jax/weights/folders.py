@@ -97,7 +97,7 @@ def load_config(path: Path | str) -> Any:
         raise UserError(f"{file} is not JSON ({error}); write the folder again") from None
     kinds = model_kinds()
     name = tree.pop("kind", None) if isinstance(tree, dict) else None
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         hint = "; original weights need `python -m convert` first" if name is None else ""
         raise UserError(f"{file} says kind {name!r}; expected one of {', '.join(kinds)}{hint}")
     return from_json(kinds[name].config, json.dumps(tree), where=str(file))
@@ -112,7 +112,7 @@ def load_model(path: Path | str, options: LoadOptions) -> Any:
     path = Path(path)
     config = load_config(path)
     if not shapes_of(config):  # pixels: the config is all
-        return abstract_model(config, dtype=options.dtype, remat=options.remat)
+        return abstract_model(config, dtype=options.dtype)
     tensors = open_parameters(path)
     if problems := differences(shapes_of(config), tensors.shapes):
         raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
@@ -171,4 +171,5 @@ def _taken(stack: jax.Array, layer: int, where: Sharding) -> jax.Array:
 
 
 def _config_text(config: Any) -> str:
-    return json.dumps({"kind": kind_of(config).name, **json.loads(to_json(config))}, indent=2) + "\n"
+    fields = {"kind": kind_of(config).name, **json.loads(to_json(config))}
+    return json.dumps(fields, indent=2) + "\n"

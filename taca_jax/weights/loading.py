@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from taca_jax.attention import Implementation
 from taca_jax.formats.tensor_files import Shape
 from taca_jax.nn.kinds import abstract_model, filled, flat_params, kind_of, shapes_of
 from taca_jax.nn.layers import Quantized
@@ -41,7 +42,8 @@ class LoadOptions:
     mesh: over which parameters are shared as the sharding table of their kind says; None puts all
       on the first device.
     quantize: what the kernels of blocks are kept in, encoded a layer at a time as they are read.
-    remat: of a transformer's backward pass.
+    remat, attention: of a transformer; what its backward pass recomputes, and the implementation of
+      its joint attention.
     """
 
     dtype: DTypeLike
@@ -49,6 +51,7 @@ class LoadOptions:
     mesh: Mesh | None = None
     quantize: Quantization = "none"
     remat: Remat = "none"
+    attention: Implementation = "auto"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ def load_parameters(config: Any, stored: StoredParameters, options: LoadOptions)
     Raises UserError for a model that cannot be quantised.
     """
     kind, wanted = kind_of(config), shapes_of(config)
-    model = abstract_model(config, dtype=options.dtype, remat=options.remat)
+    model = abstract_model(
+        config, dtype=options.dtype, remat=options.remat, attention=options.attention
+    )
 
     def sharding(path: str, shape: Shape) -> Sharding:
         return parameter_sharding(kind.sharding, path, shape, options.mesh)

@@ -1,19 +1,15 @@
 """LoRA files on a model: read in any dialect that is known, written in three."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from taca_jax.errors import UserError
-from taca_jax.families.flux import lora as lora_bfl
-from taca_jax.families.flux import lora_xlabs
-from taca_jax.families.flux.model import FLUX_DEV
-from taca_jax.families.sd3 import lora as lora_sd3
-from taca_jax.families.sd3.model import SD3Config
-from taca_jax.formats.lora import kohya as lora_kohya
-from taca_jax.formats.lora import native as lora_native
-from taca_jax.formats.lora import peft as lora_peft
+from taca_jax.families.base import Family
+from taca_jax.families.registry import families, family_of
+from taca_jax.formats.lora import kohya, native, peft
 from taca_jax.formats.lora.dialect import Dialect, is_text_encoders, parse
 from taca_jax.formats.lora.factors import (
     Adapter,
@@ -27,31 +23,13 @@ from taca_jax.nn.lora import linears
 
 Layout = Literal["peft", "kohya", "native"]
 
-Kind = Literal["flux", "sd3"]
-"""Of the model that a file is for."""
-
-FLUX_DIALECTS = (
-    lora_peft.FLUX,
-    lora_kohya.FLUX,
-    lora_kohya.FLUX_DIFFUSERS,
-    lora_bfl.COMFYUI,
-    lora_bfl.FAL,
-    lora_bfl.FLUX,
-    lora_xlabs.FLUX,
-)
-
-
-def dialects_of(kind: Kind, config: Any = None) -> tuple[Dialect, ...]:
-    """What a file for such a model may be in, PEFT's dialect first, then kohya's."""
-    return lora_sd3.dialects(config) if kind == "sd3" else FLUX_DIALECTS
-
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """What was read: the kind of model it is for, the dialect's name, the factors, and the text
-    encoders' keys, left out. `guessed` where nothing in the file told the kind."""
+    """What was read: the family that it is for, the dialect's name, the factors, and the text
+    encoders' keys, left out. `guessed` where nothing in the file told the family."""
 
-    kind: Kind
+    family: Family
     dialect: str
     adapter: Adapter
     left_out: tuple[str, ...] = ()
@@ -68,7 +46,7 @@ def read_lora(path: Path | str, model: Any) -> LoRASummary:
     Factors become float32, strengths are folded into b. Raises UserError, and changes nothing, for
     a file that is absent, truncated, or of another model; it names keys and both sizes.
     """
-    file = load_adapter(Path(path), _kind(model), model.config)
+    file = load_adapter(Path(path), family_of(model.config), model.config)
     attach_adapter(file.adapter, model, str(path))
     return file.summary
 
@@ -82,25 +60,28 @@ def write_lora(path: Path | str, model: Any, layout: Layout = "peft") -> LoRASum
     if not adapter:
         raise UserError(f"nothing to write to {path}: the model has no LoRA factors")
     outputs = {name: layer.kernel.shape[-1] for name, layer in linears(model)}
-    return save_adapter(
-        Path(path), adapter, layout, outputs, kind=_kind(model), config=model.config
-    )
+    family = family_of(model.config)
+    return save_adapter(Path(path), adapter, layout, family, outputs, config=model.config)
 
 
-def load_adapter(path: Path, kind: Kind | None = None, config: Any = None) -> LoRAFile:
+def load_adapter(path: Path, family: Family | None = None, config: Any = None) -> LoRAFile:
     """The factors of a LoRA file, whichever dialect it is in.
 
-    `kind` and `config` are of the model that it is for. Without a config, a Stable Diffusion 3's
-    layers have places of no model, for `save_adapter` alone; without a kind it is the likelier one.
-    Raises as `read_lora` does, bar that no model is there to compare sizes with.
+    `family` and `config` are of the model that it is for. Without a config, layers of a family
+    whose names do not say which stack they are in have places of no model, for `save_adapter`
+    alone; without a family it is the likeliest one. Raises as `read_lora` does, bar that no model
+    is there to compare sizes with.
     """
     tensors = open_tensors(path)
-    if lora_native.is_native(tensors):
-        return LoRAFile(kind or _native_kind(tensors), "native", lora_native.parse(tensors))
-    kind, guessed = recognise_kind(tensors) if kind is None else (kind, False)
-    dialect = recognise(tensors, dialects_of(kind, config))
+    if native.is_native(tensors):
+        adapter = native.parse(tensors)
+        return LoRAFile(family or _family_of_layers([p for p, _ in adapter]), "native", adapter)
+    guessed = False
+    if family is None:
+        family, guessed = recognise_family(tensors)
+    dialect = recognise(tensors, family.lora.dialects(config))
     left_out = tuple(key for key in tensors.shapes if is_text_encoders(key))
-    return LoRAFile(kind, dialect.name, parse(tensors, dialect), left_out, guessed)
+    return LoRAFile(family, dialect.name, parse(tensors, dialect), left_out, guessed)
 
 
 def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
@@ -108,68 +89,69 @@ def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
     return max(dialects, key=lambda dialect: _known(tensors, dialect))
 
 
-def recognise_kind(tensors: TensorFiles) -> tuple[Kind, bool]:
-    """Which model a file is for, and whether that is a guess.
+def recognise_family(tensors: TensorFiles) -> tuple[Family, bool]:
+    """Which family a file is for, and whether that is a guess.
 
-    Where its layers are in both, the widths of the released models decide; others are FLUX's, as a
-    guess.
+    Where its layers are in several, the widths of the released models decide.
     """
-    flux, sd3 = (
-        max(_known(tensors, dialect) for dialect in dialects_of(kind)) for kind in get_args(Kind)
-    )
-    if flux != sd3:
-        return ("sd3" if sd3 > flux else "flux"), False
+    counts = {
+        family: max(_known(tensors, dialect) for dialect in family.lora.dialects(None))
+        for family in families()
+    }
+    likeliest = [family for family, count in counts.items() if count == max(counts.values())]
+    if len(likeliest) == 1:
+        return likeliest[0], False
     sizes = {size for shape in tensors.shapes.values() for size in shape}
-    if sizes & lora_sd3.WIDTHS:
-        return "sd3", False
-    return "flux", FLUX_DEV.hidden not in sizes
+    fitting = [family for family in likeliest if sizes & _widths(family)]
+    return (fitting[0], False) if len(fitting) == 1 else (likeliest[0], True)
+
+
+def _widths(family: Family) -> set[int]:
+    return {model.transformer.hidden for model in family.published.values()}
 
 
 def _known(tensors: TensorFiles, dialect: Dialect) -> int:
     return sum(dialect.find(key) is not None for key in tensors.shapes)
 
 
-def _native_kind(tensors: TensorFiles) -> Kind:
-    return "sd3" if any(_is_of_sd3(name) for name in tensors.shapes) else "flux"
+def _family_of_layers(paths: Sequence[str]) -> Family:
+    """The family that has most of these layers, by our names."""
+    return max(families(), key=lambda family: sum(_has(family, path) for path in paths))
 
 
-def _is_of_sd3(path: str) -> bool:
-    """Whether it is of a stack that only our Stable Diffusion 3 has."""
-    return path.startswith(("dual_blocks.", "joint_blocks.", "last_block."))
-
-
-def _kind(model: Any) -> Kind:
-    return "sd3" if isinstance(model.config, SD3Config) else "flux"
+def _has(family: Family, path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in family.kind.sharding)
 
 
 def save_adapter(
     path: Path,
     adapter: Adapter,
     layout: Layout,
+    family: Family,
     outputs: Mapping[str, int] | None = None,
     *,
-    kind: Kind = "flux",
     config: Any = None,
 ) -> LoRASummary:
     """Writes factors as one safetensors file in a layout.
 
-    `outputs` are the channels that each path's layers give, for `lora_kohya.tensors_of`; `kind` and
+    `outputs` are the channels that each path's layers give, for `kohya.tensors_of`; `family` and
     `config` as they were read with. Raises UserError for factors without a name there.
     """
-    peft, kohya, *_ = dialects_of(kind, config)
-    if kind == "sd3" and config is None:
-        ours = any(_is_of_sd3(place) for place, _ in adapter)
-        if ours != (layout == "native"):
-            instead = "" if ours else "write peft or kohya, or "
+    in_peft, in_kohya, *_ = family.lora.dialects(config)
+    unplaced = family.lora.unplaced
+    if unplaced is not None and config is None:
+        placed = not any(place.startswith(f"{unplaced}.") for place, _ in adapter)
+        if placed != (layout == "native"):
+            instead = "" if placed else "write peft or kohya, or "
             raise UserError(
-                "which layers of a Stable Diffusion 3 are of which of our stacks, only a model "
-                f"says; {instead}load the file into a pipeline"
+                f"which layers of a {family.title} are of which of our stacks, only a model says; "
+                f"{instead}load the file into a pipeline"
             )
     if layout == "native":
-        write_tensors(path, lora_native.tensors_of(adapter), {"format": "taca_jax"})
+        write_tensors(path, native.tensors_of(adapter), {"format": "taca_jax"})
         return summarise(adapter, "native")
     if layout == "kohya":
-        write_tensors(path, *lora_kohya.tensors_of(adapter, outputs or {}, kohya))
-        return summarise(adapter, kohya.name)
-    write_tensors(path, *lora_peft.tensors_of(adapter, peft.table))
-    return summarise(adapter, peft.name)
+        write_tensors(path, *kohya.tensors_of(adapter, outputs or {}, in_kohya))
+        return summarise(adapter, in_kohya.name)
+    write_tensors(path, *peft.tensors_of(adapter, in_peft.table))
+    return summarise(adapter, in_peft.name)

@@ -5,32 +5,32 @@ Nothing is read here but headers.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from taca_jax.autoencoders import tiny_vae_layout as tiny_vae_format
-from taca_jax.autoencoders import vae_diffusers as vae_format
-from taca_jax.autoencoders import vae_original as vae_bfl
+import numpy as np
+
+from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
 from taca_jax.autoencoders.tiny_vae import TAEF1
-from taca_jax.autoencoders.vae import FLUX_VAE, SD3_VAE
 from taca_jax.errors import UserError
-from taca_jax.families.flux import bfl as flux_bfl
-from taca_jax.families.flux import diffusers as flux_diffusers
-from taca_jax.families.sd3 import diffusers as sd3_diffusers
-from taca_jax.families.sd3 import stability as sd3_native
-from taca_jax.formats.float8 import unscaled
-from taca_jax.formats.key_table import Table
-from taca_jax.formats.settings import read_settings
-from taca_jax.formats.tensor_files import TensorFiles, open_tensors, summary, under
-from taca_jax.text import clip_layout as clip_format
-from taca_jax.text import t5_layout as t5_format
+from taca_jax.families.base import Family
+from taca_jax.families.registry import families, family_named
+from taca_jax.formats.engine import contiguous, match, stored_dtype
+from taca_jax.formats.float8 import cast, unscaled
+from taca_jax.formats.key_table import Piece, Table
+from taca_jax.formats.settings import Settings, read_settings
+from taca_jax.formats.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
+from taca_jax.nn.kinds import shapes_of
+from taca_jax.text import clip_layout, t5_layout
 from taca_jax.text.clip import Activation
 from taca_jax.weights.folders import CONFIG
+from taca_jax.weights.loading import Index, LoadOptions, StoredParameters, load_parameters
 
 
 @dataclass(frozen=True)
-class Source:
+class Original:
     """Original weights of one model: which layout, which model, and the tensors.
 
     `left_out` are the names of other models' tensors in the same file.
@@ -41,61 +41,98 @@ class Source:
     tensors: TensorFiles
     left_out: tuple[str, ...] = ()
 
+    @property
+    def where(self) -> str:
+        """Its file or folder, in words."""
+        return self.tensors.where
 
-def flux(src: Path, axes_dim: tuple[int, int, int] | None = None) -> Source:
-    """A transformer: a folder in diffusers' layout, or a single file in Black Forest Labs' own.
+    def load(self, options: LoadOptions) -> Any:
+        """The model with these weights, straight onto its devices, a tensor at a time.
 
-    Their `ae.safetensors` is recognised too. `axes_dim` is asked for where a single file's shapes
-    do not tell it.
+        Raises UserError that names every key that is missing, left over or mis-shaped.
+        """
+        pieces = match(self.table, self.tensors, shapes_of(self.config))
+        dtypes = {path: stored_dtype(self.tensors, each) for path, each in pieces.items()}
+
+        def read(path: str, part: Index) -> np.ndarray:
+            return _part(self.tensors, pieces[path], part)
+
+        return load_parameters(self.config, StoredParameters(dtypes, read), options)
+
+
+def _part(tensors: Tensors, pieces: Sequence[Piece], part: Index) -> np.ndarray:
+    """Of a stack only the layers that are asked for are read."""
+
+    def whole(piece: Piece) -> np.ndarray:
+        array = piece.transform.load(tensors.read(piece.key, piece.rows))
+        return contiguous(cast(array, stored_dtype(tensors, pieces)))
+
+    if pieces[0].layer is None:
+        return whole(pieces[0])[part]
+    layers, *inside = part
+    return np.stack([whole(piece)[tuple(inside)] for piece in pieces[layers]])
+
+
+def transformer(src: Path, family: Family | None = None, **told: Any) -> Original:
+    """A transformer: a folder in diffusers' layout, or a single file in its authors' own.
+
+    Of `family`, or of that which the folder's config.json or the file's names say. A file with an
+    autoencoder alone is recognised too, where the family is given. `told` are fields of the config
+    that a single file's shapes do not tell.
     """
     if (src / CONFIG).is_file():
-        check_not_given(src, axes_dim=axes_dim)
-        config = flux_diffusers.config_of(read_settings(src))
-        return Source(flux_diffusers.TABLE, config, open_tensors(src))
+        check_not_given(src, **told)
+        settings = read_settings(src)
+        layout = (family or _family_of_class(settings)).diffusers
+        config = layout.config_of(settings)
+        return Original(layout.table_of(config), config, open_tensors(src))
     tensors = open_tensors(src)
-    if vae_bfl.is_autoencoder(tensors):
-        return original_vae(tensors, "flux")
-    found = _under_any(tensors, (flux_bfl.COMFY_PREFIX, ""))
-    if not flux_bfl.is_flux(found):
+    if family is not None and vae_original.is_autoencoder(tensors):
+        return original_vae(tensors, family)
+    found = family_in(tensors, (family,) if family else families())
+    if found is None:
+        which = f"{family.title} in {family.original.author}' names" if family else "model's file"
         raise UserError(
-            f"{src} is no FLUX in Black Forest Labs' names: {_names(tensors)}; of diffusers' files "
-            f"give the folder with their {CONFIG}"
+            f"{src} is no {which}: {_names(tensors)}; of diffusers' files give the folder with "
+            f"their {CONFIG}"
         )
-    config = flux_bfl.inferred(found, axes_dim)
-    return Source(flux_bfl.TABLE, config, unscaled(found), others(tensors, found))
+    family, own = found
+    config = family.original.config_of(own, **told)
+    return Original(family.original.table_of(config), config, unscaled(own), others(tensors, own))
 
 
-def sd3(src: Path) -> Source:
-    """A transformer: a folder in diffusers' layout, or a single file of Stability AI's."""
-    if (src / CONFIG).is_file():
-        config = sd3_diffusers.config_of(read_settings(src))
-        return Source(sd3_diffusers.table_of(config), config, open_tensors(src))
-    tensors = open_tensors(src)
-    found = _under_any(tensors, (sd3_native.PREFIX, ""))
-    if not sd3_native.is_sd3(found):
-        raise UserError(
-            f"{src} is no Stable Diffusion 3 in Stability AI's names: {_names(tensors)}; of "
-            f"diffusers' files give the folder with their {CONFIG}"
-        )
-    config = sd3_native.inferred(found)
-    return Source(sd3_native.table_of(config), config, unscaled(found), others(tensors, found))
+def _family_of_class(settings: Settings) -> Family:
+    classes = {family.diffusers.class_name: family for family in families()}
+    settings.expect("_class_name", *classes)
+    return classes[settings["_class_name"]]
 
 
-def t5(src: Path) -> Source:
+def family_in(
+    tensors: TensorFiles, among: Sequence[Family] | None = None
+) -> tuple[Family, TensorFiles] | None:
+    """The family whose transformer is in a single file, and its tensors without their prefix."""
+    for family in among or families():
+        for prefix in family.original.prefixes:
+            if family.original.recognises(own := under(tensors, prefix)):
+                return family, own
+    return None
+
+
+def t5(src: Path) -> Original:
     """A T5 encoder in transformers' layout: its folder, or the weights alone."""
     tensors = open_tensors(src)
     if (src / CONFIG).is_file():
-        return Source(t5_format.TABLE, t5_format.config_of(read_settings(src)), tensors)
+        return Original(t5_layout.TABLE, t5_layout.config_of(read_settings(src)), tensors)
     return bare_t5(tensors)
 
 
-def bare_t5(tensors: TensorFiles) -> Source:
-    return Source(t5_format.TABLE, t5_format.inferred(tensors), unscaled(tensors))
+def bare_t5(tensors: TensorFiles) -> Original:
+    return Original(t5_layout.TABLE, t5_layout.inferred(tensors), unscaled(tensors))
 
 
 def clip(
     src: Path, *, num_heads: int | None = None, activation: Activation | None = None
-) -> Source:
+) -> Original:
     """A CLIP text encoder in transformers' layout: its folder, or the weights alone.
 
     What the shapes do not tell may be given; a config.json tells it.
@@ -103,46 +140,59 @@ def clip(
     tensors = open_tensors(src)
     if not (src / CONFIG).is_file():
         return bare_clip(tensors, num_heads=num_heads, activation=activation)
-    config = clip_format.config_of(read_settings(src), tensors)
+    config = clip_layout.config_of(read_settings(src), tensors)
     for name, value in {"num_heads": num_heads, "activation": activation}.items():
         if value not in (None, getattr(config, name)):
             raise UserError(
                 f"{src / CONFIG} says {name} is {getattr(config, name)}, the command line "
                 f"{value}; leave it out there"
             )
-    return Source(clip_format.table_of(tensors), config, tensors)
+    return Original(clip_layout.table_of(tensors), config, tensors)
 
 
 def bare_clip(
     tensors: TensorFiles, *, num_heads: int | None = None, activation: Activation | None = None
-) -> Source:
-    config = clip_format.inferred(tensors, num_heads=num_heads, activation=activation)
-    return Source(clip_format.table_of(tensors), config, unscaled(tensors))
+) -> Original:
+    config = clip_layout.inferred(tensors, num_heads=num_heads, activation=activation)
+    return Original(clip_layout.table_of(tensors), config, unscaled(tensors))
 
 
-Latents = Literal["flux", "sd3"]
-LATENTS = {"flux": FLUX_VAE, "sd3": SD3_VAE}
-"""Whose scale and shift of the latents; nothing in an original file says them."""
-VAE_PREFIXES: tuple[tuple[str, Latents | None], ...] = (
-    ("first_stage_model.", "sd3"),  # within Stability's checkpoints
-    ("vae.", None),  # within ComfyUI's
-    ("", None),
-)
+def bare_encoder(tensors: TensorFiles) -> Original:
+    """A CLIP or a T5 without a config.json, as the names say."""
+    return bare_t5(tensors) if t5_layout.is_t5(tensors) else bare_clip(tensors)
 
 
-def vae(src: Path, latents: Latents | None = None) -> Source:
+def text_encoder(src: Path) -> Original:
+    """A CLIP or a T5 in transformers' layout, whichever the folder's config.json says it is."""
+    settings = read_settings(src)
+    settings.expect("model_type", "clip_text_model", "t5")
+    return t5(src) if settings["model_type"] == "t5" else clip(src)
+
+
+def autoencoder_prefixes() -> Iterator[tuple[str, Family | None]]:
+    """What may stand before the names of an autoencoder in a single file, and whose it then is."""
+    for family in families():
+        if family.original.autoencoder_prefix is not None:
+            yield family.original.autoencoder_prefix, family
+    yield "vae.", None  # within ComfyUI's
+    yield "", None
+
+
+def vae(src: Path, latents: str | None = None) -> Original:
     """An autoencoder: a folder in diffusers' layout, or a file in the original's.
 
-    `latents` says whose scale and shift theirs have, which is asked for where nothing tells it.
+    `latents` names the family whose scale and shift theirs have, which is asked for where nothing
+    tells it.
     """
     if (src / CONFIG).is_file():
         check_not_given(src, latents=latents)
-        return Source(vae_format.TABLE, vae_format.config_of(read_settings(src)), open_tensors(src))
+        config = vae_diffusers.config_of(read_settings(src))
+        return Original(vae_diffusers.TABLE, config, open_tensors(src))
     tensors = open_tensors(src)
-    for prefix, whose in VAE_PREFIXES:
+    for prefix, family in autoencoder_prefixes():
         found = under(tensors, prefix)
-        if vae_bfl.is_autoencoder(found):
-            source = original_vae(found, latents or whose)
+        if vae_original.is_autoencoder(found):
+            source = original_vae(found, family if latents is None else family_named(latents))
             return dataclasses.replace(source, left_out=others(tensors, found))
     raise UserError(
         f"{src} is no autoencoder in the original's names: {_names(tensors)}; of diffusers' files "
@@ -150,20 +200,20 @@ def vae(src: Path, latents: Latents | None = None) -> Source:
     )
 
 
-def original_vae(tensors: TensorFiles, latents: Latents | None) -> Source:
-    if latents is None:
+def original_vae(tensors: TensorFiles, family: Family | None) -> Original:
+    """An autoencoder in the original's names, whose latents are scaled as the family's are."""
+    if family is None:
+        known = ", ".join(each.name for each in families())
         raise UserError(
-            f"{tensors.where} does not say how its latents are scaled; give latents, "
-            f"one of {', '.join(LATENTS)}"
+            f"{tensors.where} does not say how its latents are scaled; give latents, one of {known}"
         )
-    config = vae_bfl.inferred(tensors, LATENTS[latents])
-    return Source(vae_bfl.table_of(config), config, tensors)
+    config = vae_original.inferred(tensors, family.autoencoder)
+    return Original(vae_original.table_of(config), config, tensors)
 
 
-def _under_any(tensors: TensorFiles, prefixes: tuple[str, ...]) -> TensorFiles:
-    """The tensors under the first prefix that any has."""
-    first = next(p for p in prefixes if any(name.startswith(p) for name in [*tensors.shapes, ""]))
-    return under(tensors, first) if first else tensors
+def tiny_vae(src: Path) -> Original:
+    """The two files of a TAESD-style autoencoder; all published ones are of one size."""
+    return Original(tiny_vae_layout.TABLE, TAEF1, tiny_vae_layout.open_taesd(src))
 
 
 def others(tensors: TensorFiles, *found: TensorFiles) -> tuple[str, ...]:
@@ -177,25 +227,7 @@ def _names(tensors: TensorFiles) -> str:
 
 
 def check_not_given(src: Path, **options: Any) -> None:
+    """Raises UserError where something is given that a config.json tells."""
     for name, value in options.items():
         if value is not None:
             raise UserError(f"{src / CONFIG} tells {name}; leave {name} out")
-
-
-def tiny_vae(src: Path) -> Source:
-    """The two files of a TAESD-style autoencoder; all published ones are of one size."""
-    return Source(tiny_vae_format.TABLE, TAEF1, tiny_vae_format.open_taesd(src))
-
-
-def text_encoder(src: Path) -> Source:
-    """A CLIP or a T5 in transformers' layout, whichever the folder's config.json says it is."""
-    settings = read_settings(src)
-    settings.expect("model_type", "clip_text_model", "t5")
-    return t5(src) if settings["model_type"] == "t5" else clip(src)
-
-
-def transformer(src: Path) -> Source:
-    """A FLUX or a Stable Diffusion 3 in diffusers' layout, as the folder's config.json says."""
-    settings = read_settings(src)
-    settings.expect("_class_name", flux_diffusers.CLASS, sd3_diffusers.CLASS)
-    return sd3(src) if settings["_class_name"] == sd3_diffusers.CLASS else flux(src)

@@ -2,17 +2,22 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from taca_jax.config.fields import from_json
 from taca_jax.errors import UserError
-from taca_jax.formats import engine
+from taca_jax.families.base import Family
+from taca_jax.families.registry import family_of
 from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
+from taca_jax.text.encoders import StoredEncoders, TextReading
 from taca_jax.weights.folders import PIPELINE_FILE, load_config, load_model
-from taca_jax.weights.original_pipelines import TEXT_ENCODERS, is_original, open_original
+from taca_jax.weights.loading import LoadOptions
+from taca_jax.weights.original_pipelines import is_original, open_original
+from taca_jax.weights.shipped import find_weights
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,7 +25,7 @@ TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
 
 Role = Literal["transformer", "text", "autoencoder"]
 ROLES: tuple[Role, ...] = get_args(Role)
-"""What parts are for; the text encoders and their tokenizers belong together."""
+"""What models are for; the text encoders and their tokenizers belong together."""
 
 
 @dataclass(frozen=True)
@@ -44,35 +49,54 @@ class PipelineSettings:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One model: where it is, in words, its config, and `load`, which takes `load_model`'s options
-    and reads it."""
+class StoredModel:
+    """A model that has not been read: where it is, in words, its config, and what loads it."""
 
     where: str
     config: Any
-    load: Callable[..., Any]
+    load: Callable[[LoadOptions], Any]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The models of a pipeline by the name of their folder, and the folder of its tokenizers."""
+class StoredPipeline:
+    """The models of a pipeline by the name of their folder, none of them read, and the folder of
+    its tokenizers."""
 
     where: Path
-    models: Mapping[str, Part]
+    models: Mapping[str, StoredModel]
     settings: PipelineSettings
     tokenizers: Path
 
+    @property
+    def transformer(self) -> StoredModel:
+        return self.models[TRANSFORMER]
 
-def open_parts(path: Path) -> Parts:
-    """The pipeline at `path`: a folder of ours, a diffusers folder, or an original's single file.
+    @property
+    def family(self) -> Family:
+        """Of the transformer. Raises UserError where it is none."""
+        return family_of(self.transformer.config, self.transformer.where)
+
+    @property
+    def reading(self) -> TextReading | None:
+        """How prompts are read; None where a text encoder is left out. Raises UserError for text
+        encoders that do not fit the transformer."""
+        encoders = {name: self.models[name] for name in TEXT_ENCODERS if name in self.models}
+        stored = StoredEncoders(str(self.where), encoders, self.settings.text_length)
+        return self.family.read_text(self.transformer.config, stored)
+
+
+def open_pipeline(path: str | Path) -> StoredPipeline:
+    """The pipeline at `path`: a folder of ours, the name of one that comes with the package, a
+    diffusers folder, or an original's single file.
 
     Reads configs alone. Raises UserError where there is none, or a part of it is no model's.
     """
+    path = find_weights(path)
     settings_file = path / PIPELINE_FILE
     if settings_file.is_file():
         settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
         load_config(path / TRANSFORMER)  # says what is wrong where it is not there
-        return converted_parts(path, settings)
+        return converted_pipeline(path, settings)
     if not path.exists():
         raise UserError(
             f"{path} is not there; give base= a folder that `python -m convert` made, a diffusers "
@@ -86,23 +110,19 @@ def open_parts(path: Path) -> Parts:
     original = open_original(path)
     for note in original.notes:
         _LOG.warning("%s", note)
-    models = {
-        name: Part(
-            source.tensors.where,
-            source.config,
-            partial(engine.load, source.table, source.tensors, source.config),
-        )
-        for name, source in original.sources.items()
-    }
-    return Parts(
+    defaults = original.family.defaults_of(original.models[TRANSFORMER].config)
+    return StoredPipeline(
         where=path,
-        models=models,
-        settings=PipelineSettings(tokenizer=None, **original.call, schedule=original.schedule),
+        models={
+            name: StoredModel(model.where, model.config, model.load)
+            for name, model in original.models.items()
+        },
+        settings=PipelineSettings(tokenizer=None, **asdict(defaults), schedule=original.schedule),
         tokenizers=path if path.is_dir() else path.parent,
     )
 
 
-def converted_parts(folder: Path, settings: PipelineSettings) -> Parts:
+def converted_pipeline(folder: Path, settings: PipelineSettings) -> StoredPipeline:
     """The models in a folder of ours, those that are there.
 
     Raises UserError for a folder of a model that is none.
@@ -110,10 +130,11 @@ def converted_parts(folder: Path, settings: PipelineSettings) -> Parts:
     names = [
         name for name in (TRANSFORMER, AUTOENCODER, *TEXT_ENCODERS) if (folder / name).is_dir()
     ]
-    models = {
-        name: Part(
-            str(folder / name), load_config(folder / name), partial(load_model, folder / name)
-        )
-        for name in names
-    }
-    return Parts(folder, models, settings, tokenizers=folder)
+    return StoredPipeline(
+        folder, {name: stored_model(folder / name) for name in names}, settings, tokenizers=folder
+    )
+
+
+def stored_model(folder: Path) -> StoredModel:
+    """A model folder of ours. Raises UserError as `load_config` does."""
+    return StoredModel(str(folder), load_config(folder), partial(load_model, folder))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from taca_jax.weights.placing import load_quantized
 
 from taca_jax.errors import UserError
 from taca_jax.families.flux.model import FLUX_DEV
@@ -19,7 +20,6 @@ from taca_jax.nn.quantization import encode, quantize, quantized_layers, shapes
 from taca_jax.nn.stacking import make_stack, run_stack
 from taca_jax.text.t5 import T5_XXL, T5Config
 from taca_jax.weights.folders import abstract_model, flat_params, load_model, save_model
-from taca_jax.weights.placing import load_quantized
 from tests.compare import relative_error
 from tests.random_models import random_model, randomise
 from tests.training.tiny import T5

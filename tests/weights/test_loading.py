@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from taca_jax.weights.placing import StreamedArray, put
 
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.weights import placing as streams
-from taca_jax.weights.placing import StreamedArray, put
 
 
 @pytest.mark.parametrize("at_once", [0, 2**20])

@@ -6,16 +6,11 @@ from taca_jax.errors import UserError
 from taca_jax.families.flux.model import FluxConfig
 from taca_jax.formats.key_table import SWAP_HALVES, TRANSPOSE_SWAPPED, Rule, Table, linear
 from taca_jax.formats.settings import Settings
-from taca_jax.sampling.schedule import FlowSchedule
 
 PATCH_SIZE = 2
 """diffusers packs 2 x 2 patches outside of the model, whose own patch size is 1."""
 THETA, MLP_RATIO = 10_000, 4.0
 """Fixed in diffusers' code."""
-
-DEV_CALL = {"text_length": 512, "resolution": 1024, "steps": 28, "guidance": 3.5}
-SCHNELL_CALL = {"text_length": 256, "resolution": 1024, "steps": 4, "guidance": 1.0}
-"""What the original's examples call the models with, by whether they embed their guidance."""
 
 CLASS = "FluxTransformer2DModel"
 
@@ -119,11 +114,6 @@ def config_of(settings: Settings) -> FluxConfig:
     return settings.build(FluxConfig, values)
 
 
-def published_schedule(config: FluxConfig) -> FlowSchedule:
-    """The noise levels of the released model: dev's if guidance is embedded, else schnell's."""
-    return FlowSchedule() if config.guidance_embed else FlowSchedule(shift=1.0)
-
-
 def settings_of(config: FluxConfig) -> dict[str, Any]:
     """diffusers' config.json for a config. Raises UserError for what diffusers cannot express."""
     fixed = (config.theta, config.mlp_ratio)
@@ -145,30 +135,3 @@ def settings_of(config: FluxConfig) -> dict[str, Any]:
         "guidance_embeds": config.guidance_embed,
         "axes_dims_rope": list(config.axes_dim),
     }
-
-
-def schedule_of(settings: Settings) -> FlowSchedule:
-    """The noise levels that diffusers' scheduler_config.json stands for.
-
-    Raises UserError for another scheduler and for options that FLUX does not use.
-    """
-    settings.expect("_class_name", "FlowMatchEulerDiscreteScheduler")
-    settings.expect("time_shift_type", "exponential")
-    settings.expect("num_train_timesteps", 1000)
-    for option in (
-        "invert_sigmas",
-        "use_beta_sigmas",
-        "use_exponential_sigmas",
-        "use_karras_sigmas",
-    ):
-        settings.expect(option, False)
-    settings.expect("shift_terminal")
-    if not settings.get("use_dynamic_shifting", False):
-        return settings.build(FlowSchedule, {"shift": settings["shift"]})
-    values = {
-        "base_shift": settings["base_shift"],
-        "max_shift": settings["max_shift"],
-        "base_tokens": settings["base_image_seq_len"],
-        "max_tokens": settings["max_image_seq_len"],
-    }
-    return settings.build(FlowSchedule, values)

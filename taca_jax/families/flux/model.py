@@ -13,9 +13,8 @@ from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation, joint_attention
 from taca_jax.errors import UserError
-from taca_jax.nn.kinds import ModelKind, register
-from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
+from taca_jax.nn.kinds import ModelKind, register
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
     ZEROS,
@@ -28,6 +27,7 @@ from taca_jax.nn.layers import (
 )
 from taca_jax.nn.rope import Rotation, joint_rotation, rotate
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class FluxTransformer(nnx.Module):
     """Predicts the flow-matching velocity noise - x0 of latents, given text.
 
     Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
-    time embedding are float32 always. `remat` says what the backward pass recomputes.
+    time embedding are float32 always. `remat` says what the backward pass recomputes, `attention`
+    which implementation of the joint attention runs where a call names none.
     """
 
     def __init__(
@@ -109,10 +110,12 @@ class FluxTransformer(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         dtype: jnp.dtype = jnp.float32,
         remat: Remat = "none",
+        attention: Implementation = "auto",
     ):
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
+        self.attention: Implementation = attention
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
         hidden = config.hidden
         self.img_in = Linear(config.token_features, hidden, **types)
@@ -145,7 +148,7 @@ class FluxTransformer(nnx.Module):
         guidance: Float[Array, " b"] | None = None,
         gamma: Float[Array, " b"] | None = None,
         lora_scale: Float[Array, " b"] | None = None,
-        attention: Implementation = "auto",
+        attention: Implementation | None = None,
     ) -> Float[Array, "b H W c"]:
         """The velocity, float32, shaped as `latents`.
 
@@ -190,7 +193,7 @@ class FluxTransformer(nnx.Module):
             text_len=text_len,
             gamma=gamma,
             lora_scale=lora_scale,
-            attention=attention,
+            attention=attention or self.attention,
         )
         img = self.img_in(patchify(latents, config.patch_size), lora_scale)
         txt = self.txt_in(txt, lora_scale)
@@ -286,6 +289,7 @@ def attend(
 FLUX_KIND = register(
     ModelKind(
         "flux",
+        "transformer",
         FluxConfig,
         FluxTransformer,
         sharding={

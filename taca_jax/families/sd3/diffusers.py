@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from taca_jax.errors import UserError
-from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.sd3.model import SD3Config
 from taca_jax.formats.key_table import (
     SWAP_HALVES,
@@ -16,6 +15,7 @@ from taca_jax.formats.key_table import (
     Transform,
     linear,
 )
+from taca_jax.formats.scheduler import schedule_of as flow_schedule_of
 from taca_jax.formats.settings import Settings
 from taca_jax.sampling.schedule import FlowSchedule
 
@@ -211,24 +211,14 @@ def settings_of(config: SD3Config) -> dict[str, Any]:
     }
 
 
-def call_of(config: SD3Config) -> dict[str, Any]:
-    """What the original's examples call a model with: 3.5-Medium, 3.5-Large, 3-Medium."""
-    if config.num_dual_layers:
-        steps, guidance = 40, 4.5
-    elif config.qk_norm == "rms":
-        steps, guidance = 28, 3.5
-    else:
-        steps, guidance = 28, 7.0
-    return {"text_length": 256, "resolution": 1024, "steps": steps, "guidance": guidance}
-
-
 def schedule_of(settings: Settings) -> FlowSchedule:
     """The noise levels that diffusers' scheduler_config.json stands for.
 
-    Raises UserError as FLUX's does. Where FLUX's pipeline says which levels are visited, this one
-    leaves it to the scheduler, whose last step starts from the least level that it was trained at.
+    Raises UserError as `formats.scheduler` does, and for shifts by the picture's size. In this
+    pipeline the scheduler says which levels are visited: the last step starts from the least level
+    that the model was trained at.
     """
-    schedule = flux_diffusers.schedule_of(settings)
+    schedule = flow_schedule_of(settings)
     if schedule.shift is None:
         raise UserError(f"{settings.where} shifts by the size; Stable Diffusion 3 by a constant")
     return constant_schedule(schedule.shift)

@@ -15,10 +15,9 @@ from jaxtyping import Array, Bool, Float
 
 from taca_jax.attention import Implementation, joint_attention
 from taca_jax.errors import UserError
-from taca_jax.nn.kinds import ModelKind, register
-from taca_jax.parallel.rules import EMBEDDING, FSDP, IN, OUT, WHOLE
 from taca_jax.families.sd3.positions import PositionTable
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
+from taca_jax.nn.kinds import ModelKind, register
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
     ZEROS,
@@ -30,6 +29,7 @@ from taca_jax.nn.layers import (
     unpatchify,
 )
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.parallel.rules import EMBEDDING, FSDP, IN, OUT, WHOLE
 
 QKNorm = Literal["none", "rms"]
 
@@ -112,7 +112,8 @@ class SD3Transformer(nnx.Module):
     """Predicts the flow-matching velocity noise - x0 of latents, given text.
 
     Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
-    time embedding are float32 always. `remat` says what the backward pass recomputes.
+    time embedding are float32 always. `remat` says what the backward pass recomputes, `attention`
+    which implementation of the joint attention runs where a call names none.
     """
 
     def __init__(
@@ -123,10 +124,12 @@ class SD3Transformer(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         dtype: jnp.dtype = jnp.float32,
         remat: Remat = "none",
+        attention: Implementation = "auto",
     ):
         self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
+        self.attention: Implementation = attention
         types: dict[str, Any] = {"param_dtype": param_dtype, "dtype": dtype}
         hidden = config.hidden
         self.img_in = Linear(config.token_features, hidden, rngs=rngs, **types)
@@ -160,7 +163,7 @@ class SD3Transformer(nnx.Module):
         gamma: Float[Array, " b"] | None = None,
         lora_scale: Float[Array, " b"] | None = None,
         skip: Bool[Array, " layers"] | None = None,
-        attention: Implementation = "auto",
+        attention: Implementation | None = None,
     ) -> Float[Array, "b H W c"]:
         """The velocity, float32, shaped as `latents`.
 
@@ -189,7 +192,7 @@ class SD3Transformer(nnx.Module):
             text_len=txt.shape[1],
             gamma=gamma,
             lora_scale=lora_scale,
-            attention=attention,
+            attention=attention or self.attention,
         )
         img = self.img_in(patchify(latents, config.patch_size), lora_scale)
         rows, columns = height // config.patch_size, width // config.patch_size
@@ -331,6 +334,7 @@ def _unless(skipped: Bool[Array, ""] | None, call: Any, x: Any) -> Any:
 SD3_KIND = register(
     ModelKind(
         "sd3",
+        "transformer",
         SD3Config,
         SD3Transformer,
         sharding={

@@ -1,35 +1,33 @@
 """LoRA files of kohya-ss/sd-scripts, and of trainers that follow it (`lora_unet_...lora_down`).
 
-A layer's whole name is in underscores. Of FLUX these are mostly Black Forest Labs' names, where q,
-k and v (and the single blocks' MLP) are one layer: its factors are shared among them, or are
-block-diagonal where they were trained apart. alpha is divided by the rank that the file has.
+A layer's whole name is in underscores. Where q, k and v (and an MLP beside them) are one layer, its
+factors are shared among them, or are block-diagonal where they were trained apart. alpha is divided
+by the rank that the file has.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from taca_jax.families.flux import bfl as flux_bfl
-from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.formats.key_table import Target
-from taca_jax.formats.lora.dialect import Dialect, pieces_of, place_of, underscored
+from taca_jax.formats.lora.dialect import Dialect, pieces_of, place_of
 from taca_jax.formats.lora.factors import Adapter, Factors
 
 PREFIX = "lora_unet_"
 PREFIXES = (PREFIX, "lora_transformer_")
 
-FLUX = Dialect("kohya", underscored(flux_bfl.TABLE), PREFIXES)
-FLUX_DIFFUSERS = Dialect("kohya (diffusers' names)", underscored(flux_diffusers.TABLE), PREFIXES)
+_MLP_RATIO = 4
+"""Hidden channels of an MLP over those of its stream."""
 
 
 def tensors_of(
-    adapter: Adapter, outputs: Mapping[str, int], dialect: Dialect = FLUX
+    adapter: Adapter, outputs: Mapping[str, int], dialect: Dialect
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The adapter's tensors in kohya's names, and the file's metadata; alpha is the rank.
 
     A layer of theirs is whole or not there, so that parts without factors get zeros: `outputs` are
     the channels that each path's layers give. What it lacks is taken from factors of other blocks,
-    and at last from FLUX's proportions.
+    and at last from the proportions that every released model has.
     """
     outputs = {path: factors.b.shape[1] for (path, _), factors in adapter.items()} | dict(outputs)
     keys = dict.fromkeys(piece.key for piece in pieces_of(adapter, dialect.table))
@@ -58,7 +56,7 @@ def _joined(
     for target, part in zip(targets, parts, strict=True):
         if part is None:
             path, inputs = place_of(target)[0], down.shape[1]
-            ratio = flux_diffusers.MLP_RATIO if path.endswith("mlp_in") else 1
+            ratio = _MLP_RATIO if path.endswith("mlp_in") else 1
             width = outputs.get(path, int(inputs * ratio))
             rows.append(np.zeros((width, len(down)), np.float32))
             continue

@@ -6,18 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.formats.key_table import Table
-from taca_jax.formats.lora.alphas import METADATA, PEFT_PREFIX, PREFIX
-from taca_jax.formats.lora.dialect import Dialect, pieces_of
+from taca_jax.formats.lora.alphas import METADATA, PREFIX
+from taca_jax.formats.lora.dialect import pieces_of
 from taca_jax.formats.lora.factors import Adapter
 
-FLUX = Dialect("PEFT", flux_diffusers.TABLE, (PREFIX, PEFT_PREFIX, "diffusion_model.", ""))
 
-
-def tensors_of(
-    adapter: Adapter, table: Table = flux_diffusers.TABLE
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def tensors_of(adapter: Adapter, table: Table) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The adapter's tensors in PEFT's names, and the file's metadata; alpha is the rank."""
     modules = {
         (piece.path.removesuffix(".kernel"), piece.layer): (

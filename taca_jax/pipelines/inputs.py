@@ -1,0 +1,180 @@
+"""What a pipeline call is given: checked, completed, and brought to one batch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from taca_jax.errors import UserError
+from taca_jax.families.base import Family
+from taca_jax.nn.conditioning import Conditioning
+from taca_jax.sampling.loop import MAX_SEED, SkipLayers
+
+NO_DOWNSCALE = 8
+"""Pixels a latent position without an autoencoder to say so: every published one has as many."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, or several; or the embeddings of some, so that no text encoder is needed.
+
+    name: what the call's arguments are called after. Raises UserError unless exactly one of the two
+    is given.
+    """
+
+    name: str
+    text: str | Sequence[str] | None
+    embeds: Float[Array, "b t k"] | None
+    pooled: Float[Array, "b p"] | None
+
+    @property
+    def is_given(self) -> bool:
+        return not (self.text is None and self.embeds is None and self.pooled is None)
+
+    def conditioning(
+        self, config: Any, encode: Callable[[Sequence[str]], Conditioning]
+    ) -> Conditioning:
+        """What the transformer of a config is told; `encode` reads prompts.
+
+        Raises UserError for embeddings of other widths than the transformer reads.
+        """
+        name, embeds, pooled = self.name, self.embeds, self.pooled
+        if (embeds is None) != (pooled is None) or (embeds is None) == (self.text is None):
+            pooled_name = name.replace("prompt", "pooled_prompt_embeds")
+            raise UserError(f"give either {name}, or {name}_embeds with {pooled_name}")
+        if embeds is not None and pooled is not None:
+            self._check_embeds(config, embeds, pooled)
+            return Conditioning(jnp.asarray(embeds), jnp.asarray(pooled))
+        prompts = [self.text] if isinstance(self.text, str) else list(self.text or ())
+        if not prompts:
+            raise UserError(f"{name} is an empty list; give one or more")
+        return encode(prompts)
+
+    def _check_embeds(self, config: Any, embeds: jax.Array, pooled: jax.Array) -> None:
+        right = (
+            embeds.ndim == 3
+            and len(embeds) > 0
+            and embeds.shape[2] == config.txt_dim
+            and pooled.shape == (embeds.shape[0], config.pooled_dim)
+        )
+        if not right:
+            raise UserError(
+                f"{self.name}_embeds are {embeds.shape} and pooled {pooled.shape}; expected "
+                f"(b, tokens, {config.txt_dim}) and (b, {config.pooled_dim}) of one batch size b"
+            )
+
+
+def check_guidance(guidance: float) -> None:
+    """Raises UserError for a strength that is none."""
+    if not 0 <= guidance < math.inf:
+        raise UserError(f"guidance is {guidance}; it must be 0 or more")
+
+
+def negative_conditioning(
+    prompt: Prompt,
+    guidance: float,
+    positive: Conditioning,
+    num_images: int,
+    config: Any,
+    encode: Callable[[Sequence[str]], Conditioning],
+) -> Conditioning | None:
+    """What classifier-free guidance goes away from, as many as pictures; None without it.
+
+    Without a prompt it is the empty one. Raises UserError where something is given that does not
+    act.
+    """
+    if guidance <= 1:
+        if prompt.is_given:
+            raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
+        return None
+    if prompt.text is None and prompt.embeds is None:
+        prompt = Prompt(prompt.name, "", None, prompt.pooled)
+    negative = prompt.conditioning(config, encode)
+    given, batch = negative.txt.shape[0], positive.txt.shape[0]
+    if given not in (1, batch // num_images, batch):
+        raise UserError(f"{given} negative prompts for {batch} pictures; give one")
+    tokens, expected = negative.txt.shape[1], positive.txt.shape[1]
+    if tokens != expected:
+        raise UserError(f"negative_prompt_embeds have {tokens} tokens, prompt_embeds {expected}")
+    return repeated(negative, batch // given)
+
+
+def repeated(text: Conditioning, times: int) -> Conditioning:
+    """Each sample's conditioning so many times, one after another."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
+
+
+def skip_guidance(
+    skip_layers: SkipLayers | Sequence[int] | None, guidance: float, layers: int
+) -> SkipLayers | None:
+    """Skip-layer guidance of a model with so many `layers` that can be left out.
+
+    Raises UserError where there are none, or it would not act.
+    """
+    if skip_layers is None:
+        return None
+    if not layers:
+        raise UserError("skip_layers was given; this model has no skip-layer guidance")
+    if guidance <= 1:
+        raise UserError(f"skip_layers acts with guidance above 1; it is {guidance:g}")
+    if isinstance(skip_layers, SkipLayers):
+        return skip_layers
+    return SkipLayers(tuple(skip_layers))
+
+
+def noise(
+    config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int, family: Family
+) -> Float[Array, "b h w c"]:
+    """The start of pictures of (height, width) pixels: sample i is of seed + i, float32.
+
+    Raises UserError for a seed or a size that the model does not take.
+    """
+    height, width = size
+    multiple = downscale * config.patch_size
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
+    family.check_grid(config, height // multiple, width // multiple)
+    shape = (height // downscale, width // downscale, config.latent_channels)
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed}; it must be 0 to {MAX_SEED}")
+    seeds = jnp.arange(seed, seed + batch)
+    return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
+
+
+def given_latents(
+    config: Any,
+    latents: Float[Array, "b h w c"],
+    batch: int,
+    size: tuple[int | None, int | None],
+    downscale: int,
+    family: Family,
+) -> Float[Array, "b h w c"]:
+    """Latents that a caller starts from, float32.
+
+    Raises UserError where they do not fit the model, the prompts, or a size that is given too.
+    """
+    patch, channels = config.patch_size, config.latent_channels
+    if (
+        latents.ndim != 4
+        or (latents.shape[0], latents.shape[3]) != (batch, channels)
+        or latents.shape[1] % patch
+        or latents.shape[2] % patch
+        or 0 in latents.shape
+    ):
+        raise UserError(
+            f"latents are {latents.shape}; expected {batch} of {channels} channels, "
+            f"height and width multiples of {patch}"
+        )
+    height, width = size
+    own = (latents.shape[1] * downscale, latents.shape[2] * downscale)
+    if height not in (None, own[0]) or width not in (None, own[1]):
+        raise UserError(
+            f"height and width are {height} x {width}, and the latents make {own[0]} x "
+            f"{own[1]} pixels; leave one of the two out"
+        )
+    family.check_grid(config, latents.shape[1] // patch, latents.shape[2] // patch)
+    return jnp.asarray(latents, jnp.float32)

@@ -1,0 +1,208 @@
+"""The stage before training that encodes every picture and caption once, with all devices.
+
+It goes on where it was interrupted, and a complete cache is used again by any run that asks for the
+same.
+"""
+
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from taca_jax.config.fields import to_json
+from taca_jax.data.buckets import make_buckets
+from taca_jax.data.cache import (
+    Cache,
+    CacheWriter,
+    Manifest,
+    differences,
+    encoded,
+    read_buckets,
+    read_manifest,
+    same_data,
+    write_empty,
+    write_sizes,
+)
+from taca_jax.data.sources.opening import open_source, parts_of, summaries
+from taca_jax.data.sources.scans import stamp_of
+from taca_jax.errors import UserError
+from taca_jax.nn.kinds import kind_of
+from taca_jax.parallel.processes import all_of, first_before_others, is_first, wait_for_all
+from taca_jax.pipelines.text import encoders_by_folder
+from taca_jax.training.checkpoints import sum_of
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.encoding import Encoders, encode_to
+from taca_jax.training.models import PIXELS, InputModels, RunModels
+from taca_jax.training.signals import Notice
+from taca_jax.weights.pipeline_folders import AUTOENCODER, TRANSFORMER
+
+_PROBE = "Two red cups, left of a blue book: ½ é 漢字"
+"""What tokenizers that differ read differently, most likely."""
+
+
+def ready_cache(config: TrainConfig, models: RunModels, mesh: Mesh | None, notice: Notice) -> Cache:
+    """The cache of `config.cache_dir`, which is made or completed first where it is not there.
+
+    Models are loaded only to encode, and to compare them where their files have changed, and are
+    gone when this returns. Raises UserError for a cache of other models or pictures, and
+    StoppedError when told to stop, once what was encoded is in the cache.
+    """
+    folder = config.cache_dir
+    manifest = read_manifest(folder)
+    stamp = _files_stamp(config, models)
+    # What follows waits for all, so each step is one that all of them take.
+    if not all_of(manifest is None) and not all_of(manifest is not None):
+        raise UserError(
+            f"{folder} holds a cache for some processes and none for others; give a data.cache "
+            "that all of them share"
+        )
+    if manifest is not None:
+        _check_data(config, folder, manifest)
+    complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
+    same_files = all_of(manifest is not None and manifest.files == stamp)
+    if manifest is None or not complete or not same_files:
+        # Only here: on a complete cache of the same files nothing of this is in memory.
+        inputs = models.load_inputs(mesh)
+        made_with = _made_with(inputs)
+        if manifest is not None:
+            _check_models(folder, manifest, made_with)
+        if manifest is None or not complete:
+            manifest = _encode_all(config, models, inputs, mesh, made_with, stamp, manifest, notice)
+        elif is_first():  # copied, or touched: the same all the same
+            replace(manifest, files=stamp).write(folder)
+        wait_for_all("a complete cache")
+    return Cache(folder, manifest)
+
+
+def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
+    asked = same_data(config.data)
+    if changed := differences(manifest.data, asked):
+        name = changed[0]
+        raise UserError(
+            f"{folder} was made with data.{name}={_shown(manifest.data.get(name))}, now it is "
+            f"{_shown(asked.get(name))}; give another data.cache, or the same data"
+        )
+    if manifest.dtype != config.dtype:
+        raise UserError(
+            f"{folder} was made with dtype={manifest.dtype}, now it is {config.dtype}; give "
+            "another data.cache, or the same dtype"
+        )
+
+
+def _check_models(folder: Path, manifest: Manifest, made_with: dict[str, Any]) -> None:
+    if changed := differences(manifest.made_with, made_with):
+        name = changed[0]
+        raise UserError(
+            f"{folder} was made with another {name} ({_shown(manifest.made_with.get(name))}, now "
+            f"{_shown(made_with.get(name))}); give another data.cache, or the weights it was made "
+            "with"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each}" for name, each in value.items())
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+def _made_with(inputs: InputModels) -> dict[str, Any]:
+    """By part: its kind, the sum of its parameters and a digest of its config."""
+    found: dict[str, Any] = {}
+    models = {**encoders_by_folder(inputs.text_encoder), AUTOENCODER: inputs.autoencoder}
+    for name, model in models.items():
+        found[name] = {
+            "kind": kind_of(model.config).name,
+            "sum": sum_of(nnx.state(model)),
+            "config": _digest(to_json(model.config).encode()),
+        }
+    found["tokenizer"] = _digest(np.asarray(inputs.tokenizer([_PROBE, ""]), np.int32).tobytes())
+    return found
+
+
+def _files_stamp(config: TrainConfig, models: RunModels) -> str:
+    """A digest of the names, sizes and times of all files that encoders are read from, and of how
+    they are kept."""
+    base = models.stored.where
+    if base.is_dir():  # all but the transformer
+        roots = [each for each in base.iterdir() if each.name != TRANSFORMER]
+    else:
+        beside = ["text_encoder*", "tokenizer*", "vae"]
+        if (own := models.family.original.autoencoder_file) is not None:
+            beside.append(own)
+        roots = [base, *(each for names in beside for each in base.parent.glob(names))]
+    if config.autoencoder != PIXELS:
+        roots.append(Path(config.autoencoder))
+    files = sorted({file for root in roots for file in (root, *root.rglob("*"))})
+    return _digest(b"".join(map(stamp_of, files)) + config.quantize_text.encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _encode_all(
+    config: TrainConfig,
+    models: RunModels,
+    inputs: InputModels,
+    mesh: Mesh | None,
+    made_with: dict[str, Any],
+    stamp: str,
+    before: Manifest | None,
+    notice: Notice,
+) -> Manifest:
+    """Encodes what is not yet in the cache, which `before` says it is, and completes it."""
+    data, folder = config.data, config.cache_dir
+    with first_before_others("data that is made on first use"):
+        source = open_source(data)
+    encoders = Encoders(inputs, mesh, data.batch_size, config.dtype)
+    (empty,) = encoders.captions([""])
+    manifest = Manifest(
+        made_with=made_with,
+        files=stamp,
+        data=same_data(data),
+        sources=[len(part) for part in parts_of(source)],
+        dtype=config.dtype,
+        latents_dtype=encoders.latents_dtype,
+        channels=encoders.channels,
+        downscale=encoders.downscale,
+        moments=encoders.moments,
+        text=list(empty["txt"].shape),
+        pooled=list(empty["pooled"].shape),
+    )
+    # The source must still be the one that the shards there are of.
+    if before is not None and before.sources != manifest.sources:
+        raise UserError(
+            f"{folder} was begun with {sum(before.sources)} pictures, now there are "
+            f"{sum(manifest.sources)}; remove it to encode anew"
+        )
+    if before is None:
+        least = config.grad_accumulation * data.batch_size
+        buckets = make_buckets(source, data, multiple=models.multiple, least=least)
+        if is_first():
+            write_empty(folder, empty)
+            write_sizes(folder, buckets, len(source), data.resolution)
+            manifest.write(folder)
+    wait_for_all("the start of a cache")
+    # As they were when it was begun, whatever the batches are now.
+    buckets = read_buckets(folder, manifest)
+    prefix = "" if jax.process_count() == 1 else f"{jax.process_index():04}-"
+    done = encoded(folder)
+    wait_for_all("the examples that are left")
+    with notice.steps():
+        with CacheWriter(folder, prefix) as writer:
+            whole = encode_to(writer, source, buckets, encoders, done=done, told=notice.reached)
+        wait_for_all("the shards of a cache")
+        if not whole:
+            raise notice.stopped(f"{len(encoded(folder))} pictures are encoded")
+    for line in summaries(source):
+        print(line, file=sys.stderr)
+    manifest = replace(manifest, examples=len(encoded(folder)))
+    if is_first():
+        manifest.write(folder)
+    return manifest

@@ -1,0 +1,428 @@
+"""The models of a run: opened and compared before anything slow, then read, or planned with.
+
+`open_models` looks at configs alone and is called once; all that a run needs to know of its base
+comes from what it returns.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from taca_jax.autoencoders.kinds import Autoencoder, AutoencoderConfig
+from taca_jax.autoencoders.pixels import PixelsConfig
+from taca_jax.autoencoders.vae import VAEConfig
+from taca_jax.errors import UserError
+from taca_jax.families.base import Family
+from taca_jax.families.flops import forward_flops
+from taca_jax.families.registry import published_models
+from taca_jax.nn.kinds import abstract_model, kind_of
+from taca_jax.nn.layers import LoRAParam, Quantized
+from taca_jax.nn.lora import LoRAConfig, add_lora
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.nn.quantization import quantize
+from taca_jax.parallel.batches import samples_together
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
+from taca_jax.parallel.rules import parameter_sharding
+from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.text import load_text
+from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.text.config import TextConfig
+from taca_jax.text.encoders import TextEncoder, TextReading, token_count
+from taca_jax.text.tokenizers import Tokenizer, load_tokenizer
+from taca_jax.training.config import TrainConfig
+from taca_jax.weights.loading import LoadOptions
+from taca_jax.weights.pipeline_folders import (
+    AUTOENCODER,
+    TRANSFORMER,
+    PipelineSettings,
+    StoredModel,
+    StoredPipeline,
+    open_pipeline,
+    stored_model,
+)
+from taca_jax.weights.shipped import find_weights
+
+DEFAULT_STEPS = 20
+"""Of sampling with a new model, where no evaluation says how many."""
+
+OPTIMIZER_COPIES = 4
+"""Arrays of the size of what is trained, at most: its gradient, two moments, an average."""
+
+PIXELS = "pixels"
+"""config.autoencoder's word for pictures themselves, or what the base was made with."""
+
+
+class TextToImage(nnx.Module):
+    """What training may change: the transformer and, from scratch, the text encoder with it."""
+
+    def __init__(self, transformer: Any, text_encoder: TextEncoder | None):
+        """`text_encoder` is None where batches come encoded."""
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+
+@dataclass(frozen=True)
+class InputModels:
+    """What makes a transformer's inputs of pictures and captions."""
+
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+    autoencoder: Autoencoder
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """The models of a run, which fit together; none of them is read.
+
+    reading: how captions are read. autoencoder: its config.
+    """
+
+    config: TrainConfig
+    stored: StoredPipeline
+    family: Family
+    reading: TextReading
+    autoencoder: AutoencoderConfig
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer's config."""
+        return self.stored.transformer.config
+
+    @property
+    def multiple(self) -> int:
+        """Pixels a token's side: sizes of pictures are multiples of it."""
+        return self.autoencoder.downscale * self.transformer.patch_size
+
+    @property
+    def token_ids(self) -> int:
+        """Token ids of a caption, of all text encoders together."""
+        length = self.stored.settings.text_length
+        configs = (self.stored.models[folder].config for folder in self.reading.folders)
+        return sum(token_count(config, length) for config in configs)
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """How many tokens of a sample the transformer sees: of the image, a square, and of text."""
+        side = self.config.data.resolution // self.multiple
+        return {"image": side * side, "text": self.reading.tokens}
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of the transformer in one optimizer step, over all devices.
+
+        Forward, the gradient of activations, and with everything trained that of weights, each as
+        much as the forward pass; what rematerialisation computes again is not counted, nor are LoRA
+        factors.
+        """
+        times = 2 if self.config.lora is not None else 3
+        samples = self.config.data.batch_size * self.config.grad_accumulation
+        return forward_flops(self.transformer, **self.tokens) * times * samples
+
+    def load_transformer(self, mesh: Mesh | None) -> Any:
+        """The transformer, with fresh LoRA factors where the run trains one."""
+        config = self.config
+        options = replace(
+            self._options(mesh, trained=config.lora is None),
+            quantize=config.quantize,
+            remat=config.remat,
+            attention=config.attention,
+        )
+        transformer = self.stored.transformer.load(options)
+        if config.lora is not None:
+            add_lora(transformer, config.lora, self._targets, rngs=nnx.Rngs(config.seed))
+        return transformer
+
+    def load_inputs(self, mesh: Mesh | None) -> InputModels:
+        """The text encoder, its tokenizer and the autoencoder. Raises UserError where one of them
+        is damaged, or a tokenizer is not there."""
+        text_encoder, tokenizer = load_text(
+            self.stored,
+            self.reading,
+            self._options(mesh, trained=self.config.lora is None),
+            self.config.quantize_text,
+        )
+        autoencoder = self.stored.models[AUTOENCODER].load(self._options(mesh, trained=False))
+        return InputModels(text_encoder, tokenizer, autoencoder)
+
+    def pipeline(self, transformer: Any, inputs: InputModels, mesh: Mesh | None) -> Pipeline:
+        """What samples, and saves, these models."""
+        return Pipeline(
+            transformer,
+            text_encoder=inputs.text_encoder,
+            tokenizer=inputs.tokenizer,
+            autoencoder=inputs.autoencoder,
+            settings=self.stored.settings,
+            mesh=mesh,
+        )
+
+    def abstract(self, mesh: Mesh) -> tuple[TextToImage, Any]:
+        """The model to train and its autoencoder, of shapes that each have a place on the mesh."""
+        config = self.config
+        trained = config.lora is None
+        transformer = abstract_on_mesh(
+            self.transformer,
+            self._options(mesh, trained=trained),
+            quantized=config.quantize,
+            lora=config.lora,
+            targets=self._targets,
+        )
+        encoders = []
+        for folder in self.reading.folders:
+            encoder = self.stored.models[folder].config
+            can_be = kind_of(encoder).quantized is not None
+            encoders.append(
+                abstract_on_mesh(
+                    encoder,
+                    replace(self._options(mesh, trained=trained), remat="none", attention="auto"),
+                    quantized=config.quantize_text if can_be else "none",
+                )
+            )
+        autoencoder = abstract_on_mesh(self.autoencoder, self._options(mesh, trained=False))
+        return TextToImage(transformer, self.reading.join(encoders, 0)), autoencoder
+
+    def parameter_bytes(self, device: Any) -> int:
+        """Bytes of all parameters that the run has in memory at a time, and of what comes with
+        those that it trains. `device` is any one, for shapes to have a place."""
+        model, autoencoder = self.abstract(make_mesh(MeshConfig(), [device]))
+        transformer = local_bytes(nnx.state(model.transformer))
+        encoders = local_bytes(nnx.state([model.text_encoder, autoencoder]))
+        trained = nnx.state(model, nnx.Param if self.config.lora is None else LoRAParam)
+        stepping = transformer + OPTIMIZER_COPIES * local_bytes(trained)
+        if self.config.data.encode == "cache":  # they encode before the transformer is there
+            return max(stepping, encoders)
+        return stepping + encoders
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        lora = self.config.lora
+        given = None if lora is None else lora.targets
+        return self.family.lora.targets if given is None else given
+
+    def _options(self, mesh: Mesh | None, *, trained: bool) -> LoadOptions:
+        """A frozen model may rest in the activations' precision; what is trained may not."""
+        dtype = jnp.dtype(self.config.dtype)
+        return LoadOptions(
+            dtype=dtype, param_dtype=jnp.dtype(jnp.float32) if trained else dtype, mesh=mesh
+        )
+
+
+def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
+    """The models of a run, from its base or new ones.
+
+    With `published`, a base that is not there may be the name of a released model, to plan with.
+    Raises UserError for a base that is not there or lacks what training needs, and for models,
+    pictures or settings that do not fit together.
+    """
+    if config.base is None:
+        stored = _new_pipeline(config)
+    else:
+        if config.text != TextConfig():
+            raise UserError(f"base={config.base} says how text is read; leave out text.*")
+        if config.pixels != PixelsConfig():
+            raise UserError(f"base={config.base} says how pixels are read; leave out pixels.*")
+        is_there = find_weights(config.base).exists()
+        if published and not is_there:
+            stored = _published_pipeline(config.base)
+        else:
+            stored = open_pipeline(config.base)
+    if config.autoencoder != PIXELS:
+        if config.pixels != PixelsConfig():
+            raise UserError(
+                f"autoencoder={config.autoencoder} says what latents are; leave out pixels.*"
+            )
+        given = stored_model(Path(config.autoencoder))
+        stored = replace(stored, models={**stored.models, AUTOENCODER: given})
+    family, reading = stored.family, stored.reading
+    autoencoder = stored.models.get(AUTOENCODER)
+    lacking = []
+    if reading is None:
+        lacking.append(f"text encoders ({family.text_encoders})")
+    if autoencoder is None:
+        lacking.append("an autoencoder (autoencoder=FOLDER)")
+    if reading is None or autoencoder is None:
+        raise UserError(f"base={config.base} lacks {' and '.join(lacking)}, which training needs")
+    _check_sizes(config, stored.transformer.config, autoencoder)
+    return RunModels(config, stored, family, reading, autoencoder.config)
+
+
+def _new_pipeline(config: TrainConfig) -> StoredPipeline:
+    """Models of random numbers, made when they are loaded."""
+    if config.model is None or config.text.encoder is None:
+        raise UserError("without a base, model and text.encoder say what is trained; set both")
+    tokenizer = load_tokenizer(config.text.tokenizer, config.text.length)
+    encoder = replace(config.text.encoder, vocab_size=tokenizer.vocab_size)
+    if encoder.dim != config.model.txt_dim or encoder.dim != config.model.pooled_dim:
+        raise UserError(
+            f"text.encoder.dim is {encoder.dim}; model.txt_dim {config.model.txt_dim} and "
+            f"model.pooled_dim {config.model.pooled_dim} must equal it"
+        )
+    evaluate = config.evaluate
+    models = {TRANSFORMER: config.model, "text_encoder": encoder, AUTOENCODER: config.pixels}
+    return StoredPipeline(
+        where=Path(config.name),
+        models={
+            name: StoredModel(f"a new {name}", each, _initializer(each, config.seed + i))
+            for i, (name, each) in enumerate(models.items())
+        },
+        settings=PipelineSettings(
+            tokenizer=config.text.tokenizer,
+            text_length=config.text.length,
+            resolution=config.data.resolution,
+            steps=DEFAULT_STEPS if evaluate is None else evaluate.steps,
+            guidance=1.0 if evaluate is None else evaluate.guidance,
+            schedule=FlowSchedule(),
+        ),
+        tokenizers=Path(config.name),
+    )
+
+
+def _initializer(config: Any, seed: int) -> Callable[[LoadOptions], Any]:
+    def make(options: LoadOptions) -> Any:
+        kind = kind_of(config)
+        extra = {"param_dtype": options.param_dtype} if kind.sharding else {}
+        if kind.role == "transformer":
+            extra |= {"remat": options.remat, "attention": options.attention}
+        return kind.module(config, rngs=nnx.Rngs(seed), dtype=options.dtype, **extra)
+
+    return make
+
+
+def _published_pipeline(base: str) -> StoredPipeline:
+    """A released model that is not here: its configs, to plan with."""
+    known = published_models()
+    name = Path(base).name
+    if name not in known:
+        raise UserError(f"base={base} is not there; plan for {', '.join(known)} needs no folder")
+    family, model = known[name]
+    configs = {
+        TRANSFORMER: model.transformer,
+        **model.text_encoders,
+        AUTOENCODER: family.autoencoder,
+    }
+
+    def missing(options: LoadOptions) -> Any:
+        del options
+        raise UserError(f"base={base} is not there")
+
+    defaults = family.defaults_of(model.transformer)
+    return StoredPipeline(
+        where=Path(base),
+        models={
+            part: StoredModel(f"{base}/{part}", each, missing) for part, each in configs.items()
+        },
+        settings=PipelineSettings(
+            tokenizer=None,
+            text_length=model.text_length,
+            resolution=defaults.resolution,
+            steps=defaults.steps,
+            guidance=defaults.guidance,
+            schedule=family.schedule_of(model.transformer),
+        ),
+        tokenizers=Path(base),
+    )
+
+
+def _check_sizes(config: TrainConfig, transformer: Any, autoencoder: StoredModel) -> None:
+    """Raises UserError where transformer, autoencoder and pictures do not fit together."""
+    latents = autoencoder.config
+    if kind_of(latents).role != "autoencoder":
+        kind = kind_of(latents)
+        raise UserError(
+            f"autoencoder={config.autoencoder} holds a {kind.module.__name__}; give the folder of "
+            "an autoencoder"
+        )
+    given, expected = latents.latent_channels, transformer.latent_channels
+    if given != expected:
+        raise UserError(
+            f"the autoencoder has {given} latent channels, the transformer expects {expected}; "
+            "give the autoencoder=FOLDER that belongs to it"
+        )
+    if config.data.latents == "sample" and not isinstance(latents, VAEConfig):
+        name = kind_of(latents).module.__name__
+        raise UserError(
+            f"data.latents is sample; this autoencoder ({name}) makes one latent of a picture: set "
+            "data.latents=mean"
+        )
+    resolution = config.data.resolution
+    multiple = latents.downscale * transformer.patch_size
+    if resolution % multiple:
+        raise UserError(
+            f"data.resolution is {resolution}; this model takes multiples of {multiple} pixels"
+        )
+
+
+def check_mesh(config: TrainConfig, models: RunModels, mesh: Mesh | None) -> None:
+    """Raises UserError unless every device gets as many samples, and heads, as every other."""
+    together = 1 if mesh is None else samples_together(mesh)
+    if config.data.batch_size % together:
+        raise UserError(
+            f"data.batch_size is {config.data.batch_size}, which {together} groups of devices "
+            f"(mesh.data x mesh.fsdp) share; give a multiple of {together}, or share tokens or "
+            "heads as well (mesh.context, mesh.tensor)"
+        )
+    heads, parts = models.transformer.num_heads, 1 if mesh is None else mesh.shape["tensor"]
+    if heads % parts:
+        raise UserError(
+            f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
+        )
+
+
+def abstract_on_mesh(
+    config: Any,
+    options: LoadOptions,
+    *,
+    quantized: Quantization = "none",
+    lora: LoRAConfig | None = None,
+    targets: tuple[str, ...] = (),
+) -> Any:
+    """A model of shapes, each with its place on the mesh of `options`.
+
+    Parameters are in options.param_dtype (None: options.dtype), unless they are quantised, or LoRA
+    factors, which are float32.
+    """
+    model = abstract_model(
+        config, dtype=options.dtype, remat=options.remat, attention=options.attention
+    )
+    kind = kind_of(config)
+    quantize(model, kind, quantized)
+    graph, state = nnx.split(model)
+    if lora is not None:
+        with_factors = partial(_with_factors, graph, state, lora, targets)
+        graph, state = nnx.split(nnx.eval_shape(with_factors))
+    for path, param in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        wide = jnp.float32 if isinstance(param, LoRAParam) else options.param_dtype or options.dtype
+        if isinstance(param, Quantized):
+            wide = param.get_value().dtype
+        sharding = parameter_sharding(kind.sharding, name, param.shape, options.mesh)
+        param.set_value(jax.ShapeDtypeStruct(param.shape, jnp.dtype(wide), sharding=sharding))
+    return nnx.merge(graph, state)
+
+
+def _with_factors(
+    graph: nnx.GraphDef, state: nnx.State, lora: LoRAConfig, targets: tuple[str, ...]
+) -> nnx.Module:
+    filled = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+    model = nnx.merge(graph, filled)
+    add_lora(model, lora, targets, rngs=nnx.Rngs(0))
+    return model
+
+
+def local_bytes(arrays: Any) -> int:
+    """Bytes that one chip holds of a tree of arrays, or of the shapes of some."""
+    return sum(map(_local_bytes, jax.tree.leaves(arrays)))
+
+
+def _local_bytes(array: Any) -> int:
+    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
+    bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
+    return math.prod(shape) * bits // 8
