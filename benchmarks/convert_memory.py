@@ -30,8 +30,8 @@ import numpy as np
 
 from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.flux.model import FLUX_DEV, FluxConfig
-from taca_jax.formats.engine import shapes_of
 from taca_jax.formats.tensor_files import write_tensors
+from taca_jax.nn.kinds import shapes_of
 
 SHARD_BYTES = 10**9
 SINGLE_PER_DOUBLE = 2

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.convert_memory import command, config_of, write_checkpoint
 from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.flux.model import FluxConfig
-from taca_jax.formats.engine import shapes_of
+from taca_jax.nn.kinds import shapes_of
 
 PROGRAM = """
 import sys, time

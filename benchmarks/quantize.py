@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from taca_jax.families.flux.model import FLUX_DEV, FluxConfig, FluxTransformer
+from taca_jax.families.flux.model import FLUX_DEV, FLUX_KIND, FluxConfig, FluxTransformer
+from taca_jax.nn.kinds import abstract_model, filled, flat_params
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.quantization import quantize
-from taca_jax.weights.folders import abstract_model, filled, flat_params
 
 KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 
@@ -116,7 +116,7 @@ def measure(case: Case, rounds: int) -> list[Result]:
     for kind in KINDS:
         model = random_model(case.config)
         parameters = sum(param.size for param in flat_params(model).values())
-        quantize(model, "flux", kind)
+        quantize(model, FLUX_KIND, kind)
         runs[kind], sizes[kind] = forward(model, case), stored_bytes(model)
     outputs = {kind: np.asarray(run(), np.float64) for kind, run in runs.items()}
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -25,9 +25,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from taca_jax.training.abstract import PUBLISHED_TEXT_LENGTH, abstract_part, local_bytes
+from taca_jax.training.flops import forward_flops
 
 from configs import flux_taca, sd35_taca
-from taca_jax.autoencoders.vae import FLUX_VAE
+from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.low_bit import Quantization
@@ -38,9 +40,7 @@ from taca_jax.planning.slices import Slice
 from taca_jax.sampling.loop import denoise, make_plan
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
-from taca_jax.training.abstract import PUBLISHED_TEXT_LENGTH, abstract_part, local_bytes
 from taca_jax.training.config import TrainConfig
-from taca_jax.training.flops import forward_flops
 
 RESOLUTION = 1024
 

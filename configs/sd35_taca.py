@@ -6,7 +6,8 @@ python generate.py --config sd35_taca prompt="a red cube on a blue sphere"   # l
 """
 
 from taca_jax.data.config import DataConfig
-from taca_jax.nn.lora import SD3_ATTENTION_TARGETS, LoRAConfig
+from taca_jax.families.sd3.lora import ATTENTION_TARGETS as SD3_ATTENTION_TARGETS
+from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.taca import TacaConfig
 from taca_jax.training.config import TrainConfig

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from taca_jax.weights.folders import abstract_model, filled, flat_params
+from taca_jax.nn.kinds import abstract_model, filled, flat_params
 
 
 def random_model(

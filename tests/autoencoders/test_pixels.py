@@ -8,7 +8,7 @@ import pytest
 
 from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
 from taca_jax.errors import UserError
-from taca_jax.weights.folders import flat_params
+from taca_jax.nn.kinds import flat_params
 
 
 def test_latents_are_the_normalised_pictures_and_decode_to_them():

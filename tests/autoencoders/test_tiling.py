@@ -14,7 +14,8 @@ from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles, encode_in_tile
 from taca_jax.autoencoders.vae import upsample_nearest
 from taca_jax.errors import UserError
 from taca_jax.formats import engine
-from taca_jax.weights.originals import Source, tiny_vae, vae
+from taca_jax.weights.originals import Original as Source
+from taca_jax.weights.originals import tiny_vae, vae
 from tests.compare import relative_error
 from tests.shared import shared_path
 

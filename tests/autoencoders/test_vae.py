@@ -14,14 +14,14 @@ from scipy.special import softmax
 
 from taca_jax.autoencoders.vae import (
     ATTENTION_CHUNK,
-    FLUX_VAE,
-    SD3_VAE,
     AutoencoderKL,
     chunked_attention,
     upsample_nearest,
 )
 from taca_jax.autoencoders.vae_diffusers import TABLE, config_of
 from taca_jax.errors import UserError
+from taca_jax.families.flux.family import FLUX_VAE
+from taca_jax.families.sd3.family import SD3_VAE
 from taca_jax.formats import engine
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.tensor_files import open_tensors

@@ -19,13 +19,15 @@ from taca_jax.autoencoders.tiny_vae import TAEF1
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.nn.kinds import flat_params
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text import clip_layout as clip
 from taca_jax.text import t5_layout as t5
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.t5 import T5Config, T5Encoder
 from taca_jax.text.tokenizers import load_tokenizer
-from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from tests.random_models import random_model
 from tests.shared import shared_path
 
@@ -98,7 +100,7 @@ def original_clip(folder: Path, dim: int) -> None:
 def test_single_and_sharded_files_give_the_same_model(tmp_path, shards, capsys):
     model = original_t5(tmp_path / "src", shards)
     run("t5", "--src", tmp_path / "src", "--dst", tmp_path / "dst")
-    again = load_model(tmp_path / "dst", dtype=jnp.float32)
+    again = load_model(tmp_path / "dst", LoadOptions(dtype=jnp.float32))
     assert again.config == T5
     for name, param in flat_params(model).items():
         np.testing.assert_array_equal(flat_params(again)[name].get_value(), param.get_value())
@@ -109,7 +111,7 @@ def test_single_and_sharded_files_give_the_same_model(tmp_path, shards, capsys):
 def test_dtype(tmp_path):
     original_t5(tmp_path / "src")
     run("t5", "--src", tmp_path / "src", "--dst", tmp_path / "dst", "--dtype", "bfloat16")
-    again = load_model(tmp_path / "dst", dtype=jnp.float32)
+    again = load_model(tmp_path / "dst", LoadOptions(dtype=jnp.float32))
     assert {p.dtype for p in flat_params(again).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -166,7 +168,9 @@ def test_a_whole_pipeline(tmp_path, monkeypatch, pipeline_folder, capsys):
 def test_a_bare_transformer_is_a_model_folder(tmp_path):
     src = shared_path("golden/flux/transformer")
     run("flux", "--src", src, "--dst", tmp_path / "dst")
-    assert load_model(tmp_path / "dst", dtype=jnp.float32).config.num_double_blocks == 2
+    assert (
+        load_model(tmp_path / "dst", LoadOptions(dtype=jnp.float32)).config.num_double_blocks == 2
+    )
 
 
 def test_what_is_not_there_is_said(tmp_path, capsys, pipeline_folder):
@@ -190,11 +194,11 @@ def test_without_a_scheduler_the_published_noise_levels_are_taken(tmp_path, caps
 def test_autoencoders(tmp_path):
     run("vae", "--src", shared_path("golden/flux/vae"), "--dst", tmp_path / "vae")
     tensors = open_tensors(shared_path("golden/flux/vae"))
-    model = load_model(tmp_path / "vae", dtype=jnp.float32)
+    model = load_model(tmp_path / "vae", LoadOptions(dtype=jnp.float32))
     for key, array in engine.export(vae.TABLE, model).items():
         np.testing.assert_array_equal(array, tensors.read(key))
     run("tiny_vae", "--src", shared_path("assets/tae") / "taef1", "--dst", tmp_path / "tiny")
-    assert load_model(tmp_path / "tiny", dtype=jnp.float32).config == TAEF1
+    assert load_model(tmp_path / "tiny", LoadOptions(dtype=jnp.float32)).config == TAEF1
 
 
 def test_lora_there_and_back(tmp_path, capsys):

@@ -79,7 +79,7 @@ def test_single_files_there_and_back(tmp_path, kind, file):
 
 def test_dtypes_and_permissions(tmp_path):
     """A model in one safetensors file, as it comes with the package; read by whom the user lets."""
-    save_model(tmp_path / "made", random_model(FLUX), format="safetensors")
+    save_model(tmp_path / "made", random_model(FLUX))
     run("export", "--src", tmp_path / "made", "--dst", tmp_path / "back", "--dtype", "bfloat16")
     file = tmp_path / "back" / "diffusion_pytorch_model.safetensors"
     assert set(open_tensors(file).dtypes.values()) == {np.dtype(ml_dtypes.bfloat16)}

@@ -15,6 +15,7 @@ from taca_jax.families.flux.model import FluxConfig
 from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.weights.folders import load_model, save_model
+from taca_jax.weights.loading import LoadOptions
 from tests.convert.test_cli import original_t5, refused, run
 from tests.random_models import random_model
 from tests.shared import shared_path
@@ -56,7 +57,7 @@ def test_what_shapes_do_not_tell_is_asked_for(checkpoint, tmp_path, capsys):
     assert "give latents, one of flux, sd3" in refused(capsys, "vae", *where)
     lines = said(capsys, "flux", *where, "--axes-dim", 2, 2, 4)
     assert "other tensors: text_encoders.x, vae." in lines
-    assert load_model(tmp_path / "x", dtype=jnp.float32).config == FLUX
+    assert load_model(tmp_path / "x", LoadOptions(dtype=jnp.float32)).config == FLUX
     lines = said(capsys, "verify", *where)
     assert f"{tmp_path / 'x'}: 126 tensors: 126 equal, 0 rounded to bfloat16" in lines
 
@@ -79,8 +80,7 @@ def test_folders_of_originals_and_of_ours(tmp_path, capsys):
     lines = said(capsys, "inspect", tmp_path / "dst")
     assert f"{tmp_path / 'dst'}: a model folder of kind t5" in lines
     assert "MB of float16" in lines
-    save_model(tmp_path / "one", load_model(tmp_path / "dst", dtype=jnp.float32),
-               format="safetensors")  # fmt: skip
+    save_model(tmp_path / "one", load_model(tmp_path / "dst", LoadOptions(dtype=jnp.float32)))  # fmt: skip
     assert "a model folder of kind t5" in said(capsys, "inspect", tmp_path / "one")
     for dst in ("dst", "one"):
         where = ("--src", tmp_path / "src", "--dst", tmp_path / dst)

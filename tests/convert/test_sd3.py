@@ -9,19 +9,23 @@ from flax import nnx
 
 from convert.cli import main
 from taca_jax.autoencoders import vae_original as vae_bfl
-from taca_jax.autoencoders.vae import SD3_VAE, VAEConfig
+from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.families.sd3.family import SD3_VAE
+from taca_jax.families.sd3.lora import ATTENTION_TARGETS as SD3_ATTENTION_TARGETS
 from taca_jax.families.sd3.model import SD3Config
 from taca_jax.families.sd3.pipeline import SD3Pipeline
 from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.nn.kinds import flat_params
 from taca_jax.nn.layers import LoRAParam
-from taca_jax.nn.lora import SD3_ATTENTION_TARGETS, LoRAConfig, add_lora
+from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.text import clip_layout as clip
 from taca_jax.text import t5_layout as t5_format
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.t5 import T5Config
-from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import load_adapter, read_lora, write_lora
 from tests.random_models import random_model, randomise
 
@@ -82,7 +86,7 @@ def test_all_models_of_a_file_become_a_pipeline(whole, tmp_path, capsys):
     assert "left out: 1 other tensors: model_ema.decay" in said
     assert "to read prompts, copy tokenizer_3 of the model's page" in said
     for name, config in (("transformer", SD3), ("autoencoder", VAE), ("text_encoder_3", T5)):
-        model = load_model(tmp_path / "made" / name, dtype=jnp.float32)
+        model = load_model(tmp_path / "made" / name, LoadOptions(dtype=jnp.float32))
         assert model.config == config
         for path, param in flat_params(random_model(config)).items():
             np.testing.assert_array_equal(
@@ -141,7 +145,9 @@ def test_a_file_of_another_model_is_refused(whole, tmp_path, capsys):
 def test_loras_are_renamed_without_a_model(tmp_path, capsys):
     model = random_model(SD3)
     targets = (*SD3_ATTENTION_TARGETS, r"dual_blocks\.img_attn\.qkv\.[qkv]")
-    add_lora(model, LoRAConfig(rank=2, alpha=3.0, targets=targets), rngs=nnx.Rngs(0))
+    add_lora(
+        model, LoRAConfig(rank=2, alpha=3.0, targets=targets), ATTENTION_TARGETS, rngs=nnx.Rngs(0)
+    )
     randomise(model, LoRAParam, scale=0.2)
     first, kohya, again = (tmp_path / f"{name}.safetensors" for name in ("a", "kohya", "b"))
     write_lora(first, model)

@@ -252,7 +252,7 @@ def phone(path):
         ("a.webp", lambda p: save(p, (0, 0, 0, 0), mode="RGBA"), 255),
         ("a.png", lambda p: save(p, (0, 127), mode="LA"), 128),
         ("a.png", lambda p: save(p, (9, 9, 9), transparency=(9, 9, 9)), 255),
-        ("a.jpg", lambda p: save(p, (128,) * 3, format="PNG"), 128),
+        ("a.jpg", lambda p: save(p, (128,) * 3), 128),
     ],
 )
 def test_modes(tmp_path, name, make, expected):

@@ -12,10 +12,11 @@ from taca_jax.autoencoders import tiny_vae_layout as tiny_vae
 from taca_jax.autoencoders import vae_diffusers as vae
 from taca_jax.autoencoders import vae_original as vae_bfl
 from taca_jax.autoencoders.tiny_vae import TAEF1, TinyVAEConfig
-from taca_jax.autoencoders.vae import FLUX_VAE, VAEConfig
+from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.errors import UserError
 from taca_jax.families.flux import bfl as flux_bfl
 from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.flux.model import FLUX_DEV, FLUX_SCHNELL, FluxConfig
 from taca_jax.families.sd3 import diffusers as sd3_diffusers
 from taca_jax.formats import engine
@@ -31,12 +32,12 @@ from taca_jax.formats.key_table import (
 )
 from taca_jax.formats.settings import Settings, read_settings
 from taca_jax.formats.tensor_files import FLOAT8, ArrayTensors, open_tensors, write_tensors
+from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text import clip_layout as clip
 from taca_jax.text import t5_layout as t5
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.t5 import T5Config
-from taca_jax.weights.folders import abstract_model, flat_params
 from tests.random_models import random_model
 from tests.shared import shared_path
 

@@ -18,11 +18,14 @@ from taca_jax.formats import engine
 from taca_jax.formats.float8 import cast
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.tensor_files import FLOAT8, open_tensors, write_tensors
+from taca_jax.nn.kinds import flat_params
 from taca_jax.text import t5_layout as t5
 from taca_jax.text.t5 import T5Config
-from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.original_pipelines import sd3_parts
-from taca_jax.weights.originals import Source, flux, sd3
+from taca_jax.weights.originals import Original as Source
+from taca_jax.weights.originals import flux, sd3
 from taca_jax.weights.originals import t5 as open_t5
 from tests.convert.test_sd3 import SD3
 from tests.random_models import random_model
@@ -113,7 +116,7 @@ def test_float8_models(tmp_path, t5_tensors):
     }
     write_tensors(tmp_path / "t5.safetensors", stored)
     main(["t5", "--src", str(tmp_path / "t5.safetensors"), "--dst", str(tmp_path / "dst")])
-    again = load_model(tmp_path / "dst", dtype=jnp.float32)
+    again = load_model(tmp_path / "dst", LoadOptions(dtype=jnp.float32))
     kinds = {path: str(param.dtype) for path, param in flat_params(again).items()}
     assert set(kinds.values()) == {"bfloat16", "float16"}
     assert kinds["final_norm.scale"] == "float16"
@@ -151,7 +154,7 @@ def test_a_scaled_file_from_end_to_end(tmp_path, t5_tensors, capsys):
     main(["inspect", str(file)])
     assert "MB of float32, float8_e5m2, times 15 scales" in capsys.readouterr().out
     main(["t5", "--src", str(file), "--dst", str(dst)])
-    again = engine.export(t5.TABLE, load_model(dst, dtype=jnp.float32))
+    again = engine.export(t5.TABLE, load_model(dst, LoadOptions(dtype=jnp.float32)))
     for name, tensor in again.items():
         assert tensor.dtype == (np.float32 if "layer_norm" in name else ml_dtypes.bfloat16)
         np.testing.assert_array_equal(tensor, meant[name].astype(tensor.dtype), err_msg=name)

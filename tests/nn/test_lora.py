@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import FLUX_DEV, FluxTransformer
 from taca_jax.nn.layers import Linear, LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora, attach, linears, remove_lora
@@ -49,7 +50,7 @@ def run(model, inputs, lora_scale=None):
 
 
 def test_the_attention_projections_are_adapted_and_nothing_else(model):
-    adapted = add_lora(model, LoRAConfig(rank=3, alpha=6), rngs=nnx.Rngs(0))
+    adapted = add_lora(model, LoRAConfig(rank=3, alpha=6), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     assert set(adapted) == ADAPTED
     assert len(adapted) == len(ADAPTED)
     for path, layer in linears(model):
@@ -64,7 +65,7 @@ def test_the_attention_projections_are_adapted_and_nothing_else(model):
 def test_the_full_size_model_has_the_papers_layers():
     def make():
         model = FluxTransformer(FLUX_DEV, rngs=nnx.Rngs(0))
-        add_lora(model, LoRAConfig(rank=64), rngs=nnx.Rngs(0))
+        add_lora(model, LoRAConfig(rank=64), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
         return model
 
     factors = arrays_shapes(lora_of(nnx.eval_shape(make)))
@@ -81,7 +82,7 @@ def arrays_shapes(tree):
 
 def test_fresh_factors_leave_the_model_as_it_was(model, inputs):
     before = run(model, inputs)
-    add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    add_lora(model, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     for name, factor in arrays(lora_of(model)).items():
         assert np.any(factor) == ("lora_a" in name)
     for scale in (None, jnp.zeros(2), jnp.ones(2)):
@@ -89,7 +90,7 @@ def test_fresh_factors_leave_the_model_as_it_was(model, inputs):
 
 
 def test_factors_act_as_a_change_of_the_kernels(model, inputs):
-    add_lora(model, LoRAConfig(rank=2, alpha=3), rngs=nnx.Rngs(0))
+    add_lora(model, LoRAConfig(rank=2, alpha=3), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     randomise(model, LoRAParam, scale=0.3)
     adapted = run(model, inputs, jnp.ones(2))
     half = run(model, inputs, jnp.full(2, 0.5))
@@ -105,7 +106,7 @@ def test_factors_act_as_a_change_of_the_kernels(model, inputs):
 
 def test_strength_is_per_sample(model, inputs):
     plain = run(model, inputs)
-    add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    add_lora(model, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     randomise(model, LoRAParam, scale=0.3)
     mixed = run(model, inputs, jnp.array([0.0, 1.0]))
     both = run(model, inputs, jnp.ones(2))
@@ -117,7 +118,7 @@ def test_strength_is_per_sample(model, inputs):
 def test_off_is_the_base_to_the_last_bit(model, inputs):
     off = jnp.zeros(2)
     before = run(model, inputs, off)
-    add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    add_lora(model, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     randomise(model, LoRAParam, scale=0.3)
     assert np.array_equal(run(model, inputs, off), before)
     assert np.array_equal(run(model, inputs), before)
@@ -126,7 +127,7 @@ def test_off_is_the_base_to_the_last_bit(model, inputs):
 def test_removing_leaves_the_base(model, inputs):
     graph = nnx.graphdef(model)
     before = run(model, inputs)
-    add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    add_lora(model, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     randomise(model, LoRAParam, scale=0.3)
     remove_lora(model)
     assert not jax.tree.leaves(lora_of(model))
@@ -137,7 +138,7 @@ def test_removing_leaves_the_base(model, inputs):
 def test_seeds_decide_the_factors(model):
     drawn = []
     for seed in (0, 0, 1):
-        add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(seed))
+        add_lora(model, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(seed))
         drawn.append(np.asarray(model.double_blocks.img.qkv.q.lora_a[...]))
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
@@ -149,7 +150,7 @@ def test_seeds_decide_the_factors(model):
 
 def test_targets_are_whole_paths(model):
     config = LoRAConfig(rank=2, targets=(r"final_out", r".*\.mlp_in"))
-    assert set(add_lora(model, config, rngs=nnx.Rngs(0))) == {
+    assert set(add_lora(model, config, ATTENTION_TARGETS, rngs=nnx.Rngs(0))) == {
         "final_out",
         "double_blocks.img.mlp_in",
         "double_blocks.txt.mlp_in",
@@ -158,7 +159,12 @@ def test_targets_are_whole_paths(model):
     with pytest.raises(
         UserError, match=r"lora\.targets match no layer of this model: nothing, qkv"
     ):
-        add_lora(model, LoRAConfig(targets=("qkv", "nothing", "final_out")), rngs=nnx.Rngs(0))
+        add_lora(
+            model,
+            LoRAConfig(targets=("qkv", "nothing", "final_out")),
+            ATTENTION_TARGETS,
+            rngs=nnx.Rngs(0),
+        )
 
 
 def test_sizes_and_factors_that_do_not_fit_are_refused():

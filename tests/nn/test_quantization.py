@@ -10,16 +10,20 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from taca_jax.weights.placing import load_quantized
 
+from taca_jax.autoencoders.vae import VAE_KIND
 from taca_jax.errors import UserError
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.families.sd3.model import SD35_MEDIUM
+from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.nn.layers import Linear, LoRAParam, Quantized
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.nn.low_bit import NF4_LEVELS, decode
 from taca_jax.nn.quantization import encode, quantize, quantized_layers, shapes
 from taca_jax.nn.stacking import make_stack, run_stack
-from taca_jax.text.t5 import T5_XXL, T5Config
-from taca_jax.weights.folders import abstract_model, flat_params, load_model, save_model
+from taca_jax.text.t5 import T5_KIND, T5_XXL, T5Config
+from taca_jax.weights.folders import load_model, save_model
+from taca_jax.weights.loading import LoadOptions
 from tests.compare import relative_error
 from tests.random_models import random_model, randomise
 from tests.training.tiny import T5
@@ -94,7 +98,7 @@ def test_nearly_all_of_a_full_size_model_is_quantised(config, kind, billions, at
 
 def test_other_models_and_odd_sizes_are_refused():
     with pytest.raises(UserError, match="kind vae are not quantised; only flux, sd3, t5 are"):
-        next(quantized_layers(nnx.Module(), "vae"))
+        next(quantized_layers(nnx.Module(), VAE_KIND))
     with pytest.raises(UserError, match="q has 1000 inputs; nf4 takes 16 to 64 together"):
         shapes("nf4", "q", (1000, 8))
     assert shapes("int8", "q", (1000, 8))[1].shape == (1, 8)
@@ -105,7 +109,7 @@ def test_other_models_and_odd_sizes_are_refused():
 def test_a_model_is_quantised_as_it_is_loaded(tmp_path, format):
     """As whole models are; what is stored in bfloat16 too, and each part where it belongs."""
     model = random_model(T5)
-    save_model(tmp_path / "m", model, format=format, dtype=jnp.bfloat16)
+    save_model(tmp_path / "m", model, dtype=jnp.bfloat16)
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     where, asked = jax.NamedSharding(mesh, jax.P()), {}
 
@@ -113,9 +117,11 @@ def test_a_model_is_quantised_as_it_is_loaded(tmp_path, format):
         asked[path] = shape
         return where
 
-    loaded = load_model(tmp_path / "m", dtype=jnp.bfloat16, quantize="nf4", place=place)
-    expected = load_model(tmp_path / "m", dtype=jnp.bfloat16)
-    quantize(expected, "t5", "nf4")
+    loaded = load_model(
+        tmp_path / "m", LoadOptions(dtype=jnp.bfloat16, quantize="nf4", place=place)
+    )
+    expected = load_model(tmp_path / "m", LoadOptions(dtype=jnp.bfloat16))
+    quantize(expected, T5_KIND, "nf4")
     ours, theirs = flat_params(loaded), flat_params(expected)
     assert {name: param.shape for name, param in ours.items()} == asked
     assert ours.keys() == theirs.keys()
@@ -148,7 +154,7 @@ def test_a_damaged_kernel_is_said(tmp_path):
     for chunk in (tmp_path / "m" / "params" / "blocks.attn.q.kernel").glob("[0-9]*"):
         chunk.write_bytes(b"short")
     with pytest.raises(UserError, match=r"q\.kernel is incomplete or damaged"):
-        load_model(tmp_path / "m", dtype=jnp.float32, quantize="int8")
+        load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32, quantize="int8"))
 
 
 class Layers(nnx.Module):
@@ -176,7 +182,9 @@ def test_lora_on_a_quantised_stack_is_lora_on_its_decoded_kernels(to):
     def run(change):
         model = Layers()
         change(model.blocks)
-        add_lora(model, LoRAConfig(rank=2, targets=("blocks",)), rngs=nnx.Rngs(0))
+        add_lora(
+            model, LoRAConfig(rank=2, targets=("blocks",)), ATTENTION_TARGETS, rngs=nnx.Rngs(0)
+        )
         randomise(model, LoRAParam, scale=0.3)
         return products_and_gradients(*nnx.split(model, LoRAParam, ...), kernel(2, 5, 32))
 
@@ -201,5 +209,5 @@ def test_t5_reads_nearly_the_same():
         return jax.jit(lambda state: nnx.merge(graph, state)(tokens))(state)
 
     plain = run(model)
-    quantize(model, "t5", "int8")
+    quantize(model, T5_KIND, "int8")
     assert 1e-4 < relative_error(run(model), plain) < 0.02

@@ -8,16 +8,17 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from taca_jax.autoencoders.vae import FLUX_VAE
 from taca_jax.errors import UserError
+from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.flux.model import FLUX_DEV, FLUX_SCHNELL
 from taca_jax.families.sd3.model import SD35_LARGE, SD35_MEDIUM
+from taca_jax.nn.kinds import abstract_model, flat_params, kind_of
 from taca_jax.nn.quantization import LAYERS, quantize
 from taca_jax.parallel.mesh import AXES, MeshConfig, dividing_axes
 from taca_jax.parallel.rules import TABLES, parameter_spec
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
 from taca_jax.text.t5 import T5_XXL
-from taca_jax.weights.folders import KINDS, abstract_model, flat_params, kind_of
+from taca_jax.weights.folders import KINDS
 
 FULL_SIZE = {
     "dev": FLUX_DEV,

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from convert.cli import main
 from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import (
     FLUX_DEV,
     FLUX_KREA,
@@ -31,6 +32,7 @@ from taca_jax.nn.layers import LoRAParam, patchify
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
@@ -75,12 +77,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder) -> FluxTransformer:
-    return load_model(folder / "transformer", dtype=jnp.float32)
+    return load_model(folder / "transformer", LoadOptions(dtype=jnp.float32))
 
 
 @pytest.fixture(scope="module")
 def adapted(folder) -> FluxTransformer:
-    with_lora = load_model(folder / "transformer", dtype=jnp.float32)
+    with_lora = load_model(folder / "transformer", LoadOptions(dtype=jnp.float32))
     read_lora(lora_file(), with_lora)
     return with_lora
 
@@ -109,7 +111,7 @@ def test_forward(model, golden):
 @pytest.mark.parametrize(("to", "limit"), [("int8", 0.02), ("nf4", 0.25)])
 def test_forward_of_a_quantised_model(folder, golden, to, limit):
     inputs = inputs_at_700(golden)
-    quantised = load_model(folder / "transformer", dtype=jnp.float32, quantize=to)
+    quantised = load_model(folder / "transformer", LoadOptions(dtype=jnp.float32, quantize=to))
     ours = tokens_of(quantised, inputs, guidance=jnp.full(2, 3.5))
     error = relative_error(ours, golden["forward.t0.7.g3.5"])
     print(to, error)
@@ -316,7 +318,7 @@ def test_exported_weights_compute_the_same_in_diffusers(tmp_path, guidance_embed
     # And back through the command.
     (tmp_path / "back").mkdir()
     main(["flux", "--src", str(tmp_path), "--dst", str(tmp_path / "back")])
-    again = load_model(tmp_path / "back", dtype=jnp.float32)
+    again = load_model(tmp_path / "back", LoadOptions(dtype=jnp.float32))
     for ours, read in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, again)), strict=True):
         np.testing.assert_array_equal(ours, read)
 
@@ -330,7 +332,7 @@ def test_a_lora_of_ours_does_the_same_in_diffusers(tmp_path):
     # Every linear layer, final_mod among them, whose halves diffusers stores the other way round;
     # alpha is not the rank. (PEFT takes the last layer's name, proj_out, for single blocks' too.)
     config = LoRAConfig(rank=4, alpha=6.0, targets=(r"(?!final_out).*",))
-    add_lora(model, config, rngs=nnx.Rngs(2))
+    add_lora(model, config, ATTENTION_TARGETS, rngs=nnx.Rngs(2))
     randomise(model, LoRAParam, scale=0.1)
     write_lora(tmp_path / "lora.safetensors", model)
     theirs.load_lora_adapter(tmp_path / "lora.safetensors")

@@ -9,12 +9,14 @@ from safetensors.numpy import load_file
 
 from convert.cli import main
 from taca_jax.autoencoders import vae_original as vae_bfl
-from taca_jax.autoencoders.vae import FLUX_VAE, SD3_VAE
 from taca_jax.families.flux import bfl as flux_bfl
+from taca_jax.families.flux.family import FLUX_VAE
+from taca_jax.families.sd3.family import SD3_VAE
 from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.nn.layers import unpatchify
 from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from tests.parity.test_flux import nhwc, relative_error, tokens_of
 from tests.shared import shared_path
 
@@ -31,7 +33,9 @@ def converted(src, dst, *words) -> str:
 
 def test_velocity(tmp_path, golden):
     src = shared_path("golden/flux_bfl/flux1-dev.safetensors")
-    model = load_model(converted(src, tmp_path / "x"), dtype=jnp.float32, param_dtype=jnp.float32)
+    model = load_model(
+        converted(src, tmp_path / "x"), LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32)
+    )
     latents = unpatchify(jnp.asarray(golden["img"]), 2, 12, 18)  # a grid of 6 x 9 tokens
     inputs = (
         latents,
@@ -42,19 +46,21 @@ def test_velocity(tmp_path, golden):
     ours = tokens_of(model, inputs, guidance=jnp.asarray(golden["guidance"]))
     assert relative_error(ours, golden["velocity"]) <= 1e-5
     # What is exported again is the file.
-    stored = load_model(tmp_path / "x", dtype=jnp.float32)
+    stored = load_model(tmp_path / "x", LoadOptions(dtype=jnp.float32))
     same_tensors(engine.export(flux_bfl.TABLE, stored), open_tensors(src))
 
 
 def test_decoded_picture(tmp_path, golden):
     src = shared_path("golden/flux_bfl/ae.safetensors")
-    model = load_model(converted(src, tmp_path / "x"), dtype=jnp.float32, param_dtype=jnp.float32)
+    model = load_model(
+        converted(src, tmp_path / "x"), LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32)
+    )
     assert model.config.scaling_factor == FLUX_VAE.scaling_factor
     assert model.config.channels == (32, 64, 128, 128)
     graph, state = nnx.split(model)
     decode = jax.jit(lambda state, z: nnx.merge(graph, state).decode(z))
     assert relative_error(decode(state, nhwc(golden["z"])), nhwc(golden["decoded"])) <= 1e-5
-    stored = load_model(tmp_path / "x", dtype=jnp.float32)
+    stored = load_model(tmp_path / "x", LoadOptions(dtype=jnp.float32))
     same_tensors(engine.export(vae_bfl.table_of(stored.config), stored), open_tensors(src))
 
 
@@ -73,11 +79,14 @@ def test_files_with_prefixes(tmp_path, capsys):
     write_tensors(tmp_path / "all.safetensors", arrays)
     converted(tmp_path / "all.safetensors", tmp_path / "x")
     assert f"left out: {len(ae.shapes)} other tensors: vae.decoder" in capsys.readouterr().out
-    stored = load_model(tmp_path / "x", dtype=jnp.float32)
+    stored = load_model(tmp_path / "x", LoadOptions(dtype=jnp.float32))
     same_tensors(engine.export(flux_bfl.TABLE, stored), tensors)
 
     main(["vae", "--src", str(tmp_path / "all.safetensors"), "--dst", str(tmp_path / "y"),
           "--latents", "sd3"])  # fmt: skip
-    assert load_model(tmp_path / "y", dtype=jnp.float32).config.shift_factor == SD3_VAE.shift_factor
+    assert (
+        load_model(tmp_path / "y", LoadOptions(dtype=jnp.float32)).config.shift_factor
+        == SD3_VAE.shift_factor
+    )
     with pytest.raises(SystemExit, match="does not say how its latents are scaled; give latents"):
         main(["vae", "--src", str(tmp_path / "all.safetensors"), "--dst", str(tmp_path / "z")])

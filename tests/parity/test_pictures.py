@@ -12,7 +12,6 @@ from convert.cli import main
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.families.sd3.pipeline import SD3Pipeline
 from taca_jax.nn.layers import patchify
-from taca_jax.pipelines.loading import load_pipeline
 from tests.compare import relative_error
 from tests.parity.test_prompts import clip, clip_tokenizer, t5, t5_tokenizer
 from tests.shared import shared_path
@@ -48,7 +47,9 @@ def both(theirs, kind: str, folder):
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(folder / "original")
     main([kind, "--src", str(folder / "original"), "--dst", str(folder / "converted")])
-    return [load_pipeline(folder / name, "float32") for name in ("original", "converted")]
+    return [
+        Pipeline.from_pretrained(folder / name, "float32") for name in ("original", "converted")
+    ]
 
 
 def assert_same_pictures(ours, expected: np.ndarray) -> None:

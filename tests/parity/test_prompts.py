@@ -17,9 +17,11 @@ from flax import nnx
 from convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.families.flux.text import FluxText
 from taca_jax.families.sd3.diffusers import SCHEDULE
-from taca_jax.pipelines.text import encoder_parts, load_sd3_text, save_tokenizers
-from taca_jax.text.encoders import FluxText, SD3Text
+from taca_jax.families.sd3.text import SD3Text
+from taca_jax.pipelines.text import encoders_by_folder as encoder_parts
+from taca_jax.pipelines.text import load_sd3_text, save_tokenizers
 from taca_jax.text.tokenizers import load_tokenizer
 from taca_jax.weights.pipeline_folders import PipelineSettings, converted_parts
 from tests.compare import relative_error

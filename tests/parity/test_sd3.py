@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert.cli import main
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.sd3 import diffusers as sd3_diffusers
 from taca_jax.families.sd3 import stability as sd3_native
 from taca_jax.families.sd3.model import (
@@ -31,11 +32,13 @@ from taca_jax.families.sd3.positions import sinusoids
 from taca_jax.formats import engine
 from taca_jax.formats.lora.peft import tensors_of
 from taca_jax.formats.tensor_files import write_tensors
+from taca_jax.nn.kinds import flat_params
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.sampling.loop import SkipLayers
 from taca_jax.taca import TacaConfig
-from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
@@ -82,7 +85,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder) -> SD3Transformer:
-    return load_model(folder / "transformer", dtype=jnp.float32)
+    return load_model(folder / "transformer", LoadOptions(dtype=jnp.float32))
 
 
 def lora_file():
@@ -91,7 +94,7 @@ def lora_file():
 
 @pytest.fixture(scope="module")
 def adapted(folder) -> SD3Transformer:
-    with_lora = load_model(folder / "transformer", dtype=jnp.float32)
+    with_lora = load_model(folder / "transformer", LoadOptions(dtype=jnp.float32))
     read_lora(lora_file(), with_lora)
     return with_lora
 
@@ -115,7 +118,7 @@ def test_forward(model, golden):
 @pytest.mark.parametrize(("to", "limit"), [("int8", 0.02), ("nf4", 0.25)])
 def test_forward_of_a_quantised_model(folder, golden, to, limit):
     inputs = inputs_at_700(golden)
-    quantised = load_model(folder / "transformer", dtype=jnp.float32, quantize=to)
+    quantised = load_model(folder / "transformer", LoadOptions(dtype=jnp.float32, quantize=to))
     error = relative_error(velocity(quantised, inputs), golden["forward.t700"])
     print(to, error)
     assert 1e-4 < error < limit
@@ -126,7 +129,7 @@ def test_stability_ais_own_model_and_file(tmp_path):
     file = shared_path("golden/sd35_native/sd3.5_medium.safetensors")
     main(["sd3", "--src", str(file), "--dst", str(tmp_path / "sd3")])
     main(["verify", "--src", str(file), "--dst", str(tmp_path / "sd3")])
-    native = load_model(tmp_path / "sd3", dtype=jnp.float32, param_dtype=jnp.float32)
+    native = load_model(tmp_path / "sd3", LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32))
     golden = load_file(shared_path("golden/sd35_native/golden.safetensors"))
     inputs = (
         nhwc(golden["x"]),
@@ -423,12 +426,12 @@ def test_exported_weights_compute_the_same_in_diffusers(tmp_path, changes):
     write_tensors(native, {sd3_native.PREFIX + name: array for name, array in weights.items()})
     main(["sd3", "--src", str(tmp_path / "theirs"), "--dst", str(tmp_path / "back")])
     arrays = flat_params(model)
-    again = flat_params(load_model(tmp_path / "back", dtype=jnp.float32))
+    again = flat_params(load_model(tmp_path / "back", LoadOptions(dtype=jnp.float32)))
     for name, array in arrays.items():
         np.testing.assert_array_equal(array.get_value(), again[name].get_value())
     if config.qk_norm == "rms":  # its heads are not 64 wide, which no norm says in the other
         main(["sd3", "--src", str(native), "--dst", str(tmp_path / "again")])
-        again = flat_params(load_model(tmp_path / "again", dtype=jnp.float32))
+        again = flat_params(load_model(tmp_path / "again", LoadOptions(dtype=jnp.float32)))
         for name, array in arrays.items():
             np.testing.assert_array_equal(array.get_value(), again[name].get_value())
 
@@ -441,7 +444,7 @@ def test_a_lora_of_ours_does_the_same_in_diffusers(tmp_path):
     # Every linear layer but what is a convolution there; final_mod and the last block's text, whose
     # halves diffusers stores the other way round, among them; alpha is not the rank.
     config = LoRAConfig(rank=4, alpha=6.0, targets=(r"(?!img_in).*",))
-    add_lora(model, config, rngs=nnx.Rngs(2))
+    add_lora(model, config, ATTENTION_TARGETS, rngs=nnx.Rngs(2))
     randomise(model, LoRAParam, scale=0.1)
     write_lora(tmp_path / "lora.safetensors", model)
     theirs.load_lora_adapter(tmp_path / "lora.safetensors")

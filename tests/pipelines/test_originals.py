@@ -15,12 +15,13 @@ from taca_jax.families.sd3 import stability as sd3_native
 from taca_jax.families.sd3.pipeline import SD3Pipeline
 from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.nn.kinds import flat_params
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
-from taca_jax.pipelines.loading import load_pipeline
 from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.pipelines.text import encoder_parts
+from taca_jax.pipelines.text import encoders_by_folder as encoder_parts
 from taca_jax.text import t5_layout as t5_format
-from taca_jax.weights.folders import flat_params, load_model
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from tests.convert.test_sd3 import SD3, T5, VAE
 from tests.random_models import random_model
 from tests.shared import shared_path
@@ -80,22 +81,26 @@ def test_a_diffusers_folder_of_flux(tmp_path, dtype):
 def test_a_diffusers_folder_of_stable_diffusion_3(tmp_path):
     src = shared_path("golden/sd3")
     main(["sd3", "--src", str(src), "--dst", str(tmp_path / "converted")])
-    original, converted = (load_pipeline(path, "float32") for path in (src, tmp_path / "converted"))
+    original, converted = (
+        Pipeline.from_pretrained(path, "float32") for path in (src, tmp_path / "converted")
+    )
     assert isinstance(original, SD3Pipeline)
     assert_same_pipeline(original, converted)
 
 
 def test_black_forest_labs_file_and_the_autoencoder_beside_it(tmp_path, caplog):
     src = shared_path("golden/flux_bfl/flux1-dev.safetensors")
-    original = load_pipeline(src, "bfloat16", mesh=make_mesh(MeshConfig()))
+    original = Pipeline.from_pretrained(src, "bfloat16", mesh=make_mesh(MeshConfig()))
     assert f"what is not within is taken from beside it: {src.parent}/ae.safe" in caplog.text
     for name, file in (("transformer", src), ("autoencoder", src.with_name("ae.safetensors"))):
         main(["flux", "--src", str(file), "--dst", str(tmp_path / name)])
-        converted = load_model(tmp_path / name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        converted = load_model(
+            tmp_path / name, LoadOptions(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        )
         assert_same_model(models_of(original)[name], converted)
     assert (original.settings.steps, original.settings.text_length) == (28, 512)
     with pytest.raises(UserError, match="is an autoencoder alone; give the transformer's file"):
-        load_pipeline(src.with_name("ae.safetensors"))
+        Pipeline.from_pretrained(src.with_name("ae.safetensors"))
     with pytest.raises(UserError, match="is of kind flux; SD3Pipeline reads sd3"):
         SD3Pipeline.from_pretrained(src)
 
@@ -115,14 +120,14 @@ def test_stability_ais_file_with_all_that_is_in_it(tmp_path):
     write_tensors(src, tensors)
     main(["sd3", "--src", str(src), "--dst", str(tmp_path / "converted")])
     original = SD3Pipeline.from_pretrained(src, "bfloat16")
-    assert_same_pipeline(original, load_pipeline(tmp_path / "converted", "bfloat16"))
+    assert_same_pipeline(original, Pipeline.from_pretrained(tmp_path / "converted", "bfloat16"))
     assert original.autoencoder is not None
     assert original.text_encoder is None  # a T5 without its CLIPs reads no prompt
 
 
 def test_stability_ais_own_file():
     src = shared_path("golden/sd35_native/sd3.5_medium.safetensors")
-    pipeline = load_pipeline(src, "float32")
+    pipeline = Pipeline.from_pretrained(src, "float32")
     assert pipeline.autoencoder is None
     tensors = open_tensors(src)
     table = sd3_native.table_of(pipeline.transformer.config)
@@ -133,11 +138,11 @@ def test_stability_ais_own_file():
 def test_what_is_damaged_or_of_nothing_known_is_said(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(1, np.float32)})
     with pytest.raises(UserError, match="is no FLUX in Black Forest Labs' names: it has a;"):
-        load_pipeline(tmp_path / "x.safetensors")
+        Pipeline.from_pretrained(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="nor is it an original, which is a diffusers folder with"):
-        load_pipeline(tmp_path)
+        Pipeline.from_pretrained(tmp_path)
     shutil.copytree(shared_path("golden/flux"), tmp_path / "flux")
     shutil.rmtree(tmp_path / "flux" / "scheduler")
     (tmp_path / "flux" / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match="vae"):
-        load_pipeline(tmp_path / "flux")
+        Pipeline.from_pretrained(tmp_path / "flux")

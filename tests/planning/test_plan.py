@@ -15,6 +15,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from taca_jax.training.abstract import (
+    PUBLISHED,
+    PUBLISHED_TEXT_LENGTH,
+    abstract_training,
+    part_configs,
+)
+from taca_jax.training.build import check_sizes
 
 from configs.sd35_taca import CONFIG
 from taca_jax.autoencoders.pixels import Pixels
@@ -22,6 +29,7 @@ from taca_jax.config.fields import to_json
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.families.sd3.pipeline import SD3Pipeline
+from taca_jax.families.sd3.text import SD3Text
 from taca_jax.nn.layers import Fixed, LoRAParam
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
@@ -30,14 +38,6 @@ from taca_jax.planning.plan import _batch, in_units
 from taca_jax.planning.slices import Slice, slice_names
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
-from taca_jax.text.encoders import SD3Text
-from taca_jax.training.abstract import (
-    PUBLISHED,
-    PUBLISHED_TEXT_LENGTH,
-    abstract_training,
-    part_configs,
-)
-from taca_jax.training.build import check_sizes
 from taca_jax.training.step import Batch, EncodedBatch
 from tests.processes import last_line, run_python
 from tests.random_models import random_model

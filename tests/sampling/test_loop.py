@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
@@ -156,7 +157,7 @@ def test_guidance_runs_both_prompts_each_with_its_state():
 @pytest.fixture(scope="module")
 def model():
     model = random_model(FLUX)
-    add_lora(model, LoRAConfig(rank=2, alpha=2), rngs=nnx.Rngs(1))
+    add_lora(model, LoRAConfig(rank=2, alpha=2), ATTENTION_TARGETS, rngs=nnx.Rngs(1))
     randomise(model, LoRAParam, scale=0.2)
     return model
 

@@ -10,9 +10,11 @@ from flax import nnx
 
 from convert.cli import main
 from taca_jax.errors import UserError
+from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.text import clip_layout as clip_format
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L, CLIPConfig, CLIPTextEncoder
-from taca_jax.weights.folders import abstract_model, flat_params, load_model
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from tests.compare import relative_error
 from tests.random_models import random_model
 
@@ -86,7 +88,7 @@ def test_matches_transformers_through_the_converter(tmp_path, changes):
     theirs = perturbed(config)
     theirs.save_pretrained(tmp_path / "src")
     main(["clip", "--src", str(tmp_path / "src"), "--dst", str(tmp_path / "dst")])
-    ours = load_model(tmp_path / "dst", dtype=jnp.float32)
+    ours = load_model(tmp_path / "dst", LoadOptions(dtype=jnp.float32))
     assert ours.config == config
     # Ids at random, two end tokens in one row, the highest id at different places.
     tokens = np.random.default_rng(0).integers(6, 90, (3, config.max_tokens))

@@ -9,11 +9,13 @@ import pytest
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.families.flux.text import FluxText
+from taca_jax.families.sd3.text import SD3Text
+from taca_jax.nn.kinds import abstract_model
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
-from taca_jax.text.encoders import FluxText, SD3Text, encode
+from taca_jax.text.encoders import encode
 from taca_jax.text.t5 import T5_XXL
 from taca_jax.text.tokenizers import load_tokenizer
-from taca_jax.weights.folders import abstract_model
 from tests.random_models import random_model
 from tests.training.tiny import T5
 

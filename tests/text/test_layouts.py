@@ -14,11 +14,13 @@ from taca_jax.formats import engine
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.settings import Settings
 from taca_jax.formats.tensor_files import ArrayTensors, write_tensors
+from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.text import clip_layout as clip
 from taca_jax.text import t5_layout as t5
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L, CLIPConfig
 from taca_jax.text.t5 import T5_XXL, T5Config
-from taca_jax.weights.folders import abstract_model, flat_params, load_model
+from taca_jax.weights.folders import load_model
+from taca_jax.weights.loading import LoadOptions
 from tests.random_models import random_model
 
 CLIP = CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)
@@ -29,7 +31,7 @@ SIZES = ("--num-heads", "2", "--activation", "gelu")
 def converted(kind: str, src: Path, *options: str):
     dst = src.parent / f"{src.name}_converted"
     main([kind, "--src", str(src), "--dst", str(dst), *options])
-    return load_model(dst, dtype=jnp.float32)
+    return load_model(dst, LoadOptions(dtype=jnp.float32))
 
 
 def refused(kind: str, src: Path, *options: str) -> str:

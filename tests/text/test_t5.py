@@ -10,9 +10,9 @@ from flax import nnx
 
 from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import ArrayTensors
+from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.text.t5 import T5_XXL, T5Config, T5Encoder, relative_position_bucket
 from taca_jax.text.t5_layout import TABLE
-from taca_jax.weights.folders import abstract_model, flat_params
 from tests.compare import relative_error
 from tests.random_models import random_model
 

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from taca_jax.training.flops import forward_flops, step_flops, text_tokens
 
 from taca_jax.data.config import DataConfig
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.families.sd3.model import SD35_MEDIUM
+from taca_jax.nn.kinds import abstract_model
 from taca_jax.nn.lora import LoRAConfig
-from taca_jax.planning.slices import CHIPS, chip_of
+from taca_jax.parallel.chips import CHIPS, chip_of
 from taca_jax.text.config import TextConfig
-from taca_jax.training.flops import forward_flops, step_flops, text_tokens
-from taca_jax.weights.folders import abstract_model
 from tests.training.tiny import tiny_config
 
 # XLA counts a loop's body once: one layer of each kind.

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import jax
 import pytest
+from taca_jax.training.mesh_choice import parameter_bytes, settled
 
 from configs import flux_taca, sd35_taca
 from taca_jax.nn.lora import LoRAConfig
+from taca_jax.parallel.chips import CHIPS
 from taca_jax.parallel.mesh import MeshConfig
-from taca_jax.planning.slices import CHIPS
-from taca_jax.training.mesh_choice import parameter_bytes, settled
 
 WHOLE, SHARED = MeshConfig(data=-1, fsdp=1), MeshConfig()
 DEVICE = jax.devices()[0]

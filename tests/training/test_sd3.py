@@ -8,11 +8,12 @@ from flax import nnx
 
 from configs.sd35_taca import CONFIG
 from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.sd3.model import SD3Config
+from taca_jax.families.sd3.text import SD3Text
 from taca_jax.nn.layers import Fixed, LoRAParam
 from taca_jax.nn.lora import add_lora
 from taca_jax.text.clip import CLIPConfig
-from taca_jax.text.encoders import SD3Text
 from taca_jax.training.step import Batch, TextToImage, make_trainer
 from tests.random_models import random_model
 
@@ -44,7 +45,7 @@ CLIP = CLIPConfig(
 
 def test_the_preset_trains_the_lora_alone_on_both_clips_embeddings():
     transformer = random_model(TINY)
-    paths = add_lora(transformer, CONFIG.lora, rngs=nnx.Rngs(0))
+    paths = add_lora(transformer, CONFIG.lora, ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     assert len(paths) == 3 * 6 + 5
     encoder = SD3Text(random_model(CLIP), random_model(CLIP), None, width=20, t5_length=4)
     trainer, trained = make_trainer(

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from taca_jax.families.flux.model import FluxTransformer
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
+from taca_jax.families.flux.model import FLUX_KIND, FluxTransformer
+from taca_jax.families.flux.text import FluxText
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.nn.quantization import quantize
 from taca_jax.taca import TacaConfig
 from taca_jax.text.clip import CLIPConfig
-from taca_jax.text.encoders import FluxText, encode
+from taca_jax.text.encoders import encode
+from taca_jax.text.t5 import T5_KIND
 from taca_jax.training.losses import flow_matching_loss, interpolate, sample_timesteps
 from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.step import Batch, TextToImage, make_trainer, objective
@@ -28,10 +31,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, ema_decay=0.5)
 def make(config, *, seed=0):
     """(trainer, state, model), all arrays its own: steps consume the state."""
     pipeline = tiny_pipeline(seed=seed)
-    quantize(pipeline.transformer, "flux", config.quantize)
-    quantize(pipeline.text_encoder, "t5", config.quantize_text)
+    quantize(pipeline.transformer, FLUX_KIND, config.quantize)
+    quantize(pipeline.text_encoder, T5_KIND, config.quantize_text)
     if config.lora is not None:
-        add_lora(pipeline.transformer, config.lora, rngs=nnx.Rngs(1))
+        add_lora(pipeline.transformer, config.lora, ATTENTION_TARGETS, rngs=nnx.Rngs(1))
     model = TextToImage(pipeline.transformer, pipeline.text_encoder)
     trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
     state = trainer.begin(trained)

@@ -19,18 +19,20 @@ from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
 from taca_jax.autoencoders.tiny_vae import TinyVAEConfig
 from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.errors import UserError
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import FluxConfig, FluxTransformer
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.nn.kinds import flat_params
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.text.t5 import T5Config
 from taca_jax.weights.folders import (
     StreamedArray,
-    flat_params,
     load_config,
     load_model,
     save_model,
     save_streamed,
 )
+from taca_jax.weights.loading import LoadOptions
 from tests.random_models import random_model
 
 FLUX = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 2, 2.0, 6, 4, guidance_embed=False)
@@ -62,8 +64,8 @@ def model() -> FluxTransformer:
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_kind_comes_back(tmp_path, kind, format):
     model = MODELS[kind]()
-    save_model(tmp_path / "m", model, format=format)
-    again = load_model(tmp_path / "m", dtype=jnp.float32)
+    save_model(tmp_path / "m", model)
+    again = load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32))
     assert type(again) is type(model)
     assert again.config == model.config
     assert equal(again, model)
@@ -73,8 +75,8 @@ def test_every_kind_comes_back(tmp_path, kind, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_model_without_parameters_is_its_config_alone(tmp_path, format):
-    save_model(tmp_path / "m", MODELS["tiny_vae"](), format=format)
-    save_model(tmp_path / "m", MODELS["pixels"](), format=format)
+    save_model(tmp_path / "m", MODELS["tiny_vae"]())
+    save_model(tmp_path / "m", MODELS["pixels"]())
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["config.json"]
     (tmp_path / "m" / "config.json").write_text('{"kind": "pixels", "scaling_factor": 0}')
     assert "pixels.scaling_factor is 0.0; it must be positive and finite" in message(tmp_path / "m")
@@ -82,10 +84,12 @@ def test_a_model_without_parameters_is_its_config_alone(tmp_path, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_dtypes_of_file_parameters_and_activations_are_three_things(tmp_path, model, format):
-    save_model(tmp_path / "m", model, format=format, dtype=jnp.bfloat16)
-    stored = load_model(tmp_path / "m", dtype=jnp.float32)
+    save_model(tmp_path / "m", model, dtype=jnp.bfloat16)
+    stored = load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32))
     assert {p.dtype for p in flat_params(stored).values()} == {jnp.dtype(jnp.bfloat16)}
-    wide = load_model(tmp_path / "m", dtype=jnp.bfloat16, param_dtype=jnp.float32, remat="full")
+    wide = load_model(
+        tmp_path / "m", LoadOptions(dtype=jnp.bfloat16, param_dtype=jnp.float32, remat="full")
+    )
     assert {p.dtype for p in flat_params(wide).values()} == {jnp.dtype(jnp.float32)}
     assert wide.dtype == jnp.bfloat16
     assert wide.remat == "full"
@@ -98,7 +102,7 @@ def test_dtypes_of_file_parameters_and_activations_are_three_things(tmp_path, mo
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_parameters_land_where_their_shardings_say(tmp_path, model, format):
-    save_model(tmp_path / "m", model, format=format)
+    save_model(tmp_path / "m", model)
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     over_mesh = jax.NamedSharding(mesh, jax.P())
     one = SingleDeviceSharding(jax.devices()[0])
@@ -107,7 +111,7 @@ def test_parameters_land_where_their_shardings_say(tmp_path, model, format):
         assert shape == flat_params(model)[path].shape
         return over_mesh if (kind, path) == ("flux", "img_in.kernel") else one
 
-    again = load_model(tmp_path / "m", dtype=jnp.float32, place=place)
+    again = load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32, place=place))
     assert again.img_in.kernel.get_value().sharding == over_mesh
     assert equal(again, model)
 
@@ -115,15 +119,15 @@ def test_parameters_land_where_their_shardings_say(tmp_path, model, format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_lora_factors_stay_out(tmp_path, format):
     model = MODELS["flux"]()
-    add_lora(model, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-    save_model(tmp_path / "m", model, format=format)
-    assert equal(load_model(tmp_path / "m", dtype=jnp.float32), MODELS["flux"]())
+    add_lora(model, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
+    save_model(tmp_path / "m", model)
+    assert equal(load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32)), MODELS["flux"]())
 
 
 def test_saving_again_replaces_a_model_folder_and_nothing_else(tmp_path, model):
     save_model(tmp_path / "m", MODELS["t5"]())
     save_model(tmp_path / "m", model)
-    assert equal(load_model(tmp_path / "m", dtype=jnp.float32), model)
+    assert equal(load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32)), model)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("x")
     with pytest.raises(UserError, match="exists and is no model folder"):
@@ -133,7 +137,7 @@ def test_saving_again_replaces_a_model_folder_and_nothing_else(tmp_path, model):
 
 def message(folder) -> str:
     with pytest.raises(UserError) as error:
-        load_model(folder, dtype=jnp.float32)
+        load_model(folder, LoadOptions(dtype=jnp.float32))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -157,7 +161,7 @@ def test_no_config_is_no_model(tmp_path, model):
 
 
 def test_every_wrong_parameter_is_named_at_once(tmp_path, model):
-    save_model(tmp_path / "m", model, format="safetensors")
+    save_model(tmp_path / "m", model)
     file = tmp_path / "m" / "model.safetensors"
     tensors = open_tensors(file)
     arrays = {name: tensors.read(name) for name in tensors.shapes}
@@ -181,7 +185,7 @@ def test_a_config_of_another_size_names_a_few_of_many(tmp_path, model):
 
 
 def test_truncated_safetensors(tmp_path, model):
-    save_model(tmp_path / "m", model, format="safetensors")
+    save_model(tmp_path / "m", model)
     file = tmp_path / "m" / "model.safetensors"
     os.truncate(file, file.stat().st_size - 4)
     assert f"{file} is truncated or damaged" in message(tmp_path / "m")
@@ -206,17 +210,17 @@ def test_damaged_orbax(tmp_path, model, capfd):
 def test_a_full_disk_keeps_the_old_folder(tmp_path, format):
     """A limit on the size of files refuses a write as a full disk does."""
     old = MODELS["tiny_vae"]()
-    save_model(tmp_path / "m", old, format=format)
+    save_model(tmp_path / "m", old)
     large = random_model(T5Config(5000, 8, 12, 2, 4, 2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(UserError, match="could not be written") as error:
-            save_model(tmp_path / "m", large, format=format)
+            save_model(tmp_path / "m", large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
-    assert equal(load_model(tmp_path / "m", dtype=jnp.float32), old)
+    assert equal(load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32)), old)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -267,5 +271,7 @@ def test_streamed_arrays_are_the_arrays(tmp_path):
         tmp_path / "m", FLUX, {name: streamed(p) for name, p in flat_params(model).items()}
     )
     save_model(tmp_path / "n", model, dtype=jnp.bfloat16)
-    by_layer, at_once = (load_model(tmp_path / name, dtype=jnp.float32) for name in "mn")
+    by_layer, at_once = (
+        load_model(tmp_path / name, LoadOptions(dtype=jnp.float32)) for name in "mn"
+    )
     assert equal(at_once, by_layer)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import FluxConfig, FluxTransformer
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.nn.lora import LoRAConfig, add_lora, linears
@@ -163,7 +164,9 @@ def test_alpha_tensors(tmp_path, model):
 @pytest.mark.parametrize("layout", ["peft", "kohya", "native"])
 def test_what_is_written_acts_as_what_was_attached(tmp_path, model, layout):
     """alpha is not the rank here; all linear layers, stacked and single."""
-    add_lora(model, LoRAConfig(rank=2, alpha=5.0, targets=(".*",)), rngs=nnx.Rngs(1))
+    add_lora(
+        model, LoRAConfig(rank=2, alpha=5.0, targets=(".*",)), ATTENTION_TARGETS, rngs=nnx.Rngs(1)
+    )
     rng = np.random.default_rng(0)
     for _, layer in linears(model):
         layer.lora_b.set_value(jnp.asarray(rng.normal(size=layer.lora_b.shape), jnp.float32))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.families.flux import model as flux
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import (
     FLUX_DEV,
     FLUX_KREA,
@@ -44,7 +45,7 @@ BATCH = 2
 def with_lora(zero: bool = False) -> FluxTransformer:
     """A model with a LoRA attached; B random too unless `zero`."""
     model = random_model(TINY)
-    add_lora(model, LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(1))
+    add_lora(model, LoRAConfig(rank=2, alpha=4.0), ATTENTION_TARGETS, rngs=nnx.Rngs(1))
     if not zero:
         randomise(model, LoRAParam, scale=0.3)
     return model

@@ -14,6 +14,7 @@ from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
 from taca_jax.autoencoders.tiling import TILING, Tiling, decode_in_tiles
 from taca_jax.autoencoders.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.errors import UserError
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora, linears
@@ -48,7 +49,7 @@ def image(pipeline):
 @pytest.fixture(scope="module")
 def lora_file(tmp_path_factory):
     other = tiny_pipeline()
-    add_lora(other.transformer, LoRAConfig(rank=2, alpha=4), rngs=nnx.Rngs(3))
+    add_lora(other.transformer, LoRAConfig(rank=2, alpha=4), ATTENTION_TARGETS, rngs=nnx.Rngs(3))
     randomise(other.transformer, LoRAParam, scale=0.2)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     write_lora(path, other.transformer)
@@ -65,7 +66,7 @@ def test_pictures_are_in_the_range_and_of_the_size(image):
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_a_saved_pipeline_draws_the_same(pipeline, image, tmp_path, format):
-    pipeline.save(tmp_path / "model", format=format)
+    pipeline.save(tmp_path / "model")
     loaded = FluxPipeline.from_pretrained(tmp_path / "model", "float32")
     assert loaded.settings == pipeline.settings
     assert np.array_equal(array(loaded), image)
@@ -416,7 +417,7 @@ def test_a_damaged_pipeline_file_is_named(pipeline, tmp_path):
 def test_a_lora_of_another_model_is_refused(pipeline, lora_file, tmp_path):
     wide = dataclasses.replace(FLUX, num_heads=4)
     other = tiny_pipeline(wide)
-    add_lora(other.transformer, LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    add_lora(other.transformer, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
     randomise(other.transformer, LoRAParam, scale=0.2)
     write_lora(tmp_path / "lora.safetensors", other.transformer)
     pipeline.load_lora(lora_file)

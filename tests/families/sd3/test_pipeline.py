@@ -9,12 +9,11 @@ from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.families.sd3.diffusers import SCHEDULE
 from taca_jax.families.sd3.model import SD3Config
 from taca_jax.families.sd3.pipeline import SD3Pipeline
-from taca_jax.pipelines.loading import load_pipeline
+from taca_jax.families.sd3.text import SD3Text
 from taca_jax.pipelines.pipeline import PipelineSettings
 from taca_jax.sampling.loop import SkipLayers
 from taca_jax.taca import TacaConfig
 from taca_jax.text.clip import CLIPConfig
-from taca_jax.text.encoders import SD3Text
 from taca_jax.text.tokenizers import ByteTokenizer, JoinedTokenizer
 from tests.random_models import random_model
 
@@ -170,11 +169,11 @@ def test_a_range_that_is_none():
 
 def test_a_saved_pipeline_is_the_same_whoever_reads_it(pipeline, drawn, tmp_path):
     pipeline.save(tmp_path / "model")
-    loaded = load_pipeline(tmp_path / "model", "float32")
+    loaded = Pipeline.from_pretrained(tmp_path / "model", "float32")
     assert isinstance(loaded, SD3Pipeline)
     assert loaded.settings == pipeline.settings
     np.testing.assert_array_equal(latents(loaded), drawn)
     with pytest.raises(UserError, match="is of kind sd3; FluxPipeline reads flux"):
         FluxPipeline.from_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"no pipeline folder: it has no pipeline\.json"):
-        load_pipeline(tmp_path)
+        Pipeline.from_pretrained(tmp_path)
