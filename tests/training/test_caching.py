@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from taca_jax.data import cache as cache_module
 from taca_jax.data.cache import CacheWriter, encoded, read_manifest
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import StoppedError, UserError
+from taca_jax.families.flux.family import FLUX as FLUX_FAMILY
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.parallel.mesh import MeshConfig
@@ -80,7 +82,7 @@ def save(pipeline, folder):
     pipeline.settings = dataclasses.replace(
         pipeline.settings, tokenizer="bytes", text_length=6, resolution=32
     )
-    pipeline.text_encoder = random_model(dataclasses.replace(T5, vocab_size=259))
+    pipeline.text_encoder = T5Text(random_model(dataclasses.replace(T5, vocab_size=259)), pad_id=0)
     pipeline.autoencoder = random_model(VAE)
     pipeline.save(folder)
 
@@ -111,7 +113,7 @@ def config_of(base, pictures, out_dir, **changes):
 
 
 def ready(config):
-    return ready_cache(config, None, Notice(""))
+    return ready_cache(config, open_models(config), None, Notice(""))
 
 
 @pytest.fixture(autouse=True)
@@ -159,8 +161,8 @@ def test_a_cache_gives_what_is_made_in_every_step(made):
     online = dataclasses.replace(config, data=dataclasses.replace(config.data, encode="online"))
     dropped = 0
     with (
-        open_loader(online, pipeline, None) as expected,
-        open_loader(config, pipeline, None, cache) as loader,
+        open_loader(online, models, inputs, None) as expected,
+        open_loader(config, models, cache, None) as loader,
     ):
         for _ in range(12):
             theirs, ours = next(expected), next(loader)
@@ -266,12 +268,13 @@ def test_what_lies_beside_a_single_file_is_told_apart_too(pictures, tmp_path, na
     base = tmp_path / "flux.safetensors"
     base.touch()
     config = config_of(base, pictures, tmp_path / "run")
-    before = cache_stage._files_stamp(config)
+    models = SimpleNamespace(family=FLUX_FAMILY, stored=SimpleNamespace(where=base))
+    before = cache_stage._files_stamp(config, models)
     (tmp_path / "other.safetensors").touch()
-    assert cache_stage._files_stamp(config) == before
+    assert cache_stage._files_stamp(config, models) == before
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    assert cache_stage._files_stamp(config) != before
+    assert cache_stage._files_stamp(config, models) != before
 
 
 def test_a_cache_killed_before_its_first_manifest_is_begun_anew(made, tmp_path):
@@ -346,7 +349,7 @@ def test_a_cache_of_other_weights_or_pictures_is_refused(made, base, pictures, t
     again = dataclasses.replace(config, base=str(other))
     ready(again)  # copied files are the same weights
     pipeline = FluxPipeline.from_pretrained(other, "float32")
-    scale = pipeline.text_encoder.final_norm.scale
+    scale = pipeline.text_encoder.t5.final_norm.scale
     scale[...] = scale[...] * 1.001
     pipeline.save(other)
     with pytest.raises(UserError) as refusal:
