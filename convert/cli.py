@@ -2,14 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from convert.arguments import parse
+from convert.arguments import POSITIONAL, parse
 from convert.exporting import Layout as ExportLayout
 from convert.exporting import export
 from convert.inspection import inspect
@@ -194,7 +192,7 @@ class Export:
 class Inspect:
     """Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets."""
 
-    path: Annotated[Path, tyro.conf.Positional]
+    path: Path = field(metadata=POSITIONAL)
     """A safetensors file, or a folder of a model or a pipeline, converted or not."""
 
     def run(self) -> list[str]:

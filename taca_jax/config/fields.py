@@ -131,7 +131,7 @@ def check(right: bool, name: str, value: Any, allowed: str) -> None:
 def describe(type_: Any) -> str:
     """What a field of this type takes, in words: `an integer`, `one of step, linear`, ... ."""
     if _optional(type_):
-        return f"{describe(_present(type_))} or none"
+        return f"{describe(without_none(type_))} or none"
     if get_origin(type_) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(type_))
     if get_origin(type_) is tuple:
@@ -149,6 +149,14 @@ def describe(type_: Any) -> str:
     return words.get(type_, getattr(type_, "__name__", str(type_)))
 
 
+def without_none(type_: Any) -> Any:
+    """`X` of `X | None`; any other type as it is."""
+    if not _optional(type_):
+        return type_
+    inner = tuple(arg for arg in get_args(type_) if arg is not types.NoneType)
+    return inner[0] if len(inner) == 1 else Union[inner]  # noqa: UP007 - built at run time
+
+
 def show(value: Any) -> str:
     """A value as it would be written on the command line."""
     if value is None or isinstance(value, bool):
@@ -164,7 +172,7 @@ def show(value: Any) -> str:
 
 def tokens_of(type_: Any, text: str, said: str) -> list[str]:
     """The elements of a comma list or JSON list for a tuple type, else the text alone."""
-    if get_origin(_present(type_)) is not tuple:
+    if get_origin(without_none(type_)) is not tuple:
         return [text]
     if text.lstrip().startswith("["):
         try:
@@ -185,7 +193,7 @@ def value_of(type_: Any, tokens: Sequence[str], said: str) -> Any:
     """
     if _optional(type_) and [token.lower() for token in tokens] == ["none"]:
         return None
-    present = _present(type_)
+    present = without_none(type_)
     try:
         if get_origin(present) is tuple:
             kinds = _element_types(present, len(tokens))
@@ -280,7 +288,7 @@ def _from_json_value(type_: Any, value: Any) -> Any:
     """The value of a plain type from JSON, where null alone is None. Raises ValueError."""
     if value is None and _optional(type_):
         return None
-    present = _present(type_)
+    present = without_none(type_)
     if get_origin(present) is tuple and isinstance(value, list):
         kinds = _element_types(present, len(value))
         return tuple(_from_json_value(*pair) for pair in zip(kinds, value, strict=True))
@@ -342,14 +350,6 @@ def _optional(type_: Any) -> bool:
     return get_origin(type_) in (Union, types.UnionType) and types.NoneType in get_args(type_)
 
 
-def _present(type_: Any) -> Any:
-    """`X` of `X | None`; any other type as it is."""
-    if not _optional(type_):
-        return type_
-    inner = tuple(arg for arg in get_args(type_) if arg is not types.NoneType)
-    return inner[0] if len(inner) == 1 else Union[inner]  # noqa: UP007 - built at run time
-
-
 def _group(type_: Any) -> type | None:
-    present = _present(type_)
+    present = without_none(type_)
     return present if isinstance(present, type) and dataclasses.is_dataclass(present) else None
