@@ -39,12 +39,12 @@ from taca_jax.data.cache import (
     Caption,
     Manifest,
     make_cached_loader,
-    write_empty,
+    write_empty_caption,
     write_sizes,
 )
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import one_bucket
-from taca_jax.data.sources.opening import open_source
+from taca_jax.data.sources.factory import open_source
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.text.t5 import T5Config, T5Encoder
 from taca_jax.text.tokenizers import load_tokenizer
@@ -103,7 +103,7 @@ def write_cache(folder: Path) -> Cache:
         for i in range(EXAMPLES):
             latents = [noise(side, side, CHANNELS) for _ in range(2)]
             writer.add(i, f"{i}.jpg", latents, [caption()])
-    write_empty(folder, caption())
+    write_empty_caption(folder, caption())
     write_sizes(folder, [one_bucket(range(EXAMPLES))], EXAMPLES, RESOLUTION)  # pyright: ignore[reportArgumentType]
     manifest.write(folder)
     return Cache(folder, manifest)

@@ -15,7 +15,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import make_loader
 from taca_jax.data.shapes.captions import VOCABULARY
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.opening import open_source
+from taca_jax.data.sources.factory import open_source
 from taca_jax.errors import UserError
 from tests.shared import shared_path
 
@@ -48,9 +48,9 @@ class Numbers:
 
     def __getitem__(self, index):
         if index in self.broken:
-            self.bad.bad(index, f"{index}.png", "torn")
+            self.bad.add_bad(index, f"{index}.png", "torn")
             raise BadExampleError("torn")
-        self.bad.good(index)
+        self.bad.add_good(index)
         image = np.full((2, 2, 3), index % 256, np.uint8)
         return {"image": image, "caption": str(index), "id": str(index)}
 

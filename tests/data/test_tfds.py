@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.config import DataConfig
 from taca_jax.data.sources.bad_examples import BadExampleError
-from taca_jax.data.sources.opening import open_source
+from taca_jax.data.sources.factory import open_source
 from taca_jax.errors import UserError
 from taca_jax.quiet import quiet
 from tests.data.making import picture_bytes
