@@ -135,7 +135,7 @@ def _belongs(kinds: frozenset[str], category: str, split: str) -> bool:
 
 
 def _complete(description: Description, random: Random) -> list[Object]:
-    """The objects to draw: open textures become plain, open colours random, if possible distinct."""
+    """The objects to draw: open textures become plain, open colours random ones."""
     objects = []
     used = {phrase.object.color for phrase in description.phrases}
     for phrase in description.phrases:
