@@ -217,7 +217,9 @@ class Loader:
                     return self._read_one(index, size)
             except BadExampleError:  # the source has counted and logged it
                 continue
-        raise UserError("no example can be read")  # not reached: the source raises before
+        raise UserError(
+            "all examples that could be next are bad, and the log names each: repair or remove them"
+        )
 
 
 def make_loader(
@@ -260,7 +262,7 @@ def make_loader(
         # Decoding runs outside of Python: small chunks spread it over the cores.
         threads, chunk_size = min(usable_cores(), MAX_THREADS), FILES_PER_CHUNK
     else:
-        # Drawing is Python code, of which one thread runs at a time.
+        # Drawing is Python code, which only one thread can run at a time.
         threads, chunk_size = 1, _DRAWN_PER_CHUNK
     return Loader(
         Stream(

@@ -1,4 +1,4 @@
-"""A thousand odd and broken inputs: read right, or skipped, counted and named; never a crash."""
+"""A thousand odd and broken inputs: each is read right, or skipped, counted and named."""
 
 import io
 import logging
@@ -32,7 +32,7 @@ def cut_in_the_header(i):
 
 
 def flipped(i):
-    """Bytes of a PNG's pixels changed: its checksums tell."""
+    """A PNG with bytes of its pixels changed, which its checksums show."""
     content = bytearray(noise_bytes(format="PNG", seed=i))
     content[100 + i % 1000] ^= 0xFF
     return bytes(content)
@@ -122,7 +122,7 @@ def made():
 
 
 def checked(source, names, caplog):
-    """Everything read once: what is good is given, all else is counted, and named once."""
+    """The names of the examples that can be read; checks that all others are counted."""
     good = set()
     for i in range(len(source)):
         try:

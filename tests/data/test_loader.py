@@ -31,7 +31,7 @@ def tokenize_words(captions):
 
 
 def tokenize_length(captions):
-    """Tokens that show the caption's number: "" is 0, "41" is 42."""
+    """Tokens from which the caption can be told: 0 for "", 42 for "41"."""
     return np.array([[int(caption or -1) + 1] * 2 for caption in captions], np.int64)
 
 
@@ -113,6 +113,18 @@ def test_orders_are_fair():
     assert max(abs(count - 500) for count in counts.values()) < 5 * 500**0.5
     pairs = Counter(pairwise(epochs))
     assert len(pairs) == 36
+
+
+def test_a_source_of_bad_examples_alone_is_an_error():
+    class Torn:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise BadExampleError("torn")
+
+    with numbers_loader(Torn()) as loader, pytest.raises(UserError, match="are bad, and the log"):
+        next(loader)
 
 
 def test_a_batch_may_be_larger_than_the_source():

@@ -1,4 +1,4 @@
-"""The shapes data: its language, what training never sees, its pictures and its builder."""
+"""The shapes data: captions, held-out compositions, pictures, and the data set on disk."""
 
 import hashlib
 import shutil
@@ -155,7 +155,7 @@ def test_a_fifth_or_a_sixth_of_each_kind_is_held_out():
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_training_never_sees_what_is_held_out(scenes, split):
-    """Spelt out from captions' words and drawn objects, apart from `held_out`."""
+    """Checked on the words of captions and on the objects drawn, without `held_out` too."""
     for scene in scenes[split]:
         drawn = [item.object for item in scene.placed]
         assert not held_out(scene.description)

@@ -1,4 +1,4 @@
-"""Tars: where their files are, what of a torn one is still read, and img2dataset's layouts."""
+"""Tars, also damaged ones, as webdataset and img2dataset write them."""
 
 import errno
 import io
@@ -34,7 +34,7 @@ def open_tars(pattern, **changes):
 
 
 def samples(start, count, **further):
-    """Grey pictures, the number of each as its caption."""
+    """Files of grey pictures, with the number of each as its shade and in its caption."""
     files = {}
     for i in range(start, start + count):
         files |= {f"{i:05}.png": picture_bytes(i), f"{i:05}.txt": f"number {i}"}
@@ -46,7 +46,7 @@ def stored_files():
 
 
 def everything(source):
-    """(id, caption, grey) of what can be read."""
+    """(id, caption, shade of grey) of each example that can be read."""
     found = []
     for i in range(len(source)):
         try:
@@ -164,7 +164,7 @@ def test_a_sparse_file_is_left_out_and_a_damaged_one_reported(tmp_path):
 
 
 def test_newer_versions_of_tarfile_give_the_same_report(tmp_path, monkeypatch):
-    """They refuse a size below 0 as a broken header (Python issue 130577)."""
+    """They raise an error for a size below 0 (Python issue 130577)."""
     path = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", "." * 700))
     set_size(path, 1, -1024)
     expected = [*walk(path)]

@@ -1,4 +1,4 @@
-"""A stalled input pipeline says what it waits for."""
+"""Training that waits long for its input warns, and says what is being read."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from taca_jax.data.wait_monitor import WaitMonitor
 
 
 class Stuck:
-    """Example 3 takes until it is let go."""
+    """Reading example 3 takes until `let_go` is set."""
 
     def __init__(self):
         self.let_go = threading.Event()

@@ -127,6 +127,10 @@ class TarSource(PictureSource):
         return io.BytesIO(self._bytes(shard, row[_PICTURE], most=_HEAD_BYTES))
 
     def _bytes(self, shard: int, place: np.ndarray, most: int | None = None) -> bytes:
+        """The bytes at `place`, (offset, size), in a tar; at most the first `most` of them.
+
+        Raises BadExampleError where they cannot be read.
+        """
         offset, size = map(int, place)
         size = size if most is None else min(size, most)
         try:
@@ -200,4 +204,5 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Bro
 
 
 def _text(key: bytes) -> str:
+    """A name in the index as text."""
     return os.fsdecode(key)
