@@ -38,7 +38,7 @@ class MeshConfig:
     context: splits the tokens of each sample.
     tensor: splits heads and the MLPs' hidden channels; divides the number of heads.
 
-    Raises UserError for sizes that are none, and for more than one -1.
+    Raises UserError for other numbers below 1, and for more than one -1.
     """
 
     data: int = 1

@@ -56,8 +56,7 @@ def walk(path: Path) -> Iterator[Member | Broken]:
             try:
                 header = tarfile.TarInfo.fromtarfile(tar)  # moves tar.offset to the next header
             except (tarfile.HeaderError, ValueError):  # the latter for damaged sparse headers
-                # The damaged block is the last one read. It may be behind `start`, if the header of a
-                # long name is there.
+                # The damaged block is the last one read; a header with a long name may precede it.
                 start = max(start, (file.tell() - 1) // _BLOCK * _BLOCK)
                 broken = _broken_header(file, start)
                 tar.offset = start + _BLOCK
