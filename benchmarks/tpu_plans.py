@@ -25,11 +25,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from taca_jax.training.abstract import PUBLISHED_TEXT_LENGTH, abstract_part, local_bytes
-from taca_jax.training.flops import forward_flops
 
 from configs import flux_taca, sd35_taca
-from taca_jax.families.flux.family import FLUX_VAE
+from taca_jax.families.flops import forward_flops
+from taca_jax.families.flux.family import FLUX, FLUX_VAE
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.low_bit import Quantization
@@ -41,6 +40,8 @@ from taca_jax.sampling.loop import denoise, make_plan
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
 from taca_jax.training.config import TrainConfig
+from taca_jax.training.models import abstract_on_mesh, local_bytes, open_models
+from taca_jax.weights.loading import LoadOptions
 
 RESOLUTION = 1024
 
@@ -79,17 +80,17 @@ def training(
         quantize=quantize,
         quantize_text=quantize_text,
     )
-    return plans.make_plan(config, where)
+    return plans.make_plan(open_models(config, published=True), where)
 
 
 def sampling(where: Slice, quantize: Quantization) -> Plan:
     """FLUX.1-dev draws one picture under TACA, from embeddings that were made before: a denoising
     step's FLOPs and times, and the memory of what takes more, the loop or decoding after it."""
     mesh = make_mesh(MeshConfig(), plans.devices_of(where))
-    dtype = jnp.dtype("bfloat16")
-    graph, state = nnx.split(abstract_part(FLUX_DEV, mesh, dtype=dtype, quantized=quantize))
-    ae_graph, ae_state = nnx.split(abstract_part(FLUX_VAE, mesh, dtype=dtype))
-    side, text = RESOLUTION // FLUX_VAE.downscale, PUBLISHED_TEXT_LENGTH["flux1-dev"]
+    options = LoadOptions(dtype=jnp.dtype("bfloat16"), mesh=mesh)
+    graph, state = nnx.split(abstract_on_mesh(FLUX_DEV, options, quantized=quantize))
+    ae_graph, ae_state = nnx.split(abstract_on_mesh(FLUX_VAE, options))
+    side, text = RESOLUTION // FLUX_VAE.downscale, FLUX.published["flux1-dev"].text_length
     image = (side // FLUX_DEV.patch_size) ** 2
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -111,21 +112,21 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
         guidance=array(1),
     )
     told_size = local_bytes((latents, steps, told))
-    options: dict[str, Any] = {"batch": 1, "resolution": RESOLUTION}
+    sizes: dict[str, Any] = {"batch": 1, "resolution": RESOLUTION}
     with on(mesh):
         drawn = plans.compiled_plan(
             jax.jit(draw).lower(state, latents, steps, told),
             *(where, mesh),
             parts={"transformer": local_bytes(state), "what it is told": told_size},
             flops=forward_flops(FLUX_DEV, image=image, text=text),
-            **options,
+            **sizes,
         )
         decoded = plans.compiled_plan(
             jax.jit(decode).lower(ae_state, latents),
             *(where, mesh),
             parts={"autoencoder": local_bytes(ae_state), "latents": local_bytes(latents)},
             flops=0.0,
-            **options,
+            **sizes,
         )
     return replace(
         drawn,
@@ -135,18 +136,18 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
     )
 
 
-FLUX, SD35 = flux_taca.CONFIG, sd35_taca.CONFIG
-_CACHED = partial(training, FLUX, encode="cache")
+FLUX_RUN, SD35_RUN = flux_taca.CONFIG, sd35_taca.CONFIG
+_CACHED = partial(training, FLUX_RUN, encode="cache")
 ROWS: tuple[Row, ...] = (
     Row(
         "sd35-v5e-1",
         "SD3.5-Medium LoRA r=64, bf16, 1 image/chip, encoded before",
-        partial(training, SD35, encode="cache"),
+        partial(training, SD35_RUN, encode="cache"),
     ),
     Row(
         "sd35-online-v5e-1",
         "SD3.5-Medium LoRA r=64, bf16, 1 image/chip, T5 in int8",
-        partial(training, SD35, quantize_text="int8"),
+        partial(training, SD35_RUN, quantize_text="int8"),
     ),
     Row("sample-v5e-1", "FLUX.1-dev sampling, int8, T5 apart", partial(sampling, quantize="int8")),
     Row(
@@ -157,9 +158,9 @@ ROWS: tuple[Row, ...] = (
     Row(
         "r16-online-v5e-1",
         "FLUX.1-dev LoRA r=16, nf4, 1 image/chip, T5 in int8",
-        partial(training, FLUX, rank=16, quantize="nf4", quantize_text="int8"),
+        partial(training, FLUX_RUN, rank=16, quantize="nf4", quantize_text="int8"),
     ),
-    Row("r64-v5e-8", "FLUX.1-dev LoRA r=64, bf16, 1 image/chip", partial(training, FLUX)),
+    Row("r64-v5e-8", "FLUX.1-dev LoRA r=64, bf16, 1 image/chip", partial(training, FLUX_RUN)),
     *(
         Row(
             f"r64x4-{where}",

@@ -1,23 +1,24 @@
 """Temperature-Adjusted Cross-modal Attention: when it acts, and how strongly.
 
-TACA (arXiv 2506.07986) multiplies the logits of image-query x text-key pairs by a temperature
-gamma(t) > 1 while the composition is being decided, early in denoising (equations 7-8 of the
-paper), and leaves every other pair as it is. Where the text stands in the joint sequence is the
-attention's `text_len`: text tokens come first in all our models. This file holds the rest of the
-idea: gamma as a function of time, and the gate of the LoRA that is trained under it.
+TACA (arXiv 2506.07986, equations 7-8) multiplies the attention logits of image queries with text
+keys by a temperature gamma(t) > 1 early in denoising, while the composition is being decided. All
+other logits stay as they are. This module says what gamma is at a timestep, and whether TACA, and
+with it the LoRA that is trained under it, acts there; `attention` applies gamma to the logits.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from taca_jax.errors import UserError
 
 MAX_TIMESTEP = 1000.0
-"""Timesteps run from 0 (data) to 1000 (noise), after the sampler's shift."""
+"""Timesteps run from 0 (data) to 1000 (noise); they are 1000 sigma, after the sampler's shift."""
 
 Schedule = Literal["step", "linear", "cosine", "sigmoid"]
 
@@ -26,7 +27,7 @@ _SIGMOID_STEEPNESS = 10.0
 
 @dataclass(frozen=True)
 class TacaConfig:
-    """When image queries listen harder to text keys.
+    """When image queries attend more to text keys, and by how much.
 
     gamma: the temperature at its fullest; 1 is plain attention.
     threshold: TACA is active while timestep >= threshold, in 0..1000 (the paper: 970).
@@ -37,8 +38,8 @@ class TacaConfig:
     cond_only: in sampling under classifier-free guidance, leave the unconditional half plain
       (published: both).
 
-    Raises UserError for a gamma that is not positive and finite, first_steps below 0, or a
-    threshold outside 0..1000.
+    Raises UserError for a gamma that is not positive and finite, first_steps below 0, a threshold
+    outside 0..1000, and one in (0, 1], which is meant as a share of 1000.
     """
 
     gamma: float = 1.2
@@ -54,6 +55,11 @@ class TacaConfig:
             )
         if not 0 <= self.threshold <= MAX_TIMESTEP:
             raise UserError(f"taca.threshold is {self.threshold}; timesteps are in 0..1000")
+        if 0 < self.threshold <= 1:
+            raise UserError(
+                f"taca.threshold is {self.threshold}; timesteps run from 0 to 1000: did you mean "
+                f"{MAX_TIMESTEP * self.threshold:g}?"
+            )
         if self.first_steps is not None and self.first_steps < 0:
             raise UserError(
                 f"taca.first_steps is {self.first_steps}; it must be 0 or more, or none"
@@ -63,10 +69,10 @@ class TacaConfig:
 def active(
     config: TacaConfig, timestep: Float[ArrayLike, "*b"], step: ArrayLike | None = None
 ) -> Bool[Array, "*b"]:
-    """Whether TACA acts: `timestep >= threshold`, or `step < first_steps` where that is set.
+    """Whether TACA acts on each sample: `timestep >= threshold`, or `step < first_steps` if set.
 
-    `step` is the zero-based sampling step (scalar or `[b]`); without it (training) the threshold
-    decides. Everything may be traced.
+    timestep: in 0..1000. step: the sampling step, counted from 0, one for all samples or `[b]`;
+    without it, as in training, the threshold decides. Both may be traced.
     """
     timestep = jnp.asarray(timestep)
     if config.first_steps is not None and step is not None:
@@ -77,7 +83,7 @@ def active(
 def gamma_at(
     config: TacaConfig, timestep: Float[ArrayLike, "*b"], step: ArrayLike | None = None
 ) -> Float[Array, "*b"]:
-    """The float32 temperature of each sample; exactly 1 where TACA is not active."""
+    """The temperature of each sample, float32; exactly 1 where TACA is not `active`."""
     timestep = jnp.asarray(timestep, jnp.float32)
     rise = jnp.float32(1.0)
     if config.first_steps is None or step is None:
@@ -85,6 +91,41 @@ def gamma_at(
         x = jnp.clip((timestep - config.threshold) / span, 0.0, 1.0)
         rise = _SHAPES[config.schedule](x)
     return jnp.where(active(config, timestep, step), 1.0 + (config.gamma - 1.0) * rise, 1.0)
+
+
+def describe_steps(config: TacaConfig, timesteps: Sequence[float] | np.ndarray) -> str:
+    """On which sampling steps TACA acts, in a line: `TACA acts on steps 1 to 3 of 30 (t >= 970)`.
+
+    timesteps: of all the steps in their order, each in 0..1000. Where gamma changes with time, the
+    line says its range over the steps.
+    """
+    times = np.asarray(timesteps, np.float32)
+    steps = np.arange(len(times))
+    acts = np.asarray(active(config, times, steps))
+    which = _ranges(steps[acts] + 1)
+    if len(which) == 0:
+        where = f"none of {len(times)} steps"
+    else:
+        one = acts.sum() == 1
+        where = f"{'step' if one else 'steps'} {', '.join(which)} of {len(times)}"
+    if config.first_steps is not None:
+        return f"TACA acts on {where} (first_steps={config.first_steps})"
+    line = f"TACA acts on {where} (t >= {config.threshold:g})"
+    if config.schedule == "step" or not which:
+        return line
+    gamma = np.asarray(gamma_at(config, times, steps))[acts]
+    return f"{line}, gamma {gamma.min():.4g} to {gamma.max():.4g} ({config.schedule})"
+
+
+def _ranges(numbers: Iterable[int]) -> list[str]:
+    """Rising whole numbers in words: 1, 2, 3 and 7 are `1 to 3` and `7`."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    return [f"{r[0]}" if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in ranges]
 
 
 def _sigmoid(x: Float[Array, "*b"]) -> Float[Array, "*b"]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taca_jax.errors import UserError
-from taca_jax.taca import TacaConfig, active, gamma_at
+from taca_jax.taca import TacaConfig, active, describe_steps, gamma_at
 
 SCHEDULES = ("step", "linear", "cosine", "sigmoid")
 SMOOTH = SCHEDULES[1:]
@@ -16,7 +16,7 @@ SMOOTH = SCHEDULES[1:]
 configs = st.builds(
     TacaConfig,
     gamma=st.floats(0.5, 4.0),
-    threshold=st.floats(0.0, 999.0),
+    threshold=st.just(0.0) | st.floats(1.0, 999.0, exclude_min=True),
     schedule=st.sampled_from(SCHEDULES),
 )
 timesteps = st.lists(st.floats(0.0, 1000.0, width=32), min_size=1, max_size=8)
@@ -134,9 +134,40 @@ def test_a_scalar_timestep_gives_a_scalar():
         ({"gamma": float("inf")}, r"taca\.gamma is inf"),
         ({"threshold": -1.0}, r"taca\.threshold is -1\.0"),
         ({"threshold": 1000.5}, r"taca\.threshold is 1000\.5"),
+        ({"threshold": 0.97}, r"threshold is 0\.97; timesteps .* to 1000: did you mean 970\?"),
+        ({"threshold": 1.0}, r"threshold is 1\.0; .* did you mean 1000\?"),
         ({"first_steps": -1}, r"taca\.first_steps is -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         TacaConfig(**wrong)
+
+
+def test_a_threshold_of_0_acts_always():
+    assert active(TacaConfig(threshold=0), jnp.array([1000.0, 0.5, 0.0])).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (TacaConfig(), "steps 1 to 3 of 6 (t >= 970)"),
+        (TacaConfig(threshold=1000), "step 1 of 6 (t >= 1000)"),
+        (TacaConfig(threshold=0), "steps 1 to 6 of 6 (t >= 0)"),
+        (TacaConfig(first_steps=2), "steps 1 to 2 of 6 (first_steps=2)"),
+        (TacaConfig(first_steps=0), "none of 6 steps (first_steps=0)"),
+        (
+            TacaConfig(gamma=2, threshold=900, schedule="linear"),
+            "steps 1 to 4 of 6 (t >= 900), gamma 1.1 to 2 (linear)",
+        ),
+    ],
+)
+def test_the_steps_on_which_taca_acts_are_said_in_words(config, line):
+    timesteps = [1000.0, 990.0, 970.0, 910.0, 500.0, 100.0]
+    assert describe_steps(config, timesteps) == f"TACA acts on {line}"
+
+
+def test_timesteps_in_any_order_are_described_too():
+    given = np.array([500.0, 980.0, 990.0, 100.0, 975.0])
+    assert describe_steps(TacaConfig(), given) == "TACA acts on steps 2 to 3, 5 of 5 (t >= 970)"
+    assert describe_steps(TacaConfig(), [900.0]) == "TACA acts on none of 1 steps (t >= 970)"

@@ -6,19 +6,15 @@ tuples of these, or None) or configurations again. A field is addressed by its d
 docstring.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import tyro
 
 from taca_jax.errors import UserError
 
@@ -135,7 +131,7 @@ def check(right: bool, name: str, value: Any, allowed: str) -> None:
 def describe(type_: Any) -> str:
     """What a field of this type takes, in words: `an integer`, `one of step, linear`, ... ."""
     if _optional(type_):
-        return f"{describe(_present(type_))} or none"
+        return f"{describe(without_none(type_))} or none"
     if get_origin(type_) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(type_))
     if get_origin(type_) is tuple:
@@ -153,6 +149,14 @@ def describe(type_: Any) -> str:
     return words.get(type_, getattr(type_, "__name__", str(type_)))
 
 
+def without_none(type_: Any) -> Any:
+    """`X` of `X | None`; any other type as it is."""
+    if not _optional(type_):
+        return type_
+    inner = tuple(arg for arg in get_args(type_) if arg is not types.NoneType)
+    return inner[0] if len(inner) == 1 else Union[inner]  # noqa: UP007 - built at run time
+
+
 def show(value: Any) -> str:
     """A value as it would be written on the command line."""
     if value is None or isinstance(value, bool):
@@ -168,7 +172,7 @@ def show(value: Any) -> str:
 
 def tokens_of(type_: Any, text: str, said: str) -> list[str]:
     """The elements of a comma list or JSON list for a tuple type, else the text alone."""
-    if get_origin(_present(type_)) is not tuple:
+    if get_origin(without_none(type_)) is not tuple:
         return [text]
     if text.lstrip().startswith("["):
         try:
@@ -180,24 +184,23 @@ def tokens_of(type_: Any, text: str, said: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def value_of(type_: Any, tokens: list[str], said: str) -> Any:
-    """The value of a type that words stand for.
+def value_of(type_: Any, tokens: Sequence[str], said: str) -> Any:
+    """The value of a plain type (see the module) that is written as `tokens`, one word each.
 
-    Raises UserError, which begins with what was `said`, for words that are no such value.
+    A tuple takes a word for each element, any other type exactly one. `none`, in any case, is None
+    where the type is optional. Raises UserError that begins with `said`, what the user wrote, for
+    words that are no such value.
     """
     if _optional(type_) and [token.lower() for token in tokens] == ["none"]:
         return None
-    present = _present(type_)
-    if present is str and len(tokens) == 1:
-        return tokens[0]  # any text is right, and tyro would take `-x` for a flag
-    if get_origin(present) is tuple and get_args(present) == (str, ...):
-        return tuple(tokens)
-    if present is bool:
-        tokens = [token.capitalize() for token in tokens]
-    try:  # tyro knows the types, the errors are ours
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return tyro.cli(present, args=tokens, config=(tyro.conf.FlagConversionOff,))
-    except SystemExit:
+    present = without_none(type_)
+    try:
+        if get_origin(present) is tuple:
+            kinds = _element_types(present, len(tokens))
+            return tuple(_from_word(*pair) for pair in zip(kinds, tokens, strict=True))
+        (token,) = tokens
+        return _from_word(present, token)
+    except ValueError:
         raise UserError(f"{said}: expected {describe(type_)}") from None
 
 
@@ -258,9 +261,52 @@ def _from_tree(cls: type, tree: Any, prefix: str) -> Any:
         if group is not None and not (value is None and _optional(hints[name])):
             values[name] = _from_tree(group, value, f"{full}.")
         else:
-            tokens = [_as_text(item) for item in (value if isinstance(value, list) else [value])]
-            values[name] = value_of(hints[name], tokens, f"{full}={json.dumps(value)}")
+            try:
+                values[name] = _from_json_value(hints[name], value)
+            except ValueError:
+                raise UserError(
+                    f"{full}={json.dumps(value)}: expected {describe(hints[name])}"
+                ) from None
     return _make(lambda: cls(**values), prefix)
+
+
+def _from_word(type_: Any, word: str) -> Any:
+    """The value of a type that is neither a tuple nor optional. Raises ValueError."""
+    if type_ is bool:
+        return _chosen((True, False), word.lower(), show)
+    if get_origin(type_) is Literal:
+        return _chosen(get_args(type_), word, str)
+    return type_(word)
+
+
+def _chosen(choices: Sequence[Any], word: str, written: Callable[[Any], str]) -> Any:
+    """The choice that is written as `word`. Raises ValueError where there is none."""
+    return choices[[written(choice) for choice in choices].index(word)]
+
+
+def _from_json_value(type_: Any, value: Any) -> Any:
+    """The value of a plain type from JSON, where null alone is None. Raises ValueError."""
+    if value is None and _optional(type_):
+        return None
+    present = without_none(type_)
+    if get_origin(present) is tuple and isinstance(value, list):
+        kinds = _element_types(present, len(value))
+        return tuple(_from_json_value(*pair) for pair in zip(kinds, value, strict=True))
+    if get_origin(present) is Literal:
+        return _chosen(get_args(present), json.dumps(value), json.dumps)
+    if present is float and type(value) is int:
+        return float(value)
+    if present is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not present:
+        raise ValueError
+    return value
+
+
+def _element_types(type_: Any, count: int) -> tuple[Any, ...]:
+    """The types of a tuple type's elements; of `tuple[X, ...]`, `count` times X."""
+    types_ = get_args(type_)
+    return types_[:1] * count if types_[-1] is Ellipsis else types_
 
 
 def _make(construct: Callable[[], Any], prefix: str) -> Any:
@@ -304,14 +350,6 @@ def _optional(type_: Any) -> bool:
     return get_origin(type_) in (Union, types.UnionType) and types.NoneType in get_args(type_)
 
 
-def _present(type_: Any) -> Any:
-    """`X` of `X | None`; any other type as it is."""
-    if not _optional(type_):
-        return type_
-    inner = tuple(arg for arg in get_args(type_) if arg is not types.NoneType)
-    return inner[0] if len(inner) == 1 else Union[inner]  # noqa: UP007 - built at run time
-
-
 def _group(type_: Any) -> type | None:
-    present = _present(type_)
+    present = without_none(type_)
     return present if isinstance(present, type) and dataclasses.is_dataclass(present) else None

@@ -1,8 +1,8 @@
-"""The axes of a mesh of devices by name, and what stands where on it.
+"""Meshes of devices with named axes, and how activations are laid out over them.
 
-`data` and `fsdp` share the samples; `fsdp` shares parameters too, gathered where they are used;
-`context` shares the tokens of each sample; `tensor` shares heads and the MLPs' hidden channels.
-Whoever runs a model sets the mesh (`on`); models only say here where activations belong.
+Samples are split over `data` and `fsdp`; parameters over `fsdp`, which are gathered where they are
+used; the tokens of each sample over `context`; attention heads and the MLPs' hidden channels over
+`tensor`. The caller of a model sets the mesh (`on`); models constrain their activations to it.
 """
 
 from collections.abc import Sequence
@@ -22,21 +22,23 @@ BATCH_AXES = ("data", "fsdp")
 CONTEXT_AXIS = "context"
 TENSOR_AXIS = "tensor"
 AXES = (*BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS)
-"""Ordered from least to most communication between neighbours."""
+"""All axes, from the one whose devices communicate least to the one whose do most."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share the work along each axis; the product is the number of devices.
+    """How many devices the work is split over along each axis.
 
-    One of them may be -1, which is as many devices as the others leave. On one device nothing is
-    shared, whatever stands here.
+    The product is the number of devices; one axis may be -1, which is as many as the others leave.
+    The default takes any number of devices, also a single one.
 
-    data: shares the samples; parameters are whole on each.
-    fsdp: shares the samples and the parameters. 0 is the devices that the others leave; in training
-        `data` gets those where they have room for whole parameters (`training.mesh_choice`).
-    context: shares the tokens of each sample.
-    tensor: shares heads and the MLPs' hidden channels; divides the number of heads.
+    data: splits the samples; each device has all parameters.
+    fsdp: splits the samples and the parameters. 0 is the devices that the others leave; in training
+        these go to `data` instead if each has room for all parameters (`training.mesh_choice`).
+    context: splits the tokens of each sample.
+    tensor: splits heads and the MLPs' hidden channels; divides the number of heads.
+
+    Raises UserError for sizes that are none, and for more than one -1.
     """
 
     data: int = 1
@@ -57,10 +59,11 @@ class MeshConfig:
 
     @property
     def open(self) -> bool:
-        """Whether parameters may be shared or not."""
+        """Whether it is left open if parameters are split."""
         return self.fsdp == 0 and self.data == 1 and -1 not in (self.context, self.tensor)
 
     def _asked(self) -> dict[str, int]:
+        """Devices along each axis, -1 for the axis that takes what the others leave."""
         others = (self.data, self.context, self.tensor)
         asked = {
             "data": self.data,
@@ -71,23 +74,30 @@ class MeshConfig:
         return {axis: asked[axis] for axis in AXES}
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Devices along each axis. Raises UserError where `devices` cannot be shared so."""
+        """The number of devices along each axis of a mesh of `devices`.
+
+        Raises UserError where the axes ask for another number of devices.
+        """
         sizes = self._asked()
         known = int(np.prod([size for size in sizes.values() if size != -1]))
         asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        change = "change one, or leave all out"
         if -1 in sizes.values():
             if devices % known:
-                raise UserError(f"{asked}: {known} does not divide the {devices} devices")
+                there = "the 1 device" if devices == 1 else f"the {devices} devices"
+                raise UserError(f"{asked}: {known} does not divide {there}; {change}")
             return {axis: devices // known if n == -1 else n for axis, n in sizes.items()}
         if known != devices:
-            raise UserError(f"{asked}: that is {known} devices, and there are {devices}")
+            there = "is 1" if devices == 1 else f"are {devices}"
+            raise UserError(f"{asked}: that is {known} devices, and there {there}; {change}")
         return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `devices` (by default all) that `config` asks for, near devices side by side.
+    """The mesh over `devices` (by default all) that `config` asks for.
 
-    Raises UserError as `MeshConfig.sizes` does.
+    Devices that are near each other are neighbours on the mesh. Raises UserError as
+    `MeshConfig.sizes` does, for a single device too.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -96,14 +106,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def on(mesh: Mesh | None) -> AbstractContextManager[object]:
-    """Within it, `mesh` is set; None leaves everything as it is."""
+    """A context in which `mesh` is the current mesh; for None nothing changes."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def dividing_axes(
     mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int
 ) -> tuple[str, ...] | None:
-    """Those of `axes`, in order, over which `size` divides evenly; None where it is over none."""
+    """Those of `axes`, in order, that a dimension of `size` can be split over evenly, else None."""
     found: tuple[str, ...] = ()
     for axis in axes:
         parts = mesh.shape.get(axis, 1)
@@ -114,9 +124,9 @@ def dividing_axes(
 
 
 def constrain_tokens(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-    """`x` with samples and tokens shared over the mesh that is set, and whole channels."""
+    """`x` with samples and tokens split over the current mesh, where they divide; not channels."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Within somebody's shard_map the axes are spent.
+    # Within a shard_map the array is one device's part already.
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
     batch = dividing_axes(mesh, BATCH_AXES, x.shape[0])

@@ -5,12 +5,11 @@ of each chip; times are a roofline's, from the arithmetic that the model needs a
 that must move, so that a real step takes longer.
 """
 
-import dataclasses
 import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -95,8 +94,9 @@ def plan(config: TrainConfig) -> None:
     if config.plan is None:
         raise UserError("plan is none; name a slice of TPUs, such as plan=v5e-16")
     where = Slice.of(config.plan)
+    models = open_models(config, published=True)
     try:
-        found = make_plan(config, where)
+        found = make_plan(models, where)
     except OutOfMemoryError as error:
         reason = str(error)
     else:
@@ -104,17 +104,16 @@ def plan(config: TrainConfig) -> None:
         if found.fits:
             return
         reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
-    models = open_models(config, published=True)
     mesh = settled(config.mesh, where.chip, lambda: models.parameter_bytes(jax.devices()[0]))
     if where.chips > 1 and mesh != config.mesh:
-        shared = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
-        if _fits(shared, where):
+        shared = replace(config, mesh=replace(config.mesh, fsdp=-1))
+        if _fits(replace(models, config=shared), where):
             raise UserError(f"{reason}; mesh.fsdp=-1, which shares parameters, fits")
     for other in where.larger():
         # More chips share more samples: as many for each as were asked for.
         batch = config.data.batch_size * other.chips // where.chips
-        data = dataclasses.replace(config.data, batch_size=batch)
-        if _fits(dataclasses.replace(config, data=data), other):
+        data = replace(config.data, batch_size=batch)
+        if _fits(replace(models, config=replace(config, data=data)), other):
             nearest = f"plan={other.name} data.batch_size={batch} fits"
             break
     else:
@@ -132,9 +131,9 @@ class OutOfMemoryError(Exception):
     """The compiler has no program that fits a chip: its own words."""
 
 
-def _fits(config: TrainConfig, where: Slice) -> bool:
+def _fits(models: RunModels, where: Slice) -> bool:
     try:
-        return make_plan(config, where).fits
+        return make_plan(models, where).fits
     except OutOfMemoryError:
         return False
 
@@ -149,13 +148,13 @@ def _compiled(lowered: Any) -> Any:
         raise OutOfMemoryError(f"the compiler says: {said[1]}") from error
 
 
-def make_plan(config: TrainConfig, where: Slice) -> Plan:
+def make_plan(models: RunModels, where: Slice) -> Plan:
     """The plan of a run on a slice. Takes some minutes for a model of 12 B parameters, nearly all
     of them in the TPU's compiler: for the transformer, and for the autoencoder's convolutions.
 
     Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
     """
-    models = open_models(config, published=True)
+    config = models.config
     mesh = choose_mesh(config.mesh, devices_of(where), models.parameter_bytes)
     check_mesh(config, models, mesh)
     model, autoencoder = models.abstract(mesh)

@@ -14,9 +14,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.loggers import silenced
 from taca_jax.nn.quantization import quantized_parts
 from taca_jax.parallel.processes import all_of, is_first, wait_for_all
-from taca_jax.quiet import quiet
 from taca_jax.training.step import TrainState
 
 _OVERHEAD_BYTES = 2**20  # names, shapes and indices beside the arrays
@@ -201,7 +201,7 @@ def _words(quantized: dict[str, str]) -> str:
 
 def _one_voice() -> AbstractContextManager[None]:
     """Keeps Orbax from logging a traceback for each array and thread that an error meets."""
-    return quiet("absl", "asyncio", below=logging.CRITICAL)
+    return silenced("absl", "asyncio", below=logging.CRITICAL)
 
 
 def _reason(error: Exception) -> str:

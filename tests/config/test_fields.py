@@ -155,7 +155,7 @@ outers = st.builds(
     kind=st.sampled_from(["plain", "none"]),
     on=st.booleans(),
     limit=st.none() | st.floats(allow_nan=False),
-    note=st.none() | st.text().filter(lambda text: text.lower() != "none"),
+    note=st.none() | st.text() | st.sampled_from(["none", "None", "null"]),
     sides=st.tuples(st.integers(), st.integers()),
 )
 
@@ -163,6 +163,13 @@ outers = st.builds(
 @given(outers)
 def test_json_gives_the_same_configuration_back(outer):
     assert from_json(Outer, to_json(outer)) == outer
+
+
+def test_in_json_the_word_none_is_text_and_null_is_none():
+    for note in ("none", "None", "null", None):
+        outer = dataclasses.replace(OUTER, note=note)
+        assert from_json(Outer, to_json(outer)).note == note
+    assert update(OUTER, {"note": "none"}).note is None  # as a word it is None
 
 
 @given(outers, outers)
@@ -191,6 +198,15 @@ def test_a_tuple_is_shown_as_it_can_be_given(outer):
     [
         ({"inner": {"rnk": 1}}, "run.json: unknown key inner.rnk; did you mean inner.rank?"),
         ({"on": 1}, "run.json: on=1: expected true or false"),
+        ({"on": "true"}, 'run.json: on="true": expected true or false'),
+        ({"name": None}, "run.json: name=null: expected text"),
+        ({"name": 3}, "run.json: name=3: expected text"),
+        ({"limit": "none"}, 'run.json: limit="none": expected a number or none'),
+        ({"limit": True}, "run.json: limit=true: expected a number or none"),
+        ({"kind": None}, "run.json: kind=null: expected one of plain, none"),
+        ({"sides": [1, 2.5]}, "run.json: sides=[1, 2.5]: expected a comma list of 2"),
+        ({"sides": [1]}, "run.json: sides=[1]: expected a comma list of 2"),
+        ({"sides": "1,2"}, 'run.json: sides="1,2": expected a comma list of 2'),
         ({"inner": {"rank": "many"}}, 'run.json: inner.rank="many": expected an integer'),
         ({"inner": 3}, "run.json: inner is 3; expected an object"),
         ({"inner": {"low": 2}}, "run.json: low is 2.0; it must be at most"),
@@ -202,6 +218,11 @@ def test_json_that_was_spoilt_is_refused_with_its_place(change, message):
     with pytest.raises(UserError) as error:
         from_json(Outer, json.dumps(tree), "run.json")
     assert message in str(error.value)
+
+
+def test_a_whole_number_in_json_may_stand_for_any_number():
+    limit = from_json(Outer, json.dumps(json.loads(to_json(OUTER)) | {"limit": 3})).limit
+    assert (limit, type(limit)) == (3.0, float)
 
 
 def test_a_cut_off_json_is_refused():

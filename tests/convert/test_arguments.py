@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from convert.arguments import parse
+from convert.arguments import POSITIONAL, parse
 from convert.cli import COMMANDS, Flux, Inspect, main
 from tests.processes import ROOT
 
@@ -22,7 +25,7 @@ def parsed(line: str):
         ("fulx", "unknown command fulx; there are flux"),
         ("flux --dts x", "unknown option of flux: --dts; did you mean --dst?"),
         ("flux --src a", "flux needs --dst"),
-        ("flux --src a --dst", "--dst : expected a path"),
+        ("flux --src a --dst", "--dst: expected a path"),
         ("flux --src a --src=b", "--src is given twice"),
         ("flux a", "flux has no use for a; options are written --name VALUE"),
         ("flux --src a --dst b --dtype int4", "--dtype int4: expected one of float32, bfloat16"),
@@ -60,6 +63,60 @@ def test_help_names_commands_and_options(capsys):
         assert stop.value.code == 0
         said = capsys.readouterr().out
         assert all(word in said for word in words)
+
+
+@dataclass
+class _Base:
+    """What commands share."""
+
+    source: Path = field(metadata=POSITIONAL)
+    """Where 100 % of it
+    comes from."""
+
+
+@dataclass
+class _Resize(_Base):
+    """Makes it smaller.
+
+    Or larger.
+    """
+
+    kind: Literal["near", "far"] = "near"
+    """How."""
+    tile_sizes: tuple[int, ...] | None = None
+    undocumented: float = 0.5
+
+
+def resized(*words: str):
+    return parse(["resize", *words], {"resize": _Resize}, prog="tool", about="A tool.")
+
+
+def test_fields_of_every_kind_are_read():
+    assert resized("a") == _Resize(Path("a"))
+    words = ["--kind", "far", "--tile-sizes", "1", "-2", "--undocumented=-1e3"]
+    assert resized("a", *words) == _Resize(Path("a"), "far", (1, -2), -1000.0)
+    assert resized("--tile_sizes", "none", "--kind=far", "a").tile_sizes is None
+
+
+def test_help_is_made_of_docstrings_and_types(capsys):
+    with pytest.raises(SystemExit):
+        resized("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("usage: tool resize [-h]")
+    for words in (
+        "Makes it smaller. Or larger.",
+        "SOURCE Where 100 % of it comes from.",
+        "--kind {near,far} How. (default: near)",
+        "--tile-sizes TILE_SIZES [TILE_SIZES ...]",
+        "--undocumented UNDOCUMENTED (default: 0.5)",
+    ):
+        assert words in said
+    with pytest.raises(SystemExit):
+        parse(["-h"], {"resize": _Resize}, prog="tool", about="A tool.")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "A tool." in said
+    assert "resize Makes it smaller." in said
+    assert "Or larger" not in said
 
 
 def test_a_reader_who_leaves_is_no_error(tmp_path):

@@ -21,6 +21,8 @@ from taca_jax.data.sources.tars import Broken, Member, expand, walk
 from taca_jax.errors import UserError
 from tests.data.making import picture_bytes, write_tar
 
+CUT_OFF = "cut off by the end of its tar"
+
 
 def open_tars(pattern, **changes):
     usual = {"resolution": 16, "max_bad_share": 0.9}
@@ -93,14 +95,21 @@ def test_a_size_that_is_none_is_a_broken_file(tmp_path, size):
     assert (first.name, last.name, last.size) == ("a", "c", 700)
 
 
-def test_a_size_below_zero_does_not_go_back(tmp_path):
-    path = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", "." * 700))
+def set_size(path, number, size, kind=tarfile.REGTYPE):
+    """Writes a size in binary and a type into the header of a member, and the checksum anew."""
     content = bytearray(path.read_bytes())
-    start = [*walk(path)][1].offset - 512
-    content[start + 124 : start + 136] = (-1024).to_bytes(12, "big", signed=True)
+    start = [*walk(path)][number].offset - 512
+    content[start + 124 : start + 136] = size.to_bytes(12, "big", signed=True)
+    content[start + 156 : start + 157] = kind
     content[start + 148 : start + 156] = b" " * 8
     content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, b"Z"])
+def test_a_size_below_zero_does_not_go_back(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", "." * 700))
+    set_size(path, 1, -1024, kind)
     found = [*islice(walk(path), 10)]
     assert found[1] == Broken("b", "its size is no number of bytes")
     assert [member.name for member in (found[0], found[2])] == ["a", "c"]
@@ -110,15 +119,19 @@ def test_what_could_not_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
     write_tar(tmp_path / "a.tar", samples(0, 3))
     write_tar(tmp_path / "b.tar", samples(3, 2))
-    read, refused = os.pread, (tmp_path / "b.tar").stat()
+    read, opened, refused = os.pread, tarfile.TarInfo.fromtarfile, (tmp_path / "b.tar").stat()
 
-    def refuse(handle, size, offset):
+    def refuse(handle, size=0, offset=0):
         if os.path.samestat(os.fstat(handle), refused):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(handle, size, offset)
 
+    def refuse_header(tar):
+        refuse(tar.fileobj.fileno())
+        return opened(tar)
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pread", refuse)
+        patch.setattr(tarfile.TarInfo, "fromtarfile", refuse_header)
         assert len(open_tars(f"{tmp_path}/*.tar")) == 3
     source = open_tars(f"{tmp_path}/*.tar")
     assert len(source) == 5
@@ -128,6 +141,51 @@ def test_what_could_not_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch
     assert (source.sizes() > 0).all()
     kept = len([*(tmp_path / "kept").rglob("*.npy")])
     assert kept == 3  # of both tars, and the sizes
+
+
+def test_a_sparse_file_is_left_out_and_a_damaged_one_reported(tmp_path):
+    path = tmp_path / "a.tar"
+    sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    for content, expected in ((b"0\n".ljust(700, b"\0"), ["a", "c"]), (b"." * 700, ["a", 0, "c"])):
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in "abc":
+                info = tarfile.TarInfo(name)
+                info.size = 700
+                info.pax_headers = sparse if name == "b" else {}
+                tar.addfile(info, io.BytesIO(content))
+        found = [member.name if isinstance(member, Member) else 0 for member in walk(path)]
+        assert found == expected
+
+
+def test_newer_versions_of_tarfile_give_the_same_report(tmp_path, monkeypatch):
+    """They refuse a size below 0 as a broken header (Python issue 130577)."""
+    path = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", "." * 700))
+    set_size(path, 1, -1024)
+    expected = [*walk(path)]
+    block = tarfile.TarInfo._block
+
+    def checked(self, count):
+        if count < 0:
+            raise tarfile.InvalidHeaderError("invalid offset")
+        return block(self, count)
+
+    monkeypatch.setattr(tarfile.TarInfo, "_block", checked)
+    assert [*walk(path)] == expected
+
+
+@pytest.mark.parametrize("left", [1024, 1000, 512, 1])
+def test_a_tar_that_ends_between_two_members_is_cut_off(tmp_path, left):
+    """In the header of a long name, or behind it."""
+    path = write_tar(tmp_path / "a.tar", {"a": "x" * 600, "n" * 200: "y"}, tarfile.GNU_FORMAT)
+    first, _ = walk(path)
+    path.write_bytes(path.read_bytes()[: 512 + 1024 + left])
+    assert [*walk(path)] == [first, Broken(f"byte {1536 + (left > 512) * 512}", CUT_OFF)]
+
+
+def test_zeros_that_are_cut_off_are_no_damage(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a": "x"})
+    path.write_bytes(path.read_bytes()[: 1024 + 700])
+    assert [*walk(path)] == [Member("a", 512, 1)]
 
 
 def test_two_tars_in_one_file(tmp_path):

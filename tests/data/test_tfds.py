@@ -13,7 +13,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.sources.bad_examples import BadExampleError
 from taca_jax.data.sources.opening import open_source
 from taca_jax.errors import UserError
-from taca_jax.quiet import quiet
+from taca_jax.loggers import silenced
 from tests.data.making import picture_bytes
 
 SIZES = [(24, 20), (20, 24), (40, 20), (24, 20), (24, 20)]
@@ -85,7 +85,7 @@ def prepared(tmp_path_factory):
     folders = {}
     tfds.disable_progress_bar()
     for kind in (Captioned, Labelled, Texts, Records):
-        with quiet("absl", below=logging.ERROR):
+        with silenced("absl", below=logging.ERROR):
             builder = kind(data_dir=str(root), file_format="array_record")
             builder.download_and_prepare(file_format="array_record")
         folders[kind.__name__] = root / builder.name / "1.0.0"

@@ -102,7 +102,8 @@ TOGETHER = """
 import json
 import jax, numpy as np
 from taca_jax import processes
-from taca_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, own_rows
+from taca_jax.parallel.batches import batch_sharding, local_rows, own_rows
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
 processes.join_processes()
 processes.wait_for_all("a start")
 index = jax.process_index()

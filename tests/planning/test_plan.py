@@ -15,13 +15,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from taca_jax.training.abstract import (
-    PUBLISHED,
-    PUBLISHED_TEXT_LENGTH,
-    abstract_training,
-    part_configs,
-)
-from taca_jax.training.build import check_sizes
 
 from configs.sd35_taca import CONFIG
 from taca_jax.autoencoders.pixels import Pixels
@@ -38,6 +31,7 @@ from taca_jax.planning.plan import _batch, in_units
 from taca_jax.planning.slices import Slice, slice_names
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
+from taca_jax.training.models import open_models
 from taca_jax.training.step import Batch, EncodedBatch
 from tests.processes import last_line, run_python
 from tests.random_models import random_model
@@ -92,28 +86,37 @@ def config_on(base, **changes):
     return tiny_config(base.parent / "run", **(adapt | changes))
 
 
+def open_or_published(config):
+    return open_models(config, published=True)
+
+
 def test_text_is_as_long_as_the_base_says(base):
-    parts, text_length = part_configs(config_on(base))
-    assert set(parts) == {"transformer", "text_encoder", "autoencoder"}
-    assert text_length == 16
-    published, text_length = part_configs(config_on(Path("flux1-schnell")))
-    assert text_length == 256
-    assert not published["transformer"].guidance_embed
-    assert PUBLISHED.keys() == PUBLISHED_TEXT_LENGTH.keys()
+    models = open_or_published(config_on(base))
+    assert set(models.stored.models) == {"transformer", "text_encoder", "autoencoder"}
+    assert (models.reading.tokens, models.token_ids) == (16, 16)
+    published = open_or_published(config_on(Path("flux1-schnell"), data=DataConfig("a:b", 2, 1024)))
+    assert published.reading.tokens == 256
+    assert not published.transformer.guidance_embed
+
+
+def test_a_base_that_is_neither_there_nor_published_is_refused(base):
+    known = "flux1-dev, flux1-krea-dev, flux1-schnell, sd35-medium, sd35-large, sd3-medium"
+    with pytest.raises(UserError, match=f"is not there; plan for {known} needs no folder"):
+        open_or_published(config_on(base.parent / "nothing"))
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
         ("transformer", "transformer is no model folder"),
-        ("text_encoder", "lacks a T5, which training needs"),
+        ("text_encoder", r"lacks text encoders \(FLUX.1 has CLIP and T5\), which training needs"),
         ("autoencoder", r"lacks an autoencoder \(autoencoder=FOLDER\), which training needs"),
     ],
 )
 def test_a_base_without_a_part_is_refused(base, part, message):
     shutil.rmtree(base / part)
     with pytest.raises(UserError, match=message):
-        part_configs(config_on(base))
+        open_or_published(config_on(base))
 
 
 def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
@@ -126,7 +129,7 @@ def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError(said)
 
-    def make_plan(config, where):
+    def make_plan(models, where):
         if where.chips == 1:
             plan_module._compiled(Lowered())
         return SimpleNamespace(fits=where.chips > 4)
@@ -142,10 +145,10 @@ def test_what_the_compiler_refuses_is_said_with_what_fits(base, monkeypatch):
 
 
 def test_whole_parameters_that_do_not_fit_are_to_be_shared(base, monkeypatch):
-    def make_plan(config, where):
-        if config.mesh.open:
+    def make_plan(models, where):
+        if models.config.mesh.open:
             raise plan_module.OutOfMemoryError("too large")
-        return SimpleNamespace(fits=config.mesh.fsdp == -1)
+        return SimpleNamespace(fits=models.config.mesh.fsdp == -1)
 
     monkeypatch.setattr(plan_module, "make_plan", make_plan)
     with pytest.raises(UserError, match=r"too large; mesh\.fsdp=-1, which shares parameters, fits"):
@@ -155,13 +158,12 @@ def test_whole_parameters_that_do_not_fit_are_to_be_shared(base, monkeypatch):
 def test_stable_diffusion_is_planned_for():
     """Its published shapes: as many parameters as the original, and as many tokens."""
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=1))
-    parts, text_length = part_configs(config)
+    models = open_or_published(config)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model, autoencoder = abstract_training(config, parts, text_length, mesh)
-    check_sizes(config, model.transformer, autoencoder, mesh)
-    batch, text = _batch(config, model, autoencoder, text_length, mesh)
+    model, autoencoder = models.abstract(mesh)
+    batch, text = _batch(config, models, autoencoder, mesh), models.reading.tokens
     cached = replace(config, data=replace(config.data, encode="cache"))
-    encoded, _ = _batch(cached, model, autoencoder, text_length, mesh)
+    encoded = _batch(cached, models, autoencoder, mesh)
     kernels = nnx.state(model.transformer, nnx.Any(nnx.Param, Fixed))
     sizes = [
         (isinstance(param, LoRAParam), math.prod(param.shape))
@@ -181,10 +183,13 @@ def test_stable_diffusion_is_planned_for():
 
 SCRIPT = """
 import json, sys
-from taca_jax.config import TrainConfig, from_json
-from taca_jax.training.plan import make_plan
-from taca_jax.training.slices import Slice
-plan = make_plan(from_json(TrainConfig, open(sys.argv[1]).read()), Slice.of("v5e-4"))
+from taca_jax.config.fields import from_json
+from taca_jax.planning.plan import make_plan
+from taca_jax.planning.slices import Slice
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.models import open_models
+models = open_models(from_json(TrainConfig, open(sys.argv[1]).read()))
+plan = make_plan(models, Slice.of("v5e-4"))
 print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.flops,
                   "repeated": plan.repeated, "received": plan.traffic.together.received,
                   "seconds": plan.seconds, "hidden": plan.hidden, "fits": plan.fits,

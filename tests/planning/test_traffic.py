@@ -89,10 +89,10 @@ import json
 import jax, jax.numpy as jnp
 from dataclasses import asdict
 from jax.sharding import NamedSharding, PartitionSpec as P
-from taca_jax.sharding import MeshConfig, make_mesh
-from taca_jax.training.plan import devices_of
-from taca_jax.training.slices import Slice
-from taca_jax.training.traffic import read_traffic
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
+from taca_jax.planning.plan import devices_of
+from taca_jax.planning.slices import Slice
+from taca_jax.planning.traffic import read_traffic
 where = Slice.of("v5e-4")
 mesh = make_mesh(MeshConfig(), devices_of(where))
 def given(spec, *shape):

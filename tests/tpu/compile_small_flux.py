@@ -19,7 +19,8 @@ from taca_jax.sampling.loop import denoise, make_plan
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
 from taca_jax.text.t5 import T5Encoder
-from taca_jax.training.step import Batch, TextToImage, make_trainer
+from taca_jax.training.models import TextToImage
+from taca_jax.training.step import Batch, make_trainer
 from tests.training.tiny import FLUX, T5, TEXT_LENGTH, tiny_config
 
 BATCH, SIDE, STEPS = 4, 64, 4
@@ -50,13 +51,13 @@ def compile_training(compiled: Any) -> dict[str, int]:
     types = {"rngs": nnx.Rngs(0), "dtype": jnp.dtype("bfloat16")}
     model = TextToImage(FluxTransformer(MODEL, **types), T5Encoder(T5, **types))
     config = tiny_config("unused", model=MODEL, dtype="bfloat16", taca=TacaConfig())
-    trainer, trained = make_trainer(config, model, Pixels(), pad_id=0)
+    trainer, trained = make_trainer(config, model, Pixels())
     state = trainer.begin(trained)
     batch = Batch(
         image=jnp.zeros((1, BATCH, SIDE, SIDE, 3), jnp.uint8),
         tokens=jnp.zeros((1, BATCH, TEXT_LENGTH), jnp.int32),
     )
-    arguments = (state, trainer.frozen, trainer.autoencoder, batch)
+    arguments = (state, trainer.frozen, batch)
     return compiled(trainer.step, arguments)
 
 

@@ -22,9 +22,9 @@ from taca_jax.parallel.batches import batch_sharding
 from taca_jax.parallel.mesh import MeshConfig, make_mesh, on
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
-from taca_jax.training.build import build_pipeline
+from taca_jax.training.models import TextToImage, open_models
 from taca_jax.training.optimizer import OptimizerConfig
-from taca_jax.training.step import Batch, TextToImage, make_trainer
+from taca_jax.training.step import Batch, make_trainer
 from tests.training.tiny import arrays, tiny_config, tiny_pipeline
 
 MESHES = {
@@ -52,22 +52,23 @@ def main() -> None:
         data=DataConfig(source="generated:shapes/64", batch_size=8, resolution=40),
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )
+    models = open_models(config)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (STEPS, 1, 8, 40, 40, 3), np.uint8)
     tokens = rng.integers(3, 33, (STEPS, 1, 8, 16), np.int32)
 
     def run(mesh):
-        pipeline = build_pipeline(config, mesh)
+        transformer, inputs = models.load_transformer(mesh), models.load_inputs(mesh)
         # B is zero at first, and A's gradient with it: begin where both count.
-        for _, layer in nnx.iter_graph(pipeline.transformer):
+        for _, layer in nnx.iter_graph(transformer):
             if getattr(layer, "lora_b", None) is not None:
                 layer.lora_b[...] = jax.random.normal(jax.random.key(1), layer.lora_b.shape) * 0.1
-        model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+        model = TextToImage(transformer, inputs.text_encoder)
         kind = nnx.Not(nnx.OfType(LoRAParam)) if quantization == "none" else Quantized
         base = jax.tree.leaves(nnx.state(model.transformer, kind))
         local = sum(x.addressable_shards[0].data.nbytes for x in base)
         share = local / sum(x.nbytes for x in base)
-        trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0, mesh=mesh)
+        trainer, trained = make_trainer(config, model, inputs.autoencoder, mesh)
         state = trainer.begin(trained)
         seen = []
         for i in range(STEPS):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,22 +19,23 @@ from taca_jax.data import cache as cache_module
 from taca_jax.data.cache import CacheWriter, encoded, read_manifest
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import StoppedError, UserError
+from taca_jax.families.flux.family import FLUX as FLUX_FAMILY
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
-from taca_jax.text.encoders import encode
 from taca_jax.text.tokenizers import load_tokenizer
-from taca_jax.training import encoding as caching
+from taca_jax.training import cache_stage
 from taca_jax.training import run as run_module
-from taca_jax.training.build import autoencoder_config, build_pipeline
-from taca_jax.training.encoding import Encoders, ready_cache
+from taca_jax.training.cache_stage import ready_cache
+from taca_jax.training.encoding import Encoders
 from taca_jax.training.inputs import open_loader
+from taca_jax.training.models import RunModels, TextToImage, open_models
 from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.run import train
 from taca_jax.training.signals import Notice
-from taca_jax.training.step import TextToImage, make_trainer
+from taca_jax.training.step import make_trainer
 from tests.compare import relative_error
 from tests.processes import run_cluster
 from tests.random_models import random_model
@@ -80,7 +82,7 @@ def save(pipeline, folder):
     pipeline.settings = dataclasses.replace(
         pipeline.settings, tokenizer="bytes", text_length=6, resolution=32
     )
-    pipeline.text_encoder = random_model(dataclasses.replace(T5, vocab_size=259))
+    pipeline.text_encoder = T5Text(random_model(dataclasses.replace(T5, vocab_size=259)), pad_id=0)
     pipeline.autoencoder = random_model(VAE)
     pipeline.save(folder)
 
@@ -111,7 +113,7 @@ def config_of(base, pictures, out_dir, **changes):
 
 
 def ready(config):
-    return ready_cache(config, None, Notice(""))
+    return ready_cache(config, open_models(config), None, Notice(""))
 
 
 @pytest.fixture(autouse=True)
@@ -143,9 +145,10 @@ def test_a_cache_gives_what_is_made_in_every_step(made):
     config, folder = made
     assert len(encoded(folder)) == len(SIZES) - 1
     cache = ready(config)
-    pipeline = build_pipeline(config, only=("text", "autoencoder"))
-    vae_graph, vae = nnx.split(pipeline.autoencoder)
-    text_graph, text = nnx.split(pipeline.text_encoder)
+    models = open_models(config)
+    inputs = models.load_inputs(None)
+    vae_graph, vae = nnx.split(inputs.autoencoder)
+    text_graph, text = nnx.split(inputs.text_encoder)
 
     @jax.jit
     def encoded_images(state, images):
@@ -153,13 +156,13 @@ def test_a_cache_gives_what_is_made_in_every_step(made):
 
     @jax.jit
     def encoded_text(state, tokens):
-        return encode(nnx.merge(text_graph, state), tokens, 0)
+        return nnx.merge(text_graph, state)(tokens)
 
     online = dataclasses.replace(config, data=dataclasses.replace(config.data, encode="online"))
     dropped = 0
     with (
-        open_loader(online, pipeline, None) as expected,
-        open_loader(config, pipeline, None, cache) as loader,
+        open_loader(online, models, inputs, None) as expected,
+        open_loader(config, models, cache, None) as loader,
     ):
         for _ in range(12):
             theirs, ours = next(expected), next(loader)
@@ -238,8 +241,8 @@ def test_told_to_stop_it_keeps_what_is_encoded(base, pictures, tmp_path, monkeyp
 
 def test_a_complete_cache_needs_neither_models_nor_pictures(made, tmp_path, monkeypatch):
     config = own(made, tmp_path)
-    monkeypatch.setattr(caching, "build_pipeline", None)
-    monkeypatch.setattr(caching, "open_source", None)
+    monkeypatch.setattr(RunModels, "load_inputs", None)
+    monkeypatch.setattr(cache_stage, "open_source", None)
     assert len(ready(config)) == len(SIZES)
 
 
@@ -247,15 +250,15 @@ def test_processes_that_see_other_files_compare_the_models_together(made, tmp_pa
     """Another process's answers stand for its own: what one alone would skip, it takes part in."""
     config = own(made, tmp_path)
     answers = iter([False, True, True, False])  # no cache, a cache, complete, of the same files
-    monkeypatch.setattr(caching, "all_of", lambda holds: next(answers) and holds)
+    monkeypatch.setattr(cache_stage, "all_of", lambda holds: next(answers) and holds)
 
     def compared(*arguments, **options):
         raise InterruptedError
 
-    monkeypatch.setattr(caching, "build_pipeline", compared)
+    monkeypatch.setattr(RunModels, "load_inputs", compared)
     with pytest.raises(InterruptedError):
         ready(config)
-    monkeypatch.setattr(caching, "all_of", lambda holds: False)
+    monkeypatch.setattr(cache_stage, "all_of", lambda holds: False)
     with pytest.raises(UserError, match="holds a cache for some processes and none for others"):
         ready(config)
 
@@ -265,12 +268,13 @@ def test_what_lies_beside_a_single_file_is_told_apart_too(pictures, tmp_path, na
     base = tmp_path / "flux.safetensors"
     base.touch()
     config = config_of(base, pictures, tmp_path / "run")
-    before = caching._files_stamp(config)
+    models = SimpleNamespace(family=FLUX_FAMILY, stored=SimpleNamespace(where=base))
+    before = cache_stage._files_stamp(config, models)
     (tmp_path / "other.safetensors").touch()
-    assert caching._files_stamp(config) == before
+    assert cache_stage._files_stamp(config, models) == before
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    assert caching._files_stamp(config) != before
+    assert cache_stage._files_stamp(config, models) != before
 
 
 def test_a_cache_killed_before_its_first_manifest_is_begun_anew(made, tmp_path):
@@ -345,7 +349,7 @@ def test_a_cache_of_other_weights_or_pictures_is_refused(made, base, pictures, t
     again = dataclasses.replace(config, base=str(other))
     ready(again)  # copied files are the same weights
     pipeline = FluxPipeline.from_pretrained(other, "float32")
-    scale = pipeline.text_encoder.final_norm.scale
+    scale = pipeline.text_encoder.t5.final_norm.scale
     scale[...] = scale[...] * 1.001
     pipeline.save(other)
     with pytest.raises(UserError) as refusal:
@@ -363,13 +367,11 @@ def test_a_cache_of_other_weights_or_pictures_is_refused(made, base, pictures, t
 def test_steps_from_a_cache_compile_once_for_each_bucket(made):
     config, _ = made
     cache = ready(config)
-    pipeline = build_pipeline(config, only=("transformer",))
-    assert pipeline.text_encoder is None
-    assert pipeline.autoencoder is None
-    model = TextToImage(pipeline.transformer, None)
-    trainer, trained = make_trainer(config, model, autoencoder_config(config), pad_id=0)
+    models = open_models(config)
+    model = TextToImage(models.load_transformer(None), None)
+    trainer, trained = make_trainer(config, model, models.autoencoder)
     state, shapes = trainer.begin(trained), set()
-    with open_loader(config, pipeline, None, cache) as loader:
+    with open_loader(config, models, cache, None) as loader:
         for _ in range(6):
             batch, _ = run_module._next_batch(loader, 1, None)
             shapes.add(batch.mean.shape)
@@ -383,14 +385,15 @@ TOGETHER = """
 import os, signal, sys, time
 from pathlib import Path
 import jax
-from taca_jax.config import TrainConfig
+from taca_jax.config.fields import from_json
 from taca_jax.data.cache import CacheWriter
 from taca_jax.errors import StoppedError
-from taca_jax.fields import from_json
-from taca_jax.processes import join_processes
-from taca_jax.sharding import make_mesh
-from taca_jax.training.caching import ready_cache
-from taca_jax.training.preemption import Notice
+from taca_jax.parallel.mesh import make_mesh
+from taca_jax.parallel.processes import join_processes
+from taca_jax.training.cache_stage import ready_cache
+from taca_jax.training.config import TrainConfig
+from taca_jax.training.models import open_models
+from taca_jax.training.signals import Notice
 join_processes()
 config = from_json(TrainConfig, Path(sys.argv[1]).read_text(), sys.argv[1])
 add = CacheWriter.add
@@ -402,7 +405,7 @@ def slow_add(self, example, *arguments):  # a notice takes a while from process 
     add(self, example, *arguments)
 CacheWriter.add = slow_add
 try:
-    ready_cache(config, make_mesh(config.mesh), Notice("go on so"))
+    ready_cache(config, open_models(config), make_mesh(config.mesh), Notice("go on so"))
 except StoppedError as error:
     print(error)
 """

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from taca_jax.training.flops import forward_flops, step_flops, text_tokens
 
+from configs import flux_taca, sd35_taca
 from taca_jax.data.config import DataConfig
+from taca_jax.families.flops import forward_flops
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.families.sd3.model import SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.parallel.chips import CHIPS, chip_of
 from taca_jax.text.config import TextConfig
+from taca_jax.training.models import open_models
 from tests.training.tiny import tiny_config
 
 # XLA counts a loop's body once: one layer of each kind.
@@ -55,17 +57,21 @@ def test_of_the_full_size_model_it_is_what_others_count():
 
 
 def test_a_step_is_forward_and_its_gradients():
-    once = forward_flops(tiny_config("run").model, image=100, text=16)
     data = DataConfig("generated:shapes/64", 8, 40)
     config = tiny_config("run", data=data, grad_accumulation=2)
-    assert step_flops(config, config.model, image=100, text=16) == 3 * 16 * once
-    lora = replace(config, lora=LoRAConfig(), model=None, base="base", text=TextConfig())
-    assert step_flops(lora, config.model, image=100, text=16) == 2 * 16 * once
+    once = forward_flops(config.model, image=100, text=16)
+    assert open_models(config).step_flops == 3 * 16 * once
+    lora = replace(config, lora=LoRAConfig(), model=None, base="shapes_base", text=TextConfig())
+    models = open_models(lora)
+    assert models.tokens == {"image": 100, "text": 16}
+    once = forward_flops(models.transformer, image=100, text=16)
+    assert models.step_flops == 2 * 16 * once
 
 
 def test_stable_diffusion_reads_clip_before_t5():
-    assert text_tokens(FLUX_DEV, 512) == 512
-    assert text_tokens(SD35_MEDIUM, 256) == 333
+    flux, sd35 = (open_models(each.CONFIG, published=True) for each in (flux_taca, sd35_taca))
+    assert flux.tokens["text"] == 512
+    assert sd35.tokens["text"] == 333
 
 
 def test_peaks_are_known_of_tpus_alone():

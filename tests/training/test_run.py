@@ -325,7 +325,8 @@ def test_accumulated_steps_of_muon_resume_exactly(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import taca_jax.training.run as run
-from taca_jax.config import TrainConfig, from_json
+from taca_jax.config.fields import from_json
+from taca_jax.training.config import TrainConfig
 from taca_jax.errors import UserError
 
 real, step = run._next_batch, 0
@@ -516,7 +517,8 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, f
 FULL = """
 import resource, sys
 import taca_jax.training.checkpoints as checkpoints
-from taca_jax.config import TrainConfig, from_json
+from taca_jax.config.fields import from_json
+from taca_jax.training.config import TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.training import train
 

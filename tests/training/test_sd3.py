@@ -14,7 +14,8 @@ from taca_jax.families.sd3.text import SD3Text
 from taca_jax.nn.layers import Fixed, LoRAParam
 from taca_jax.nn.lora import add_lora
 from taca_jax.text.clip import CLIPConfig
-from taca_jax.training.step import Batch, TextToImage, make_trainer
+from taca_jax.training.models import TextToImage
+from taca_jax.training.step import Batch, make_trainer
 from tests.random_models import random_model
 
 TINY = SD3Config(
@@ -49,18 +50,18 @@ def test_the_preset_trains_the_lora_alone_on_both_clips_embeddings():
     assert len(paths) == 3 * 6 + 5
     encoder = SD3Text(random_model(CLIP), random_model(CLIP), None, width=20, t5_length=4)
     trainer, trained = make_trainer(
-        CONFIG, TextToImage(transformer, encoder), Pixels(PixelsConfig()), pad_id=0
+        CONFIG, TextToImage(transformer, encoder), Pixels(PixelsConfig())
     )
     factors = nnx.to_flat_state(trained)
     assert len(factors) == 2 * len(paths)
     assert all(isinstance(factor, LoRAParam) for _, factor in factors)
-    assert any(isinstance(param, Fixed) for _, param in nnx.to_flat_state(trainer.frozen))
+    assert any(isinstance(param, Fixed) for _, param in nnx.to_flat_state(trainer.frozen.model))
     batch = Batch(
         image=jnp.zeros((1, 2, 16, 16, 3), jnp.uint8),
         tokens=jnp.asarray(np.arange(24).reshape(1, 2, 12), jnp.int32),
     )
     state = trainer.begin(trained)
-    after, metrics = jax.eval_shape(trainer.step, state, trainer.frozen, trainer.autoencoder, batch)
+    after, metrics = jax.eval_shape(trainer.step, state, trainer.frozen, batch)
     assert metrics["loss"].shape == ()
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, after)
     assert all(jax.tree.leaves(same))

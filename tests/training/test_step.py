@@ -16,11 +16,11 @@ from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.nn.quantization import quantize
 from taca_jax.taca import TacaConfig
 from taca_jax.text.clip import CLIPConfig
-from taca_jax.text.encoders import encode
 from taca_jax.text.t5 import T5_KIND
 from taca_jax.training.losses import flow_matching_loss, interpolate, sample_timesteps
+from taca_jax.training.models import TextToImage
 from taca_jax.training.optimizer import OptimizerConfig
-from taca_jax.training.step import Batch, TextToImage, make_trainer, objective
+from taca_jax.training.step import Batch, make_trainer, objective
 from tests.random_models import random_model
 from tests.training.tiny import arrays, tiny_config, tiny_pipeline
 
@@ -32,11 +32,11 @@ def make(config, *, seed=0):
     """(trainer, state, model), all arrays its own: steps consume the state."""
     pipeline = tiny_pipeline(seed=seed)
     quantize(pipeline.transformer, FLUX_KIND, config.quantize)
-    quantize(pipeline.text_encoder, T5_KIND, config.quantize_text)
+    quantize(pipeline.text_encoder.t5, T5_KIND, config.quantize_text)
     if config.lora is not None:
         add_lora(pipeline.transformer, config.lora, ATTENTION_TARGETS, rngs=nnx.Rngs(1))
     model = TextToImage(pipeline.transformer, pipeline.text_encoder)
-    trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+    trainer, trained = make_trainer(config, model, pipeline.autoencoder)
     state = trainer.begin(trained)
     return trainer, jax.tree.map(jnp.copy, state), model
 
@@ -68,7 +68,7 @@ def adapter():
 
 @nnx.jit(static_argnames="config")
 def loss_of(model, x0, tokens, rng, *, config):
-    return objective(model, x0, tokens, rng, config=config, pad_id=0)
+    return objective(config, model.transformer, x0, model.text_encoder(tokens), rng)
 
 
 def own(state):
@@ -91,7 +91,7 @@ def test_training_from_scratch_moves_every_parameter(scratch):
     assert before.keys() == after.keys()
     still = [name for name in before if np.array_equal(before[name], after[name])]
     assert not still
-    assert not jax.tree.leaves(trainer.frozen)
+    assert not jax.tree.leaves(trainer.frozen.model)
     assert end.step == 3
 
 
@@ -103,9 +103,9 @@ def on_nf4():
 @pytest.mark.parametrize("made", ["adapter", "on_nf4"])
 def test_lora_training_changes_lora_factors_alone(made, request):
     trainer, start, model = request.getfixturevalue(made)
-    frozen = {name: np.array(value) for name, value in arrays(trainer.frozen).items()}
+    frozen = {name: np.array(value) for name, value in arrays(trainer.frozen.model).items()}
     end, metrics = run(trainer, start, [make_batch(seed=s) for s in range(4)])
-    for name, value in arrays(trainer.frozen).items():
+    for name, value in arrays(trainer.frozen.model).items():
         assert np.array_equal(value, frozen[name]), name
     base = arrays(nnx.state(model, nnx.Not(nnx.OfType(LoRAParam))))
     trained = trainer.merge(end.best)
@@ -155,7 +155,7 @@ def test_the_objective_is_the_papers(adapter):
     timestep = sample_timesteps(time_rng, 2, sampling="uniform", above=TACA.threshold)
     assert (timestep > TACA.threshold).all()
     noise = jax.random.normal(noise_rng, x0.shape)
-    text = encode(model.text_encoder, batch.tokens[0], 0)
+    text = model.text_encoder(batch.tokens[0])
     velocity = nnx.jit(FluxTransformer.__call__)(
         model.transformer,
         interpolate(x0, noise, timestep),
@@ -204,7 +204,8 @@ def test_two_parts_are_the_mean_of_each_with_its_key():
     def part_loss(trained, i):
         x0 = batch.image[i].astype(jnp.float32) / 127.5 - 1
         model = nnx.merge(graph, trained)
-        return objective(model, x0, batch.tokens[i], keys[i], config=config, pad_id=0)
+        text = model.text_encoder(batch.tokens[i])
+        return objective(config, model.transformer, x0, text, keys[i])
 
     losses, gradients = zip(*(part_loss(trained, i) for i in range(2)), strict=True)
     leaves = zip(*map(jax.tree.leaves, gradients), strict=True)
@@ -232,7 +233,7 @@ def test_recomputing_activations_changes_nothing(scratch):
     pipeline.transformer.remat = "full"
     model = TextToImage(pipeline.transformer, pipeline.text_encoder)
     config = config_for(remat="full")
-    trainer, trained = make_trainer(config, model, pipeline.autoencoder, pad_id=0)
+    trainer, trained = make_trainer(config, model, pipeline.autoencoder)
     state = trainer.begin(trained)
     _, (again,) = run(trainer, state, [make_batch()])
     trainer, start, _ = scratch
@@ -269,12 +270,13 @@ def test_a_model_that_reads_with_clip_and_t5_trains():
     """Traced alone: the ids of both stand side by side, as their tokenizer joins them."""
     pipeline = tiny_pipeline()
     clip = CLIPConfig(33, 4, 32, 32, 2, 1, "quick_gelu", None, None)
-    text = FluxText(random_model(clip), pipeline.text_encoder)
+    text = FluxText(random_model(clip), pipeline.text_encoder.t5)
     graph, state = nnx.split(TextToImage(pipeline.transformer, text))
 
     def loss(state, x0, tokens):
         model = nnx.merge(graph, state)
-        return objective(model, x0, tokens, jax.random.key(0), config=config_for(), pad_id=0)
+        text = model.text_encoder(tokens)
+        return objective(config_for(), model.transformer, x0, text, jax.random.key(0))
 
     x0, tokens = jnp.zeros((2, 40, 40, 3)), jnp.zeros((2, 4 + 16), int)
     assert jax.eval_shape(jax.grad(loss), state, x0, tokens) == jax.eval_shape(lambda: state)

@@ -13,6 +13,7 @@ from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.pipelines.pipeline import PipelineSettings
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.config import TextConfig
+from taca_jax.text.encoders import T5Text
 from taca_jax.text.t5 import T5Config
 from taca_jax.text.tokenizers import load_tokenizer
 from taca_jax.training.config import TrainConfig
@@ -57,7 +58,7 @@ def tiny_pipeline(config: FluxConfig = FLUX, *, seed: int = 0, steps: int = 3) -
     """A pipeline on pixels with random weights."""
     return FluxPipeline(
         random_model(config, seed=seed),
-        text_encoder=random_model(T5, seed=seed),
+        text_encoder=T5Text(random_model(T5, seed=seed), pad_id=0),
         tokenizer=load_tokenizer("shapes", TEXT_LENGTH),
         autoencoder=Pixels(),
         settings=PipelineSettings(

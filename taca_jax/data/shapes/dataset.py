@@ -25,7 +25,7 @@ from taca_jax.data.shapes.captions import CATEGORIES, MAX_TOKENS, VOCABULARY, pa
 from taca_jax.data.shapes.drawing import IMAGE_SIZE
 from taca_jax.data.shapes.examples import SPLITS, Example, GeneratedShapes, test_prompts
 from taca_jax.errors import UserError
-from taca_jax.quiet import quiet
+from taca_jax.loggers import silenced
 
 __all__ = [
     "CATEGORIES",
@@ -191,7 +191,7 @@ def _build(config: str, root: Path, folder: Path) -> None:
     tfds.disable_progress_bar()  # its bars count shards and downloads; ours counts examples
     try:
         # TFDS warns that a data set which is not built yet is not there.
-        with contextlib.redirect_stdout(StringIO()), quiet("absl", below=logging.ERROR):
+        with contextlib.redirect_stdout(StringIO()), silenced("absl", below=logging.ERROR):
             _builder(config, root).download_and_prepare(file_format="array_record")
     finally:
         tfds.enable_progress_bar()

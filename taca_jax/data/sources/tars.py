@@ -1,7 +1,8 @@
-"""Tar files by random access: where each member's bytes are, found once by walking the headers.
+"""The files within tar archives: where the bytes of each are, so that they can be read at random.
 
-Written for archives that downloads and crashes have cut or torn: what cannot be read is named, and
-what stands behind it is found again. Format: POSIX.1-2001 pax, with GNU's long names.
+`tarfile` reads the headers. By itself it stops at a damaged one or passes over it in silence, and
+takes a size that it cannot read for 0; archives that downloads and crashes have cut or torn are
+walked here header by header instead, which reports what is damaged and goes on behind it.
 """
 
 import glob
@@ -12,15 +13,15 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from taca_jax.errors import UserError
 
-_BLOCK = 512
-_AT_ONCE = 2048  # blocks read at a time where a header is looked for
-_MAGIC = slice(257, 262)
-_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_LONG_NAME, _PAX, _PAX_GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE
+_BLOCK = tarfile.BLOCKSIZE
+_NO_SIZE = "its size is no number of bytes"
+_CUT_OFF = "cut off by the end of its tar"
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+_ENCODING, _ERRORS = "utf-8", "surrogateescape"  # of names, whose bytes may be anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,50 +42,38 @@ class Broken:
 
 
 def walk(path: Path) -> Iterator[Member | Broken]:
-    """The files within a tar, in order, and what of it is broken.
+    """The regular files within a tar, in order, and what of the tar is damaged.
 
-    Behind a broken header the next good one is looked for. Raises OSError where the tar cannot be
-    opened or read.
+    After damage the walk goes on at the next block that is a header. Raises OSError where the tar
+    cannot be opened or read.
     """
-    with path.open("rb") as file:
-        handle, end = file.fileno(), path.stat().st_size
-        offset, long_name, pax = 0, None, {}
-        while offset < end:
-            block = os.pread(handle, _BLOCK, offset)
-            if not block.strip(b"\0"):  # the end, or the end of one that others follow
-                offset += _BLOCK
-                continue
+    with path.open("rb") as file, _Headers(file) as tar:
+        end = path.stat().st_size
+        lost = False  # behind damage, until the next header
+        while tar.offset < end:
+            start = tar.offset
+            file.seek(start)
             try:
-                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except tarfile.HeaderError:
-                yield Broken(f"byte {offset}", "broken tar header")
-                offset = _next_header(handle, offset + _BLOCK, end)
-                long_name, pax = None, {}
+                header = tarfile.TarInfo.fromtarfile(tar)  # moves tar.offset to the next header
+            except (tarfile.HeaderError, ValueError):  # the latter of damaged sparse headers
+                # The block that was read last is to blame; `start` may be a long name before it.
+                start = max(start, (file.tell() - 1) // _BLOCK * _BLOCK)
+                broken = _broken_header(file, start)
+                tar.offset = start + _BLOCK
+                if broken is not None and not lost:
+                    yield broken
+                    lost = True
                 continue
-            data, kind = offset + _BLOCK, header.type
-            size = header.size
-            if kind in _FILES and "size" in pax:
-                size = _whole_number(pax["size"])
-            if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE):
-                size = 0
-            name = pax.get("path") or long_name or header.name
-            if size < 0:  # also what headers say in binary
-                yield Broken(name, "its size is no number of bytes")
-                offset = _next_header(handle, data, end)
-                long_name, pax = None, {}
+            lost = False
+            if header.size < 0 or not _is_size(header.pax_headers.get("size", "0")):
+                yield Broken(header.name, _NO_SIZE)
+                tar.offset, lost = header.offset_data, True
+            elif not header.isreg() or header.issparse():  # the bytes of the latter are in pieces
                 continue
-            if data + size > end:
-                yield Broken(name, "cut off by the end of its tar")
-                return
-            offset = data + -(-size // _BLOCK) * _BLOCK
-            if kind == _LONG_NAME:
-                long_name = os.fsdecode(os.pread(handle, size, data).rstrip(b"\0"))
-            elif kind == _PAX:
-                pax = _pax(os.pread(handle, size, data))
-            elif kind != _PAX_GLOBAL:
-                if kind in _FILES:
-                    yield Member(name, data, size)
-                long_name, pax = None, {}
+            elif header.offset_data + header.size > end:
+                yield Broken(header.name, _CUT_OFF)
+            else:
+                yield Member(header.name, header.offset_data, header.size)
 
 
 def expand(pattern: str) -> list[Path]:
@@ -120,39 +109,35 @@ def _choices(inside: str) -> list[str]:
     return inside.split(",")
 
 
-def _next_header(handle: int, offset: int, end: int) -> int:
-    """Where the next good header is at or behind `offset`, or the end."""
-    while offset < end:
-        blocks = os.pread(handle, _AT_ONCE * _BLOCK, offset)
-        for start in range(0, len(blocks), _BLOCK):
-            block = blocks[start : start + _BLOCK]
-            if block[_MAGIC] == b"ustar" and _is_header(block):
-                return offset + start
-        offset += _AT_ONCE * _BLOCK
-    return end
+class _Headers(tarfile.TarFile):
+    """A tar of which `walk` reads one header after the other; opening it reads none."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(fileobj=file, encoding=_ENCODING, errors=_ERRORS)
+
+    def next(self) -> None:
+        return None
 
 
-def _is_header(block: bytes) -> bool:
+def _broken_header(file: IO[bytes], offset: int) -> Broken | None:
+    """What is wrong with the block at `offset`, which is no usable header; None for zeros.
+
+    Zeros end an archive, which others may follow.
+    """
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if not block.strip(b"\0"):
+        return None
+    if not file.read(1):  # behind the last header of a whole archive come zeros
+        return Broken(f"byte {offset}", _CUT_OFF)
     try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(block, _ENCODING, _ERRORS)
     except tarfile.HeaderError:
-        return False
-    return True
+        return Broken(f"byte {offset}", "broken tar header")
+    # Newer versions of tarfile refuse a size below 0 as they read.
+    return Broken(header.name, _NO_SIZE if header.size < 0 else "broken tar header")
 
 
-def _whole_number(text: str) -> int:
-    """What a pax header says; -1 where that is no number, or one with more digits than any size."""
-    return int(text) if re.fullmatch("[0-9]{1,19}", text) else -1
-
-
-def _pax(content: bytes) -> dict[str, str]:
-    """The records of a pax header, `LENGTH KEY=VALUE` a line; what is none ends it."""
-    records: dict[str, str] = {}
-    while match := re.match(rb"(\d+) ([^=]+)=", content):
-        length = int(match[1])
-        if length <= match.end():
-            break
-        value = content[match.end() : length - 1]
-        records[match[2].decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[length:]
-    return records
+def _is_size(text: str) -> bool:
+    """Whether it is a whole number, of no more digits than any size has."""
+    return re.fullmatch("[0-9]{1,19}", text) is not None

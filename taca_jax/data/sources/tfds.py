@@ -15,7 +15,7 @@ from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.sources.base import CAPTION_KEYS, PictureSource, captions_of, text_of
 from taca_jax.data.sources.scans import stamp_of
 from taca_jax.errors import UserError
-from taca_jax.quiet import quiet
+from taca_jax.loggers import silenced
 
 _RANDOM_ACCESS = "array_record"
 
@@ -99,7 +99,7 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
     hint = f"prepare it with `tfds build ... --file_format={_RANDOM_ACCESS}`"
     folder = Path(name).expanduser()
     try:
-        with quiet("absl", below=logging.ERROR):
+        with silenced("absl", below=logging.ERROR):
             if (folder / "dataset_info.json").is_file():
                 builder = tfds.builder_from_directory(str(folder))
             else:
