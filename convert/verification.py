@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def _source(src: Path, config: Any) -> Original:
         told = {name: getattr(config, name) for name in family.original.untold if single}
         return transformer(src, family, **told)
     readers: Mapping[str, Callable[[Path], Original]] = {
-        VAE_KIND.name: partial(vae, latents=_latents(config) if single else None),
+        VAE_KIND.name: lambda src: vae(src, _latents(config) if single else None),
         T5_KIND.name: t5,
         CLIP_KIND.name: lambda src: clip(
             src, num_heads=config.num_heads, activation=config.activation

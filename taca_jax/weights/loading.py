@@ -58,8 +58,9 @@ class LoadOptions:
 class StoredParameters:
     """The parameters of a model where they are kept, by dotted path.
 
-    read: (path, part of it) -> that part, as it is stored, on the host. Stacks of layers are read a
-    layer at a time.
+    dtypes: what a model has them in that asks for no other.
+    read: (path, part of it) -> that part, on the host, in that dtype or a more exact one. Stacks of
+    layers are read a layer at a time.
     """
 
     dtypes: Mapping[str, np.dtype]

@@ -25,7 +25,6 @@ from taca_jax.families.flux.model import (
     FluxTransformer,
 )
 from taca_jax.families.flux.pipeline import FluxPipeline
-from taca_jax.formats import engine
 from taca_jax.formats.lora.peft import tensors_of
 from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.nn.layers import LoRAParam, patchify
@@ -36,6 +35,7 @@ from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
+from tests.models import in_layout
 from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
@@ -282,7 +282,7 @@ def in_diffusers(model: FluxTransformer, folder):
     diffusers = pytest.importorskip("diffusers")
     settings = flux_diffusers.settings_of(model.config)
     (folder / "config.json").write_text(json.dumps(settings))
-    weights = engine.export(flux_diffusers.TABLE, model)
+    weights = in_layout(flux_diffusers.TABLE, model)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
     return diffusers.FluxTransformer2DModel.from_pretrained(folder).eval()
 

@@ -29,7 +29,6 @@ from taca_jax.families.sd3.model import (
 )
 from taca_jax.families.sd3.pipeline import SD3Pipeline
 from taca_jax.families.sd3.positions import sinusoids
-from taca_jax.formats import engine
 from taca_jax.formats.lora.peft import tensors_of
 from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.nn.kinds import flat_params
@@ -42,6 +41,7 @@ from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
+from tests.models import in_layout
 from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
@@ -366,7 +366,7 @@ def in_diffusers(model: SD3Transformer, folder):
     folder.mkdir(exist_ok=True)
     settings = sd3_diffusers.settings_of(model.config)
     (folder / "config.json").write_text(json.dumps(settings))
-    weights = engine.export(sd3_diffusers.table_of(model.config), model)
+    weights = in_layout(sd3_diffusers.table_of(model.config), model)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
     return diffusers.SD3Transformer2DModel.from_pretrained(folder).eval()
 
@@ -422,7 +422,7 @@ def test_exported_weights_compute_the_same_in_diffusers(tmp_path, changes):
         assert relative_error(ours, expected) <= 1e-5
     # And back through the command, from both layouts.
     native = tmp_path / "native.safetensors"
-    weights = engine.export(sd3_native.table_of(config), model)
+    weights = in_layout(sd3_native.table_of(config), model)
     write_tensors(native, {sd3_native.PREFIX + name: array for name, array in weights.items()})
     main(["sd3", "--src", str(tmp_path / "theirs"), "--dst", str(tmp_path / "back")])
     arrays = flat_params(model)
