@@ -15,7 +15,7 @@ from taca_jax.families.sd3.model import SD3Config
 from taca_jax.formats.engine import exported
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.tensor_files import ArrayTensors, Tensors
-from taca_jax.nn.kinds import flat_params
+from taca_jax.nn.kinds import flat_params, shapes_of
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.t5 import T5Config
 from taca_jax.weights.loading import LoadOptions
@@ -97,3 +97,14 @@ def from_layout(
         tensors = ArrayTensors("memory", tensors)
     source = Original(table, config, tensors)
     return source.load(LoadOptions(dtype=dtype, param_dtype=param_dtype))
+
+
+def shapes_alone(shapes: Mapping[str, tuple[int, ...]]) -> ArrayTensors:
+    """Tensors of some shapes and nothing in them, of models that are too large to be made."""
+    nothing = np.zeros((), np.float16)
+    return ArrayTensors("it", {key: np.broadcast_to(nothing, each) for key, each in shapes.items()})
+
+
+def layout_shapes(table: Table, config: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors of a config's models in the layout of a table."""
+    return {piece.key: piece.shape for piece in table.pieces(shapes_of(config))}

@@ -24,11 +24,10 @@ from taca_jax.errors import UserError
 from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.sd3.family import SD3_VAE
 from taca_jax.formats.settings import read_settings
-from taca_jax.formats.tensor_files import ArrayTensors, open_tensors
-from taca_jax.nn.kinds import shapes_of
+from taca_jax.formats.tensor_files import open_tensors
 from tests.compare import relative_error
 from tests.golden import nhwc
-from tests.models import from_layout
+from tests.models import from_layout, layout_shapes, shapes_alone
 from tests.shared import shared_path
 
 
@@ -157,8 +156,6 @@ def test_arrays_that_do_not_fit_are_refused(flux):
 
 
 def test_the_size_of_an_original_file_is_in_its_shapes():
-    pieces = vae_original.table_of(FLUX_VAE).pieces(shapes_of(FLUX_VAE))
-    nothing = np.zeros(())
-    tensors = ArrayTensors("x", {p.key: np.broadcast_to(nothing, p.shape) for p in pieces})
+    tensors = shapes_alone(layout_shapes(vae_original.table_of(FLUX_VAE), FLUX_VAE))
     assert vae_original.is_autoencoder(tensors)
     assert vae_original.inferred(tensors, like=FLUX_VAE) == FLUX_VAE

@@ -10,17 +10,16 @@ import pytest
 
 from convert.cli import main
 from taca_jax.errors import UserError
-from taca_jax.formats.key_table import Table
 from taca_jax.formats.settings import Settings
 from taca_jax.formats.tensor_files import ArrayTensors, write_tensors
-from taca_jax.nn.kinds import flat_params, shapes_of
+from taca_jax.nn.kinds import flat_params
 from taca_jax.text import clip_layout as clip
 from taca_jax.text import t5_layout as t5
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
 from taca_jax.text.t5 import T5_XXL
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
-from tests.models import CLIP, T5, in_layout
+from tests.models import CLIP, T5, in_layout, layout_shapes, shapes_alone
 from tests.random_models import random_model
 
 SIZES = ("--num-heads", "2", "--activation", "gelu")
@@ -93,22 +92,15 @@ def test_single_files_of_t5(tmp_path):
     assert_same(again, model)
 
 
-def shapes_alone(table: Table, config) -> ArrayTensors:
-    """All tensors of a full-size model, without memory behind them."""
-    pieces = table.pieces(shapes_of(config))
-    nothing = np.zeros((), np.float16)
-    return ArrayTensors("it", {p.key: np.broadcast_to(nothing, p.shape) for p in pieces})
-
-
 @pytest.mark.parametrize(
     "config", [CLIP_L, replace(CLIP_L, projection_dim=None), CLIP_BIGG], ids=["L", "L-", "bigG"]
 )
 def test_released_sizes_of_clip_are_known(config):
-    assert clip.inferred(shapes_alone(clip.TABLE, config)) == config
+    assert clip.inferred(shapes_alone(layout_shapes(clip.TABLE, config))) == config
 
 
 def test_the_released_size_of_t5_is_known():
-    assert t5.inferred(shapes_alone(t5.TABLE, T5_XXL)) == T5_XXL
+    assert t5.inferred(shapes_alone(layout_shapes(t5.TABLE, T5_XXL))) == T5_XXL
 
 
 def test_what_shapes_do_not_tell_is_asked_for_by_name(tmp_path, model):

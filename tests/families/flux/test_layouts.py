@@ -3,18 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from taca_jax.errors import UserError
 from taca_jax.families.flux import bfl, diffusers
-from taca_jax.families.flux.model import FLUX_DEV, FLUX_SCHNELL, FluxConfig
+from taca_jax.families.flux.model import FLUX_DEV, FLUX_SCHNELL
 from taca_jax.formats.scheduler import schedule_of
 from taca_jax.formats.settings import Settings, read_settings
-from taca_jax.formats.tensor_files import ArrayTensors, Shape
-from taca_jax.nn.kinds import shapes_of
 from taca_jax.sampling.schedule import FlowSchedule
-from tests.models import FLUX
+from tests.models import FLUX, layout_shapes, shapes_alone
 from tests.shared import shared_path
 
 
@@ -55,21 +52,12 @@ def test_schedule():
         schedule_of(Settings(Path("x"), {**constant, "use_karras_sigmas": True}))
 
 
-def bfl_shapes(config: FluxConfig = FLUX) -> dict[str, Shape]:
-    return {piece.key: piece.shape for piece in bfl.TABLE.pieces(shapes_of(config))}
-
-
-def of_shapes(shapes: dict[str, Shape]) -> ArrayTensors:
-    """Tensors of some shapes and nothing in them."""
-    return ArrayTensors("x", {k: np.broadcast_to(np.False_, v) for k, v in shapes.items()})
-
-
 def test_sizes_of_black_forest_labs_files():
     for config in (FLUX_DEV, FLUX_SCHNELL):
-        tensors = of_shapes(bfl_shapes(config))
+        tensors = shapes_alone(layout_shapes(bfl.TABLE, config))
         assert bfl.is_flux(tensors)
         assert bfl.inferred(tensors) == config
-    assert bfl.inferred(of_shapes(bfl_shapes()), FLUX.axes_dim) == FLUX
+    assert bfl.inferred(shapes_alone(layout_shapes(bfl.TABLE, FLUX)), FLUX.axes_dim) == FLUX
 
 
 @pytest.mark.parametrize(
@@ -83,4 +71,4 @@ def test_sizes_of_black_forest_labs_files():
 )
 def test_sizes_that_shapes_do_not_tell(change, words):
     with pytest.raises(UserError, match=words):
-        bfl.inferred(of_shapes(bfl_shapes() | change))
+        bfl.inferred(shapes_alone(layout_shapes(bfl.TABLE, FLUX) | change))
