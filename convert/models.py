@@ -48,6 +48,7 @@ def convert_family(
     transformer's config that a single file does not tell. Raises as `convert_model` does.
     """
     check_free(dst)
+    told = {name: value for name, value in told.items() if value is not None}
     if (src / "transformer").is_dir():
         return _convert_folder(family, src, dst, dtype, **told)
     if (src / CONFIG).is_file():

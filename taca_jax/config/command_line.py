@@ -124,7 +124,7 @@ def _help(kind: type, config: Any, preset: str | None, presets: list[str]) -> st
         "",
         f"keys ({whose}):",
     ]
-    for name, field in fields_of(kind).items():
+    for name, field in fields_of(kind, config).items():
         value = field.default if config is None else _at(config, name, field.default)
         if field.group is not None:
             note = "; none here" if value is None else ""

@@ -26,6 +26,18 @@ else:
     C = TypeVar("C")
 
 
+class Variants:
+    """A base of configuration classes, any of which a field annotated with it may hold.
+
+    In JSON such a field's object says by `kind` which of them it is.
+    """
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type]:
+        """The classes that there are, by kind."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """One field: its dotted name, annotation, class's default (MISSING: none) and documentation.
@@ -44,19 +56,24 @@ class Field:
         return _optional(self.annotation)
 
 
-def fields_of(cls: type) -> dict[str, Field]:
-    """Every field of a configuration class by dotted name, in order, groups before members."""
+def fields_of(cls: type, value: Any = None) -> dict[str, Field]:
+    """Every field of a configuration class by dotted name, in order, groups before members.
+
+    With a `value` of the class, a field that may hold several classes has the members of the one
+    that it holds.
+    """
     found = {}
     hints, docs = get_type_hints(cls), _documentation(cls)
     for field in dataclasses.fields(cls):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        group = _group(hints[field.name])
+        inside = getattr(value, field.name, None)
+        group = _held(_group(hints[field.name]), inside)
         doc = docs.get(field.name, "")
         found[field.name] = Field(field.name, hints[field.name], default, doc, group)
         if group is not None:
-            for name, member in fields_of(group).items():
+            for name, member in fields_of(group, inside).items():
                 dotted = f"{field.name}.{name}"
                 found[dotted] = dataclasses.replace(member, name=dotted)
     return found
@@ -70,12 +87,12 @@ def update(config: C, values: Mapping[str, str]) -> C:
     holds a comma. Each dataclass is rebuilt once, so that values which only fit together can be
     given together. Raises UserError, naming the key, the value and what is expected.
     """
-    return _update(config, type(config), values, "", fields_of(type(config)))
+    return _update(config, type(config), values, "", fields_of(type(config), config))
 
 
 def to_json(config: "DataclassInstance") -> str:
     """The configuration as indented JSON; groups are objects, tuples are lists."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(_to_tree(config), indent=2) + "\n"
 
 
 def from_json(cls: type[C], text: str, where: str = "the configuration") -> C:
@@ -233,6 +250,10 @@ def _update(
         group = known[prefix + head].group
         assert group is not None  # a dotted name in `known` goes through groups only
         current = None if config is None else getattr(config, head)
+        if current is None and issubclass(group, Variants):
+            raise UserError(
+                f"{prefix}{head} is none here, and of several kinds; take a preset with one"
+            )
         changes[head] = _update(current, group, inside, f"{prefix}{head}.", known)
     if config is not None:
         return _make(lambda: dataclasses.replace(config, **changes), prefix)
@@ -244,9 +265,34 @@ def _update(
     return _make(lambda: cls(**changes), prefix)
 
 
+def _to_tree(config: Any) -> dict[str, Any]:
+    """What JSON has of a configuration: a field that may hold several classes says its kind."""
+    tree = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inside = _to_tree(value)
+            if isinstance(value, Variants):
+                kinds = value.variants().items()
+                inside = {"kind": next(k for k, cls in kinds if cls is type(value)), **inside}
+            value = inside
+        tree[field.name] = value
+    return tree
+
+
 def _from_tree(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{prefix[:-1] or 'the whole'} is {tree!r}; expected an object")
+    if issubclass(cls, Variants) and prefix:
+        kinds, kind = cls.variants(), tree.get("kind")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise UserError(f"{prefix}kind is {kind!r}; expected one of {', '.join(kinds)}")
+        inside = {name: value for name, value in tree.items() if name != "kind"}
+        return _from_tree_of(kinds[kind], inside, prefix)
+    return _from_tree_of(cls, tree, prefix)
+
+
+def _from_tree_of(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in tree:
@@ -324,8 +370,11 @@ def _as_text(value: Any) -> str:
 
 
 def _documentation(cls: type) -> dict[str, str]:
-    """The `name: text` lines of a class docstring, with their indented continuation lines."""
+    """The `name: text` lines of the docstrings of a class and its bases, with their indented
+    continuation lines."""
     docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        docs |= {} if base is object else _documentation(base)
     names: list[str] = []
     for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
         if match := re.match(r"(\w+(?:, \w+)*): (.*)", line):
@@ -348,6 +397,12 @@ def _required(cls: type) -> list[str]:
 
 def _optional(type_: Any) -> bool:
     return get_origin(type_) in (Union, types.UnionType) and types.NoneType in get_args(type_)
+
+
+def _held(group: type | None, value: Any) -> type | None:
+    """The class of a value, where a field may hold several; else the field's."""
+    several = group is not None and issubclass(group, Variants) and value is not None
+    return type(value) if several else group
 
 
 def _group(type_: Any) -> type | None:

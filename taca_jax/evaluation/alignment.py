@@ -15,7 +15,7 @@ from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.data.shapes.examples import test_prompts
 from taca_jax.evaluation.config import EvalConfig
 from taca_jax.evaluation.shapes import check
-from taca_jax.evaluation.statistics import paired_difference, wilson_interval
+from taca_jax.evaluation.statistics import paired_difference, share_interval
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline, Variant
@@ -112,18 +112,22 @@ def _sample(
 
 
 def summary(alignment: Alignment) -> dict:
-    """Shares with Wilson's 95 % interval by variant and category, and differences from the first
-    variant over all prompts (paired), ready for JSON."""
+    """Shares with 95 % intervals by variant and category, and differences from the first variant
+    over all prompts (paired), ready for JSON. Prompts are the independent units: some categories
+    have fewer distinct ones than pictures."""
     rows = {}
     base = next(iter(alignment.correct))
-    of = np.array(alignment.categories)
+    of, prompts = np.array(alignment.categories), np.array(alignment.prompts)
     for name, correct in alignment.correct.items():
-        groups = {c: correct[of == c] for c in dict.fromkeys(alignment.categories)} | {
-            "all": correct
+        groups = {c: of == c for c in dict.fromkeys(alignment.categories)}
+        groups["all"] = np.full(len(of), True)
+        rows[name] = {
+            c: asdict(share_interval(correct[where], prompts[where].tolist()))
+            for c, where in groups.items()
         }
-        rows[name] = {c: asdict(wilson_interval(int(x.sum()), len(x))) for c, x in groups.items()}
         if name != base:
-            rows[name]["difference"] = asdict(paired_difference(alignment.correct[base], correct))
+            difference = paired_difference(alignment.correct[base], correct, prompts.tolist())
+            rows[name]["difference"] = asdict(difference)
     return rows
 
 
@@ -139,7 +143,8 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
         cells = [
             f"{100 * s['value']:.1f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})" for s in shares
         ]
-        out.add_row(f"{category}, n = {shares[0]['total']}", *cells, end_section=category == "all")
+        counted = f"{category}, {shares[0]['total']} pictures of {shares[0]['prompts']} prompts"
+        out.add_row(counted, *cells, end_section=category == "all")
     if len(names) > 1:
         cells = [
             f"{100 * d['value']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}), "

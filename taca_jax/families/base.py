@@ -14,8 +14,7 @@ from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import StoredEncoders, TextReading
 
 Config = Any
-"""A config of the family's own class. Its fields `patch_size`, `latent_channels`, `num_heads`,
-`txt_dim` and `pooled_dim` and its property `hidden` are read outside of the family's folder."""
+"""A config of the family's own class, which derives from TransformerConfig."""
 
 
 @dataclass(frozen=True)

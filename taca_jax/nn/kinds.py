@@ -11,9 +11,36 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from taca_jax.attention import Implementation
+from taca_jax.config.fields import Variants
 from taca_jax.nn.layers import Fixed, LoRAParam
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.rules import ShardingTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(Variants):
+    """What is read of any transformer's config; each family's own has more.
+
+    patch_size: latent pixels per token side. latent_channels: of the autoencoder.
+    num_heads: of attention.
+    txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
+    """
+
+    patch_size: int
+    latent_channels: int
+    num_heads: int
+    txt_dim: int
+    pooled_dim: int
+
+    @property
+    def hidden(self) -> int:
+        """Channels of a token between the blocks."""
+        raise NotImplementedError
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type]:
+        return {kind.name: kind.config for kind in _KINDS.values() if kind.role == "transformer"}
+
 
 Role = Literal["transformer", "text_encoder", "autoencoder"]
 

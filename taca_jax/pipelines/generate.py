@@ -18,7 +18,7 @@ from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.pipelines.previews import check_previewer
-from taca_jax.taca import TacaConfig
+from taca_jax.taca import TacaConfig, describe_steps
 from taca_jax.weights.shipped import find_weights
 
 
@@ -51,6 +51,9 @@ def generate(config: GenerateConfig) -> list[Path]:
         print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
     elif config.lora is not None:
         print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    if config.taca is not None:
+        times = pipeline.timesteps(config.height, config.width, config.steps)
+        print(describe_steps(config.taca, times))
     if config.preview is not None:
         if config.preview != OWN:
             pipeline.load_previewer(config.preview)

@@ -51,7 +51,7 @@ from taca_jax.pipelines.previews import (
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.pipelines.text import encoders_by_folder, load_text, save_tokenizers
 from taca_jax.sampling.loop import SkipLayers, Trajectory, denoise, make_plan
-from taca_jax.taca import TacaConfig
+from taca_jax.taca import MAX_TIMESTEP, TacaConfig
 from taca_jax.text.encoders import TextEncoder
 from taca_jax.text.tokenizers import Tokenizer, announce_cuts
 from taca_jax.weights.folders import PIPELINE_FILE, save_model
@@ -275,6 +275,27 @@ class Pipeline:
         config = self.transformer.config
         self.previewer = read_previewer(Path(path), config.latent_channels)
 
+    def timesteps(
+        self, height: int | None = None, width: int | None = None, steps: int | None = None
+    ) -> np.ndarray:
+        """The times that a call of that size in pixels visits, float32 [steps], 1000 (noise) first;
+        what is None is as in a call."""
+        settings, config = self.settings, self.transformer.config
+        sides = (settings.resolution if side is None else side for side in (height, width))
+        tokens = 1
+        for side in sides:
+            tokens *= side // (self._downscale * config.patch_size)
+        return self._sigmas(steps, tokens)[:-1] * np.float32(MAX_TIMESTEP)
+
+    @property
+    def _downscale(self) -> int:
+        return NO_DOWNSCALE if self.autoencoder is None else self.autoencoder.config.downscale
+
+    def _sigmas(self, steps: int | None, tokens: int) -> np.ndarray:
+        return self.settings.schedule.sigmas(
+            self.settings.steps if steps is None else steps, tokens
+        )
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of prompts; a warning says what of one is too long to be read.
 
@@ -364,7 +385,7 @@ class Pipeline:
             )
         layers = family.skippable_layers(config)
         skip = skip_guidance(skip_layers, guidance, layers)
-        downscale = NO_DOWNSCALE if self.autoencoder is None else self.autoencoder.config.downscale
+        downscale = self._downscale
         if latents is not None:
             x = given_latents(config, latents, batch, (height, width), downscale, family)
         else:
@@ -373,10 +394,7 @@ class Pipeline:
                 settings.resolution if width is None else width,
             )
             x = noise(config, batch, size, downscale, seed, family)
-        sigmas = settings.schedule.sigmas(
-            settings.steps if steps is None else steps,
-            x.shape[1] * x.shape[2] // config.patch_size**2,
-        )
+        sigmas = self._sigmas(steps, x.shape[1] * x.shape[2] // config.patch_size**2)
         if skip is not None:
             skip.announce(len(sigmas) - 1)
         plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)

@@ -16,7 +16,8 @@ from taca_jax.config.fields import check
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.evaluation.config import EvalConfig
-from taca_jax.families.flux.model import FluxConfig
+from taca_jax.families import registry
+from taca_jax.nn.kinds import TransformerConfig
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.stacking import Remat
@@ -26,6 +27,9 @@ from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.training.losses import TimestepSampling
 from taca_jax.training.optimizer import OptimizerConfig
+
+FAMILIES = registry.families()
+"""Whose transformers `model` may be; importing them makes their kinds known."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class TrainConfig:
     name: str
     steps: int
     base: str | None = None
-    model: FluxConfig | None = None
+    model: TransformerConfig | None = None
     lora: LoRAConfig | None = None
     quantize: Quantization = "none"
     quantize_text: Quantization = "none"

@@ -29,6 +29,7 @@ from taca_jax.parallel.processes import (
 )
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.taca import MAX_TIMESTEP
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.config import TrainConfig
@@ -98,6 +99,11 @@ def _run(config: TrainConfig, models: RunModels, mesh: Mesh | None, notice: Noti
     else:
         inputs = models.load_inputs(mesh)
     transformer = models.load_transformer(mesh)
+    if config.taca is not None and is_first():
+        print(
+            f"training under TACA: gamma {config.taca.gamma:g} ({config.taca.schedule}) at times in "
+            f"({config.taca.threshold:g}, {MAX_TIMESTEP:g}], from which all are drawn"
+        )
     sampler = None
     if config.sample_every and isinstance(inputs, InputModels):
         sampler = models.pipeline(transformer, inputs, mesh)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-
 from convert.arguments import POSITIONAL, parse
+
 from convert.cli import COMMANDS, Flux, Inspect, main
 from tests.processes import ROOT
 

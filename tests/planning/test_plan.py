@@ -94,7 +94,9 @@ def test_text_is_as_long_as_the_base_says(base):
     models = open_or_published(config_on(base))
     assert set(models.stored.models) == {"transformer", "text_encoder", "autoencoder"}
     assert (models.reading.tokens, models.token_ids) == (16, 16)
-    published = open_or_published(config_on(Path("flux1-schnell"), data=DataConfig("a:b", 2, 1024)))
+    published = open_or_published(
+        config_on(Path("flux1-schnell"), data=DataConfig("folder:x", 2, 1024))
+    )
     assert published.reading.tokens == 256
     assert not published.transformer.guidance_embed
 

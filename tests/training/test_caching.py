@@ -25,6 +25,7 @@ from taca_jax.nn.lora import LoRAConfig
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
+from taca_jax.text.encoders import T5Text
 from taca_jax.text.tokenizers import load_tokenizer
 from taca_jax.training import cache_stage
 from taca_jax.training import run as run_module

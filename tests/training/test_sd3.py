@@ -8,7 +8,7 @@ from flax import nnx
 
 from configs.sd35_taca import CONFIG
 from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
-from taca_jax.families.flux.lora import ATTENTION_TARGETS
+from taca_jax.families.sd3.lora import ATTENTION_TARGETS
 from taca_jax.families.sd3.model import SD3Config
 from taca_jax.families.sd3.text import SD3Text
 from taca_jax.nn.layers import Fixed, LoRAParam

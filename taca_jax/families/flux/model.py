@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from taca_jax.attention import Implementation, joint_attention
 from taca_jax.errors import UserError
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
-from taca_jax.nn.kinds import ModelKind, register
+from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
     ZEROS,
@@ -30,29 +30,23 @@ from taca_jax.nn.stacking import Remat, make_stack, run_stack
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
 
-@dataclass(frozen=True)
-class FluxConfig:
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig(TransformerConfig):
     """The shape of a FLUX transformer.
 
-    patch_size: latent pixels per token side. latent_channels: of the autoencoder.
     axes_dim: rotary channels for (index, row, column); they sum to head_dim.
-    txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
+    theta: the base of their wavelengths.
     guidance_embed: whether the guidance scale is an input (dev, Krea) or not (schnell).
 
     Raises UserError when axes_dim does not sum to head_dim or is odd.
     """
 
-    patch_size: int
-    latent_channels: int
-    num_heads: int
     head_dim: int
     axes_dim: tuple[int, int, int]
     theta: float
     num_double_blocks: int
     num_single_blocks: int
     mlp_ratio: float
-    txt_dim: int
-    pooled_dim: int
     guidance_embed: bool
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ from taca_jax.attention import Implementation, joint_attention
 from taca_jax.errors import UserError
 from taca_jax.families.sd3.positions import PositionTable
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
-from taca_jax.nn.kinds import ModelKind, register
+from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
     ZEROS,
@@ -34,31 +34,24 @@ from taca_jax.parallel.rules import EMBEDDING, FSDP, IN, OUT, WHOLE
 QKNorm = Literal["none", "rms"]
 
 
-@dataclass(frozen=True)
-class SD3Config:
+@dataclass(frozen=True, kw_only=True)
+class SD3Config(TransformerConfig):
     """The shape of a Stable Diffusion 3 transformer.
 
-    patch_size: latent pixels per token side. latent_channels: of the autoencoder.
     num_layers: all blocks; of the last one the text's part ends at its attention.
     num_dual_layers: the first blocks, which have a second attention among image tokens alone.
     qk_norm: what queries and keys pass through, per head.
     position_size: rows and columns of the position table, of which the middle is used.
-    txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
 
     Raises UserError for too many dual layers, and a width that is no multiple of 4.
     """
 
-    patch_size: int
-    latent_channels: int
-    num_heads: int
     head_dim: int
     num_layers: int
     num_dual_layers: int
     qk_norm: QKNorm
     position_size: int
     mlp_ratio: float
-    txt_dim: int
-    pooled_dim: int
 
     def __post_init__(self):
         if not 0 <= self.num_dual_layers < self.num_layers:

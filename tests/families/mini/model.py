@@ -1,0 +1,150 @@
+"""A third MM-DiT, as small as one can be: joint blocks alone, rotary positions, text from a T5."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from taca_jax.attention import Implementation, joint_attention
+from taca_jax.nn.blocks import BlockInputs, Stream, join
+from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
+from taca_jax.nn.layers import (
+    TIMESTEP_CHANNELS,
+    ZEROS,
+    Linear,
+    MLPEmbedder,
+    modulate,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+from taca_jax.nn.rope import Rotation, joint_rotation, rotate
+from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniConfig(TransformerConfig):
+    """The shape of the transformer. axes_dim: rotary channels for (index, row, column)."""
+
+    head_dim: int
+    axes_dim: tuple[int, int, int]
+    num_blocks: int
+
+    @property
+    def hidden(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        return 2 * self.hidden
+
+
+@dataclass(frozen=True)
+class MiniInputs(BlockInputs):
+    """`BlockInputs`, and the positions of all tokens."""
+
+    rotation: Rotation
+
+
+class MiniBlock(nnx.Module):
+    def __init__(self, config: MiniConfig, **types):
+        self.img = Stream(config, **types)
+        self.txt = Stream(config, **types)
+
+    def __call__(self, img: jax.Array, txt: jax.Array, inputs: MiniInputs):
+        mods = self.txt.modulation(inputs), self.img.modulation(inputs)
+        streams = (self.txt, txt, mods[0]), (self.img, img, mods[1])
+        qkv = [s.qkv(modulate(x, *mod[:2]), inputs.lora_scale) for s, x, mod in streams]
+        q, k, v = (join(*pair) for pair in zip(*qkv, strict=True))
+        attended = joint_attention(
+            rotate(q, inputs.rotation),
+            rotate(k, inputs.rotation),
+            v,
+            text_len=inputs.text_len,
+            gamma=inputs.gamma,
+            implementation=inputs.attention,
+        )
+        parts = jnp.split(attended.reshape(*attended.shape[:2], -1), [inputs.text_len], axis=1)
+        txt, img = (
+            stream.finish(x, part, mod, inputs.lora_scale)
+            for (stream, x, mod), part in zip(streams, parts, strict=True)
+        )
+        return img, txt
+
+
+class MiniTransformer(nnx.Module):
+    """Predicts the velocity of latents, called as every family's transformer is."""
+
+    def __init__(
+        self,
+        config: MiniConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+        attention: Implementation = "auto",
+    ):
+        self.config, self.dtype, self.remat, self.attention = config, dtype, remat, attention
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        features = config.latent_channels * config.patch_size**2
+        self.img_in = Linear(features, config.hidden, **types)
+        self.txt_in = Linear(config.txt_dim, config.hidden, **types)
+        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, config.hidden, **types)
+        self.vector_in = MLPEmbedder(config.pooled_dim, config.hidden, **types)
+        self.blocks = make_stack(
+            lambda r: MiniBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
+            config.num_blocks,
+            rngs,
+        )
+        self.final_out = Linear(config.hidden, features, kernel_init=ZEROS, **types)
+
+    def __call__(
+        self, latents, timestep, txt, pooled, *, gamma=None, lora_scale=None, attention=None
+    ):
+        config, (height, width) = self.config, latents.shape[1:3]
+        vec = self.time_in(timestep_embedding(timestep), lora_scale)
+        inputs = MiniInputs(
+            vec=nnx.silu(vec + self.vector_in(pooled, lora_scale)),
+            rotation=joint_rotation(
+                txt.shape[1],
+                height // config.patch_size,
+                width // config.patch_size,
+                axes_dim=config.axes_dim,
+                theta=100,
+            ),
+            text_len=txt.shape[1],
+            gamma=gamma,
+            lora_scale=lora_scale,
+            attention=attention or self.attention,
+        )
+        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
+        img, _ = run_stack(
+            self.blocks,
+            lambda block, x: block(x[0], x[1], inputs),
+            (img, self.txt_in(txt, lora_scale)),
+            remat=self.remat,
+        )
+        out = self.final_out(img, lora_scale).astype(jnp.float32)
+        return unpatchify(out, config.patch_size, height, width)
+
+
+MINI_KIND = register(
+    ModelKind(
+        "mini",
+        "transformer",
+        MiniConfig,
+        MiniTransformer,
+        sharding={
+            r"(img_in|final_out)": (WHOLE, FSDP),
+            r"txt_in": (FSDP, WHOLE),
+            r"(time|vector)_in\.linear_1": IN,
+            r"(time|vector)_in\.linear_2": OUT,
+            r"blocks\.(img|txt)\.(mod|qkv\.[qkv]|mlp_in)": IN,
+            r"blocks\.(img|txt)\.(out|mlp_out)": OUT,
+        },
+        quantized=r"blocks\..*",
+    )
+)
