@@ -153,7 +153,10 @@ def test_a_guess_is_said(tmp_path, capsys):
     """Of a width that no released model has, in layers of both."""
     src = released(tmp_path, HIDDEN, "0.attn.to_q")
     main(["inspect", str(src)])
-    assert "guessed to be of FLUX.1: its layers are in other families' models" in capsys.readouterr().out
+    assert (
+        "guessed to be of FLUX.1: its layers are in other families' models"
+        in capsys.readouterr().out
+    )
     main(["lora", "--src", str(src), "--dst", str(tmp_path / "a"), "--to", "kohya"])
     assert "guessed to be of FLUX.1" in capsys.readouterr().out
     options = ("--to", "kohya", "--model", "sd3")
