@@ -99,7 +99,7 @@ def transformer(src: Path, family: Family | None = None, **told: Any) -> Origina
         return original_vae(tensors, family)
     found = family_in(tensors, (family,) if family else families())
     if found is None:
-        which = f"{family.title} in {family.original.author}' names" if family else "model's file"
+        which = f"{family.title} in {family.original.whose} names" if family else "model's file"
         raise UserError(
             f"{src} is no {which}: {_names(tensors)}; of diffusers' files give the folder with "
             f"their {CONFIG}"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -282,3 +283,43 @@ def test_streamed_parameters_are_those_of_the_model(tmp_path, monkeypatch, model
     save_model(tmp_path / "n", model, dtype=jnp.bfloat16)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """32 layers of 4 MB each; at its peak there are only a few of them."""
+    program = """
+import sys
+import numpy as np
+from pathlib import Path
+from taca_jax.autoencoders.tiny_vae import TAEF1
+from taca_jax.formats.tensor_files import LazyTensor
+from taca_jax.weights.folders import save_streamed
+
+def resident():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    return int(fields["VmRSS"].split()[0]) / 1024
+
+def pieces():
+    for i in range(32):
+        yield np.full(2**20, i, np.float32)
+        seen.append(resident())
+
+seen = []
+small = LazyTensor((4,), np.dtype(np.float32), lambda: [np.zeros(4, np.float32)])
+save_streamed(Path(sys.argv[1]) / "small", TAEF1, {"a": small})
+before = resident()
+large = LazyTensor((32, 2**20), np.dtype(np.float32), pieces)
+save_streamed(Path(sys.argv[1]) / "large", TAEF1, {"a": large})
+print(max(seen) - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads the resident memory from /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        # glibc would keep freed layers in each thread's arena, more or fewer by the system's load.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) < 16

@@ -11,7 +11,7 @@ from taca_jax.families.sd3.family import SD3
 from taca_jax.families.sd3.model import SD35_MEDIUM
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.weights.lora_files import LoRAFile, load_adapter
-from tests.convert.test_cli import refused
+from tests.convert.commands import refused
 from tests.lora_files import KOHYA, LORA_AB, Pair, deltas, named, same_deltas
 
 HIDDEN, MLP = 16, 64
