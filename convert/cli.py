@@ -275,13 +275,15 @@ def parse(words: Sequence[str]) -> Callable[[], list[str]]:
     if name not in commands and name not in ("-h", "--help"):
         others = ", ".join(nearest(name, list(commands)))
         raise UserError(f"unknown command {name}; there are {others}")
-    found, left = parser.parse_known_args([_with_dashes(word) for word in words])
-    if left:
+    words = [_with_dashes(word) for word in words]
+    if name in commands:  # before argparse misses what was misspelt
         options = [flag for flag in commands[name]._option_string_actions if flag != "-h"]
-        flag = left[0].partition("=")[0]
-        if flag.startswith("--"):
-            raise UserError(unknown(flag, options, f"option of {name}:"))
-        raise UserError(f"{name} has no use for {flag}; options are written --name VALUE")
+        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if flag not in options:
+                raise UserError(unknown(flag, options, f"option of {name}:"))
+    found, left = parser.parse_known_args(words)
+    if left:
+        raise UserError(f"{name} has no use for {left[0]}; options are written --name VALUE")
     values = {key: value for key, value in vars(found).items() if key not in ("run", "_given")}
     return partial(found.run, **values)
 

@@ -148,7 +148,7 @@ def _transformer(family: Family, where: str, tensors: TensorFiles) -> list[str]:
     try:
         name = layout.table_of(layout.config_of(tensors)).name
     except UserError:
-        name = f"a {family.title} transformer in {layout.author}' layout"
+        name = f"a {family.title} transformer in {layout.whose} layout"
     return _inferred(where, name, tensors, layout.config_of)
 
 

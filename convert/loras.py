@@ -62,7 +62,8 @@ def doubts(file: LoRAFile) -> list[str]:
         return []
     others = [family for family in families() if family is not file.family]
     named = " or ".join(f"--model {family.name}" for family in others)
-    return [
+    said = (
         f"guessed to be of {file.family.title}: its layers are in other families' models alike, "
         f"and its widths in no released model; for another, `convert lora` takes {named}"
-    ]
+    )
+    return [said]

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,9 @@ def verify(src: Path, dst: Path) -> list[str]:
     if not (dst / PIPELINE_FILE).is_file():
         return [_compared(_source(src, load_config(dst)), dst)]
     if src.is_file():
-        family = family_of(load_config(dst / TRANSFORMER))
-        return [
-            _compared(source, dst / made) for made, source in parts_in_file(src, family).items()
-        ]
+        config = load_config(dst / TRANSFORMER)
+        sources = parts_in_file(src, family_of(config), **_untold(config))
+        return [_compared(source, dst / made) for made, source in sources.items()]
     lines = []
     for name, made, _ in PIPELINE_PARTS:
         if (src / name).is_dir() != (dst / made).is_dir():
@@ -52,11 +50,9 @@ def _source(src: Path, config: Any) -> Original:
     kind = kind_of(config)
     single = not (src / CONFIG).is_file()
     if kind.role == "transformer":
-        family = family_of(config)
-        told = {name: getattr(config, name) for name in family.original.untold if single}
-        return transformer(src, family, **told)
+        return transformer(src, family_of(config), **(_untold(config) if single else {}))
     readers: Mapping[str, Callable[[Path], Original]] = {
-        VAE_KIND.name: partial(vae, latents=_latents(config) if single else None),
+        VAE_KIND.name: lambda src: vae(src, _latents(config) if single else None),
         T5_KIND.name: t5,
         CLIP_KIND.name: lambda src: clip(
             src, num_heads=config.num_heads, activation=config.activation
@@ -66,6 +62,11 @@ def _source(src: Path, config: Any) -> Original:
     if kind.name not in readers:
         raise UserError(f"{src} cannot be the source of a {kind.name}: that is not converted")
     return readers[kind.name](src)
+
+
+def _untold(config: Any) -> dict[str, Any]:
+    """What a single file does not tell of a transformer, as it was told when it was converted."""
+    return {name: getattr(config, name) for name in family_of(config).original.untold}
 
 
 def _latents(config: VAEConfig) -> str | None:

@@ -86,6 +86,11 @@ class OriginalLayout:
     autoencoder_file: str | None = None
     written_prefix: str = ""
 
+    @property
+    def whose(self) -> str:
+        """As in "Stability AI's names"."""
+        return f"{self.author}'" if self.author.endswith("s") else f"{self.author}'s"
+
 
 @dataclass(frozen=True)
 class LoRANames:

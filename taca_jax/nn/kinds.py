@@ -77,8 +77,8 @@ def register(kind: ModelKind) -> ModelKind:
 
 
 def known_kinds() -> Mapping[str, ModelKind]:
-    """Every kind whose module has been imported, by name."""
-    return _KINDS
+    """Every kind whose module has been imported, by name and in the order of names."""
+    return dict(sorted(_KINDS.items()))
 
 
 def kind_of(config: Any) -> ModelKind:

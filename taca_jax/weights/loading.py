@@ -58,8 +58,9 @@ class LoadOptions:
 class StoredParameters:
     """The parameters of a model where they are kept, by dotted path.
 
-    read: (path, part of it) -> that part, as it is stored, on the host. Stacks of layers are read a
-    layer at a time.
+    dtypes: what a model has them in that asks for no other.
+    read: (path, part of it) -> that part, on the host, in that dtype or a more exact one. Stacks of
+    layers are read a layer at a time.
     """
 
     dtypes: Mapping[str, np.dtype]
@@ -126,17 +127,24 @@ def _of_layer(read: Callable[[Index], np.ndarray], layer: int) -> Callable[[Inde
 
 
 def _placed(read: Callable[[Index], np.ndarray], shape: Shape, where: Sharding) -> jax.Array:
-    """Parts that several devices hold are read once."""
-    found: dict[str, np.ndarray] = {}
+    """What this process's devices hold is read at once, from the first of it to the last."""
+    held = where.addressable_devices_indices_map(shape).values()
+    axes = list(zip(*(_ranges(index, shape) for index in held), strict=True))
+    first = [min(each.start for each in axis) for axis in axes]
+    last = [max(each.stop for each in axis) for axis in axes]
+    found = read(tuple(map(slice, first, last)))
 
     def part(index: Index | None) -> np.ndarray:
-        index = tuple(slice(None) for _ in shape) if index is None else index
-        key = str(index)
-        if key not in found:
-            found[key] = read(index)
-        return found[key]
+        ranges = zip(_ranges(index, shape), first, strict=True)
+        return found[tuple(slice(each.start - at, each.stop - at) for each, at in ranges)]
 
     return jax.make_array_from_callback(shape, where, part)
+
+
+def _ranges(index: Index | None, shape: Shape) -> list[range]:
+    """What a part of an array covers of each axis; None is all."""
+    slices = (slice(None),) * len(shape) if index is None else index
+    return [range(size)[each] for each, size in zip(slices, shape, strict=True)]
 
 
 def _layer_sharding(where: Sharding) -> Sharding:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
@@ -21,7 +22,14 @@ from taca_jax.formats.engine import contiguous, match, stored_dtype
 from taca_jax.formats.float8 import cast, unscaled
 from taca_jax.formats.key_table import Piece, Table
 from taca_jax.formats.settings import Settings, read_settings
-from taca_jax.formats.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
+from taca_jax.formats.tensor_files import (
+    FLOAT8,
+    TensorFiles,
+    Tensors,
+    open_tensors,
+    summary,
+    under,
+)
 from taca_jax.nn.kinds import shapes_of
 from taca_jax.text import clip_layout, t5_layout
 from taca_jax.text.clip import Activation
@@ -65,7 +73,7 @@ def _part(tensors: Tensors, pieces: Sequence[Piece], part: Index) -> np.ndarray:
 
     def whole(piece: Piece) -> np.ndarray:
         array = piece.transform.load(tensors.read(piece.key, piece.rows))
-        return contiguous(cast(array, stored_dtype(tensors, pieces)))
+        return contiguous(cast(array, jnp.bfloat16) if array.dtype in FLOAT8 else array)
 
     if pieces[0].layer is None:
         return whole(pieces[0])[part]
@@ -91,7 +99,7 @@ def transformer(src: Path, family: Family | None = None, **told: Any) -> Origina
         return original_vae(tensors, family)
     found = family_in(tensors, (family,) if family else families())
     if found is None:
-        which = f"{family.title} in {family.original.author}' names" if family else "model's file"
+        which = f"{family.title} in {family.original.whose} names" if family else "model's file"
         raise UserError(
             f"{src} is no {which}: {_names(tensors)}; of diffusers' files give the folder with "
             f"their {CONFIG}"

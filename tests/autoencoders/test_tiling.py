@@ -13,9 +13,8 @@ from PIL import Image
 from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles, encode_in_tiles
 from taca_jax.autoencoders.vae import upsample_nearest
 from taca_jax.errors import UserError
-from taca_jax.formats import engine
-from taca_jax.weights.originals import Original as Source
-from taca_jax.weights.originals import tiny_vae, vae
+from taca_jax.weights.loading import LoadOptions
+from taca_jax.weights.originals import Original, tiny_vae, vae
 from tests.compare import relative_error
 from tests.shared import shared_path
 
@@ -79,11 +78,9 @@ def test_sizes_that_do_not_fit(values, message):
         Tiling(size=100, overlap=0).in_latents(8)
 
 
-def compiled(source: Source):
+def compiled(source: Original):
     """Encoder and decoder of original weights."""
-    options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-    model = engine.load(source.table, source.tensors, source.config, **options)
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(source.load(LoadOptions(jnp.float32, param_dtype=jnp.float32)))
     return (
         jax.jit(lambda x: nnx.merge(graph, state).encode(x)),
         jax.jit(lambda x: nnx.merge(graph, state).decode(x)),

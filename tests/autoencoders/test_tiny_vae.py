@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from taca_jax.autoencoders.tiny_vae import TAEF1, TinyVAE, TinyVAEConfig
+from taca_jax.autoencoders.tiny_vae import TAEF1, TinyVAE
 from taca_jax.autoencoders.tiny_vae_layout import TABLE, open_taesd
 from taca_jax.errors import UserError
-from taca_jax.formats import engine
+from taca_jax.formats.tensor_files import write_tensors
 from tests.compare import relative_error
+from tests.models import TINY_VAE, from_layout
 from tests.random_models import random_model
 from tests.shared import shared_path
-
-SMALL = TinyVAEConfig(
-    latent_channels=4, image_channels=3, width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1)
-)
 
 
 def original(name: str):
@@ -51,7 +48,7 @@ def decode(model: TinyVAE, latents):
 
 def ours(name: str, dtype=jnp.float32) -> TinyVAE:
     tensors = open_taesd(shared_path("assets/tae") / name)
-    return engine.load(TABLE, tensors, TAEF1, dtype=dtype)
+    return from_layout(TABLE, tensors, TAEF1, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["taef1", "taesd3"])
@@ -102,7 +99,7 @@ def photos(count: int, size: int) -> np.ndarray:
 
 
 def test_arrays_that_do_not_fit_are_refused():
-    model = random_model(SMALL)
+    model = random_model(TINY_VAE)
     with pytest.raises(UserError, match=r"5 x 4.*multiples of 2"):
         model.encode(jnp.zeros((1, 5, 4, 3)))
     with pytest.raises(UserError, match=r"uint8.*\[-1, 1\]"):
@@ -112,6 +109,21 @@ def test_arrays_that_do_not_fit_are_refused():
 
 
 def test_decoder_limits_extreme_latents():
-    model = random_model(SMALL)
+    model = random_model(TINY_VAE)
     far, farther = (decode(model, jnp.full((1, 2, 2, 4), value)) for value in (1e3, 1e6))
     np.testing.assert_allclose(far, farther, atol=1e-5)
+
+
+def test_pairs_of_files(tmp_path):
+    with pytest.raises(UserError, match=r"should have one pair .* found none"):
+        open_taesd(tmp_path)
+    write_tensors(tmp_path / "a_encoder.safetensors", {"0.weight": np.zeros(3)})
+    with pytest.raises(UserError, match=r"a_decoder\.safetensors is not there"):
+        open_taesd(tmp_path)
+    write_tensors(tmp_path / "a_decoder.safetensors", {"1.weight": np.zeros(3)})
+    assert set(open_taesd(tmp_path).shapes) == {"encoder.0.weight", "decoder.1.weight"}
+    with pytest.raises(UserError, match=r"encoder\.0\.weight is \(3,\) instead of \(64, 3, 3, 3\)"):
+        from_layout(TABLE, open_taesd(tmp_path), TAEF1)
+    write_tensors(tmp_path / "b_encoder.safetensors", {"0.weight": np.zeros(3)})
+    with pytest.raises(UserError, match="found a, b"):
+        open_taesd(tmp_path)

@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 from scipy.special import softmax
 
+from taca_jax.autoencoders import vae_original
 from taca_jax.autoencoders.vae import (
     ATTENTION_CHUNK,
     AutoencoderKL,
@@ -22,11 +23,11 @@ from taca_jax.autoencoders.vae_diffusers import TABLE, config_of
 from taca_jax.errors import UserError
 from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.sd3.family import SD3_VAE
-from taca_jax.formats import engine
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.tensor_files import open_tensors
 from tests.compare import relative_error
 from tests.golden import nhwc
+from tests.models import from_layout, layout_shapes, shapes_alone
 from tests.shared import shared_path
 
 
@@ -44,7 +45,7 @@ def run(model: AutoencoderKL, method: str, *args):
 def golden_model(family: str, dtype=jnp.float32) -> AutoencoderKL:
     folder = shared_path(f"golden/{family}/vae")
     config = config_of(read_settings(folder))
-    return engine.load(TABLE, open_tensors(folder), config, dtype=dtype)
+    return from_layout(TABLE, open_tensors(folder), config, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +153,9 @@ def test_arrays_that_do_not_fit_are_refused(flux):
         model.encode(jnp.zeros((1, 16, 16, 3), jnp.uint8))
     with pytest.raises(UserError, match=r"expected \[b, h, w, 16\]"):
         model.decode(jnp.zeros((1, 2, 2, 4)))
+
+
+def test_the_size_of_an_original_file_is_in_its_shapes():
+    tensors = shapes_alone(layout_shapes(vae_original.table_of(FLUX_VAE), FLUX_VAE))
+    assert vae_original.is_autoencoder(tensors)
+    assert vae_original.inferred(tensors, like=FLUX_VAE) == FLUX_VAE

@@ -10,8 +10,8 @@ import pytest
 
 from taca_jax.formats.tensor_files import TensorFiles, open_tensors
 from taca_jax.weights.folders import save_model
-from tests.convert.test_cli import original_t5, refused, run
-from tests.convert.test_inspect_verify import FLUX
+from tests.convert.commands import original_t5, refused, run
+from tests.models import FLUX
 from tests.random_models import random_model
 from tests.shared import shared_path
 

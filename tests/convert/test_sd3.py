@@ -1,79 +1,48 @@
-"""Stability AI's single files, with what else is in them, and LoRA files without a model."""
+"""Stability AI's single files, with what else is in them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from convert.cli import main
-from taca_jax.autoencoders import vae_original as vae_bfl
-from taca_jax.autoencoders.vae import VAEConfig
-from taca_jax.families.sd3 import stability as sd3_native
+from taca_jax.autoencoders import vae_original
+from taca_jax.families.sd3 import stability
 from taca_jax.families.sd3.family import SD3_VAE
-from taca_jax.families.sd3.lora import ATTENTION_TARGETS as SD3_ATTENTION_TARGETS
-from taca_jax.families.sd3.model import SD3Config
 from taca_jax.families.sd3.pipeline import SD3Pipeline
-from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.nn.kinds import flat_params
-from taca_jax.nn.layers import LoRAParam
-from taca_jax.nn.lora import LoRAConfig, add_lora
-from taca_jax.text import clip_layout as clip
-from taca_jax.text import t5_layout as t5_format
-from taca_jax.text.clip import CLIPConfig
-from taca_jax.text.t5 import T5Config
+from taca_jax.text import clip_layout, t5_layout
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.lora_files import load_adapter, read_lora, write_lora
-from tests.random_models import random_model, randomise
+from tests import models as tiny
+from tests.models import CLIP, SD3, in_layout
+from tests.random_models import random_model
 
-SD3 = SD3Config(
-    patch_size=2,
-    latent_channels=4,
-    num_heads=2,
-    head_dim=8,
-    num_layers=4,
-    num_dual_layers=2,
-    qk_norm="rms",
-    position_size=8,
-    mlp_ratio=4.0,
-    txt_dim=12,
-    pooled_dim=10,
-)
-VAE = VAEConfig(
+VAE = replace(
+    tiny.VAE,
     channels=(32, 32),
-    layers_per_block=1,
-    latent_channels=4,
     groups=32,
     scaling_factor=SD3_VAE.scaling_factor,
     shift_factor=SD3_VAE.shift_factor,
 )
-T5 = T5Config(
-    vocab_size=20,
-    dim=12,
-    ff_dim=16,
-    num_heads=2,
-    head_dim=4,
-    num_layers=2,
-    relative_buckets=32,
-    relative_max_distance=128,
-)
-CLIP = CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)
+"""As the original's code has it, and no shape."""
+T5 = replace(tiny.T5, dim=SD3.txt_dim)
 
 
 @pytest.fixture
 def whole(tmp_path) -> Path:
     """A file with a transformer, an autoencoder, a T5, and something that is none of them."""
     parts = {
-        sd3_native.PREFIX: (sd3_native.table_of(SD3), SD3),
-        "first_stage_model.": (vae_bfl.table_of(VAE), VAE),
-        "text_encoders.t5xxl.transformer.": (t5_format.TABLE, T5),
+        stability.PREFIX: (stability.table_of(SD3), SD3),
+        "first_stage_model.": (vae_original.table_of(VAE), VAE),
+        "text_encoders.t5xxl.transformer.": (t5_layout.TABLE, T5),
     }
     tensors = {"model_ema.decay": np.zeros(1, np.float32)}
     for prefix, (table, config) in parts.items():
-        exported = engine.export(table, random_model(config))
+        exported = in_layout(table, random_model(config))
         tensors |= {prefix + name: array for name, array in exported.items()}
     file = tmp_path / "sd3.safetensors"
     write_tensors(file, tensors)
@@ -106,7 +75,7 @@ def test_every_model_of_a_file_is_said(whole, tmp_path, capsys):
     """CLIPs of unusual sizes too, whose heads no shape tells."""
     stored = open_tensors(whole)
     tensors = {name: stored.read(name) for name in stored.shapes}
-    exported = engine.export(clip.TABLE, random_model(CLIP))
+    exported = in_layout(clip_layout.TABLE, random_model(CLIP))
     for which in "lg":
         prefix = f"text_encoders.clip_{which}.transformer."
         tensors |= {prefix + name: array for name, array in exported.items()}
@@ -118,10 +87,10 @@ def test_every_model_of_a_file_is_said(whole, tmp_path, capsys):
     sd3 = "a Stable Diffusion 3 transformer in Stability AI's layout"
     encoder = "encoder in transformers' layout"
     assert said == [
-        f"under {sd3_native.PREFIX}: {sd3}",
+        f"under {stability.PREFIX}: {sd3}",
         "under first_stage_model.: an autoencoder in its original layout",
-        f"under text_encoders.clip_l.transformer.: a CLIP text {encoder}",
         f"under text_encoders.clip_g.transformer.: a CLIP text {encoder}",
+        f"under text_encoders.clip_l.transformer.: a CLIP text {encoder}",
         f"under text_encoders.t5xxl.transformer.: a T5 v1.1 {encoder}",
         "1 other tensors: model_ema.decay",
     ]
@@ -131,47 +100,13 @@ def test_every_model_of_a_file_is_said(whole, tmp_path, capsys):
 
 def test_a_file_of_another_model_is_refused(whole, tmp_path, capsys):
     tensors = open_tensors(whole)
-    write_tensors(tmp_path / "t5.safetensors", {"encoder.x": tensors.read("model_ema.decay")})
+    t5 = tmp_path / "t5.safetensors"
+    write_tensors(t5, {"encoder.x": tensors.read("model_ema.decay")})
     for words, message in (
-        (["sd3", "--src", str(tmp_path / "t5.safetensors")], "is no Stable Diffusion 3"),
-        (["flux", "--src", str(whole)], "is no FLUX in Black Forest Labs' names"),
+        (["sd3", "--src", str(t5)], "is no Stable Diffusion 3 in Stability AI's names"),
+        (["flux", "--src", str(whole)], "is no FLUX.1 in Black Forest Labs' names"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*words, "--dst", str(tmp_path / "made")])
         assert message in str(stop.value) + capsys.readouterr().err
     assert not (tmp_path / "made").exists()
-
-
-def test_loras_are_renamed_without_a_model(tmp_path, capsys):
-    model = random_model(SD3)
-    targets = (*SD3_ATTENTION_TARGETS, r"dual_blocks\.img_attn\.qkv\.[qkv]")
-    add_lora(
-        model, LoRAConfig(rank=2, alpha=3.0, targets=targets), ATTENTION_TARGETS, rngs=nnx.Rngs(0)
-    )
-    randomise(model, LoRAParam, scale=0.2)
-    first, kohya, again = (tmp_path / f"{name}.safetensors" for name in ("a", "kohya", "b"))
-    write_lora(first, model)
-    main(["lora", "--src", str(first), "--dst", str(kohya), "--to", "kohya"])
-    assert any(name.startswith("lora_unet_joint_blocks_3_") for name in open_tensors(kohya).shapes)
-    main(["lora", "--src", str(kohya), "--dst", str(again), "--to", "peft"])
-    assert load_adapter(again).kind == "sd3"
-    expected = {place: factors.a @ factors.b for place, factors in load(first, model).items()}
-    for file in (kohya, again):
-        given = load(file, model)
-        assert given.keys() == expected.keys()
-        for place, factors in given.items():
-            delta = factors.strength * factors.a @ factors.b
-            np.testing.assert_allclose(delta, expected[place], atol=1e-5)
-        assert "LoRA of" in str(read_lora(file, model))
-    with pytest.raises(SystemExit, match=r"tells which layers .*; give --model"):
-        main(["lora", "--src", str(first), "--dst", str(tmp_path / "n"), "--to", "native"])
-    ours = tmp_path / "ours.safetensors"
-    write_lora(ours, model, "native")
-    assert load_adapter(ours).kind == "sd3"
-    for layout in ("peft", "kohya"):
-        with pytest.raises(SystemExit, match=r"tells which layers .*; give --model"):
-            main(["lora", "--src", str(ours), "--dst", str(tmp_path / "n"), "--to", layout])
-
-
-def load(file, model):
-    return load_adapter(file, "sd3", model.config).adapter

@@ -21,7 +21,7 @@ def names(folder):
 
 WRITER = """
 import os, pathlib, signal, sys, time
-from taca_jax.atomic import whole_file, whole_folder
+from taca_jax.formats.atomic import whole_file, whole_folder
 
 kind, path = sys.argv[1], pathlib.Path(sys.argv[2])
 rename = pathlib.Path.rename

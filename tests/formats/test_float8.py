@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,35 +12,28 @@ import pytest
 
 from convert.cli import main
 from taca_jax.errors import UserError
-from taca_jax.families.flux import bfl as flux_bfl
-from taca_jax.families.flux.model import FluxConfig
-from taca_jax.families.sd3 import stability as sd3_native
-from taca_jax.formats import engine
+from taca_jax.families.flux import bfl
+from taca_jax.families.sd3 import stability
 from taca_jax.formats.float8 import cast
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.tensor_files import FLOAT8, open_tensors, write_tensors
 from taca_jax.nn.kinds import flat_params
-from taca_jax.text import t5_layout as t5
-from taca_jax.text.t5 import T5Config
+from taca_jax.text import t5_layout
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.original_pipelines import sd3_parts
-from taca_jax.weights.originals import Original as Source
-from taca_jax.weights.originals import flux, sd3
-from taca_jax.weights.originals import t5 as open_t5
-from tests.convert.test_sd3 import SD3
+from taca_jax.weights.original_pipelines import parts_in_file
+from taca_jax.weights.originals import Original, t5, transformer
+from tests.models import FLUX, SD3, T5, in_layout
 from tests.random_models import random_model
 
-T5 = T5Config(11, 8, 12, 2, 4, 2)
-FLUX = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 3, 4.0, 6, 4, guidance_embed=True)
-SD3_TABLE = sd3_native.table_of(SD3)
+SD3_TABLE = stability.table_of(SD3)
 QUERY = "encoder.block.0.layer.0.SelfAttention.q"
 Tensors = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
 def t5_tensors() -> Tensors:
-    return engine.export(t5.TABLE, random_model(T5))
+    return in_layout(t5_layout.TABLE, random_model(T5))
 
 
 def old_names(scales: dict[str, float], prefix: str) -> Tensors:
@@ -82,11 +76,8 @@ def scaled(
     return stored | names(scales, prefix), meant
 
 
-def loaded(source: Source) -> Tensors:
-    model = engine.load(
-        source.table, source.tensors, source.config, dtype=jnp.float32, param_dtype=jnp.float32
-    )
-    return engine.export(source.table, model)
+def loaded(source: Original) -> Tensors:
+    return in_layout(source.table, source.load(LoadOptions(jnp.float32, param_dtype=jnp.float32)))
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
@@ -120,7 +111,7 @@ def test_float8_models(tmp_path, t5_tensors):
     kinds = {path: str(param.dtype) for path, param in flat_params(again).items()}
     assert set(kinds.values()) == {"bfloat16", "float16"}
     assert kinds["final_norm.scale"] == "float16"
-    exported = engine.export(t5.TABLE, again)
+    exported = in_layout(t5_layout.TABLE, again)
     for name, tensor in stored.items():
         np.testing.assert_array_equal(exported[name].astype(np.float32), tensor.astype(np.float32))
 
@@ -129,13 +120,13 @@ def test_float8_models(tmp_path, t5_tensors):
 @pytest.mark.parametrize(
     ("config", "table", "read", "prefix"),
     [
-        (FLUX, flux_bfl.TABLE, lambda file: flux(file, FLUX.axes_dim), flux_bfl.COMFY_PREFIX),
-        (SD3, SD3_TABLE, sd3, sd3_native.PREFIX),
-        (T5, t5.TABLE, open_t5, ""),
+        (FLUX, bfl.TABLE, partial(transformer, axes_dim=FLUX.axes_dim), bfl.COMFY_PREFIX),
+        (SD3, SD3_TABLE, transformer, stability.PREFIX),
+        (T5, t5_layout.TABLE, t5, ""),
     ],
 )
 def test_scaled_models(tmp_path, config, table: Table, read: Callable, prefix, names):
-    stored, meant = scaled(engine.export(table, random_model(config)), names, prefix)
+    stored, meant = scaled(in_layout(table, random_model(config)), names, prefix)
     file = tmp_path / "x.safetensors"
     write_tensors(file, stored)
     source = read(file)
@@ -154,7 +145,7 @@ def test_a_scaled_file_from_end_to_end(tmp_path, t5_tensors, capsys):
     main(["inspect", str(file)])
     assert "MB of float32, float8_e5m2, times 15 scales" in capsys.readouterr().out
     main(["t5", "--src", str(file), "--dst", str(dst)])
-    again = engine.export(t5.TABLE, load_model(dst, LoadOptions(dtype=jnp.float32)))
+    again = in_layout(t5_layout.TABLE, load_model(dst, LoadOptions(dtype=jnp.float32)))
     for name, tensor in again.items():
         assert tensor.dtype == (np.float32 if "layer_norm" in name else ml_dtypes.bfloat16)
         np.testing.assert_array_equal(tensor, meant[name].astype(tensor.dtype), err_msg=name)
@@ -166,12 +157,10 @@ def test_a_scaled_text_encoder_within_a_checkpoint(tmp_path, t5_tensors):
     """Its scales are neither left out nor taken for the transformer's."""
     prefix = "text_encoders.t5xxl.transformer."
     stored, meant = scaled(t5_tensors, old_names, prefix)
-    transformer, _ = scaled(
-        engine.export(SD3_TABLE, random_model(SD3)), old_names, sd3_native.PREFIX
-    )
+    others, _ = scaled(in_layout(SD3_TABLE, random_model(SD3)), old_names, stability.PREFIX)
     file = tmp_path / "x.safetensors"
-    write_tensors(file, stored | transformer | {"model_ema.decay": np.zeros(1)})
-    parts = sd3_parts(file)
+    write_tensors(file, stored | others | {"model_ema.decay": np.zeros(1)})
+    parts = parts_in_file(file)
     assert parts["transformer"].left_out == ("model_ema.decay",)
     for name, tensor in loaded(parts["text_encoder_3"]).items():
         np.testing.assert_array_equal(tensor, meant[name], err_msg=name)
@@ -195,7 +184,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, t5_tensors, change, message):
     file = tmp_path / "x.safetensors"
     write_tensors(file, stored)
     with pytest.raises(UserError, match=message) as refused:
-        loaded(open_t5(file))
+        loaded(t5(file))
     assert "\n" not in str(refused.value)
 
 

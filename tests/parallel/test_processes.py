@@ -101,7 +101,7 @@ def test_alone_nothing_is_waited_for():
 TOGETHER = """
 import json
 import jax, numpy as np
-from taca_jax import processes
+from taca_jax.parallel import processes
 from taca_jax.parallel.batches import batch_sharding, local_rows, own_rows
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 processes.join_processes()

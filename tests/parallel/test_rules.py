@@ -1,4 +1,4 @@
-"""Where parameters lie: the tables against whole models, and what meshes there are."""
+"""Where parameters lie: the tables against whole models."""
 
 import math
 from functools import cache
@@ -8,17 +8,16 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from taca_jax.errors import UserError
+from taca_jax.autoencoders.tiny_vae import TAEF1
 from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.flux.model import FLUX_DEV, FLUX_SCHNELL
-from taca_jax.families.sd3.model import SD35_LARGE, SD35_MEDIUM
+from taca_jax.families.sd3.model import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model, flat_params, kind_of
-from taca_jax.nn.quantization import LAYERS, quantize
-from taca_jax.parallel.mesh import AXES, MeshConfig, dividing_axes
-from taca_jax.parallel.rules import TABLES, parameter_spec
+from taca_jax.nn.quantization import quantize
+from taca_jax.parallel.mesh import AXES
+from taca_jax.parallel.rules import parameter_spec
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
 from taca_jax.text.t5 import T5_XXL
-from taca_jax.weights.folders import KINDS
 
 FULL_SIZE = {
     "dev": FLUX_DEV,
@@ -46,6 +45,10 @@ def shapes_of(config, quantization="none"):
     return {path: param.shape for path, param in params_of(config, quantization).items()}
 
 
+def spec_of(config, path, shape, mesh):
+    return parameter_spec(kind_of(config).sharding, path, shape, mesh)
+
+
 def local_size(shape, spec, mesh):
     parts = 1
     for axes in spec:
@@ -54,8 +57,10 @@ def local_size(shape, spec, mesh):
     return math.prod(shape) // parts
 
 
-def test_every_kind_of_model_has_a_table():
-    assert set(TABLES) == set(KINDS)
+@pytest.mark.parametrize("config", [*FULL_SIZE.values(), SD3_MEDIUM, FLUX_VAE, TAEF1])
+def test_the_table_of_a_kind_is_about_every_parameter(config):
+    for path, shape in shapes_of(config).items():
+        spec_of(config, path, shape, mesh_of(fsdp=2, tensor=2))
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -67,14 +72,14 @@ def test_full_size_models_are_shared_evenly(name, sizes):
         pytest.skip("its 2,432 channels divide by 128 at most")
     shapes = shapes_of(config)
     held = sum(
-        local_size(shape, parameter_spec(kind_of(config), path, shape, mesh), mesh)
+        local_size(shape, spec_of(config, path, shape, mesh), mesh)
         for path, shape in shapes.items()
     )
     everything = sum(map(math.prod, shapes.values()))
     assert held < 1.15 * everything / mesh.size + 0.003 * everything
 
 
-QUANTIZED = [name for name, config in FULL_SIZE.items() if kind_of(config) in LAYERS]
+QUANTIZED = [name for name, config in FULL_SIZE.items() if kind_of(config).quantized]
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -85,10 +90,10 @@ def test_quantised_models_are_shared_as_evenly(name, quantization, sizes):
     config, mesh = FULL_SIZE[name], mesh_of(**sizes)
     plain, quantised = shapes_of(config), shapes_of(config, quantization)
     for path, shape in quantised.items():
-        spec = parameter_spec(kind_of(config), path, shape, mesh)
+        spec = spec_of(config, path, shape, mesh)
         kernel = path.removesuffix("_scale")
         if path == kernel:
-            assert spec == parameter_spec(kind_of(config), path, plain[path], mesh)
+            assert spec == spec_of(config, path, plain[path], mesh)
         else:
             # int8 has one block of inputs, which a tensor-parallel layer that sums up cannot share.
             parts = mesh.size if quantization == "nf4" else mesh.shape["fsdp"]
@@ -97,13 +102,13 @@ def test_quantised_models_are_shared_as_evenly(name, quantization, sizes):
 
 def test_data_parallel_parameters_are_whole():
     for path, shape in shapes_of(FLUX_DEV).items():
-        spec = parameter_spec("flux", path, shape, mesh_of(data=8, context=2))
+        spec = spec_of(FLUX_DEV, path, shape, mesh_of(data=8, context=2))
         assert not any(spec), path
 
 
 def test_the_autoencoder_is_whole_everywhere():
     for path, shape in shapes_of(FLUX_VAE).items():
-        assert not any(parameter_spec("vae", path, shape, mesh_of(fsdp=8))), path
+        assert not any(spec_of(FLUX_VAE, path, shape, mesh_of(fsdp=8))), path
 
 
 @pytest.mark.parametrize(
@@ -124,51 +129,9 @@ def test_the_autoencoder_is_whole_everywhere():
     ],
 )
 def test_what_follows_from_a_line_of_the_table(path, shape, expected):
-    assert parameter_spec("flux", path, shape, mesh_of(fsdp=8, tensor=2)) == expected
+    assert spec_of(FLUX_DEV, path, shape, mesh_of(fsdp=8, tensor=2)) == expected
 
 
 def test_a_parameter_that_no_line_is_about_is_an_error():
-    with pytest.raises(LookupError, match="0 lines of the flux table are about triple_blocks"):
-        parameter_spec("flux", "triple_blocks.q.kernel", (4, 4), mesh_of(fsdp=2))
-
-
-def test_axes_are_taken_while_they_divide():
-    mesh = mesh_of(data=2, fsdp=4)
-    assert dividing_axes(mesh, ("data", "fsdp"), 16) == ("data", "fsdp")
-    assert dividing_axes(mesh, ("data", "fsdp"), 6) == ("data",)
-    assert dividing_axes(mesh, ("data", "fsdp"), 3) is None
-    assert dividing_axes(mesh, ("context",), 4) is None
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (MeshConfig(), {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}),
-        (MeshConfig(data=-1), {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}),
-        (MeshConfig(data=-1, fsdp=2), {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}),
-        (
-            MeshConfig(fsdp=2, tensor=2, context=2),
-            {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
-        ),
-    ],
-)
-def test_the_rest_of_the_devices_goes_to_one_axis(config, expected):
-    assert config.sizes(8) == expected
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: MeshConfig(data=-1, fsdp=-1), "only one axis of mesh may be -1"),
-        (lambda: MeshConfig(tensor=0), "mesh.tensor is 0; it must be 1 or more, or -1"),
-        (lambda: MeshConfig(tensor=3).sizes(8), "3 does not divide the 8 devices"),
-        (lambda: MeshConfig(fsdp=4).sizes(8), "that is 4 devices, and there are 8"),
-    ],
-)
-def test_meshes_that_cannot_be(make, message):
-    with pytest.raises(UserError, match=message):
-        make()
-
-
-def test_one_device_needs_no_mesh():
-    assert MeshConfig().sizes(1) == dict.fromkeys(AXES, 1)
+    with pytest.raises(LookupError, match="0 lines of the sharding table are about triple_blocks"):
+        spec_of(FLUX_DEV, "triple_blocks.q.kernel", (4, 4), mesh_of(fsdp=2))

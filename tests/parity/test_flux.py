@@ -5,6 +5,8 @@ float32; weights go through `python -m convert` and the public loaders, as a use
 """
 
 import json
+import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,7 +18,6 @@ from safetensors.numpy import load_file
 
 from convert.cli import main
 from taca_jax.families.flux import diffusers as flux_diffusers
-from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import (
     FLUX_DEV,
     FLUX_KREA,
@@ -25,9 +26,9 @@ from taca_jax.families.flux.model import (
     FluxTransformer,
 )
 from taca_jax.families.flux.pipeline import FluxPipeline
-from taca_jax.formats import engine
 from taca_jax.formats.lora.peft import tensors_of
 from taca_jax.formats.tensor_files import write_tensors
+from taca_jax.nn.kinds import shapes_of
 from taca_jax.nn.layers import LoRAParam, patchify
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.taca import TacaConfig
@@ -36,24 +37,10 @@ from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
+from tests.models import FLUX, in_layout, layout_shapes
 from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
-
-SMALL = FluxConfig(
-    patch_size=2,
-    latent_channels=4,
-    num_heads=2,
-    head_dim=16,
-    axes_dim=(4, 6, 6),
-    theta=10_000,
-    num_double_blocks=2,
-    num_single_blocks=3,
-    mlp_ratio=4.0,
-    txt_dim=12,
-    pooled_dim=8,
-    guidance_embed=True,
-)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -191,7 +178,7 @@ def test_loss_and_every_lora_gradient(adapted, train):
     )
     assert relative_error(value, train["loss"][0]) <= 1e-5
 
-    ours, _ = tensors_of(by_layer(gradient, adapted))
+    ours, _ = tensors_of(by_layer(gradient, adapted), flux_diffusers.TABLE)
     theirs = {
         name.removeprefix("grad."): g for name, g in train.items() if name.startswith("grad.")
     }
@@ -247,14 +234,8 @@ def test_full_size_has_exactly_the_parameters_of_the_original(config):
     with torch.device("meta"):
         theirs = diffusers.FluxTransformer2DModel(**arguments(config))
     given = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    abstract = nnx.eval_shape(lambda: FluxTransformer(config, rngs=nnx.Rngs(0)))
-    shapes = {
-        ".".join(map(str, path)): param.shape
-        for path, param in nnx.to_flat_state(nnx.state(abstract, nnx.Param))
-    }
-    pieces = list(flux_diffusers.TABLE.pieces(shapes))
-    assert {piece.key: piece.shape for piece in pieces} == given
-    count = sum(param.size for param in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    assert layout_shapes(flux_diffusers.TABLE, config) == given
+    count = sum(math.prod(shape) for shape in shapes_of(config).values())
     assert count == sum(p.numel() for p in theirs.parameters())
     assert round(count / 1e9, 1) == 11.9
     assert FLUX_KREA == FLUX_DEV
@@ -282,7 +263,7 @@ def in_diffusers(model: FluxTransformer, folder):
     diffusers = pytest.importorskip("diffusers")
     settings = flux_diffusers.settings_of(model.config)
     (folder / "config.json").write_text(json.dumps(settings))
-    weights = engine.export(flux_diffusers.TABLE, model)
+    weights = in_layout(flux_diffusers.TABLE, model)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
     return diffusers.FluxTransformer2DModel.from_pretrained(folder).eval()
 
@@ -310,7 +291,7 @@ def diffusers_velocity(theirs, inputs, guidance) -> np.ndarray:
 
 @pytest.mark.parametrize("guidance_embed", [True, False])
 def test_exported_weights_compute_the_same_in_diffusers(tmp_path, guidance_embed):
-    config = FluxConfig(**{**SMALL.__dict__, "guidance_embed": guidance_embed})
+    config = replace(FLUX, guidance_embed=guidance_embed)
     model, inputs = random_model(config), random_inputs(config)
     guidance = jnp.array([1.0, 4.0]) if guidance_embed else None
     theirs = diffusers_velocity(in_diffusers(model, tmp_path), inputs, guidance)
@@ -325,14 +306,13 @@ def test_exported_weights_compute_the_same_in_diffusers(tmp_path, guidance_embed
 
 def test_a_lora_of_ours_does_the_same_in_diffusers(tmp_path):
     pytest.importorskip("peft")
-    model, inputs = random_model(SMALL), random_inputs(SMALL)
+    model, inputs = random_model(FLUX), random_inputs(FLUX)
     guidance = jnp.array([1.0, 4.0])
     theirs = in_diffusers(model, tmp_path)
     plain = diffusers_velocity(theirs, inputs, guidance)
     # Every linear layer, final_mod among them, whose halves diffusers stores the other way round;
     # alpha is not the rank. (PEFT takes the last layer's name, proj_out, for single blocks' too.)
-    config = LoRAConfig(rank=4, alpha=6.0, targets=(r"(?!final_out).*",))
-    add_lora(model, config, ATTENTION_TARGETS, rngs=nnx.Rngs(2))
+    add_lora(model, LoRAConfig(rank=4, alpha=6.0), (r"(?!final_out).*",), rngs=nnx.Rngs(2))
     randomise(model, LoRAParam, scale=0.1)
     write_lora(tmp_path / "lora.safetensors", model)
     theirs.load_lora_adapter(tmp_path / "lora.safetensors")

@@ -7,6 +7,7 @@ transformers writes go through `python -m convert` and the loaders of pipelines.
 import json
 import logging
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -20,11 +21,14 @@ from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.families.flux.text import FluxText
 from taca_jax.families.sd3.diffusers import SCHEDULE
 from taca_jax.families.sd3.text import SD3Text
-from taca_jax.pipelines.text import encoders_by_folder as encoder_parts
-from taca_jax.pipelines.text import load_sd3_text, save_tokenizers
+from taca_jax.pipelines.text import encoders_by_folder, load_text, save_tokenizers
 from taca_jax.text.tokenizers import load_tokenizer
-from taca_jax.weights.pipeline_folders import PipelineSettings, converted_parts
+from taca_jax.weights.folders import save_model
+from taca_jax.weights.loading import LoadOptions
+from taca_jax.weights.pipeline_folders import PipelineSettings, converted_pipeline
 from tests.compare import relative_error
+from tests.models import SD3
+from tests.random_models import random_model
 from tests.shared import shared_path
 
 torch = pytest.importorskip("torch")
@@ -212,10 +216,13 @@ def sd3(tmp_path_factory):
         main([kind, "--src", str(src), "--dst", str(root / "dst" / encoder)])
         tokenizer = f"tokenizer{number}"
         getattr(theirs, tokenizer).save_pretrained(root / "dst" / tokenizer)
+    config = replace(SD3, txt_dim=SD3_WIDTH, pooled_dim=SD3_POOLED)
+    save_model(root / "dst" / "transformer", random_model(config))
     return theirs, root / "dst"
 
 
-def load_sd3(folder, **changes):
+def load_sd3(folder):
+    """What reads SD3's prompts, and its tokenizer; None where a CLIP is missing."""
     settings = PipelineSettings(
         tokenizer=None,
         text_length=SD3_T5_TOKENS,
@@ -224,9 +231,9 @@ def load_sd3(folder, **changes):
         guidance=1.0,
         schedule=SCHEDULE,
     )
-    options = {"txt_dim": SD3_WIDTH, "pooled_dim": SD3_POOLED} | changes
-    parts = converted_parts(folder, settings)
-    return load_sd3_text(parts, lambda part: part.load(dtype=jnp.float32), **options)
+    stored = converted_pipeline(folder, settings)
+    reading = stored.reading
+    return None if reading is None else load_text(stored, reading, LoadOptions(dtype=jnp.float32))
 
 
 @pytest.fixture(scope="module")
@@ -272,12 +279,13 @@ def test_sd3_prompts_are_encoded_as_diffusers_does(sd3, sd3_text, tmp_path, with
 def test_sd3_encoders_and_tokenizers_by_folder(sd3, sd3_text, tmp_path):
     _, folder = sd3
     encoder, tokenizer = sd3_text
-    parts = encoder_parts(encoder)
+    parts = encoders_by_folder(encoder)
     assert list(parts) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
     assert parts["text_encoder_2"].config.activation == "gelu"
     assert save_tokenizers(tmp_path, tokenizer)
     for number, pad in (("", 49407), ("_2", 0), ("_3", 0)):
         again = load_tokenizer(str(tmp_path / f"tokenizer{number}"), 77)
         assert again.pad_id == pad
-    shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder")
+    for part in ("transformer", "text_encoder"):
+        shutil.copytree(folder / part, tmp_path / part)
     assert load_sd3(tmp_path) is None

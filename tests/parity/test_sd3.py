@@ -6,6 +6,7 @@ public loaders, as a user's do.
 """
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert.cli import main
-from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.sd3 import diffusers as sd3_diffusers
 from taca_jax.families.sd3 import stability as sd3_native
 from taca_jax.families.sd3.model import (
@@ -29,10 +29,9 @@ from taca_jax.families.sd3.model import (
 )
 from taca_jax.families.sd3.pipeline import SD3Pipeline
 from taca_jax.families.sd3.positions import sinusoids
-from taca_jax.formats import engine
 from taca_jax.formats.lora.peft import tensors_of
 from taca_jax.formats.tensor_files import write_tensors
-from taca_jax.nn.kinds import flat_params
+from taca_jax.nn.kinds import flat_params, shapes_of
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.sampling.loop import SkipLayers
@@ -42,23 +41,10 @@ from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
+from tests.models import SD3, in_layout, layout_shapes
 from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
-
-SMALL = SD3Config(
-    patch_size=2,
-    latent_channels=4,
-    num_heads=2,
-    head_dim=16,
-    num_layers=4,
-    num_dual_layers=2,
-    qk_norm="rms",
-    position_size=8,
-    mlp_ratio=4.0,
-    txt_dim=12,
-    pooled_dim=8,
-)
 
 
 def nchw(array: jax.Array) -> np.ndarray:
@@ -315,10 +301,8 @@ def test_full_size_has_exactly_the_parameters_of_the_original(config, parameters
         theirs = diffusers.SD3Transformer2DModel(**small)
     given = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
     given["pos_embed.pos_embed"] = (1, config.position_size**2, config.hidden)
-    shapes = engine.shapes_of(config)
-    pieces = list(sd3_diffusers.table_of(config).pieces(shapes))
-    assert {piece.key: piece.shape for piece in pieces} == given
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert layout_shapes(sd3_diffusers.table_of(config), config) == given
+    count = sum(math.prod(shape) for shape in shapes_of(config).values())
     places = config.position_size**2 * config.hidden
     assert count - places == sum(p.numel() for p in theirs.parameters())
     assert count == parameters
@@ -328,19 +312,6 @@ def arguments(config: SD3Config) -> dict:
     """What diffusers' class takes for a config."""
     settings = sd3_diffusers.settings_of(config)
     return {name: value for name, value in settings.items() if not name.startswith("_")}
-
-
-def test_the_config_of_a_single_file_is_read_from_its_shapes():
-    class Shapes:
-        where, duplicates, dtypes = "sd3.5.safetensors", (), {}
-
-        def __init__(self, config):
-            pieces = sd3_native.table_of(config).pieces(engine.shapes_of(config))
-            self.shapes = {piece.key: piece.shape for piece in pieces}
-
-    for config in (SD35_MEDIUM, SD35_LARGE, SD3_MEDIUM):
-        assert sd3_native.is_sd3(Shapes(config))
-        assert sd3_native.inferred(Shapes(config)) == config
 
 
 def test_a_fresh_table_of_positions_is_the_originals():
@@ -366,7 +337,7 @@ def in_diffusers(model: SD3Transformer, folder):
     folder.mkdir(exist_ok=True)
     settings = sd3_diffusers.settings_of(model.config)
     (folder / "config.json").write_text(json.dumps(settings))
-    weights = engine.export(sd3_diffusers.table_of(model.config), model)
+    weights = in_layout(sd3_diffusers.table_of(model.config), model)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
     return diffusers.SD3Transformer2DModel.from_pretrained(folder).eval()
 
@@ -408,7 +379,7 @@ def test_exported_folders_load_in_diffusers(tmp_path, folder):
     ids=["3.5-medium's kind", "3-medium's kind"],
 )
 def test_exported_weights_compute_the_same_in_diffusers(tmp_path, changes):
-    config = replace(SMALL, **changes)
+    config = replace(SD3, **changes)
     model, inputs = random_model(config), random_inputs(config)
     theirs = in_diffusers(model, tmp_path / "theirs")
     skip = jnp.array([True, False, True, True])
@@ -422,7 +393,7 @@ def test_exported_weights_compute_the_same_in_diffusers(tmp_path, changes):
         assert relative_error(ours, expected) <= 1e-5
     # And back through the command, from both layouts.
     native = tmp_path / "native.safetensors"
-    weights = engine.export(sd3_native.table_of(config), model)
+    weights = in_layout(sd3_native.table_of(config), model)
     write_tensors(native, {sd3_native.PREFIX + name: array for name, array in weights.items()})
     main(["sd3", "--src", str(tmp_path / "theirs"), "--dst", str(tmp_path / "back")])
     arrays = flat_params(model)
@@ -438,13 +409,12 @@ def test_exported_weights_compute_the_same_in_diffusers(tmp_path, changes):
 
 def test_a_lora_of_ours_does_the_same_in_diffusers(tmp_path):
     pytest.importorskip("peft")
-    model, inputs = random_model(SMALL), random_inputs(SMALL)
+    model, inputs = random_model(SD3), random_inputs(SD3)
     theirs = in_diffusers(model, tmp_path / "theirs")
     plain = diffusers_velocity(theirs, inputs)
     # Every linear layer but what is a convolution there; final_mod and the last block's text, whose
     # halves diffusers stores the other way round, among them; alpha is not the rank.
-    config = LoRAConfig(rank=4, alpha=6.0, targets=(r"(?!img_in).*",))
-    add_lora(model, config, ATTENTION_TARGETS, rngs=nnx.Rngs(2))
+    add_lora(model, LoRAConfig(rank=4, alpha=6.0), (r"(?!img_in).*",), rngs=nnx.Rngs(2))
     randomise(model, LoRAParam, scale=0.1)
     write_lora(tmp_path / "lora.safetensors", model)
     theirs.load_lora_adapter(tmp_path / "lora.safetensors")

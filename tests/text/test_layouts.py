@@ -10,21 +10,18 @@ import pytest
 
 from convert.cli import main
 from taca_jax.errors import UserError
-from taca_jax.formats import engine
-from taca_jax.formats.key_table import Table
 from taca_jax.formats.settings import Settings
 from taca_jax.formats.tensor_files import ArrayTensors, write_tensors
-from taca_jax.nn.kinds import abstract_model, flat_params
+from taca_jax.nn.kinds import flat_params
 from taca_jax.text import clip_layout as clip
 from taca_jax.text import t5_layout as t5
-from taca_jax.text.clip import CLIP_BIGG, CLIP_L, CLIPConfig
-from taca_jax.text.t5 import T5_XXL, T5Config
+from taca_jax.text.clip import CLIP_BIGG, CLIP_L
+from taca_jax.text.t5 import T5_XXL
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
+from tests.models import CLIP, T5, in_layout, layout_shapes, shapes_alone
 from tests.random_models import random_model
 
-CLIP = CLIPConfig(11, 5, 8, 12, 2, 2, "gelu", 6, None)
-T5 = T5Config(11, 8, 12, 2, 4, 2)
 SIZES = ("--num-heads", "2", "--activation", "gelu")
 
 
@@ -68,7 +65,7 @@ def openclip_projection(tensors):
 @pytest.mark.parametrize("change", [dict, with_prefix, openclip_projection])
 def test_single_files_of_clip(tmp_path, model, change: Callable):
     file = tmp_path / "clip.safetensors"
-    write_tensors(file, change(engine.export(clip.TABLE, model)))
+    write_tensors(file, change(in_layout(clip.TABLE, model)))
     again = converted("clip", file, *SIZES)
     assert again.config == CLIP
     assert_same(again, model)
@@ -77,7 +74,7 @@ def test_single_files_of_clip(tmp_path, model, change: Callable):
 def test_without_a_projection_there_need_be_no_prefix(tmp_path):
     """As transformers 5 writes `CLIPTextModel`."""
     model = random_model(replace(CLIP, projection_dim=None))
-    tensors = engine.export(clip.TABLE, model)
+    tensors = in_layout(clip.TABLE, model)
     bare = {name.removeprefix(clip.PREFIX): tensor for name, tensor in tensors.items()}
     write_tensors(tmp_path / "clip.safetensors", bare)
     again = converted("clip", tmp_path / "clip.safetensors", *SIZES)
@@ -87,7 +84,7 @@ def test_without_a_projection_there_need_be_no_prefix(tmp_path):
 
 def test_single_files_of_t5(tmp_path):
     model = random_model(T5)
-    tensors = engine.export(t5.TABLE, model)
+    tensors = in_layout(t5.TABLE, model)
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     write_tensors(tmp_path / "t5xxl.safetensors", tensors)
     again = converted("t5", tmp_path / "t5xxl.safetensors")
@@ -95,28 +92,20 @@ def test_single_files_of_t5(tmp_path):
     assert_same(again, model)
 
 
-def shapes_alone(table: Table, config) -> ArrayTensors:
-    """All tensors of a full-size model, without memory behind them."""
-    params = flat_params(abstract_model(config, dtype=jnp.float32))
-    pieces = table.pieces({path: param.shape for path, param in params.items()})
-    nothing = np.zeros((), np.float16)
-    return ArrayTensors("it", {p.key: np.broadcast_to(nothing, p.shape) for p in pieces})
-
-
 @pytest.mark.parametrize(
     "config", [CLIP_L, replace(CLIP_L, projection_dim=None), CLIP_BIGG], ids=["L", "L-", "bigG"]
 )
 def test_released_sizes_of_clip_are_known(config):
-    assert clip.inferred(shapes_alone(clip.TABLE, config)) == config
+    assert clip.inferred(shapes_alone(layout_shapes(clip.TABLE, config))) == config
 
 
 def test_the_released_size_of_t5_is_known():
-    assert t5.inferred(shapes_alone(t5.TABLE, T5_XXL)) == T5_XXL
+    assert t5.inferred(shapes_alone(layout_shapes(t5.TABLE, T5_XXL))) == T5_XXL
 
 
 def test_what_shapes_do_not_tell_is_asked_for_by_name(tmp_path, model):
     file = tmp_path / "clip.safetensors"
-    write_tensors(file, engine.export(clip.TABLE, model))
+    write_tensors(file, in_layout(clip.TABLE, model))
     for options in ((), SIZES[:2], SIZES[2:]):
         said = refused("clip", file, *options)
         assert "8 wide with 2 layers, neither CLIP-L nor CLIP-bigG" in said
@@ -127,8 +116,8 @@ def test_what_shapes_do_not_tell_is_asked_for_by_name(tmp_path, model):
 
 def test_files_of_other_models_are_told_apart(tmp_path, model):
     files = {"clip": tmp_path / "clip.safetensors", "t5": tmp_path / "t5.safetensors"}
-    write_tensors(files["clip"], engine.export(clip.TABLE, model))
-    write_tensors(files["t5"], engine.export(t5.TABLE, random_model(T5)))
+    write_tensors(files["clip"], in_layout(clip.TABLE, model))
+    write_tensors(files["t5"], in_layout(t5.TABLE, random_model(T5)))
     assert "has no shared.weight; is it another model's?" in refused("t5", files["clip"])
     said = refused("clip", files["t5"])
     assert "has no embeddings.token_embedding.weight; is it another model's?" in said
@@ -162,9 +151,25 @@ def test_clip_settings():
             config_of(projected, **change)
 
 
+def test_t5_settings():
+    fields = {
+        "model_type": "t5",
+        "feed_forward_proj": "gated-gelu",
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_ff": 10240,
+        "d_kv": 64,
+        "num_heads": 64,
+        "num_layers": 24,
+    }
+    assert t5.config_of(Settings(Path("x"), fields)) == T5_XXL
+    with pytest.raises(UserError, match="feed_forward_proj 'relu'; only 'gated-gelu'"):
+        t5.config_of(Settings(Path("x"), {**fields, "feed_forward_proj": "relu"}))
+
+
 def test_the_command_line_cannot_contradict_a_config(tmp_path, model):
     (tmp_path / "src").mkdir()
-    write_tensors(tmp_path / "src" / "model.safetensors", engine.export(clip.TABLE, model))
+    write_tensors(tmp_path / "src" / "model.safetensors", in_layout(clip.TABLE, model))
     (tmp_path / "src" / "config.json").write_text(
         '{"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 11,'
         '"num_hidden_layers": 2, "hidden_act": "gelu", "max_position_embeddings": 5}'

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from taca_jax.formats import engine
-from taca_jax.formats.tensor_files import ArrayTensors
 from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.text.t5 import T5_XXL, T5Config, T5Encoder, relative_position_bucket
 from taca_jax.text.t5_layout import TABLE
 from tests.compare import relative_error
+from tests.models import from_layout
 from tests.random_models import random_model
 
 TINY = T5Config(
@@ -64,8 +63,7 @@ def pair():
         for param in theirs.parameters():
             param.add_(0.3 * torch.randn(param.shape, generator=generator))
     weights = {key: w.numpy() for key, w in theirs.state_dict().items()}
-    tensors = ArrayTensors("the original", weights)
-    return theirs, engine.load(TABLE, tensors, TINY, dtype=jnp.float32)
+    return theirs, from_layout(TABLE, weights, TINY)
 
 
 @pytest.mark.parametrize("length", [1, 7, 70])

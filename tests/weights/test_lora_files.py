@@ -9,20 +9,22 @@ import pytest
 from flax import nnx
 
 from taca_jax.errors import UserError
-from taca_jax.families.flux.lora import ATTENTION_TARGETS
-from taca_jax.families.flux.model import FluxConfig, FluxTransformer
+from taca_jax.families.flux.family import FLUX
+from taca_jax.families.flux.model import FluxTransformer
+from taca_jax.families.sd3.family import SD3
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.nn.lora import LoRAConfig, add_lora, linears
 from taca_jax.weights.lora_files import load_adapter, read_lora, write_lora
+from tests import models as tiny
+from tests.models import FLUX_SCHNELL
 from tests.random_models import random_model
 
-CONFIG = FluxConfig(2, 4, 2, 8, (2, 2, 4), 10_000, 2, 3, 4.0, 6, 4, guidance_embed=False)
 Q = "transformer_blocks.{}.attn.to_q"
 
 
 @pytest.fixture
 def model() -> FluxTransformer:
-    return random_model(CONFIG)
+    return random_model(FLUX_SCHNELL)
 
 
 def factors(layer: int, rank: int, inputs: int = 16, outputs: int = 16, module: str = Q):
@@ -164,14 +166,12 @@ def test_alpha_tensors(tmp_path, model):
 @pytest.mark.parametrize("layout", ["peft", "kohya", "native"])
 def test_what_is_written_acts_as_what_was_attached(tmp_path, model, layout):
     """alpha is not the rank here; all linear layers, stacked and single."""
-    add_lora(
-        model, LoRAConfig(rank=2, alpha=5.0, targets=(".*",)), ATTENTION_TARGETS, rngs=nnx.Rngs(1)
-    )
+    add_lora(model, LoRAConfig(rank=2, alpha=5.0), (".*",), rngs=nnx.Rngs(1))
     rng = np.random.default_rng(0)
     for _, layer in linears(model):
         layer.lora_b.set_value(jnp.asarray(rng.normal(size=layer.lora_b.shape), jnp.float32))
     written_summary = write_lora(tmp_path / "x.safetensors", model, layout)
-    again = random_model(CONFIG)
+    again = random_model(FLUX_SCHNELL)
     summary = read_lora(tmp_path / "x.safetensors", again)
     assert summary == written_summary
     assert summary.strengths == (1.0,)
@@ -195,7 +195,7 @@ def test_layers_that_a_file_did_not_have_are_not_written(tmp_path, model):
     read_lora(written(tmp_path, factors(1, 2)), model)
     write_lora(tmp_path / "out.safetensors", model)
     assert all(".1." in name for name in open_tensors(tmp_path / "out.safetensors").shapes)
-    again = random_model(CONFIG)
+    again = random_model(FLUX_SCHNELL)
     read_lora(tmp_path / "out.safetensors", again)
     np.testing.assert_allclose(attached_delta(again, 1), attached_delta(model, 1))
 
@@ -279,3 +279,11 @@ def test_a_model_without_factors_has_nothing_to_write(tmp_path, model):
     with pytest.raises(UserError, match="has no LoRA factors"):
         write_lora(tmp_path / "x.safetensors", model)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_dialect_has_its_own_name():
+    for family, config in ((FLUX, FLUX_SCHNELL), (SD3, tiny.SD3)):
+        for told in (None, config):
+            names = [dialect.name for dialect in family.lora.dialects(told)]
+            assert names[:2] == ["PEFT", "kohya"]
+            assert len(set(names)) == len(names)

@@ -22,22 +22,18 @@ from taca_jax.families.flux.model import (
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora, remove_lora
 from taca_jax.taca import TacaConfig, active, gamma_at
+from tests import models
 from tests.compare import relative_error
 from tests.random_models import random_model, randomise
 
-TINY = FluxConfig(
-    patch_size=2,
+TINY = replace(
+    models.FLUX_SCHNELL,
     latent_channels=3,
-    num_heads=2,
     head_dim=16,
     axes_dim=(4, 6, 6),
-    theta=10_000,
-    num_double_blocks=2,
-    num_single_blocks=3,
     mlp_ratio=2.0,
     txt_dim=12,
     pooled_dim=10,
-    guidance_embed=False,
 )
 BATCH = 2
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from convert.cli import main
+from taca_jax.families.flux.family import FLUX
+from taca_jax.families.sd3.family import SD3
 from taca_jax.families.sd3.model import SD35_MEDIUM
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.weights.lora_files import LoRAFile, load_adapter
-from tests.convert.test_cli import refused
-from tests.weights.test_lora_dialects import KOHYA, LORA_AB, Pair, deltas, named, same_deltas
+from tests.convert.commands import refused
+from tests.lora_files import KOHYA, LORA_AB, Pair, deltas, named, same_deltas
 
 HIDDEN, MLP = 16, 64
 
@@ -82,7 +84,7 @@ FILES = {
 
 def load(folder: Path, tensors: dict[str, np.ndarray]) -> LoRAFile:
     write_tensors(folder / "lora.safetensors", tensors)
-    return load_adapter(folder / "lora.safetensors", "sd3")
+    return load_adapter(folder / "lora.safetensors", SD3)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -151,17 +153,20 @@ def test_a_guess_is_said(tmp_path, capsys):
     """Of a width that no released model has, in layers of both."""
     src = released(tmp_path, HIDDEN, "0.attn.to_q")
     main(["inspect", str(src)])
-    assert "guessed to be FLUX's: its layers are in FLUX and in" in capsys.readouterr().out
+    assert (
+        "guessed to be of FLUX.1: its layers are in other families' models"
+        in capsys.readouterr().out
+    )
     main(["lora", "--src", str(src), "--dst", str(tmp_path / "a"), "--to", "kohya"])
-    assert "guessed to be FLUX's" in capsys.readouterr().out
+    assert "guessed to be of FLUX.1" in capsys.readouterr().out
     options = ("--to", "kohya", "--model", "sd3")
     main(["lora", "--src", str(src), "--dst", str(tmp_path / "b"), *options])
     assert "guessed" not in capsys.readouterr().out
-    kinds = {name: load_adapter(tmp_path / name).kind for name in "ab"}
-    assert kinds == {"a": "flux", "b": "sd3"}
+    families = {name: load_adapter(tmp_path / name).family for name in "ab"}
+    assert families == {"a": FLUX, "b": SD3}
     for hidden, kind in ((SD35_MEDIUM.hidden, "sd3"), (3072, "flux")):
         main(["inspect", str(released(tmp_path, hidden, "0.attn.to_q"))])
         said = capsys.readouterr().out
         assert f"of {kind}: PEFT LoRA" in said
         assert "guessed" not in said
-    assert deltas(load_adapter(src, "sd3")).keys() != deltas(load_adapter(src, "flux")).keys()
+    assert deltas(load_adapter(src, SD3)).keys() != deltas(load_adapter(src, FLUX)).keys()

@@ -13,7 +13,7 @@ from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.families.sd3 import model as sd3
-from taca_jax.families.sd3.lora import ATTENTION_TARGETS as SD3_ATTENTION_TARGETS
+from taca_jax.families.sd3.lora import ATTENTION_TARGETS
 from taca_jax.families.sd3.model import (
     SD3_MEDIUM,
     SD35_LARGE,
@@ -24,21 +24,10 @@ from taca_jax.families.sd3.model import (
 from taca_jax.nn.layers import Fixed, LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from tests.compare import relative_error
+from tests.models import SD3
 from tests.random_models import random_model, randomise
 
-TINY = SD3Config(
-    patch_size=2,
-    latent_channels=3,
-    num_heads=2,
-    head_dim=8,
-    num_layers=5,
-    num_dual_layers=2,
-    qk_norm="rms",
-    position_size=6,
-    mlp_ratio=2.0,
-    txt_dim=12,
-    pooled_dim=10,
-)
+TINY = replace(SD3, latent_channels=3, num_layers=5, position_size=6, mlp_ratio=2.0)
 BATCH = 2
 
 
@@ -163,8 +152,7 @@ def test_any_layers_can_be_skipped(base, plain):
 
 def test_a_lora_acts_with_its_scale_on_the_published_layers(plain):
     model = random_model(TINY)
-    config = LoRAConfig(rank=2, alpha=4.0, targets=SD3_ATTENTION_TARGETS)
-    paths = add_lora(model, config, ATTENTION_TARGETS, rngs=nnx.Rngs(1))
+    paths = add_lora(model, LoRAConfig(rank=2, alpha=4.0), ATTENTION_TARGETS, rngs=nnx.Rngs(1))
     # q, k, v of two streams in three kinds of blocks; out of all but the last block's text.
     assert len(paths) == 3 * 6 + 5
     assert not any("img_attn" in path for path in paths)

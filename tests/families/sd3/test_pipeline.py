@@ -1,5 +1,7 @@
 """The Stable Diffusion 3 pipeline: what it shares with FLUX's is tested there."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -7,32 +9,24 @@ import pytest
 from taca_jax.errors import UserError
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.families.sd3.diffusers import SCHEDULE
-from taca_jax.families.sd3.model import SD3Config
+from taca_jax.families.sd3.family import SD3
 from taca_jax.families.sd3.pipeline import SD3Pipeline
 from taca_jax.families.sd3.text import SD3Text
-from taca_jax.pipelines.pipeline import PipelineSettings
+from taca_jax.pipelines.pipeline import Pipeline, PipelineSettings
 from taca_jax.sampling.loop import SkipLayers
 from taca_jax.taca import TacaConfig
-from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.tokenizers import ByteTokenizer, JoinedTokenizer
+from tests import models as tiny
 from tests.random_models import random_model
 
-TINY = SD3Config(
-    patch_size=2,
-    latent_channels=4,
-    num_heads=2,
-    head_dim=8,
-    num_layers=3,
-    num_dual_layers=1,
-    qk_norm="rms",
-    position_size=8,
-    mlp_ratio=2.0,
-    txt_dim=12,
-    pooled_dim=10,
+TINY = replace(tiny.SD3, num_layers=3, num_dual_layers=1)
+CLIP = replace(
+    tiny.CLIP,
+    vocab_size=ByteTokenizer(1).vocab_size,
+    max_tokens=4,
+    dim=TINY.txt_dim // 2,
+    projection_dim=TINY.pooled_dim // 2,
 )
-
-
-CLIP = CLIPConfig(ByteTokenizer(1).vocab_size, 4, 6, 8, 2, 2, "gelu", TINY.pooled_dim // 2, None)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +164,8 @@ def test_a_range_that_is_none():
 def test_a_saved_pipeline_is_the_same_whoever_reads_it(pipeline, drawn, tmp_path):
     pipeline.save(tmp_path / "model")
     loaded = Pipeline.from_pretrained(tmp_path / "model", "float32")
-    assert isinstance(loaded, SD3Pipeline)
+    assert loaded.family is SD3
+    assert isinstance(SD3Pipeline.from_pretrained(tmp_path / "model"), SD3Pipeline)
     assert loaded.settings == pipeline.settings
     np.testing.assert_array_equal(latents(loaded), drawn)
     with pytest.raises(UserError, match="is of kind sd3; FluxPipeline reads flux"):

@@ -1,16 +1,17 @@
-"""LoRA dialects: a file in each one's own names changes the weights as its PEFT form does."""
+"""LoRA files of FLUX: in every dialect one changes the weights as its PEFT form does."""
 
 import random
 import re
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from taca_jax.errors import UserError
+from taca_jax.families.flux.family import FLUX
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
-from taca_jax.weights.lora_files import Kind, LoRAFile, dialects_of, load_adapter, save_adapter
+from taca_jax.weights.lora_files import LoRAFile, load_adapter, save_adapter
+from tests.lora_files import KOHYA, LORA_AB, Pair, deltas, named, same_deltas
 
 HIDDEN, MLP = 16, 64
 QKV, WITH_MLP = (HIDDEN,) * 3, (HIDDEN, HIDDEN, HIDDEN, MLP)
@@ -70,8 +71,6 @@ XLABS = {
     "single_blocks.2.linear2": "single_blocks.2.processor.proj_lora",
 }
 
-Pair = tuple[np.ndarray, np.ndarray, float]
-
 
 def random_pairs(names) -> dict[str, Pair]:
     """down `[r, in]`, up `[out, r]` and alpha of each layer; ranks and strengths differ."""
@@ -95,20 +94,6 @@ def in_peft(pairs: dict[str, Pair]) -> dict[str, np.ndarray]:
             tensors[f"transformer.{part}.lora_A.weight"] = down
             tensors[f"transformer.{part}.lora_B.weight"] = rows * np.float32(alpha / len(down))
     return tensors
-
-
-def named(pairs: dict[str, Pair], rename, down: str, up: str, alpha: bool = True) -> dict:
-    tensors = {}
-    for name, (a, b, strength) in pairs.items():
-        scale = np.float32(1 if alpha else strength / len(a))  # in what knows no alpha: in up
-        tensors[f"{rename(name)}.{down}"], tensors[f"{rename(name)}.{up}"] = a, b * scale
-        if alpha:
-            tensors[f"{rename(name)}.alpha"] = np.array(strength, np.float32)
-    return tensors
-
-
-LORA_AB = ("lora_A.weight", "lora_B.weight")
-KOHYA = ("lora_down.weight", "lora_up.weight")
 
 
 def kohya(pairs):
@@ -150,22 +135,6 @@ FILES = {
 def load(folder: Path, tensors: dict[str, np.ndarray]) -> LoRAFile:
     write_tensors(folder / "lora.safetensors", tensors)
     return load_adapter(folder / "lora.safetensors")
-
-
-def deltas(file: LoRAFile) -> dict:
-    """What each layer's kernel gets, `[in, out]`."""
-    return {
-        place: factors.a.astype(np.float64) @ factors.b * factors.strength
-        for place, factors in file.adapter.items()
-    }
-
-
-def same_deltas(ours: LoRAFile, theirs: LoRAFile) -> None:
-    given, expected = deltas(ours), deltas(theirs)
-    assert given.keys() == expected.keys()
-    for place, delta in expected.items():
-        error = np.linalg.norm(given[place] - delta)
-        assert error <= 1e-6 * np.linalg.norm(delta), place
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -223,7 +192,7 @@ def test_parts_that_were_trained_apart(tmp_path):
     assert given.summary.ranks == (2,)
     assert given.summary.strengths == (3 / 8, 3 / 6)
     # Written again, they are what they were.
-    save_adapter(tmp_path / "again.safetensors", given.adapter, "kohya")
+    save_adapter(tmp_path / "again.safetensors", given.adapter, "kohya", FLUX)
     again = open_tensors(tmp_path / "again.safetensors")
     assert again.shapes["lora_unet_single_blocks_2_linear1.lora_down.weight"] == (8, HIDDEN)
     same_deltas(load_adapter(tmp_path / "again.safetensors"), given)
@@ -232,7 +201,7 @@ def test_parts_that_were_trained_apart(tmp_path):
 def test_kohya_files_of_ours_keep_shared_factors(tmp_path):
     pairs = random_pairs(LAYERS)
     given = load(tmp_path, kohya(pairs))
-    save_adapter(tmp_path / "again.safetensors", given.adapter, "kohya")
+    save_adapter(tmp_path / "again.safetensors", given.adapter, "kohya", FLUX)
     again = open_tensors(tmp_path / "again.safetensors")
     for name, array in kohya(pairs).items():
         if not name.endswith("alpha"):
@@ -251,7 +220,7 @@ def test_a_part_alone_is_written_with_zeros_beside_it(tmp_path):
                 f"{module}.lora_B.weight": rng.normal(size=(outputs, 2)).astype(np.float32),
             },
         )
-        save_adapter(tmp_path / "kohya.safetensors", file.adapter, "kohya")
+        save_adapter(tmp_path / "kohya.safetensors", file.adapter, "kohya", FLUX)
         up = "lora_unet_single_blocks_2_linear1.lora_up.weight"
         assert open_tensors(tmp_path / "kohya.safetensors").shapes[up] == (3 * HIDDEN + MLP, 2)
         again = deltas(load_adapter(tmp_path / "kohya.safetensors"))
@@ -268,7 +237,7 @@ def test_diffusers_reads_kohya_files_of_ours_as_peft_ones(tmp_path):
     names = [name for name in LAYERS if name.startswith("double_blocks")]
     pairs = random_pairs(names)
     pairs["double_blocks.1.txt_attn.qkv"] = block_diagonal("double_blocks.1.txt_attn.qkv", 2)
-    save_adapter(tmp_path / "k.safetensors", load(tmp_path, in_peft(pairs)).adapter, "kohya")
+    save_adapter(tmp_path / "k.safetensors", load(tmp_path, in_peft(pairs)).adapter, "kohya", FLUX)
     tensors = open_tensors(tmp_path / "k.safetensors")
     arrays = {name: torch.tensor(tensors.read(name)) for name in tensors.shapes}
     converted = utils._convert_kohya_flux_lora_to_diffusers(arrays)
@@ -350,8 +319,3 @@ def test_a_key_that_is_spoilt_is_refused_or_used(tmp_path, name):
             assert number or spoilt.endswith("down.weight"), spoilt
             assert any(spoilt.startswith(each.name) for each in loaded.adapter.values())
     assert refused > 30
-
-
-def test_every_dialect_has_its_own_name():
-    for dialects in map(dialects_of, get_args(Kind)):
-        assert len({dialect.name for dialect in dialects}) == len(dialects)
