@@ -1,9 +1,9 @@
-"""A model folder read onto a mesh of all devices and written again; prints what moved, as JSON.
+"""A model folder read onto a mesh of all devices and written again, and what moved, as JSON.
 
 python -m tests.weights.sharded_models SOURCE DESTINATION
 
-Each process writes, if it writes, to its own folder in DESTINATION. Of every process one line: the
-shapes that it read of each tensor, and the shapes of arrays that came to its host to be written.
+Each process writes, if it writes, to DESTINATION/process-N/model. In DESTINATION/process-N.json are
+the shapes that it read of each tensor, and those of the arrays that came to its host to be written.
 """
 
 import json
@@ -51,8 +51,11 @@ def main() -> None:
         for param in flat_params(model).values()
         for shard in param.get_value().addressable_shards[:1]
     )
-    folders.save_model(destination / f"process-{jax.process_index()}" / "model", model)
-    print(json.dumps({"read": read, "brought": brought, "held": held}))
+    own = destination / f"process-{jax.process_index()}"
+    folders.save_model(own / "model", model)
+    own.with_suffix(".json").write_text(
+        json.dumps({"read": read, "brought": brought, "held": held})
+    )
 
 
 if __name__ == "__main__":
