@@ -11,10 +11,14 @@ def main() -> None:
     config = parse_cli(sys.argv[1:], TrainConfig)
     # Seconds of imports, which a mistyped key need not wait for.
     from taca_jax.parallel.processes import is_first
+    from taca_jax.planning.plan import plan
     from taca_jax.training.run import train
 
     try:
-        train(config)
+        if config.plan is None:
+            train(config)
+        else:
+            plan(config)
     except UserError as error:
         sys.exit(f"error: {error}")
     except StoppedError as stopped:

@@ -1,15 +1,15 @@
-"""Whether training waits for its input: cached latents against a step, the cache stage against
-the encoders alone.
+"""Whether training waits for its input, from a cache of encoded examples and while making one.
 
     python -m benchmarks.input_pipeline [--steps N] [--rounds N] [--json FILE]
 
-The first part writes a cache of FLUX.1's sizes at 1024 px (latents of 128 x 128 x 16 with their
-variance, 512 T5 tokens of 4096, in bfloat16: 5.2 MB a sample) and reads it as a run does, into the
-device's memory, against a device that is busy for 50 ms a step. The files are in the system's
-cache: what is measured is everything above the disk. The second part encodes JPEGs with an
-autoencoder and a T5 of their real structure and less width, through the cache stage and alone, in
-turns. On a CPU the encoders and the stage share the same cores, so that whatever the stage spends
-shows; beside an accelerator it is free.
+The first part writes a cache with FLUX.1's sizes at 1024 px (latents of 128 x 128 x 16 with their
+variance, 512 T5 tokens of 4096, in bfloat16: 5.2 MB a sample). It reads the cache as a training run
+does, into the device's memory, with a pause of 50 ms for each step. The files are in the system's
+file cache, so that the disk is not measured.
+
+The second part encodes JPEGs with an autoencoder and a T5 of the real structure but less width: by
+the encoders alone, and by the stage of training that makes a cache, in turns. On a CPU both use the
+same cores, so that all that the stage spends is measured; beside an accelerator it costs nothing.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from taca_jax.data.cache import (
     Caption,
     Manifest,
     make_cached_loader,
-    write_empty,
+    write_empty_caption,
     write_sizes,
 )
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import one_bucket
-from taca_jax.data.sources.opening import open_source
+from taca_jax.data.sources.factory import open_source
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.text.t5 import T5Config, T5Encoder
 from taca_jax.text.tokenizers import load_tokenizer
@@ -63,7 +63,7 @@ PICTURES, PICTURE_SIDE, ENCODED_SIDE, ENCODE_BATCH = 16, 512, 256, 4
 
 @dataclass(frozen=True)
 class Feeding:
-    """Milliseconds per step of 50 ms: wall, what the step waited for input, the processor's."""
+    """Milliseconds per step of 50 ms: wall time, waits for input, and processor time."""
 
     batch: int
     wall_median: float
@@ -103,14 +103,14 @@ def write_cache(folder: Path) -> Cache:
         for i in range(EXAMPLES):
             latents = [noise(side, side, CHANNELS) for _ in range(2)]
             writer.add(i, f"{i}.jpg", latents, [caption()])
-    write_empty(folder, caption())
+    write_empty_caption(folder, caption())
     write_sizes(folder, [one_bucket(range(EXAMPLES))], EXAMPLES, RESOLUTION)  # pyright: ignore[reportArgumentType]
     manifest.write(folder)
     return Cache(folder, manifest)
 
 
 def feed(cache: Cache, batch: int, steps: int) -> Feeding:
-    """Reads batches for a device that is busy for STEP_SECONDS after it has got each."""
+    """Reads batches for a device that is busy for STEP_SECONDS with each."""
     data = DataConfig(batch_size=batch, resolution=RESOLUTION)
     walls, waits = [], []
     with make_cached_loader(cache, data=data) as loader:
@@ -120,7 +120,7 @@ def feed(cache: Cache, batch: int, steps: int) -> Feeding:
         cpu = time.process_time()
         for _ in range(steps):
             start = time.perf_counter()
-            # As in a run: this batch is brought while the step before is under way.
+            # As in training, this batch is brought to the device while the step before runs.
             jax.block_until_ready(_next_batch(loader, 1, None)[0])
             taken = time.perf_counter() - start
             time.sleep(max(0.0, STEP_SECONDS - taken))
@@ -141,7 +141,10 @@ def feed(cache: Cache, batch: int, steps: int) -> Feeding:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Pictures per second, medians over rounds; ratio is stage / alone, of each round's pair."""
+    """Pictures per second by the encoders alone and by the stage; medians over rounds.
+
+    ratio: of the speeds, stage / alone, in each round. cpu_ratio: the same in processor time.
+    """
 
     alone: float
     stage: float
@@ -151,7 +154,7 @@ class Encoding:
 
 
 def write_pictures(folder: Path) -> None:
-    """JPEGs with some detail, and a caption each."""
+    """JPEGs with some detail, and a caption for each."""
     rng = np.random.default_rng(0)
     for i in range(PICTURES):
         coarse = rng.integers(0, 256, (32, 32, 3), np.uint8)
@@ -163,7 +166,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def encode_rounds(folder: Path, rounds: int) -> Encoding:
-    """The encoders alone on batches that are there, and the stage from files to files, in turns."""
+    """Measures the encoders alone on batches in memory, and the stage from files to files."""
     pictures = folder / "pictures"
     pictures.mkdir()
     write_pictures(pictures)

@@ -5,12 +5,14 @@ python train.py --config flux_taca data.source=folder:PICTURES data.batch_size=1
 python train.py --config flux_taca plan=v5e-16 data.batch_size=16      # what that would take
 """
 
-from taca_jax.data.config import DataConfig
-from taca_jax.nn.lora import LoRAConfig
-from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.taca import TacaConfig
-from taca_jax.training.config import TrainConfig
-from taca_jax.training.optimizer import OptimizerConfig
+from taca_jax import (
+    DataConfig,
+    GenerateConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    TacaConfig,
+    TrainConfig,
+)
 
 TACA = TacaConfig(gamma=1.2, threshold=970)
 

@@ -4,12 +4,9 @@ python -m convert tiny_vae --src TAEF1_FOLDER --dst taef1
 python train.py --config pictures_base data.source=folder:PICTURES autoencoder=taef1
 """
 
-from taca_jax.data.config import DataConfig
+from taca_jax import DataConfig, OptimizerConfig, TextConfig, TrainConfig
 from taca_jax.families.flux.model import FluxConfig
-from taca_jax.text.config import TextConfig
 from taca_jax.text.t5 import T5Config
-from taca_jax.training.config import TrainConfig
-from taca_jax.training.optimizer import OptimizerConfig
 
 CONFIG = TrainConfig(
     name="pictures_base",

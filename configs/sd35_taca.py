@@ -5,13 +5,14 @@ python train.py --config sd35_taca data.source=folder:PICTURES data.batch_size=1
 python generate.py --config sd35_taca prompt="a red cube on a blue sphere"   # lora=none: without it
 """
 
-from taca_jax.data.config import DataConfig
-from taca_jax.families.sd3.lora import ATTENTION_TARGETS as SD3_ATTENTION_TARGETS
-from taca_jax.nn.lora import LoRAConfig
-from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.taca import TacaConfig
-from taca_jax.training.config import TrainConfig
-from taca_jax.training.optimizer import OptimizerConfig
+from taca_jax import (
+    DataConfig,
+    GenerateConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    TacaConfig,
+    TrainConfig,
+)
 
 TACA = TacaConfig(gamma=1.2, threshold=970)
 
@@ -19,7 +20,7 @@ CONFIG = TrainConfig(
     name="sd35_taca",
     steps=10_000,
     base="sd35-medium",
-    lora=LoRAConfig(rank=64, alpha=64, targets=SD3_ATTENTION_TARGETS),
+    lora=LoRAConfig(rank=64, alpha=64),
     taca=TACA,
     data=DataConfig(source="folder:pictures", batch_size=16, resolution=1024, caption_dropout=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100, weight_decay=0.01),

@@ -4,14 +4,10 @@ Made to train in about an hour on two CPU cores. 16 text tokens stand against 10
 tokens, so that text is as outnumbered as in the full-size model (512 against 4096).
 """
 
+from taca_jax import DataConfig, EvalConfig, OptimizerConfig, TextConfig, TrainConfig
 from taca_jax.autoencoders.pixels import PixelsConfig
-from taca_jax.data.config import DataConfig
-from taca_jax.evaluation.config import EvalConfig
 from taca_jax.families.flux.model import FluxConfig
-from taca_jax.text.config import TextConfig
 from taca_jax.text.t5 import T5Config
-from taca_jax.training.config import TrainConfig
-from taca_jax.training.optimizer import OptimizerConfig
 
 CONFIG = TrainConfig(
     name="shapes_base",

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from configs.shapes_base import CONFIG as STAGE1
+from taca_jax import TextConfig
 from taca_jax.autoencoders.pixels import PixelsConfig
-from taca_jax.text.config import TextConfig
 
 CONFIG = replace(
     STAGE1,

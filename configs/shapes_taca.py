@@ -7,13 +7,15 @@ square root of the tokens' ratio (Esser et al. 2024, equation 23): 0.97 at 4096 
 here.
 """
 
-from taca_jax.data.config import DataConfig
-from taca_jax.evaluation.config import EvalConfig
-from taca_jax.nn.lora import LoRAConfig
-from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.taca import TacaConfig
-from taca_jax.training.config import TrainConfig
-from taca_jax.training.optimizer import OptimizerConfig
+from taca_jax import (
+    DataConfig,
+    EvalConfig,
+    GenerateConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    TacaConfig,
+    TrainConfig,
+)
 
 TACA = TacaConfig(gamma=1.2, threshold=835)
 

@@ -74,18 +74,27 @@ def decode_in_tiles(
     UserError as `Tiling.in_latents` does.
     """
     size, overlap = tiling.in_latents(downscale)
-    return _in_tiles(decode, latents, size, overlap, into=1, out_of=downscale)
-
-
-def encode_in_tiles(
-    encode: Callable[[Float[Array, "1 H W c"]], Float[ArrayLike, "1 h w z"]],
-    images: Float[Array, "b H W c"],
-    tiling: Tiling,
-    downscale: int,
-) -> Float[np.ndarray, "b h w z"]:
-    """Latents of pictures whose sides are multiples of `downscale`; else as `decode_in_tiles`."""
-    size, overlap = tiling.in_latents(downscale)
-    return _in_tiles(encode, images, size, overlap, into=downscale, out_of=1)
+    rows, columns = (_cut(side, size, overlap, downscale) for side in latents.shape[1:3])
+    made: list[np.ndarray] = []
+    for sample in range(latents.shape[0]):
+        whole = np.zeros(0, np.float32)
+        for row, row_weights in zip(rows.starts, rows.weights, strict=True):
+            for column, column_weights in zip(columns.starts, columns.weights, strict=True):
+                square = jax.lax.dynamic_slice(
+                    latents,
+                    (sample, row, column, 0),
+                    (1, rows.size, columns.size, latents.shape[3]),
+                )
+                piece = np.asarray(decode(square), np.float32)[0]
+                if not whole.size:
+                    height, width = (side * downscale for side in latents.shape[1:3])
+                    whole = np.zeros((height, width, piece.shape[2]), np.float32)
+                top, left = row * downscale, column * downscale
+                whole[top : top + len(row_weights), left : left + len(column_weights)] += (
+                    row_weights[:, None, None] * column_weights[None, :, None] * piece
+                )
+        made.append(whole)
+    return np.stack(made)
 
 
 @dataclass(frozen=True)
@@ -95,40 +104,6 @@ class _Cuts:
     starts: list[int]
     size: int
     weights: Float[np.ndarray, "pieces positions"]
-
-
-def _in_tiles(
-    run: Callable[[jax.Array], ArrayLike],
-    x: Float[Array, "b h w i"],
-    size: int,
-    overlap: int,
-    *,
-    into: int,
-    out_of: int,
-) -> Float[np.ndarray, "b H W o"]:
-    """`run` on squares of `size`, which are into * size wide going in and out_of * size coming."""
-    height, width = (side // into for side in x.shape[1:3])
-    rows, columns = (_cut(side, size, overlap, out_of) for side in (height, width))
-    made: list[np.ndarray] = []
-    for sample in range(x.shape[0]):
-        whole = None
-        for row, row_weights in zip(rows.starts, rows.weights, strict=True):
-            for column, column_weights in zip(columns.starts, columns.weights, strict=True):
-                square = jax.lax.dynamic_slice(
-                    x,
-                    (sample, row * into, column * into, 0),
-                    (1, rows.size * into, columns.size * into, x.shape[3]),
-                )
-                piece = np.asarray(run(square), np.float32)[0]
-                if whole is None:
-                    whole = np.zeros((height * out_of, width * out_of, piece.shape[2]), np.float32)
-                top, left = row * out_of, column * out_of
-                whole[top : top + len(row_weights), left : left + len(column_weights)] += (
-                    row_weights[:, None, None] * column_weights[None, :, None] * piece
-                )
-        assert whole is not None  # every axis has a piece
-        made.append(whole)
-    return np.stack(made)
 
 
 def _cut(length: int, size: int, overlap: int, scale: int) -> _Cuts:

@@ -1,4 +1,4 @@
-"""`PROGRAM --config NAME key=value ...`: a preset, changed field by field, or one clear line."""
+"""The command line `PROGRAM --config NAME key=value ...`: a preset with some fields changed."""
 
 import dataclasses
 import importlib
@@ -21,10 +21,11 @@ def parse_cli(
 ) -> C:
     """The configuration that the command line `argv` (without the program's name) asks for.
 
-    `--config NAME` takes the value `attribute`, of class `kind`, of the module `package.NAME`;
-    each `key=value` then replaces a field (`lora.rank=64`, `resume=true`, `lora=none`). `--help`
-    prints the presets and every key, `--config` alone the presets; both exit with status 0.
-    Bad input prints one line, `error: ...`, on stderr and exits with status 2.
+    `--config NAME` takes the preset: the value `attribute`, of class `kind`, in the module
+    `package.NAME`. Each `key=value` then replaces a field (`lora.rank=64`, `resume=true`,
+    `lora=none`). `--help` prints the presets and every key, `--config` without a name the presets;
+    both exit with status 0. Bad input prints one line, `error: ...`, on stderr and exits with
+    status 2.
     """
     try:
         return _parse(list(argv), kind, package, attribute)
@@ -34,11 +35,11 @@ def parse_cli(
 
 
 def say(lines: Sequence[str]) -> None:
-    """Prints the lines; whoever reads them may leave before the end, as `head` does."""
+    """Prints the lines. It is no error if the reader of a pipe, such as `head`, stops reading."""
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:
-        # Python writes what is left once more when it ends.
+        # Python writes the rest of its buffer once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -74,12 +75,13 @@ def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
 
 
 def _as_assignment(argument: str) -> str:
+    """A hint for a word without `=`, where it can be a key."""
     name = argument.lstrip("-")
     return f"; write {name}=VALUE" if name.replace(".", "").isidentifier() else ""
 
 
 PURPOSES = {"CONFIG": "trains", "GENERATE": "draws"}
-"""What a preset under each name is for, in our own modules."""
+"""What presets are for in this repository's modules, by the attribute that holds them."""
 
 
 def _modules(package: str) -> list[str]:
@@ -100,6 +102,7 @@ def _preset(name: str, package: str, attribute: str) -> Any:
 
 
 def _load(name: str, package: str, kind: type[C], attribute: str) -> C:
+    """The preset `name`. Raises UserError that names the others where there is none."""
     presets = _presets(package, kind, attribute)
     if name in presets:
         return _preset(name, package, attribute)
@@ -115,7 +118,10 @@ def _load(name: str, package: str, kind: type[C], attribute: str) -> C:
 
 
 def _help(kind: type, config: Any, preset: str | None, presets: list[str]) -> str:
-    """Usage, presets, and each key with its value (the preset's or the class's), type and words."""
+    """The help: usage, presets, and each key with its value, its type and its documentation.
+
+    config: the preset whose values are shown; None for the defaults of the class `kind`.
+    """
     whose = f"values of {preset}" if preset else "default values; add --config NAME for a preset's"
     lines = [
         f"usage: python {sys.argv[0]} --config NAME [key=value ...]",
@@ -143,7 +149,7 @@ def _paragraph(heading: str, doc: str) -> list[str]:
 
 
 def _at(config: Any, name: str, default: Any) -> Any:
-    """The value of a dotted field; the class's default inside a group that is None."""
+    """The value of the field with this dotted name; `default` where a group on the way is None."""
     for part in name.split("."):
         if config is None:
             return default

@@ -1,9 +1,9 @@
-"""Nested frozen dataclasses as dotted fields: list, read from text, write, compare.
+"""Configurations: nested frozen dataclasses, whose fields are listed, parsed, written and compared.
 
-A configuration is a frozen dataclass whose fields are plain values (int, float, bool, str, Literal,
-tuples of these, or None) or configurations again. A field is addressed by its dotted name
-(`optimizer.learning_rate`); its documentation is the line `name: what it is` of its class's
-docstring.
+A field of a configuration is a plain value (int, float, bool, str, Path, a Literal, a tuple of
+these, or one of these or None) or again a configuration, then called a group. A field is addressed
+by its dotted name (`optimizer.learning_rate`). Its documentation is the line `name: what it is` in
+the docstring of its class.
 """
 
 import dataclasses
@@ -40,9 +40,11 @@ class Variants:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field: its dotted name, annotation, class's default (MISSING: none) and documentation.
+    """One field of a configuration class.
 
-    `group` is the dataclass that it holds (alone or as `X | None`), or None for a plain value.
+    name: dotted. annotation: its type. default: the class's, MISSING where there is none. doc: its
+    documentation. group: the dataclass that it holds, alone or as `X | None`; None for a plain
+    value.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Field:
 
     @property
     def optional(self) -> bool:
+        """Whether the field may be None."""
         return _optional(self.annotation)
 
 
@@ -80,12 +83,13 @@ def fields_of(cls: type, value: Any = None) -> dict[str, Field]:
 
 
 def update(config: C, values: Mapping[str, str]) -> C:
-    """`config` with fields replaced, given as text by dotted name: `{"lora.rank": "64"}`.
+    """`config` with fields replaced by values given as text: `{"lora.rank": "64"}`.
 
-    `none` (any case) is None where a field may be None; a group that is None is made from its
-    defaults when one of its members is given. Tuples are comma lists, or JSON lists when an element
-    holds a comma. Each dataclass is rebuilt once, so that values which only fit together can be
-    given together. Raises UserError, naming the key, the value and what is expected.
+    values: by dotted name. `none` (in any case) is None where a field may be None; a group that is
+    None is made from its defaults when one of its members is given. Tuples are comma lists, or JSON
+    lists where an element holds a comma. Each dataclass is rebuilt once, so that values which only
+    fit together can be given together. Raises UserError that names the key, the value and what is
+    expected.
     """
     return _update(config, type(config), values, "", fields_of(type(config), config))
 
@@ -96,8 +100,9 @@ def to_json(config: "DataclassInstance") -> str:
 
 
 def from_json(cls: type[C], text: str, where: str = "the configuration") -> C:
-    """What `to_json` wrote, validated again; `where` names the source in errors.
+    """The configuration of class `cls` that `to_json` wrote as `text`, validated again.
 
+    null is None and a string is text, the string "none" too. where: names the source in errors.
     Raises UserError for text that is not JSON, and for unknown, missing or mistyped fields.
     """
     try:
@@ -122,7 +127,7 @@ def difference(a: C, b: C) -> dict[str, tuple[Any, Any]]:
 
 
 def nearest(word: str, names: Sequence[str]) -> list[str]:
-    """`names`, the most alike first; a dotted name also counts by its last part alone."""
+    """`names`, the most similar to `word` first; of dotted names, the last parts count too."""
 
     def likeness(name: str) -> float:
         whole = difflib.SequenceMatcher(None, word, name).ratio()
@@ -133,20 +138,20 @@ def nearest(word: str, names: Sequence[str]) -> list[str]:
 
 
 def unknown(key: str, names: Sequence[str], what: str = "key") -> str:
-    """The words for a key that is not among `names`: what was given, and the nearest right name."""
+    """The error message for a key that is not among `names`, with the nearest of them."""
     closest = nearest(key, names)[:1]
     hint = f"; did you mean {closest[0]}?" if closest else ""
     return f"unknown {what} {key}{hint}"
 
 
 def check(right: bool, name: str, value: Any, allowed: str) -> None:
-    """Raises UserError unless `right`; NaN is never right where comparisons say so."""
+    """Raises UserError, that the field `name` is `value` and must be `allowed`, unless `right`."""
     if not right:
         raise UserError(f"{name} is {value}; it must be {allowed}")
 
 
 def describe(type_: Any) -> str:
-    """What a field of this type takes, in words: `an integer`, `one of step, linear`, ... ."""
+    """What values a type has, in words: `an integer`, `one of step, linear`, ... ."""
     if _optional(type_):
         return f"{describe(without_none(type_))} or none"
     if get_origin(type_) is Literal:
@@ -175,7 +180,7 @@ def without_none(type_: Any) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as it would be written on the command line."""
+    """A value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -188,7 +193,10 @@ def show(value: Any) -> str:
 
 
 def tokens_of(type_: Any, text: str, said: str) -> list[str]:
-    """The elements of a comma list or JSON list for a tuple type, else the text alone."""
+    """The words that `value_of` takes: for a tuple type the elements of a comma or JSON list.
+
+    For another type it is the text alone. Raises UserError that begins with `said`.
+    """
     if get_origin(without_none(type_)) is not tuple:
         return [text]
     if text.lstrip().startswith("["):
@@ -224,7 +232,10 @@ def value_of(type_: Any, tokens: Sequence[str], said: str) -> Any:
 def _update(
     config: Any, cls: type, values: Mapping[str, str], prefix: str, known: Mapping[str, Field]
 ) -> Any:
-    """`config` (None: a new `cls`) with `values`, named without their common `prefix`."""
+    """`config` (None: a new `cls`) with `values`, whose names lack their common `prefix`.
+
+    known: all fields of the outermost configuration by dotted name.
+    """
     changes: dict[str, Any] = {}
     members: dict[str, dict[str, str]] = {}
     for name, text in values.items():
@@ -281,6 +292,7 @@ def _to_tree(config: Any) -> dict[str, Any]:
 
 
 def _from_tree(cls: type, tree: Any, prefix: str) -> Any:
+    """The configuration of class `cls` from parsed JSON; its dotted names begin with `prefix`."""
     if not isinstance(tree, dict):
         raise UserError(f"{prefix[:-1] or 'the whole'} is {tree!r}; expected an object")
     if issubclass(cls, Variants) and prefix:
@@ -356,7 +368,7 @@ def _element_types(type_: Any, count: int) -> tuple[Any, ...]:
 
 
 def _make(construct: Callable[[], Any], prefix: str) -> Any:
-    """What `construct` returns; a class's own ValueError becomes a UserError that says whose."""
+    """The result of `construct`; a ValueError becomes a UserError that names the group `prefix`."""
     try:
         return construct()
     except UserError:
@@ -388,6 +400,7 @@ def _documentation(cls: type) -> dict[str, str]:
 
 
 def _required(cls: type) -> list[str]:
+    """The names of the fields without a default."""
     return [
         field.name
         for field in dataclasses.fields(cls)
@@ -406,5 +419,6 @@ def _held(group: type | None, value: Any) -> type | None:
 
 
 def _group(type_: Any) -> type | None:
+    """The dataclass of a type `X` or `X | None`; None for any other type."""
     present = without_none(type_)
     return present if isinstance(present, type) and dataclasses.is_dataclass(present) else None

@@ -1,16 +1,17 @@
 """Encoded examples on disk: latents and text embeddings, in ArrayRecord shards.
 
-A cache is a folder:
+A cache is a folder with
 
-- `manifest.json`: what it was made with and of, and whether it is complete (`Manifest`);
-- `empty.bin`: the embeddings of the empty caption, which dropped captions become;
-- `sizes.npy`: int32 [n, 2], height and width that each example's picture is brought to, 0 where it
-  is left out;
-- `shards/NAME/`: `records.array_record`, and `index.npy` that says which example is where.
+- `manifest.json`: with which models and of which data it was made, and if it is complete;
+- `empty.bin`: the embeddings of the empty caption, which replaces dropped ones;
+- `sizes.npy`: int32 [n, 2], the (height, width) in pixels that each picture was brought to, 0 for
+  examples that are left out;
+- `shards/NAME/records.array_record`, and `index.npy`, which says where in it each example is.
 
-Of each example there is a record of latents (mean, then log variance where the autoencoder has
-one), then one of each caption's embeddings (of the tokens, then pooled), arrays as they are in
-memory. A shard appears whole or not at all: what a kill interrupts is lost back to the last one.
+An example is a record with its latents (mean, then log variance if the autoencoder has one), then a
+record for each caption with its embeddings (of the tokens, then pooled). Arrays are stored as they
+are in memory. A shard is written whole or not at all: a process that is killed loses what it has
+encoded since its last whole shard.
 """
 
 import json
@@ -32,12 +33,12 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import DROPPED, Loader
 from taca_jax.data.order import Bucket, Stream
 from taca_jax.data.sources.bad_examples import BadExampleError
-from taca_jax.data.sources.base import cores
+from taca_jax.data.threads import usable_cores
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file, whole_folder
 
 SHARD_BYTES = 2**30
-"""A shard is full when it has as many; a kill costs each process the encoding of at most one."""
+"""A shard is full when it has so many bytes."""
 
 _FORMAT = 1
 _MANIFEST, _EMPTY, _SIZES, _SHARDS = "manifest.json", "empty.bin", "sizes.npy", "shards"
@@ -45,21 +46,26 @@ _RECORDS, _INDEX = "records.array_record", "index.npy"
 _WRITE, _READ = "group_size:1,uncompressed", "readahead_buffer_size:0"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _MAX_THREADS, _MOST_PER_CHUNK = 4, 16
-_MOST_OPEN = 64  # shards; a process may hold 1024 files by default, and there may be more shards
+_MOST_OPEN = 64  # shards; a process may open 1024 files by default, and there may be more shards
 _REFUSED = re.compile(r"\w+\(\) failed")
-"""What the library's errors begin with where the system refuses, and the file may be good."""
+"""How ArrayRecord's errors begin if the system refuses to read, so that the file may be good."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache is of; it serves a run that asks for the same.
+    """How a cache was made; it serves runs whose models and data are the same.
 
-    made_with: what of the models decides its numbers: by part, its kind, the sum of its parameters,
-    and a digest of its config. files: a digest of those models' files, to tell without reading them
-    that they are still the same. data: of the configuration, what decides its pictures. sources:
-    how many examples each source has. dtype: of latents and embeddings, as the models compute;
-    pooled embeddings, and latents of `latents_dtype`, are float32. channels, downscale: of latents.
-    moments: whether there is a log variance, and means are raw. text, pooled: shapes.
+    made_with: the models that encoded, by part: kind, sum of the parameters, digest of the config.
+    files: a digest of the names, sizes and times of the models' files, by which they are known to
+      be unchanged without reading them.
+    data: the fields of the data's configuration that decide the pictures (`picture_fields`).
+    sources: how many examples each source has.
+    dtype: of the embeddings of tokens; pooled embeddings are float32.
+    latents_dtype: of the latents.
+    channels, downscale: of the latents; a pixel of them is `downscale` pixels of the picture.
+    moments: whether latents have a log variance; means are then not yet scaled and shifted.
+    text, pooled: shapes of a caption's embeddings, [t, k] and [p].
+    examples: how many were encoded, once the cache is complete.
     """
 
     made_with: dict[str, Any]
@@ -74,7 +80,6 @@ class Manifest:
     text: list[int]
     pooled: list[int]
     examples: int | None = None
-    """How many were encoded, once it is complete."""
     format: int = _FORMAT
 
     def write(self, folder: Path) -> None:
@@ -83,13 +88,13 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """What a cache says of itself; None where there is none yet.
+    """The manifest of the cache in `folder`; None where there is no cache yet.
 
-    Raises UserError for what is no cache, or one of another version.
+    Raises UserError for a folder with something else in it, and for a cache of another version.
     """
     file = folder / _MANIFEST
     if not file.is_file():
-        # What a kill before the first manifest leaves counts as nothing: it is written anew.
+        # A process that is killed before it writes the manifest leaves these; they are replaced.
         ours = re.compile(rf"{_EMPTY}|{_SIZES}|\..+\.partial")
         if folder.is_dir() and not all(ours.fullmatch(each.name) for each in folder.iterdir()):
             raise UserError(f"{folder} is not empty and no cache; give another data.cache")
@@ -105,29 +110,27 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 class Caption(TypedDict):
-    """The embeddings of one caption: [t, k] and [p]."""
+    """The embeddings of one caption: of its tokens, [t, k], and pooled, [p]."""
 
     txt: np.ndarray
     pooled: np.ndarray
 
 
 class CachedExample(TypedDict):
-    """An example of a cache: its latents, [1 or 2, h, w, c], and where its captions are."""
+    """An example of a cache: its latents, and where its captions are."""
 
     id: str
-    latents: np.ndarray
+    latents: np.ndarray  # [1 or 2, h, w, c]: mean, and log variance
     shard: int
-    first_caption: int
-    captions: int
+    first_caption: int  # its record in the shard; the others follow
+    captions: int  # how many
 
 
 class CacheWriter:
-    """Writes shards of a cache, one process's; a context manager.
-
-    `prefix` is in no other process's, so that their shards have different names.
-    """
+    """Writes one process's shards of a cache. A context manager, which ends the last shard."""
 
     def __init__(self, folder: Path, prefix: str, *, shard_bytes: int = SHARD_BYTES):
+        """folder: of the cache. prefix: of the shards' names, a different one in each process."""
         self._folder = folder / _SHARDS
         self._prefix = prefix
         self._shard_bytes = shard_bytes
@@ -151,7 +154,7 @@ class CacheWriter:
         if kind is None:
             self.finish()
             return
-        with suppress(RuntimeError):  # the disk may be what failed
+        with suppress(RuntimeError):  # it may be the disk that failed
             self._writer.close()
         self._open.__exit__(kind, error, traceback)
 
@@ -162,7 +165,11 @@ class CacheWriter:
         latents: Sequence[np.ndarray],
         captions: Sequence[Caption],
     ) -> None:
-        """An example, by its index in the source. Raises UserError where it cannot be written."""
+        """Writes example `example` of the source, whose name is `name`.
+
+        latents: [h, w, c] each, the mean and, if the cache has it, the log variance. Raises
+        UserError where the example cannot be written.
+        """
         if self._open is None:
             self._start()
         parts = [latents, *((each["txt"], each["pooled"]) for each in captions)]
@@ -170,7 +177,7 @@ class CacheWriter:
         try:
             for record in records:
                 self._writer.write(record)
-        except RuntimeError as error:  # what the library makes of what the system refuses
+        except RuntimeError as error:  # how ArrayRecord reports an error of the system
             raise self._refused(error) from error
         self._rows.append((example, self._records, len(captions), name.encode()))
         self._records += len(records)
@@ -179,7 +186,7 @@ class CacheWriter:
             self.finish()
 
     def finish(self) -> None:
-        """Ends the shard, which is then part of the cache."""
+        """Ends the shard, which is part of the cache from then on."""
         try:
             self._writer.close()
         except RuntimeError as error:
@@ -205,14 +212,17 @@ class CacheWriter:
         return UserError(f"{self._folder} cannot be written ({reason}); make room there")
 
 
-def write_empty(folder: Path, caption: Caption) -> None:
-    """What dropped captions become."""
+def write_empty_caption(folder: Path, caption: Caption) -> None:
+    """Writes the embeddings of the empty caption, which replaces dropped ones."""
     with whole_file(folder / _EMPTY) as file:
         file.write_bytes(caption["txt"].tobytes() + caption["pooled"].tobytes())
 
 
 def write_sizes(folder: Path, buckets: Sequence[Bucket], count: int, resolution: int) -> None:
-    """The sizes that `count` examples fall into; squares of `resolution` where buckets say none."""
+    """Writes the size that each of `count` examples is brought to by its bucket.
+
+    The pictures of a bucket without a size are squares of `resolution` pixels a side.
+    """
     sizes = np.zeros((count, 2), np.int32)
     for bucket in buckets:
         sizes[np.concatenate(bucket.parts)] = bucket.size or (resolution, resolution)
@@ -221,7 +231,7 @@ def write_sizes(folder: Path, buckets: Sequence[Bucket], count: int, resolution:
 
 
 def read_buckets(folder: Path, manifest: Manifest) -> list[Bucket]:
-    """The examples by the size of their pictures, as `make_buckets` gave them."""
+    """The buckets that `write_sizes` was given. Raises UserError where the file is damaged."""
     sizes = _read_sizes(folder)
     starts = np.cumsum([0, *manifest.sources])
     used = np.flatnonzero(sizes.min(1))
@@ -235,7 +245,7 @@ def read_buckets(folder: Path, manifest: Manifest) -> list[Bucket]:
 
 
 def encoded(folder: Path) -> np.ndarray:
-    """int64 [m], rising: the indices of the examples that whole shards hold."""
+    """int64 [m], rising: the indices of the examples that are in whole shards."""
     rows = [index["example"] for _, index in _shards(folder)]
     return np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
 
@@ -243,12 +253,12 @@ def encoded(folder: Path) -> np.ndarray:
 class Cache:
     """The encoded examples of a complete cache, by their index in the source.
 
-    Those that were bad when it was made raise BadExampleError, as they do from the source: a run
-    sees the same examples in the same order from either.
+    Examples that were bad when the cache was made raise BadExampleError, as from the source itself:
+    a run reads the same examples in the same order from either.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
-        """Raises UserError where files are missing."""
+        """Raises UserError where files are missing or damaged."""
         self.manifest = manifest
         self._folder = folder
         found = _shards(folder)
@@ -259,7 +269,8 @@ class Cache:
             self._empty = self._caption((folder / _EMPTY).read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({error}); remove it to encode anew") from error
-        self._place = np.full((len(self._sizes), 2), -1, np.int64)  # shard and row
+        # Of each example its shard, and its row in the shard's index.
+        self._place = np.full((len(self._sizes), 2), -1, np.int64)
         for shard, index in enumerate(self._index):
             self._place[index["example"]] = np.stack(
                 [np.full(len(index), shard), np.arange(len(index))], 1
@@ -289,13 +300,13 @@ class Cache:
         }
 
     def caption(self, example: CachedExample, number: int) -> Caption:
-        """The embeddings of one of an example's captions, or of the empty one for DROPPED."""
+        """The embeddings of caption `number` of an example; for DROPPED, of the empty caption."""
         if number == DROPPED:
             return self._empty
         return self._caption(self._read(example["shard"], example["first_caption"] + number))
 
     def buckets(self) -> list[Bucket]:
-        """The examples by the size of their pictures, as `make_buckets` gave them."""
+        """The buckets that the cache was made with."""
         return read_buckets(self._folder, self.manifest)
 
     def _caption(self, record: bytes) -> Caption:
@@ -313,11 +324,11 @@ class Cache:
         path = self._paths[shard]
         try:
             return self._reader(shard).read([record])[0]
-        except (RuntimeError, IndexError, ValueError) as error:  # what the library raises of damage
+        except (RuntimeError, IndexError, ValueError) as error:  # ArrayRecord's, for damaged files
             with self._lock:
-                self._readers.pop(shard, None)  # it would say the same for ever
+                self._readers.pop(shard, None)  # it would raise the same error again and again
             reason = str(error).partition(";")[0]
-            if _REFUSED.match(reason):  # it opens files only here
+            if _REFUSED.match(reason):  # a reader opens its file when it first reads
                 raise _not_opened(path / _RECORDS, reason) from error
             raise _damaged_shard(path, reason) from error
 
@@ -328,7 +339,7 @@ class Cache:
                 path = str(self._paths[shard] / _RECORDS)
                 reader = array_record_module.ArrayRecordReader(path, _READ)
             self._readers[shard] = reader
-            if len(self._readers) > _MOST_OPEN:  # it is closed once no thread reads from it
+            if len(self._readers) > _MOST_OPEN:  # closed once no thread reads from it any more
                 self._readers.popitem(last=False)
             return reader
 
@@ -340,14 +351,18 @@ def make_cached_loader(
     rows: Sequence[int] | np.ndarray | None = None,
     together: int = 1,
 ) -> Loader:
-    """`make_loader` of encoded examples: `mean`, and `logvar` where it is to be sampled from, of
-    latents, [b, h, w, c]; `txt` [b, t, k] and `pooled` [b, p]."""
+    """Endless batches of the encoded examples, as `make_loader` gives them of a source.
+
+    A batch has `mean`, and for data.latents=sample `logvar`, of the latents, [b, h, w, c]; the
+    captions' embeddings `txt`, [b, t, k], and `pooled`, [b, p]; and `id`. rows, together: as for
+    `make_loader`.
+    """
 
     def finish(examples: list[CachedExample], numbers: list[int]) -> dict[str, np.ndarray]:
         arrays = {"mean": np.stack([example["latents"][0] for example in examples])}
         for i, (example, number) in enumerate(zip(examples, numbers, strict=True)):
-            # One record at a time, whose memory the next one takes: fresh pages cost more than
-            # copying.
+            # Record by record, so that each takes the memory of the one before: new pages of memory
+            # cost more time than copying.
             text = cache.caption(example, number)
             for name, array in (("txt", text["txt"]), ("pooled", text["pooled"])):
                 if i == 0:
@@ -373,15 +388,15 @@ def make_cached_loader(
         size=len(cache),
         data=data,
         rows=ours,
-        threads=min(cores(), _MAX_THREADS),
-        # Whole batches where they are not too large: to put them together would copy them again.
+        threads=min(usable_cores(), _MAX_THREADS),
+        # A whole batch if it is not too large: to join parts of it would copy them once more.
         chunk_size=max(n for n in range(1, _MOST_PER_CHUNK + 1) if len(ours) % n == 0),
         skipped=list,
     )
 
 
-def same_data(data: DataConfig) -> dict[str, Any]:
-    """What of a configuration decides a cache's pictures."""
+def picture_fields(data: DataConfig) -> dict[str, Any]:
+    """The fields of the configuration that decide which pictures a cache holds, and their sizes."""
     return {
         "source": list(data.source),
         "resolution": data.resolution,
@@ -392,11 +407,12 @@ def same_data(data: DataConfig) -> dict[str, Any]:
 
 
 def differences(made: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """The names under which two records differ."""
+    """The names under which two records differ, sorted."""
     return sorted(name for name in made.keys() | asked.keys() if made.get(name) != asked.get(name))
 
 
 def _read_sizes(folder: Path) -> np.ndarray:
+    """int32 [n, 2], see the module. Raises UserError where it cannot be read."""
     try:
         return np.load(folder / _SIZES, allow_pickle=False)
     except (FileNotFoundError, ValueError, EOFError) as error:
@@ -406,7 +422,7 @@ def _read_sizes(folder: Path) -> np.ndarray:
 
 
 def _shards(folder: Path) -> list[tuple[Path, np.ndarray]]:
-    """The folder and the index of each shard, by name."""
+    """The folder and the index of each shard, in the order of their names."""
     paths = sorted(path.parent for path in (folder / _SHARDS).glob(f"[!.]*/{_INDEX}"))
     return [(path, _read_index(path)) for path in paths]
 

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from, as a configuration."""
+"""The configuration of the training data."""
 
 import math
 from dataclasses import dataclass
@@ -12,33 +12,36 @@ _FORMS = "folder:PATH, webdataset:PATTERN, img2dataset:PATH, tfds:NAME or genera
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pictures and captions come from.
+    """Where pictures and captions come from, and how they are put into batches.
 
     source: `folder:PATH` of pictures with `captions.jsonl` or a .txt or .json beside each,
-      `webdataset:PATTERN` of tars (`path/{00000..00099}.tar`), `img2dataset:PATH`, that program's
-      output, `tfds:NAME` of a data set with captions that TFDS has prepared as array_record, or its
-      folder (`tfds:coco_captions#train[:10%]`; `#SPLIT` is `train` otherwise), `tfds:shapes/small`
-      (or `large`, `tiny`; built on first use) or `generated:shapes/SIZE`, the same drawn on the fly
-      (a million without a SIZE). Several in a comma list (a JSON list where names hold commas) are
-      mixed.
+      `webdataset:PATTERN` of tars (`path/{00000..00099}.tar`), `img2dataset:PATH`, the output
+      folder of that program, `tfds:NAME` of a data set with captions that TFDS has prepared as
+      array_record, or the folder of one (`tfds:coco_captions#train[:10%]`; `#SPLIT` is `train` if
+      not given), `tfds:shapes/small` (or `large`, `tiny`; built on first use) or
+      `generated:shapes/SIZE`, the same drawn while training (SIZE is a million if not given).
+      Several in a comma list (a JSON list where names hold commas) are mixed.
     batch_size: samples per forward pass, over all devices.
-    resolution: pixels per side of the square that each picture is resized and cropped to, or that
-      buckets have the area of; shapes have 40.
-    weights: how often each of several sources is drawn from, in proportion; none draws every
-      picture equally often.
-    aspect: `square` crops each picture to a square, `buckets` to that of some rectangles whose
-      aspect is nearest to its own; a batch is of one of them, and the step is compiled for each.
-    max_aspect: the longer over the shorter side of the longest bucket.
-    min_side: pictures with a shorter side of fewer pixels are left out.
+    resolution: pixels per side of the square that each picture is cropped and resized to, or whose
+      area buckets have; shapes have 40.
+    weights: how often each of several sources is drawn from, in proportion; if empty, every picture
+      is drawn equally often.
+    aspect: `square` crops each picture to a square, `buckets` to the rectangle, of several, whose
+      aspect is nearest to its own; a batch is of one rectangle, and the step is compiled for each.
+    max_aspect: the largest ratio of a bucket's longer side to its shorter one.
+    min_side: pictures with a side of fewer pixels are left out.
     caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
-    encode: `online` encodes pictures and captions in every step; `cache` does so once, before
+    encode: `online` encodes pictures and captions in every step; `cache` encodes them once, before
       training, which then has no text encoder and no autoencoder in memory.
-    cache: the folder of encoded examples, which a later run may use again; none is the run's own.
-    latents: `mean` trains on the middle of what the autoencoder makes of a picture, `sample` on
-      random latents of its distribution, new in every step.
+    cache: the folder of encoded examples, which later runs may use again; with none, it is within
+      the run's own folder.
+    latents: of the autoencoder's distribution for a picture, `mean` trains on its mean, `sample` on
+      a random sample, a new one in every step.
     max_bad_share: training stops when more than this share of the pictures is missing, corrupt or
-      without a caption; the others are counted, named in the log and skipped.
-    seed: decides the order, the dropped captions, and which of several captions is read.
+      without a caption; up to that they are skipped, counted and named in the log.
+    seed: decides the order, the dropped captions, and which of several captions is used.
+
+    Raises UserError for values out of range, and for those that do not fit together.
     """
 
     source: tuple[str, ...] = ("tfds:shapes",)

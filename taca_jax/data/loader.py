@@ -1,9 +1,9 @@
-"""Batches for training: shuffled, repeated, made ready, read ahead, and resumable exactly.
+"""Batches for training: shuffled, repeated, read ahead by threads, and exactly resumable.
 
-All processes share one endless stream: epoch after epoch, each a new permutation (`order`). A batch
-is the stream's next places, and each process reads those rows of it that its devices hold. A place
-alone decides its example, which of its captions is read, and whether it is dropped: the batches are
-the same however many processes read them, and the state of a loader is one number.
+All processes share one endless stream of examples (`order`). A batch is the next part of it, and
+each process reads the rows of the batch that its devices hold. An example's place in the stream
+alone decides which example it is, which of its captions is used, and whether that is dropped: the
+batches are the same for any number of processes, and the state of a loader is one number.
 """
 
 import sys
@@ -19,46 +19,56 @@ import numpy as np
 from taca_jax.data.config import DataConfig
 from taca_jax.data.order import CHOOSE, DROP, Bucket, Stream, uniform
 from taca_jax.data.sources.bad_examples import BadExampleError
-from taca_jax.data.sources.base import Example, PictureSource, Source, cores
-from taca_jax.data.sources.opening import parts_of, read_example, summaries
-from taca_jax.data.stalls import StallWatch
+from taca_jax.data.sources.mixing import parts_of, read_example, summaries
+from taca_jax.data.sources.source import Example, PictureSource, Source
+from taca_jax.data.threads import usable_cores
+from taca_jax.data.wait_monitor import WaitMonitor
 from taca_jax.errors import UserError
 
 Tokenize = Callable[[list[str]], np.ndarray]
+"""Captions -> tokens, int32 [n, length]."""
+
 Read = Callable[[int, tuple[int, int] | None], Any]
-"""An example by index, its picture of the size of its bucket."""
+"""(index, (height, width) of its bucket) -> the example."""
+
 Captions = Callable[[Any], int]
+"""An example -> how many captions it has."""
+
 Finish = Callable[[list[Any], list[int]], dict[str, np.ndarray]]
-"""The arrays of some examples, each with the number of its caption, or DROPPED."""
+"""(n examples, the number of the caption to use of each, or DROPPED) -> arrays [n, ...] by name."""
 
 DROPPED = -1
+"""In place of the number of a caption: the empty caption."""
 
 MAX_THREADS = 16
 FILES_PER_CHUNK = 4
+"""Examples that a thread reads at a time, where they are files."""
 BATCHES_AHEAD = 2
+"""Batches that are read before they are asked for."""
 _DRAWN_PER_CHUNK = 64
 
 
 class LoaderState(TypedDict):
-    """Where a loader is; plain numbers, for a checkpoint. All but `position` must stay."""
+    """Where a loader is, as plain numbers for a checkpoint."""
 
     position: int  # in the stream, of the next batch's first row
-    size: int
-    seed: int
+    size: int  # how many examples there are; must be the same on resumption
+    seed: int  # as well
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Some neighbouring examples of this process's part of the stream."""
+    """Consecutive examples of this process's part of the stream, read by one thread."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]  # [n, ...]
     id: list[str]
 
 
 class Loader:
-    """An endless iterator of full batches, over threads that read ahead; see `make_loader`.
+    """An endless iterator of full batches, which threads read ahead; made by `make_loader`.
 
-    Each is a dictionary: arrays [b, ...] by name, and `id`, the names of the examples.
+    A batch is a dictionary of arrays [b, ...] by name, and `id`, the names of the examples. The
+    loader is a context manager, which stops the threads.
     """
 
     def __init__(
@@ -75,10 +85,15 @@ class Loader:
         chunk_size: int,
         skipped: Callable[[], list[str]],
     ):
-        """size: how many examples there are, for the state. skipped: lines on what was skipped."""
+        """stream: decides the order. read, captions, finish: make the batches, see their types.
+
+        size: how many examples there are. rows: which rows of a batch this process reads, rising,
+        int [rows]. threads: how many read. chunk_size: how many examples each reads at a time.
+        skipped: gives lines on what was skipped.
+        """
         self.skipped = skipped
         self._stream = stream
-        self._stalls = StallWatch()
+        self._monitor = WaitMonitor()
         self._read_one = read
         self._captions = captions
         self._finish = finish
@@ -87,18 +102,18 @@ class Loader:
         self._caption_dropout = data.caption_dropout
         self._batch_size = data.batch_size
         self._rows = rows
-        if len(stream.buckets) > 1:  # pictures of a chunk have one size, and so are of one batch
+        if len(stream.buckets) > 1:  # a chunk's pictures have one size, so they are of one batch
             chunk_size = max(n for n in range(1, chunk_size + 1) if len(rows) % n == 0)
         self._chunk_size = chunk_size
         ahead = BATCHES_AHEAD * -(-len(rows) // chunk_size)
-        # Grain reads ahead, by chunks: its work for an element is more than drawing one. Its own
-        # shuffle takes milliseconds an index where there are few.
+        # Grain reads ahead by chunks, because its own work for an element takes longer than drawing
+        # one. Its shuffle is not used: it takes milliseconds an index for small data sets.
         chunks = grain.MapDataset.range(sys.maxsize // chunk_size).map(self._read)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
         self._chunks = iter(chunks.to_iter_dataset(options))
         self._chunk: _Chunk | None = None
-        self._offset = 0  # in the chunk
-        self._batches = 0  # given so far
+        self._offset = 0  # in the chunk, of the next example
+        self._batches = 0  # how many were given so far
 
     def __iter__(self) -> "Loader":
         return self
@@ -121,7 +136,7 @@ class Loader:
         return {**batch, "id": [name for chunk, part in parts for name in chunk.id[part]]}
 
     def get_state(self) -> LoaderState:
-        """The state after the last batch given; the same in every process."""
+        """The state after the last batch that was given; the same in every process."""
         return {
             "position": self._batches * self._batch_size,
             "size": self._size,
@@ -129,8 +144,10 @@ class Loader:
         }
 
     def set_state(self, state: LoaderState) -> None:
-        """Goes on where `state` was taken, by however many processes. Raises UserError if that was
-        of other data."""
+        """Goes on from where `state` was taken, with this or another number of processes.
+
+        Raises UserError for a state of other data.
+        """
         now = self.get_state()
         for name, value in now.items():
             if name != "position" and state.get(name) != value:
@@ -149,8 +166,8 @@ class Loader:
         self._chunks.set_state({"next_index": number})
 
     def close(self) -> None:
-        """Ends reading ahead."""
-        self._stalls.close()
+        """Stops the threads."""
+        self._monitor.close()
         self._chunks.close()
 
     def __enter__(self) -> "Loader":
@@ -169,12 +186,12 @@ class Loader:
         if self._chunk is not None and self._offset == len(self._chunk.id):
             self._chunk, self._offset = None, 0
         if self._chunk is None:
-            with self._stalls.waiting():
+            with self._monitor.waiting():
                 self._chunk = next(self._chunks)
         return self._chunk
 
     def _read(self, number: int) -> _Chunk:
-        """Runs on the reading threads."""
+        """Chunk `number` of this process's part of the stream; called in the reading threads."""
         ours = number * self._chunk_size + np.arange(self._chunk_size)
         batches, rows = np.divmod(ours, len(self._rows))
         rows = self._rows[rows]
@@ -189,18 +206,20 @@ class Loader:
         return _Chunk(self._finish(examples, captions), [example["id"] for example in examples])
 
     def _example(self, batch: int, row: int) -> Any:
-        """The example at a place of the stream; instead of a bad one another of the same epoch.
+        """The example at a row of a batch; if that is bad, another one of the same epoch.
 
-        To go on with the next would move all that follow, differently in each process.
+        Leaving bad ones out instead would shift all that follow, differently in each process.
         """
         size = self._stream.buckets[self._stream.bucket(batch)].size
         for index in self._stream.at(batch, row):
             try:
-                with self._stalls.reading(f"example {index}"):
+                with self._monitor.reading(f"example {index}"):
                     return self._read_one(index, size)
             except BadExampleError:  # the source has counted and logged it
                 continue
-        raise UserError("no example can be read")  # the source says so first, naming one
+        raise UserError(
+            "all examples that could be next are bad, and the log names each: repair or remove them"
+        )
 
 
 def make_loader(
@@ -212,21 +231,23 @@ def make_loader(
     buckets: Sequence[Bucket] | None = None,
     together: int = 1,
 ) -> Loader:
-    """Endless batches of `data.batch_size` examples of `source`, always full: `image` uint8
-    [b, height, width, 3], `tokens` int32 [b, length].
+    """Endless, full batches of `data.batch_size` examples of `source`.
 
-    tokenize: captions -> int32 [n, length]; called on many captions at a time, by one thread at a
-      time.
-    rows: which of a batch's rows this process reads (`sharding.local_rows`), rising; else all.
-    buckets: what `make_buckets` made of the source; else all pictures are as it gives them.
-    together: how many batches in a row are of one bucket.
+    A batch has `image`, uint8 [b, height, width, 3], `tokens`, int32 [b, length], and `id`.
+
+    tokenize: called with several captions at a time, by one thread at a time.
+    rows: which rows of a batch this process reads, rising (`parallel.batches.local_rows`); by
+      default all.
+    buckets: from `make_buckets`; by default all pictures are as the source gives them.
+    together: how many batches in a row are from one bucket.
+
     Raises UserError for an empty source.
     """
     if len(source) == 0:
         raise UserError(f"data.source={','.join(data.source)} has no examples")
     if buckets is None:
         buckets = [one_bucket(source)]
-    lock = threading.Lock()  # Rust tokenizers refuse two threads at a time
+    lock = threading.Lock()  # tokenizers written in Rust refuse two threads at a time
 
     def finish(examples: list[Example], captions: list[int]) -> dict[str, np.ndarray]:
         texts = [
@@ -238,10 +259,10 @@ def make_loader(
         return {"image": np.stack([example["image"] for example in examples]), "tokens": tokens}
 
     if any(isinstance(part, PictureSource) for part in parts_of(source)):
-        # Decoding leaves Python: small chunks spread over the cores.
-        threads, chunk_size = min(cores(), MAX_THREADS), FILES_PER_CHUNK
+        # Decoding runs outside of Python: small chunks spread it over the cores.
+        threads, chunk_size = min(usable_cores(), MAX_THREADS), FILES_PER_CHUNK
     else:
-        # Drawing is Python: a second thread would only wait for the first.
+        # Drawing is Python code, which only one thread can run at a time.
         threads, chunk_size = 1, _DRAWN_PER_CHUNK
     return Loader(
         Stream(
@@ -264,13 +285,13 @@ def make_loader(
 
 
 def one_bucket(source: Source) -> Bucket:
-    """All examples, their pictures as the source gives them."""
+    """A bucket of all examples, with their pictures as the source gives them."""
     starts = np.cumsum([0, *map(len, parts_of(source))])
     return Bucket(None, tuple(map(np.arange, starts[:-1], starts[1:])))
 
 
 def captions_of(example: Example) -> Sequence[str]:
-    """All that an example has, one or several."""
+    """All captions of an example."""
     caption = example["caption"]
     return (caption,) if isinstance(caption, str) else caption
 

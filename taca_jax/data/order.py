@@ -1,7 +1,8 @@
-"""What stands at each place of the endless stream that a run reads, decided by a seed.
+"""The order in which a run reads its examples: an endless stream of batches, decided by a seed.
 
-Buckets take turns by batches and sources by samples, each in proportion to its share, and within a
-bucket and a source each epoch is a new permutation. Every place is found without those before it.
+Buckets take turns batch by batch, and the sources within a bucket example by example, both in
+proportion to their shares. The examples of one bucket and source come in epochs, each a new
+permutation. The example at any place is computed without those before it.
 """
 
 import threading
@@ -13,17 +14,18 @@ from math import lcm
 
 import numpy as np
 
-SHUFFLE, DROP, CHOOSE = range(3)  # what random numbers are for
+SHUFFLE, DROP, CHOOSE = range(3)
+"""What random numbers are for: the order, dropped captions, which of several captions."""
 
-_FINEST_WEIGHT = 10**6
+_FINEST_WEIGHT = 10**6  # the ratio of two weights is a fraction with at most this denominator
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Examples whose pictures are brought to one size.
+    """Examples whose pictures are all brought to one size.
 
-    size: height and width; None for the pictures as their source gives them. parts: the indices of
-    the examples, int64 [n], of each of the sources that are mixed.
+    size: (height, width) in pixels; None for pictures as their source gives them. parts: for each
+    of the sources that are mixed, the indices of its examples, int64 [n].
     """
 
     size: tuple[int, int] | None
@@ -34,11 +36,11 @@ class Bucket:
 
 
 class Stream:
-    """The examples of each batch, which is of one bucket.
+    """Which examples are in each batch; all of a batch are from one bucket.
 
-    Each bucket has epochs of its own: in each every example of it comes once (of several sources
-    with weights: each source has), and its last batch goes on into its next epoch. Buckets come as
-    often as they have examples, so that their epochs end within a few batches of each other.
+    Each bucket has epochs of its own (with weights, each source within it has), in which every
+    example comes once; its last batch of an epoch is filled from the next. How often a bucket comes
+    is proportional to its number of examples, so that the epochs of all end at about the same time.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class Stream:
         together: int = 1,
         seed: int,
     ):
-        """weights: of the sources; none takes every example equally often. together: how many
-        batches in a row are of one bucket."""
+        """weights: how often each source is drawn from, in proportion; without any, every example
+        is drawn equally often. together: how many batches in a row are from one bucket.
+        """
         self.buckets = list(buckets)
         self._batch_size = batch_size
         self._together = together
@@ -68,11 +71,11 @@ class Stream:
         self._orders = [[_Order(part, seed) for part in bucket.parts] for bucket in buckets]
 
     def bucket(self, batch: int) -> int:
-        """Which bucket a batch is of."""
+        """The number of the bucket that a batch is from."""
         return turn(batch // self._together, self._turns)[0]
 
     def at(self, batch: int, row: int) -> Iterator[int]:
-        """The example at a row of a batch, then those to take instead of it, in turn."""
+        """The index of the example at a row of a batch, then of substitutes should it be bad."""
         group, within = divmod(batch, self._together)
         bucket, group = turn(group, self._turns)
         place = (group * self._together + within) * self._batch_size + row
@@ -81,7 +84,7 @@ class Stream:
 
 
 def turn(place: int, shares: Sequence[int]) -> tuple[int, int]:
-    """Whose turn it is at a place, and how many turns that one has had before.
+    """Whose turn it is at a place, i, and how many turns i has had before.
 
     Of the first n * sum(shares) places, i has exactly n * shares[i], evenly spread.
     """
@@ -96,12 +99,12 @@ def turn(place: int, shares: Sequence[int]) -> tuple[int, int]:
 
 
 def uniform(places: np.ndarray, *seed: int) -> np.ndarray:
-    """float64 [n] in [0, 1): a random number for each place."""
+    """float64 [n] in [0, 1): a random number for each place, decided by the seed."""
     return (_hash(places, *seed) >> np.uint64(11)) * 2.0**-53
 
 
 class _Order:
-    """The order of some examples: each epoch a permutation by its own random numbers."""
+    """The endless order of some examples: epochs, each a permutation of its own."""
 
     def __init__(self, members: np.ndarray, seed: int):
         self._members = members
@@ -110,9 +113,9 @@ class _Order:
         self._lock = threading.Lock()
 
     def at(self, place: int) -> Iterator[int]:
-        """The example at a place, then those to take instead of it, in turn.
+        """The index of the example at a place, then of substitutes should it be bad.
 
-        Those begin half an epoch away, and so hardly in the same batch.
+        Substitutes are from half an epoch away, and so hardly ever in the same batch.
         """
         size = len(self._members)
         epoch, within = divmod(place, size)
@@ -122,22 +125,23 @@ class _Order:
             yield int(self._members[order[(within + size // 2 + step) % size]])
 
     def _epoch(self, epoch: int) -> np.ndarray:
+        """uint32 [n]: the permutation of an epoch."""
         with self._lock:
             if epoch not in self._epochs:
                 keys = _hash(self._members, self._seed, SHUFFLE, epoch)
                 self._epochs[epoch] = np.argsort(keys, kind="stable").astype(np.uint32)
-                if len(self._epochs) > 2:  # two threads may stand on either side of an end
+                if len(self._epochs) > 2:  # threads may read on both sides of an epoch's end
                     self._epochs.popitem(last=False)
             return self._epochs[epoch]
 
 
 def _share(weight: float, largest: float) -> Fraction:
-    """weight / largest, as precise for the smallest as for others, and never 0."""
+    """weight / largest, with the same relative precision for small weights, and never 0."""
     return 1 / (Fraction(largest) / Fraction(weight)).limit_denominator(_FINEST_WEIGHT)
 
 
 def _whole(shares: Sequence[Fraction]) -> list[int]:
-    """Whole numbers in the same proportion."""
+    """Whole numbers in the same proportion as `shares`."""
     scale = lcm(*(share.denominator for share in shares))
     return [int(share * scale) for share in shares]
 
@@ -145,7 +149,7 @@ def _whole(shares: Sequence[Fraction]) -> list[int]:
 def _hash(places: np.ndarray, *seed: int) -> np.ndarray:
     """uint64 [n]: random bits for each place, the same in every version of NumPy.
 
-    splitmix64 (Steele et al., 2014).
+    The generator is splitmix64 (Steele et al., OOPSLA 2014).
     """
     start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     z = start + places.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -1,4 +1,4 @@
-"""How a run on shapes is measured."""
+"""The configuration of the evaluation of a run on shapes."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,15 @@ from taca_jax.config.fields import check
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The measurement at the end of a training run on shapes.
+    """The evaluation at the end of a training run on shapes.
 
-    prompts: held-out prompts per category.
+    prompts: held-out prompts per category, a picture for each; where a category has fewer distinct
+      ones (shape has 40, texture 50), they repeat with other noise.
     steps: sampling steps per picture.
     guidance: strength of classifier-free guidance; 1 is none.
     batch_size: pictures sampled at a time.
+
+    Raises UserError for values out of range.
     """
 
     prompts: int = 100

@@ -1,10 +1,10 @@
-"""Reads pictures of shapes back and says which of a caption's claims hold.
+"""Recognises the objects in a picture of shapes, and checks a caption's claims against them.
 
-Segmentation is by distance from the background and by hue, shapes are matched against templates of
-the drawing code by intersection over union, textures by correlation with their pattern at every
-phase. Pictures that the drawing code makes are read without an error.
+A picture is segmented by distance from the background and by hue. Shapes are matched with templates
+from the drawing code by intersection over union, textures by correlation with their pattern at
+every phase. Pictures from the drawing code are recognised without an error.
 
-As in T2I-CompBench, only what the caption names is judged: other objects do not make a picture
+As in T2I-CompBench, only what the caption names is judged: further objects do not make a picture
 wrong, but a `Verdict` counts them. "a red circle" holds if there is at least one, "two red circles"
 if there are exactly two.
 """
@@ -40,6 +40,7 @@ MAX_ASPECT = 1.5
 MIN_DISTANCE = 80  # from the background, in RGB; the palest colour lies at 163
 MIN_CONTRAST = 0.1  # of a texture, relative to the colour; drawn: 0.55
 MIN_CORRELATION = 0.6  # of a texture with its pattern
+MIN_SPREAD = 0.02  # share(1 - share) of dark pixels in a pattern; one with less fits by chance
 MAX_PLAIN_DEVIATION = 0.2  # of the shade within a plain object; a drawn texture has 0.24
 
 _COLORS = tuple(PALETTE)
@@ -51,7 +52,7 @@ _FOUR_NEIGHBOURS = ndimage.generate_binary_structure(2, 1)
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """An object read from a picture; a shape or texture that fits nothing known is None."""
+    """An object that was recognised in a picture; an unknown shape or texture is None."""
 
     color: str
     shape: str | None
@@ -61,6 +62,7 @@ class FoundObject:
     confidence: float  # intersection over union with the best template, 0..1
 
     def is_a(self, thing: Object) -> bool:
+        """Whether it fits a caption's description of an object."""
         return (
             self.shape == thing.shape
             and thing.color in (None, self.color)
@@ -70,14 +72,15 @@ class FoundObject:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a picture shows of a caption."""
+    """What a picture shows of what its caption claims."""
 
-    claims: tuple[tuple[Claim, bool], ...]
+    claims: tuple[tuple[Claim, bool], ...]  # each claim, and whether it holds
     found: tuple[FoundObject, ...]
     extras: int  # objects beyond those that the caption names
 
     @property
     def correct(self) -> bool:
+        """Whether all claims hold."""
         return all(holds for _, holds in self.claims)
 
 
@@ -97,18 +100,21 @@ def check(description: str | Description, image: np.ndarray) -> Verdict:
 
 
 def read_scene(image: np.ndarray) -> list[FoundObject]:
-    """The objects in an image, uint8 [height, width, 3], by colour and then from the top."""
+    """The objects in an image, uint8 [height, width, 3], by colour and then from top to bottom.
+
+    Raises ValueError for an array of another dtype or shape.
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
             f"image is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]"
         )
-    # A border of background, so that every object has pixels all round.
+    # A border of background, so that there are pixels around every object.
     pixels = np.full((image.shape[0] + 2, image.shape[1] + 2, 3), BACKGROUND, np.float32)
     pixels[1:-1, 1:-1] = image
     brightness = pixels.mean(axis=2)
     chroma = pixels - brightness[..., None]
     foreground = ((pixels - BACKGROUND) ** 2).sum(axis=2) > MIN_DISTANCE**2
-    # A pixel's hue is that of its neighbourhood: one dark, noisy pixel says little.
+    # Averaged over neighbours, because the hue of a single dark pixel is mostly noise.
     near = ndimage.uniform_filter(chroma * foreground[..., None], size=3, axes=(0, 1))
     hue = np.where(foreground, (near @ _HUES.T).argmax(axis=2), -1)
     objects = []
@@ -123,7 +129,8 @@ def read_scene(image: np.ndarray) -> list[FoundObject]:
             box = slice(top, rows.stop + 1), slice(left, columns.stop + 1)
             mask = labels[box] == label
             if np.count_nonzero(mask) >= MIN_AREA:
-                # One pixel of border before the image and one before the object's box cancel.
+                # `left` and `top` count the border, and are a pixel before the object: they are its
+                # position in the image.
                 objects.append(_read_object(color, mask, coverage[box], pixels[box], (left, top)))
     return objects
 
@@ -135,7 +142,7 @@ def _read_object(
     pixels: np.ndarray,
     corner: tuple[int, int],
 ) -> FoundObject:
-    """The object of a mask; the arrays reach a pixel beyond its box, which starts at `corner`."""
+    """The object of a mask whose box is at `corner`, (x, y); arrays have a border of a pixel."""
     left, top = corner
     height, width = mask.shape[0] - 2, mask.shape[1] - 2
     shape, confidence = _read_shape(mask, coverage)
@@ -150,17 +157,20 @@ def _read_object(
 
 
 def _coverage(color: int, chroma: np.ndarray, brightness: np.ndarray) -> np.ndarray:
-    """The share of each pixel that an object of a colour covers, whatever its shade there.
+    """float32 [height, width]: how much of each pixel an object of a colour covers, about 0..1.
 
-    pixel = (1 - coverage) * background + coverage * shade * colour, and the background is grey:
-    chroma alone gives coverage * shade, and what is left of the brightness is the background.
+    pixel = (1 - coverage) * background + coverage * shade * colour. As the background is grey, the
+    chroma gives coverage * shade, and the rest of the brightness is the background's.
     """
     shade = chroma @ _CHROMA[color] / (_CHROMA[color] @ _CHROMA[color])
     return 1 - (brightness - shade * _RGB[color].mean()) / BACKGROUND
 
 
 def _read_shape(mask: np.ndarray, coverage: np.ndarray) -> tuple[str | None, float]:
-    """The best shape by the coverage, which blur leaves right, and how well the mask fits it."""
+    """The shape that fits best (None: none does), and its intersection over union with the mask.
+
+    It is chosen by the coverage, which blurring does not change on the whole.
+    """
     height, width = mask.shape[0] - 2, mask.shape[1] - 2
     if max(height, width) > MAX_ASPECT * min(height, width):
         return None, 0.0
@@ -181,9 +191,10 @@ def _read_shape(mask: np.ndarray, coverage: np.ndarray) -> tuple[str | None, flo
 
 @lru_cache(maxsize=256)
 def _templates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every shape within one pixel of a box: float32 [n, pixels of the box + 1 all round], areas.
+    """Masks of each shape in every box within a pixel of the given one, and their areas.
 
-    The boxes are the same for each shape, shape after shape, so that n / 5 tells the shape.
+    Masks are float32 [n, pixels of the box with a border of a pixel], areas float32 [n]. There are
+    as many of each shape, one shape after the other.
     """
     rows = _spans(height)
     columns = _spans(width)
@@ -199,7 +210,7 @@ def _templates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
-    """(start, length) of the spans in length + 2 pixels that are within a pixel of `length`."""
+    """(start, length) of all spans of `length`, give or take 1, in `length` + 2 pixels."""
     return [
         (start, span)
         for span in (length - 1, length, length + 1)
@@ -208,7 +219,10 @@ def _spans(length: int) -> list[tuple[int, int]]:
 
 
 def _read_texture(color: int, mask: np.ndarray, pixels: np.ndarray) -> str | None:
-    """The texture within the outline, where blur does not mix the colour with the background."""
+    """The texture, None if unknown, by the pixels within the outline.
+
+    There blurring does not mix the colour with the background.
+    """
     inside = np.zeros(mask.shape, np.float32)
     inside[1:-1, 1:-1] = (
         mask[1:-1, 1:-1] & mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
@@ -224,7 +238,7 @@ def _read_texture(color: int, mask: np.ndarray, pixels: np.ndarray) -> str | Non
     share = patterns @ inside / count
     spread = share * (1 - share)
     contrast = -(patterns @ shade) / count / np.maximum(spread, 1e-6)
-    contrast = np.where(spread > 0.02, contrast, 0)  # a pattern that hardly shows fits by chance
+    contrast = np.where(spread > MIN_SPREAD, contrast, 0)
     correlation = contrast * np.sqrt(spread) / max(deviation, 1e-6)
     best = int(correlation.argmax())
     if contrast[best] >= MIN_CONTRAST and correlation[best] >= MIN_CORRELATION:
@@ -233,6 +247,7 @@ def _read_texture(color: int, mask: np.ndarray, pixels: np.ndarray) -> str | Non
 
 
 def _distinct_patterns() -> list[tuple[str, np.ndarray]]:
+    """The textures at every phase, each with a tile, bool [4, 4], of where it is dark."""
     patterns: dict[bytes, tuple[str, np.ndarray]] = {}
     for texture in SAID_TEXTURES:
         for dy in range(TEXTURE_PERIOD):
@@ -271,7 +286,7 @@ def _holds(claim: Claim, found: tuple[FoundObject, ...]) -> bool:
 
 
 def _lies(first: tuple[float, float], relation: str, second: tuple[float, float]) -> bool:
-    """Whether the first centre lies so, farther along the axis than across it."""
+    """Whether `relation` holds, with centres farther apart along its axis than across."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     along, across = (dx, dy) if relation in ("left", "right") else (dy, dx)
     if relation in ("right", "below"):
@@ -280,7 +295,7 @@ def _lies(first: tuple[float, float], relation: str, second: tuple[float, float]
 
 
 def _extras(description: Description, found: tuple[FoundObject, ...]) -> int:
-    """Objects of no phrase, and those of a phrase beyond its count."""
+    """How many objects fit no phrase, or a phrase whose count is reached without them."""
     phrases = description.phrases
     extras = sum(not any(item.is_a(phrase.object) for phrase in phrases) for item in found)
     for phrase in phrases:

@@ -24,10 +24,6 @@ class Transform:
         """Their shape of an array that is `shape` here."""
         return self.store(np.broadcast_to(np.False_, shape)).shape
 
-    def loaded_shape(self, shape: Shape) -> Shape:
-        """Our shape of a tensor that is `shape` there."""
-        return self.load(np.broadcast_to(np.False_, shape)).shape
-
 
 def swap_halves(x: np.ndarray) -> np.ndarray:
     """The two halves of the first axis, exchanged."""

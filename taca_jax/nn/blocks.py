@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation
 from taca_jax.nn.layers import ZEROS, Linear, RMSNorm, from_tiles, modulate, to_tiles
+from taca_jax.parallel.mesh import constrain_vectors
 
 NORM_EPSILON = 1e-6
 
@@ -111,7 +112,8 @@ class Stream(nnx.Module):
 
     def modulation(self, inputs: BlockInputs) -> list[Float[Array, "b d"]]:
         """The modulating vectors, in that order."""
-        return jnp.split(self.mod(inputs.vec, inputs.lora_scale), self.mods, axis=-1)
+        vectors = constrain_vectors(self.mod(inputs.vec, inputs.lora_scale))
+        return jnp.split(vectors, self.mods, axis=-1)
 
     def finish(
         self,

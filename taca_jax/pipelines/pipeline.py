@@ -23,12 +23,11 @@ from taca_jax.families.registry import family_of
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.kinds import abstract_model
-from taca_jax.nn.lora import linears, remove_lora
+from taca_jax.nn.lora import remove_lora
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.mesh import on
 from taca_jax.parallel.processes import is_first
-from taca_jax.parallel.rules import parameter_sharding
 from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
 from taca_jax.pipelines.inputs import (
     NO_DOWNSCALE,
@@ -240,27 +239,7 @@ class Pipeline:
 
         Raises UserError for a file that is damaged or made for another model.
         """
-        before = [
-            (layer, layer.lora_a, layer.lora_b, layer.lora_alpha_over_rank)
-            for _, layer in linears(self.transformer)
-        ]
-        self.unload_lora()
-        try:
-            said = str(read_lora(find_weights(path), self.transformer))
-        except BaseException:
-            for layer, a, b, strength in before:
-                layer.lora_a, layer.lora_b, layer.lora_alpha_over_rank = a, b, strength
-            raise
-        if self.mesh is not None:
-            table = self.family.kind.sharding
-            for name, layer in linears(self.transformer):
-                for factor, param in (("lora_a", layer.lora_a), ("lora_b", layer.lora_b)):
-                    if param is not None:
-                        where = parameter_sharding(
-                            table, f"{name}.{factor}", param.shape, self.mesh
-                        )
-                        param.set_value(jax.device_put(param.get_value(), where))
-        return said
+        return str(read_lora(find_weights(path), self.transformer, self.mesh))
 
     def unload_lora(self) -> None:
         """Takes LoRA factors off; without any this does nothing."""

@@ -23,14 +23,15 @@ from taca_jax.data.cache import (
     Manifest,
     differences,
     encoded,
+    picture_fields,
     read_buckets,
     read_manifest,
-    same_data,
-    write_empty,
+    write_empty_caption,
     write_sizes,
 )
-from taca_jax.data.sources.opening import open_source, parts_of, summaries
-from taca_jax.data.sources.scans import stamp_of
+from taca_jax.data.sources.factory import open_source
+from taca_jax.data.sources.mixing import parts_of, summaries
+from taca_jax.data.sources.stored_scans import stamp_of
 from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
 from taca_jax.parallel.processes import all_of, first_before_others, is_first, wait_for_all
@@ -81,7 +82,7 @@ def ready_cache(config: TrainConfig, models: RunModels, mesh: Mesh | None, notic
 
 
 def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
-    asked = same_data(config.data)
+    asked = picture_fields(config.data)
     if changed := differences(manifest.data, asked):
         name = changed[0]
         raise UserError(
@@ -165,7 +166,7 @@ def _encode_all(
     manifest = Manifest(
         made_with=made_with,
         files=stamp,
-        data=same_data(data),
+        data=picture_fields(data),
         sources=[len(part) for part in parts_of(source)],
         dtype=config.dtype,
         latents_dtype=encoders.latents_dtype,
@@ -185,7 +186,7 @@ def _encode_all(
         least = config.grad_accumulation * data.batch_size
         buckets = make_buckets(source, data, multiple=models.multiple, least=least)
         if is_first():
-            write_empty(folder, empty)
+            write_empty_caption(folder, empty)
             write_sizes(folder, buckets, len(source), data.resolution)
             manifest.write(folder)
     wait_for_all("the start of a cache")

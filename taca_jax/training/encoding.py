@@ -25,8 +25,9 @@ from taca_jax.data.cache import CacheWriter, Caption
 from taca_jax.data.loader import BATCHES_AHEAD, FILES_PER_CHUNK, MAX_THREADS, captions_of
 from taca_jax.data.order import Bucket
 from taca_jax.data.sources.bad_examples import BadExampleError
-from taca_jax.data.sources.base import Example, Source, cores
-from taca_jax.data.sources.opening import read_example
+from taca_jax.data.sources.mixing import read_example
+from taca_jax.data.sources.source import Example, Source
+from taca_jax.data.threads import usable_cores
 from taca_jax.parallel.batches import batch_sharding, local_rows, own_rows, put_rows
 from taca_jax.parallel.processes import is_first, most_of_all
 from taca_jax.text.tokenizers import Tokenizer
@@ -211,7 +212,7 @@ def _read_ahead(
     chunks = grain.MapDataset.range(len(batches) * pieces).map(
         lambda i: read(i // pieces, np.array_split(rows, pieces)[i % pieces])
     )
-    threads = min(cores(), MAX_THREADS)
+    threads = min(usable_cores(), MAX_THREADS)
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, BATCHES_AHEAD * pieces)
     )

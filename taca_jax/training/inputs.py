@@ -8,7 +8,7 @@ from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache import Cache, make_cached_loader
 from taca_jax.data.loader import Loader, make_loader
 from taca_jax.data.order import Bucket
-from taca_jax.data.sources.opening import open_source
+from taca_jax.data.sources.factory import open_source
 from taca_jax.errors import UserError
 from taca_jax.parallel.batches import local_rows
 from taca_jax.parallel.processes import first_before_others

@@ -4,14 +4,11 @@
 comes from what it returns.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,21 +19,18 @@ from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.flops import forward_flops
-from taca_jax.families.registry import published_models
-from taca_jax.nn.kinds import abstract_model, kind_of
-from taca_jax.nn.layers import LoRAParam, Quantized
-from taca_jax.nn.lora import LoRAConfig, add_lora
-from taca_jax.nn.low_bit import Quantization
-from taca_jax.nn.quantization import quantize
+from taca_jax.nn.kinds import kind_of
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.nn.lora import add_lora
 from taca_jax.parallel.batches import samples_together
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
-from taca_jax.parallel.rules import parameter_sharding
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import load_text
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import TextEncoder, TextReading, token_count
 from taca_jax.text.tokenizers import Tokenizer, load_tokenizer
+from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.pipeline_folders import (
@@ -46,6 +40,7 @@ from taca_jax.weights.pipeline_folders import (
     StoredModel,
     StoredPipeline,
     open_pipeline,
+    published_pipeline,
     stored_model,
 )
 from taca_jax.weights.shipped import find_weights
@@ -230,7 +225,7 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
             raise UserError(f"base={config.base} says how pixels are read; leave out pixels.*")
         is_there = find_weights(config.base).exists()
         if published and not is_there:
-            stored = _published_pipeline(config.base)
+            stored = published_pipeline(config.base)
         else:
             stored = open_pipeline(config.base)
     if config.autoencoder != PIXELS:
@@ -295,41 +290,6 @@ def _initializer(config: Any, seed: int) -> Callable[[LoadOptions], Any]:
     return make
 
 
-def _published_pipeline(base: str) -> StoredPipeline:
-    """A released model that is not here: its configs, to plan with."""
-    known = published_models()
-    name = Path(base).name
-    if name not in known:
-        raise UserError(f"base={base} is not there; plan for {', '.join(known)} needs no folder")
-    family, model = known[name]
-    configs = {
-        TRANSFORMER: model.transformer,
-        **model.text_encoders,
-        AUTOENCODER: family.autoencoder,
-    }
-
-    def missing(options: LoadOptions) -> Any:
-        del options
-        raise UserError(f"base={base} is not there")
-
-    defaults = family.defaults_of(model.transformer)
-    return StoredPipeline(
-        where=Path(base),
-        models={
-            part: StoredModel(f"{base}/{part}", each, missing) for part, each in configs.items()
-        },
-        settings=PipelineSettings(
-            tokenizer=None,
-            text_length=model.text_length,
-            resolution=defaults.resolution,
-            steps=defaults.steps,
-            guidance=defaults.guidance,
-            schedule=family.schedule_of(model.transformer),
-        ),
-        tokenizers=Path(base),
-    )
-
-
 def _check_sizes(config: TrainConfig, transformer: Any, autoencoder: StoredModel) -> None:
     """Raises UserError where transformer, autoencoder and pictures do not fit together."""
     latents = autoencoder.config
@@ -373,56 +333,3 @@ def check_mesh(config: TrainConfig, models: RunModels, mesh: Mesh | None) -> Non
         raise UserError(
             f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
         )
-
-
-def abstract_on_mesh(
-    config: Any,
-    options: LoadOptions,
-    *,
-    quantized: Quantization = "none",
-    lora: LoRAConfig | None = None,
-    targets: tuple[str, ...] = (),
-) -> Any:
-    """A model of shapes, each with its place on the mesh of `options`.
-
-    Parameters are in options.param_dtype (None: options.dtype), unless they are quantised, or LoRA
-    factors, which are float32.
-    """
-    model = abstract_model(
-        config, dtype=options.dtype, remat=options.remat, attention=options.attention
-    )
-    kind = kind_of(config)
-    quantize(model, kind, quantized)
-    graph, state = nnx.split(model)
-    if lora is not None:
-        with_factors = partial(_with_factors, graph, state, lora, targets)
-        graph, state = nnx.split(nnx.eval_shape(with_factors))
-    for path, param in nnx.to_flat_state(state):
-        name = ".".join(map(str, path))
-        wide = jnp.float32 if isinstance(param, LoRAParam) else options.param_dtype or options.dtype
-        if isinstance(param, Quantized):
-            wide = param.get_value().dtype
-        sharding = parameter_sharding(kind.sharding, name, param.shape, options.mesh)
-        param.set_value(jax.ShapeDtypeStruct(param.shape, jnp.dtype(wide), sharding=sharding))
-    return nnx.merge(graph, state)
-
-
-def _with_factors(
-    graph: nnx.GraphDef, state: nnx.State, lora: LoRAConfig, targets: tuple[str, ...]
-) -> nnx.Module:
-    filled = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-    model = nnx.merge(graph, filled)
-    add_lora(model, lora, targets, rngs=nnx.Rngs(0))
-    return model
-
-
-def local_bytes(arrays: Any) -> int:
-    """Bytes that one chip holds of a tree of arrays, or of the shapes of some."""
-    return sum(map(_local_bytes, jax.tree.leaves(arrays)))
-
-
-def _local_bytes(array: Any) -> int:
-    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
-    bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
-    return math.prod(shape) * bits // 8

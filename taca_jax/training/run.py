@@ -29,7 +29,6 @@ from taca_jax.parallel.processes import (
 )
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.taca import MAX_TIMESTEP
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.config import TrainConfig
@@ -101,8 +100,8 @@ def _run(config: TrainConfig, models: RunModels, mesh: Mesh | None, notice: Noti
     transformer = models.load_transformer(mesh)
     if config.taca is not None and is_first():
         print(
-            f"training under TACA: gamma {config.taca.gamma:g} ({config.taca.schedule}) at times in "
-            f"({config.taca.threshold:g}, {MAX_TIMESTEP:g}], from which all are drawn"
+            f"training under TACA: gamma {config.taca.gamma:g} ({config.taca.schedule}) at times "
+            f"above {config.taca.threshold:g}, from which all are drawn"
         )
     sampler = None
     if config.sample_every and isinstance(inputs, InputModels):

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+from jax.sharding import Mesh
+
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families, family_of
@@ -20,6 +23,7 @@ from taca_jax.formats.lora.factors import (
 )
 from taca_jax.formats.tensor_files import TensorFiles, open_tensors, write_tensors
 from taca_jax.nn.lora import linears
+from taca_jax.parallel.rules import parameter_sharding
 
 Layout = Literal["peft", "kohya", "native"]
 
@@ -40,14 +44,24 @@ class LoRAFile:
         return summarise(self.adapter, self.dialect, self.left_out)
 
 
-def read_lora(path: Path | str, model: Any) -> LoRASummary:
-    """Attaches the factors of a LoRA file, in any dialect (or PEFT's folder), to a transformer.
+def read_lora(path: Path | str, model: Any, mesh: Mesh | None = None) -> LoRASummary:
+    """Attaches the factors of a LoRA file, in any dialect (or PEFT's folder), to a transformer, in
+    place of any other, shared over `mesh`.
 
     Factors become float32, strengths are folded into b. Raises UserError, and changes nothing, for
     a file that is absent, truncated, or of another model; it names keys and both sizes.
     """
-    file = load_adapter(Path(path), family_of(model.config), model.config)
+    family = family_of(model.config)
+    file = load_adapter(Path(path), family, model.config)
     attach_adapter(file.adapter, model, str(path))
+    if mesh is not None:
+        for name, layer in linears(model):
+            for factor in ("lora_a", "lora_b"):
+                if (param := getattr(layer, factor)) is not None:
+                    at = parameter_sharding(
+                        family.kind.sharding, f"{name}.{factor}", param.shape, mesh
+                    )
+                    param.set_value(jax.device_put(param.get_value(), at))
     return file.summary
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from taca_jax.config.fields import from_json
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
-from taca_jax.families.registry import family_of
+from taca_jax.families.registry import family_of, published_models
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.text.encoders import StoredEncoders, TextReading
@@ -138,3 +138,41 @@ def converted_pipeline(folder: Path, settings: PipelineSettings) -> StoredPipeli
 def stored_model(folder: Path) -> StoredModel:
     """A model folder of ours. Raises UserError as `load_config` does."""
     return StoredModel(str(folder), load_config(folder), partial(load_model, folder))
+
+
+def published_pipeline(base: str) -> StoredPipeline:
+    """A released model by the name of its folder, which need not be here: configs to plan with.
+
+    Raises UserError for a name that is none.
+    """
+    known = published_models()
+    name = Path(base).name
+    if name not in known:
+        raise UserError(f"base={base} is not there; plan for {', '.join(known)} needs no folder")
+    family, model = known[name]
+    configs = {
+        TRANSFORMER: model.transformer,
+        **model.text_encoders,
+        AUTOENCODER: family.autoencoder,
+    }
+
+    def missing(options: LoadOptions) -> Any:
+        del options
+        raise UserError(f"base={base} is not there")
+
+    defaults = family.defaults_of(model.transformer)
+    return StoredPipeline(
+        where=Path(base),
+        models={
+            part: StoredModel(f"{base}/{part}", each, missing) for part, each in configs.items()
+        },
+        settings=PipelineSettings(
+            tokenizer=None,
+            text_length=model.text_length,
+            resolution=defaults.resolution,
+            steps=defaults.steps,
+            guidance=defaults.guidance,
+            schedule=family.schedule_of(model.transformer),
+        ),
+        tokenizers=Path(base),
+    )

@@ -1,8 +1,8 @@
-"""What is found out about a test's files is kept with them."""
+"""Results of scans are stored in a folder of each test's own."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / f"{tmp_path.name}-kept"))
+def stored_scans(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / f"{tmp_path.name}-scans"))

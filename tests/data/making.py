@@ -1,4 +1,4 @@
-"""Pictures and tars for tests of what reads them."""
+"""Makes pictures and tars for tests."""
 
 import io
 import json
@@ -9,14 +9,14 @@ from PIL import Image
 
 
 def picture_bytes(value=0, size=(24, 20), format="PNG", **options):
-    """A picture of one grey; `size` is width and height."""
+    """A picture of one shade of grey; `size` is (width, height)."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (value,) * 3).save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def noise_bytes(size=(48, 40), format="JPEG", mode="RGB", seed=0, **options):
-    """A picture that does not shrink to nothing."""
+    """A picture of noise, which compresses badly: its file is not tiny."""
     channels = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], channels), np.uint8)
     buffer = io.BytesIO()

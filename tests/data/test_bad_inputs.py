@@ -1,4 +1,4 @@
-"""A thousand odd and broken inputs: read right, or skipped, counted and named; never a crash."""
+"""A thousand odd and broken inputs: each is read right, or skipped, counted and named."""
 
 import io
 import logging
@@ -15,7 +15,8 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import make_loader
 from taca_jax.data.sources.bad_examples import BadExampleError
 from taca_jax.data.sources.decoding import MAX_PIXELS, read_picture
-from taca_jax.data.sources.opening import open_source, summaries
+from taca_jax.data.sources.factory import open_source
+from taca_jax.data.sources.mixing import summaries
 from tests.data.making import noise_bytes, picture_bytes, write_tar
 
 COUNT = 1000
@@ -31,7 +32,7 @@ def cut_in_the_header(i):
 
 
 def flipped(i):
-    """Bytes of a PNG's pixels changed: its checksums tell."""
+    """A PNG with bytes of its pixels changed, which its checksums show."""
     content = bytearray(noise_bytes(format="PNG", seed=i))
     content[100 + i % 1000] ^= 0xFF
     return bytes(content)
@@ -121,7 +122,7 @@ def made():
 
 
 def checked(source, names, caplog):
-    """Everything read once: what is good is given, all else is counted, and named once."""
+    """The names of the examples that can be read; checks that all others are counted."""
     good = set()
     for i in range(len(source)):
         try:
@@ -201,4 +202,4 @@ def test_a_picture_that_would_fill_the_memory_is_not_decoded(tmp_path):
     content[16:24] = struct.pack(">II", side, side)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     with pytest.raises(BadExampleError, match=f"{side} x {side} pixels; at most 100000000 are"):
-        read_picture(io.BytesIO(content), 16)
+        read_picture(io.BytesIO(content), (16, 16))

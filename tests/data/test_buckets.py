@@ -10,7 +10,8 @@ from taca_jax.data.buckets import bucket_sizes, make_buckets
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import make_loader
 from taca_jax.data.order import Bucket, Stream, turn
-from taca_jax.data.sources.opening import MixedSource, open_source
+from taca_jax.data.sources.factory import open_source
+from taca_jax.data.sources.mixing import MixedSource
 from taca_jax.errors import UserError
 from tests.data.making import picture_bytes, write_tar
 

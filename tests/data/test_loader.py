@@ -15,7 +15,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import make_loader
 from taca_jax.data.shapes.captions import VOCABULARY
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.opening import open_source
+from taca_jax.data.sources.factory import open_source
 from taca_jax.errors import UserError
 from tests.shared import shared_path
 
@@ -31,7 +31,7 @@ def tokenize_words(captions):
 
 
 def tokenize_length(captions):
-    """Tokens that show the caption's number: "" is 0, "41" is 42."""
+    """Tokens from which the caption can be told: 0 for "", 42 for "41"."""
     return np.array([[int(caption or -1) + 1] * 2 for caption in captions], np.int64)
 
 
@@ -48,9 +48,9 @@ class Numbers:
 
     def __getitem__(self, index):
         if index in self.broken:
-            self.bad.bad(index, f"{index}.png", "torn")
+            self.bad.add_bad(index, f"{index}.png", "torn")
             raise BadExampleError("torn")
-        self.bad.good(index)
+        self.bad.add_good(index)
         image = np.full((2, 2, 3), index % 256, np.uint8)
         return {"image": image, "caption": str(index), "id": str(index)}
 
@@ -113,6 +113,18 @@ def test_orders_are_fair():
     assert max(abs(count - 500) for count in counts.values()) < 5 * 500**0.5
     pairs = Counter(pairwise(epochs))
     assert len(pairs) == 36
+
+
+def test_a_source_of_bad_examples_alone_is_an_error():
+    class Torn:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise BadExampleError("torn")
+
+    with numbers_loader(Torn()) as loader, pytest.raises(UserError, match="are bad, and the log"):
+        next(loader)
 
 
 def test_a_batch_may_be_larger_than_the_source():

@@ -1,4 +1,4 @@
-"""The shapes data: its language, what training never sees, its pictures and its builder."""
+"""The shapes data: captions, held-out compositions, pictures, and the data set on disk."""
 
 import hashlib
 import shutil
@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from taca_jax.data.shapes import dataset as shapes
+from taca_jax.data.shapes import dataset
 from taca_jax.data.shapes.captions import (
     CATEGORIES,
     COLORS,
@@ -35,10 +35,16 @@ from taca_jax.data.shapes.captions import (
     Relation,
     canonical_relation,
     held_out,
+    parse_caption,
 )
-from taca_jax.data.shapes.dataset import GeneratedShapes, load, parse_caption
+from taca_jax.data.shapes.dataset import load
 from taca_jax.data.shapes.drawing import BACKGROUND, GAP, IMAGE_SIZE, MARGIN, PALETTE, place
-from taca_jax.data.shapes.examples import SPLITS, random_scene
+from taca_jax.data.shapes.examples import (
+    SPLITS,
+    GeneratedShapes,
+    held_out_prompts,
+    random_scene,
+)
 from taca_jax.errors import UserError
 
 SCENES = 3000
@@ -149,10 +155,10 @@ def test_a_fifth_or_a_sixth_of_each_kind_is_held_out():
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_training_never_sees_what_is_held_out(scenes, split):
-    """Spelt out from captions' words and drawn objects, apart from `held_out`."""
+    """Checked on the words of captions and on the objects drawn, without `held_out` too."""
     for scene in scenes[split]:
         drawn = [item.object for item in scene.placed]
-        assert not held_out(scene.description, drawn)
+        assert not held_out(scene.description)
         shapes_drawn = {thing.shape for thing in drawn}
         for thing in drawn:
             assert (thing.color, thing.shape) not in HELD_OUT_COLOR_SHAPES
@@ -253,8 +259,8 @@ def test_unknown_splits_are_refused():
 
 
 def test_prompts_are_held_out_and_distinct_where_there_are_enough():
-    prompts = shapes.test_prompts(60, seed=0)
-    assert prompts == shapes.test_prompts(60, seed=0) != shapes.test_prompts(60, seed=1)
+    prompts = held_out_prompts(60, seed=0)
+    assert prompts == held_out_prompts(60, seed=0) != held_out_prompts(60, seed=1)
     by_category = {c: [p for category, p in prompts if category == c] for c in CATEGORIES}
     for category, captions in by_category.items():
         assert len(captions) == 60
@@ -330,6 +336,6 @@ def test_unusable_arguments_of_load_are_users_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot build the shapes data set in"):
         load("tiny", "train", tmp_path / "file")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shapes.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0 MiB in .* 0 MiB are free: give another data_dir"):
         load("tiny", "train", tmp_path)

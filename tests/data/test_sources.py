@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from taca_jax.data.config import DataConfig
-from taca_jax.data.shapes import dataset as shapes
+from taca_jax.data.shapes import dataset
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.sources.decoding import read_picture
+from taca_jax.data.sources.factory import GENERATED_SIZE, open_source
 from taca_jax.data.sources.folders import FolderSource
-from taca_jax.data.sources.opening import GENERATED_SIZE, open_source
 from taca_jax.errors import UserError
 from tests.shared import shared_path
 
@@ -48,7 +48,7 @@ def write_table(root, *records):
 
 
 def test_generated_and_stored_shapes_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "DEFAULT_DATA_DIR", tmp_path)
+    monkeypatch.setattr(dataset, "DEFAULT_DATA_DIR", tmp_path)
     stored = open_source(DataConfig("tfds:shapes/tiny"))
     drawn = open_source(DataConfig("generated:shapes/64"))
     assert len(stored) == len(drawn) == 64
@@ -171,7 +171,7 @@ def test_pictures_stand_upright(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / f"a.{suffix}", exif=exif)
-    assert corners(read_picture(tmp_path / f"a.{suffix}", 16)) == UPRIGHT
+    assert corners(read_picture(tmp_path / f"a.{suffix}", (16, 16))) == UPRIGHT
 
 
 @pytest.mark.parametrize("size", [(80, 40), (40, 80), (41, 40), (40, 41)])
@@ -179,7 +179,7 @@ def test_the_central_square_is_kept(tmp_path, size):
     image = Image.new("RGB", size, (255, 0, 255))
     image.paste(quadrants(), ((size[0] - 40) // 2, (size[1] - 40) // 2))
     image.save(tmp_path / "a.png")
-    resized = read_picture(tmp_path / "a.png", 20)
+    resized = read_picture(tmp_path / "a.png", (20, 20))
     assert corners(resized) == UPRIGHT
     assert resized.flags.c_contiguous
 
@@ -187,14 +187,14 @@ def test_the_central_square_is_kept(tmp_path, size):
 def test_a_picture_of_the_right_size_is_not_changed(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 32), pixels)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", (32, 32)), pixels)
 
 
 def test_shrinking_averages_and_does_not_pick(tmp_path):
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[::2] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert np.abs(read_picture(tmp_path / "a.png", 16).astype(int) - 127).max() < 20
+    assert np.abs(read_picture(tmp_path / "a.png", (16, 16)).astype(int) - 127).max() < 20
 
 
 def test_large_jpegs_decoded_small_look_the_same(tmp_path):
@@ -202,13 +202,15 @@ def test_large_jpegs_decoded_small_look_the_same(tmp_path):
     image = Image.fromarray(coarse).resize((600, 700), Image.Resampling.BICUBIC)
     image.save(tmp_path / "a.png")
     image.save(tmp_path / "a.jpg", quality=95)
-    exact, drafted = (read_picture(tmp_path / name, 32).astype(int) for name in ("a.png", "a.jpg"))
+    exact, drafted = (
+        read_picture(tmp_path / name, (32, 32)).astype(int) for name in ("a.png", "a.jpg")
+    )
     assert np.abs(exact - drafted).mean() < 2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000), (3, 2)])
 def test_tiny_and_long_pictures(tmp_path, size):
-    assert (read_picture(save(tmp_path / "a.png", size=size), 16) == RED).all()
+    assert (read_picture(save(tmp_path / "a.png", size=size), (16, 16)) == RED).all()
 
 
 def gray16(path):
@@ -257,7 +259,7 @@ def phone(path):
 )
 def test_modes(tmp_path, name, make, expected):
     make(tmp_path / name)
-    image = read_picture(tmp_path / name, 16)
+    image = read_picture(tmp_path / name, (16, 16))
     assert image.shape == (16, 16, 3)
     assert np.abs(image.astype(int) - expected).max() <= 2
 
@@ -406,9 +408,9 @@ def run_through(bad_indices, total, share):
     for i in range(total):
         try:
             if i in bad_indices:
-                bad.bad(i, f"{i}.png", "torn")
+                bad.add_bad(i, f"{i}.png", "torn")
             else:
-                bad.good(i)
+                bad.add_good(i)
         except UserError:
             return i + 1
     return None
@@ -438,13 +440,13 @@ def test_chance_does_not_stop_a_folder_below_the_share():
 def test_an_example_counts_once_however_often_it_is_read(caplog):
     bad = BadExamples(10, 0.2)
     for _ in range(100):
-        bad.bad(3, "3.png", "torn")
-        bad.good(4)
+        bad.add_bad(3, "3.png", "torn")
+        bad.add_good(4)
     assert bad.count == 1
     assert len(caplog.records) == 1
-    bad.bad(5, "5.png", "torn")
+    bad.add_bad(5, "5.png", "torn")
     with pytest.raises(UserError) as raised:
-        bad.bad(6, "6.png", "torn")
+        bad.add_bad(6, "6.png", "torn")
     assert str(raised.value) == (
         "3 of 10 pictures cannot be used, more than data.max_bad_share=0.2 allows (such as 6.png: "
         "torn): repair or remove them, or raise data.max_bad_share"

@@ -1,4 +1,4 @@
-"""Tars: where their files are, what of a torn one is still read, and img2dataset's layouts."""
+"""Tars, also damaged ones, as webdataset and img2dataset write them."""
 
 import errno
 import io
@@ -7,6 +7,7 @@ import re
 import tarfile
 import threading
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -16,7 +17,10 @@ import pytest
 from taca_jax.data.config import DataConfig
 from taca_jax.data.sources import tars
 from taca_jax.data.sources.bad_examples import BadExampleError
-from taca_jax.data.sources.opening import MixedSource, open_source, parts_of
+from taca_jax.data.sources.factory import open_source
+from taca_jax.data.sources.mixing import MixedSource, parts_of
+from taca_jax.data.sources.source import PICTURE_SUFFIXES
+from taca_jax.data.sources.stored_scans import scan_once
 from taca_jax.data.sources.tars import Broken, Member, expand, walk
 from taca_jax.errors import UserError
 from tests.data.making import picture_bytes, write_tar
@@ -30,15 +34,19 @@ def open_tars(pattern, **changes):
 
 
 def samples(start, count, **further):
-    """Grey pictures, the number of each as its caption."""
+    """Files of grey pictures, with the number of each as its shade and in its caption."""
     files = {}
     for i in range(start, start + count):
         files |= {f"{i:05}.png": picture_bytes(i), f"{i:05}.txt": f"number {i}"}
     return files | further
 
 
+def stored_files():
+    return Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npy")
+
+
 def everything(source):
-    """(id, caption, grey) of what can be read."""
+    """(id, caption, shade of grey) of each example that can be read."""
     found = []
     for i in range(len(source)):
         try:
@@ -116,7 +124,6 @@ def test_a_size_below_zero_does_not_go_back(tmp_path, kind):
 
 
 def test_what_could_not_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
     write_tar(tmp_path / "a.tar", samples(0, 3))
     write_tar(tmp_path / "b.tar", samples(3, 2))
     read, opened, refused = os.pread, tarfile.TarInfo.fromtarfile, (tmp_path / "b.tar").stat()
@@ -139,8 +146,7 @@ def test_what_could_not_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch
         patch.setattr(os, "pread", refuse)
         assert (source.sizes()[3:] == 0).all()
     assert (source.sizes() > 0).all()
-    kept = len([*(tmp_path / "kept").rglob("*.npy")])
-    assert kept == 3  # of both tars, and the sizes
+    assert len([*stored_files()]) == 3  # of both tars, and the sizes
 
 
 def test_a_sparse_file_is_left_out_and_a_damaged_one_reported(tmp_path):
@@ -158,7 +164,7 @@ def test_a_sparse_file_is_left_out_and_a_damaged_one_reported(tmp_path):
 
 
 def test_newer_versions_of_tarfile_give_the_same_report(tmp_path, monkeypatch):
-    """They refuse a size below 0 as a broken header (Python issue 130577)."""
+    """They raise an error for a size below 0 (Python issue 130577)."""
     path = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", "." * 700))
     set_size(path, 1, -1024)
     expected = [*walk(path)]
@@ -303,6 +309,36 @@ def test_where_files_are_is_found_once_and_again_when_a_tar_changes(tmp_path, mo
     write_tar(path, samples(0, 3))
     assert len(open_tars(path)) == 3
     assert walked == [path]
+
+
+def test_a_tar_is_indexed_again_when_other_suffixes_count(tmp_path, monkeypatch):
+    files = samples(0, 1, **{"00001.jfif": picture_bytes(1, format="JPEG"), "00001.txt": "new"})
+    path = write_tar(tmp_path / "t.tar", files)
+    assert len(open_tars(path)) == 1
+    module = "taca_jax.data.sources.webdataset"
+    monkeypatch.setattr(f"{module}.PICTURE_SUFFIXES", (*PICTURE_SUFFIXES, ".jfif"))
+    assert [caption for _, caption, _ in everything(open_tars(path))] == ["number 0", "new"]
+
+
+@pytest.mark.parametrize("version", ["webdataset._INDEX_VERSION", "source._SIZES_VERSION"])
+def test_a_newer_scan_does_not_take_what_an_older_one_found(tmp_path, monkeypatch, version):
+    path = write_tar(tmp_path / "t.tar", samples(0, 2))
+    open_tars(path).sizes()
+    stored = {*stored_files()}
+    open_tars(path).sizes()
+    assert {*stored_files()} == stored
+    monkeypatch.setattr(f"taca_jax.data.sources.{version}", 99)
+    open_tars(path).sizes()
+    assert len(stored) == 2
+    assert len({*stored_files()}) == 3
+
+
+def test_a_scan_is_stored_by_its_name_its_rules_and_its_files(tmp_path):
+    calls = [("a", 1, b"x"), ("b", 1, b"x"), ("a", 2, b"x"), ("a", 1, b"y")]
+    for number, call in enumerate(calls):
+        scan_once(*call, lambda number=number: (np.array([number]), True))
+    for number, call in enumerate(calls):
+        assert scan_once(*call, lambda: pytest.fail("it is stored")) == [number]
 
 
 def test_tars_that_cannot_be_used(tmp_path):

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.config import DataConfig
 from taca_jax.data.sources.bad_examples import BadExampleError
-from taca_jax.data.sources.opening import open_source
+from taca_jax.data.sources.factory import open_source
 from taca_jax.errors import UserError
 from taca_jax.loggers import silenced
 from tests.data.making import picture_bytes
@@ -20,7 +20,7 @@ SIZES = [(24, 20), (20, 24), (40, 20), (24, 20), (24, 20)]
 
 
 class Captioned(tfds.core.GeneratorBasedBuilder):
-    """As COCO's captions are, of which example 0 has none; example 3 is no picture."""
+    """Captions as in COCO, of which example 0 has none; the picture of example 3 is not one."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -42,7 +42,7 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
 
 
 class Labelled(Captioned):
-    """Pictures with a single text, of a name that is none of a caption's."""
+    """Pictures with one text, under a name that captions do not have."""
 
     NAME = "label"
 
@@ -62,7 +62,7 @@ class Texts(Labelled):
 
 
 class Records(Labelled):
-    """The text in a record that is no sequence."""
+    """Pictures with one record, in which the text is."""
 
     def _info(self):
         features = {
@@ -80,7 +80,7 @@ class Records(Labelled):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """By name: the folder of a prepared data set. Not to be changed."""
+    """The folders of the prepared data sets by name; tests must not change them."""
     root = tmp_path_factory.mktemp("tfds")
     folders = {}
     tfds.disable_progress_bar()

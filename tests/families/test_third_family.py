@@ -30,8 +30,6 @@ from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.generate import generate
 from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.planning import plan as planning
-from taca_jax.planning.slices import Slice
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import T5Text
@@ -99,7 +97,8 @@ def lora_config(base, out_dir, **changes):
 
 
 def losses(run_dir):
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").open()]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def test_it_is_drawn_with_taca(base):
@@ -139,7 +138,9 @@ def test_its_lora_is_trained_drawn_with_and_renamed(run, tmp_path, capsys):
 
 def test_one_is_trained_from_scratch_and_its_configuration_survives(mini, tmp_path):
     text = TextConfig(tokenizer="shapes", length=16, encoder=T5)
-    config = lora_config(tmp_path, tmp_path / "run", model=mini.TINY, text=text, **FROM_SCRATCH)
+    config = replace(
+        lora_config("unused", tmp_path / "run"), model=mini.TINY, text=text, **FROM_SCRATCH
+    )
     assert from_json(TrainConfig, to_json(config)) == config
     assert update(config, {"model.num_blocks": "1"}).model == replace(mini.TINY, num_blocks=1)
     train(config)
@@ -166,7 +167,7 @@ def test_it_is_trained_over_eight_devices_as_on_one(run, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_it_is_planned(mini, base, monkeypatch):
+def test_it_is_planned(base):
     config = lora_config(base, "unused", plan="v5e-4")
     models = open_models(config)
     assert models.tokens == {"image": 100, "text": 16}
@@ -183,10 +184,8 @@ def test_it_is_planned(mini, base, monkeypatch):
     assert "v5e-4 (v5e:2x2), fsdp 4: 8 pictures of 40 px a step" in done.stdout.replace(
         "data", "fsdp"
     )
-    with pytest.raises(UserError, match="plan for .*sd3-medium, mini-tiny needs no folder"):
+    with pytest.raises(UserError, match=r"plan for .*sd3-medium, mini-tiny needs no folder"):
         open_models(replace(config, base="nothing"), published=True)
-    monkeypatch.setattr(planning, "make_plan", None)
-    assert Slice.of("v5e-4").chips == 4
 
 
 def test_its_weights_are_converted_compared_inspected_and_written_back(mini, tmp_path, capsys):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from taca_jax.data.shapes.captions import VOCABULARY
 from taca_jax.data.shapes.examples import GeneratedShapes
-from taca_jax.data.shapes.examples import test_prompts as held_out_prompts
+from taca_jax.data.shapes.examples import held_out_prompts
 from taca_jax.errors import UserError
 from taca_jax.pipelines.text import save_tokenizers
 from taca_jax.text.tokenizers import (

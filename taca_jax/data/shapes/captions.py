@@ -1,20 +1,19 @@
-"""The language of the shapes data: objects, captions, claims, and what training never sees.
+"""Captions of the shapes data: what they describe, and which compositions are held out.
 
-A `Description` says what a picture must show. Its `caption` is the text that the model reads, its
-`claims` are what the scorer checks, and `parse_caption` leads from any such text back to the
-description. Categories follow T2I-CompBench (Huang et al., 2023).
+A `Description` says what a picture must show. Its `caption` is the text for the model, its `claims`
+are what the evaluation checks, and `parse_caption` turns a caption back into its description. The
+categories follow T2I-CompBench (Huang et al., 2023).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from taca_jax.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
 COLORS = ("red", "green", "blue", "yellow", "cyan", "purple")
-PLAIN = "plain"
+PLAIN = "plain"  # the texture of objects whose texture is not said; captions never say "plain"
 SAID_TEXTURES = ("striped", "dotted", "checkered")
-TEXTURES = (PLAIN, *SAID_TEXTURES)  # a caption never says "plain"
 RELATIONS = ("left", "right", "above", "below")
 COUNTS = ("one", "two", "three", "four")
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")
@@ -46,14 +45,14 @@ VOCABULARY: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """A thing in a picture or a caption; None is an attribute that the caption leaves open."""
+    """An object in a picture or a caption; None is an attribute that the caption leaves open."""
 
     shape: str
     color: str | None = None
     texture: str | None = None
 
     def matches(self, other: "Object") -> bool:
-        """Whether `other`, a thing in a picture, is what this describes."""
+        """Whether `other`, an object in a picture, fits this description of one."""
         return (
             self.shape == other.shape
             and self.color in (None, other.color)
@@ -78,7 +77,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Some such `subject` lies to the `relation` of some such `object`."""
+    """One of the objects that fit `subject` is left of (or ...) one of those that fit `object`."""
 
     subject: Object
     relation: str
@@ -90,7 +89,7 @@ Claim = Present | Count | Relation
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """ "a striped red circle" (count None) or "two red circles" (count 2)."""
+    """A part of a caption: "a striped red circle" (count None) or "two red circles" (count 2)."""
 
     object: Object
     count: int | None = None
@@ -105,7 +104,7 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One to three phrases; `relation`, if any, holds between the first two."""
+    """One to three phrases, and the relation between the first two objects, if any."""
 
     phrases: tuple[Phrase, ...]
     relation: str | None = None
@@ -120,7 +119,7 @@ class Description:
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """What a picture must show: one claim a phrase, then the relation."""
+        """What a picture must show: a claim for each phrase, then the relation."""
         claims: list[Claim] = [
             Present(phrase.object) if phrase.count is None else Count(phrase.object, phrase.count)
             for phrase in self.phrases
@@ -132,10 +131,10 @@ class Description:
 
 
 def parse_caption(caption: str) -> Description:
-    """The description that a caption states: the inverse of `Description.caption`.
+    """The description with this caption; the inverse of `Description.caption`.
 
-    Raises UserError for an unknown word (naming the known ones) and for words in an order that the
-    captions do not use.
+    Raises UserError for an unknown word, naming the known ones, and for words in an order that no
+    caption has.
     """
     words = caption.lower().split()
     known = VOCABULARY[len(SPECIAL_TOKENS) :]
@@ -168,6 +167,8 @@ def parse_caption(caption: str) -> Description:
 
 
 def _parse_phrase(words: Sequence[str], at: int, caption: str) -> tuple[Phrase, int]:
+    """The phrase that begins at word `at`, and the number of the word behind it."""
+
     def word() -> str:
         return words[at] if at < len(words) else "the end"
 
@@ -187,6 +188,7 @@ def _parse_phrase(words: Sequence[str], at: int, caption: str) -> tuple[Phrase, 
 
 
 def _parse_join(words: Sequence[str], at: int, caption: str) -> tuple[str | None, int]:
+    """The relation (None for "and") at word `at`, and the number of the word behind it."""
     if words[at] == "and":
         return None, at + 1
     for relation, join in _JOINS.items():
@@ -200,8 +202,8 @@ def _bad(caption: str, reason: str) -> UserError:
     return UserError(f"caption {caption!r} cannot be read: {reason}")
 
 
-# What training never sees, a fifth or a sixth of each kind of composition: one fixed cell in each
-# row of the table of pairs, so that every word still meets most of the others.
+# The compositions that training never sees, a fifth or a sixth of each kind. In a table of pairs it
+# is at most one in each row, so that training sees every word with most of the others.
 
 HELD_OUT_COLOR_SHAPES = frozenset(zip(COLORS, SHAPES, strict=False))  # 5 of 30
 HELD_OUT_TEXTURE_SHAPES = frozenset(zip(SAID_TEXTURES, SHAPES[::2], strict=True))  # 3 of 15
@@ -212,13 +214,13 @@ HELD_OUT_SHAPE_PAIRS = frozenset(  # 2 of 10
 
 
 def canonical_relation(subject: str, relation: str, object: str) -> tuple[str, str, str]:
-    """(shape, "left" or "above", shape): "a right of b" is the picture of "b left of a"."""
+    """(shape, "left" or "above", shape), the same for "a right of b" and "b left of a"."""
     if relation in ("left", "above"):
         return subject, relation, object
     return object, {"right": "left", "below": "above"}[relation], subject
 
 
-# 7 of the 32 canonical triples whose shape pair is seen; the mirrored triple is always seen.
+# 7 of the 32 canonical triples whose pair of shapes is seen; mirrored triples are never held out.
 HELD_OUT_RELATIONS = frozenset(
     {
         ("circle", "left", "square"),
@@ -232,19 +234,19 @@ HELD_OUT_RELATIONS = frozenset(
 )
 
 
-def held_out(description: Description, drawn: Iterable[Object] = ()) -> frozenset[str]:
-    """The kinds of held-out composition in a description and in the objects drawn for it.
+def held_out(description: Description) -> frozenset[str]:
+    """The kinds of held-out compositions in a description, by the names of the categories.
 
-    Kinds bear the names of the categories: "color" (colour, shape), "texture" (texture, shape),
-    "shape" (two shapes in one picture), "numeracy" (count, shape), "spatial" (shape, relation,
-    shape; as said, not as it happens to lie).
+    "color" is a pair of colour and shape, "texture" of texture and shape, "shape" of two shapes in
+    one picture, "numeracy" of count and shape; "spatial" is a shape in a relation to another, where
+    the caption says so, not where objects happen to lie so.
     """
     kinds = set()
     objects = [phrase.object for phrase in description.phrases]
     shapes = {thing.shape for thing in objects}
     if any(pair <= shapes for pair in HELD_OUT_SHAPE_PAIRS):
         kinds.add("shape")
-    for thing in (*objects, *drawn):
+    for thing in objects:
         if (thing.color, thing.shape) in HELD_OUT_COLOR_SHAPES:
             kinds.add("color")
         if (thing.texture, thing.shape) in HELD_OUT_TEXTURE_SHAPES:

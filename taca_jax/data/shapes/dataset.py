@@ -1,6 +1,6 @@
-"""The shapes data set, on disk: a TFDS builder (array_record, without TensorFlow) and `load`.
+"""The shapes data set on disk: a TFDS builder (array_record, without TensorFlow) and `load`.
 
-The same examples come without a disk from `GeneratedShapes`.
+The same examples are drawn on demand, without files, by `examples.GeneratedShapes`.
 """
 
 import contextlib
@@ -21,37 +21,19 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from taca_jax.data.shapes.captions import CATEGORIES, MAX_TOKENS, VOCABULARY, parse_caption
 from taca_jax.data.shapes.drawing import IMAGE_SIZE
-from taca_jax.data.shapes.examples import SPLITS, Example, GeneratedShapes, test_prompts
+from taca_jax.data.shapes.examples import SPLITS, Example, GeneratedShapes
 from taca_jax.errors import UserError
 from taca_jax.loggers import silenced
 
-__all__ = [
-    "CATEGORIES",
-    "DEFAULT_DATA_DIR",
-    "IMAGE_SIZE",
-    "MAX_TOKENS",
-    "SPLITS",
-    "VOCABULARY",
-    "Example",
-    "GeneratedShapes",
-    "Shapes",
-    "ShapesConfig",
-    "StoredShapes",
-    "load",
-    "parse_caption",
-    "test_prompts",
-]
-
 DEFAULT_DATA_DIR = Path("~/.cache/taca_jax/tfds")
 _SEED = 0
-_BYTES_PER_EXAMPLE = 1100  # twice what is kept: a build writes every example twice
+_BYTES_PER_EXAMPLE = 1100  # needed by a build, which writes every example twice
 
 
 @dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-    """A size of the data set; smaller ones are the beginnings of larger ones."""
+    """How many examples each split has; those of a smaller config begin a larger one."""
 
     train: int = 0
     validation: int = 0
@@ -88,7 +70,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=None,
-            disable_shuffling=True,  # the examples are in random order as they are drawn
+            disable_shuffling=True,  # they are drawn in random order
         )
 
     def _split_generators(self, dl_manager):
@@ -103,10 +85,10 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
 
 class StoredShapes:
-    """A random-access source over one split of a built data set."""
+    """The examples of one split of a built data set, by index."""
 
     def __init__(self, builder: Shapes, split: str):
-        # The pictures stay PNG until they are asked for: TFDS's own decoding warns without OpenCV.
+        # Pictures are decoded in __getitem__, because TFDS warns when it decodes without OpenCV.
         decoders = {"image": tfds.decode.SkipDecoding()}
         # TFDS's decorators hide the method's signature.
         self._source = builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
@@ -136,9 +118,9 @@ def load(
 ) -> StoredShapes:
     """A split of the data set under `data_dir`, which is built there on first use.
 
-    Other processes wait for the one that builds; what an interrupted build left is removed. Raises
-    UserError for an unknown config or split, a folder that cannot be written, a disk without the
-    room, and damaged files.
+    Other processes wait for the one that builds, and what an interrupted build has left is removed.
+    Raises UserError for an unknown config or split, a folder that cannot be written, a disk with
+    too little space, and damaged files.
     """
     configs = [known.name for known in Shapes.BUILDER_CONFIGS]
     if config not in configs:
@@ -161,7 +143,7 @@ def load(
         if len(stored) != expected:
             raise ValueError(f"{len(stored)} examples where {expected} were written")
         stored[expected - 1]
-    except Exception as error:  # TFDS and array_record have no common class for what they raise
+    except Exception as error:  # TFDS and array_record raise errors of many classes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"the shapes data set is damaged ({reason}): remove {folder} and run again, "
@@ -175,7 +157,7 @@ def _builder(config: str, root: Path) -> Shapes:
 
 
 def _build(config: str, root: Path, folder: Path) -> None:
-    # TFDS writes beside the folder and renames at the end: what is left there was interrupted.
+    # TFDS writes to a folder of such a name, and renames it at the end.
     for left in folder.parent.glob("incomplete.*"):
         shutil.rmtree(left)
     (sizes,) = (known for known in Shapes.BUILDER_CONFIGS if known.name == config)
@@ -188,9 +170,9 @@ def _build(config: str, root: Path, folder: Path) -> None:
         )
     counts = ", ".join(f"{getattr(sizes, split)} {split}" for split in SPLITS)
     print(f"building the shapes data set ({counts} examples), once: {folder}", file=sys.stderr)
-    tfds.disable_progress_bar()  # its bars count shards and downloads; ours counts examples
+    tfds.disable_progress_bar()  # it counts shards and downloads; ours counts examples
     try:
-        # TFDS warns that a data set which is not built yet is not there.
+        # TFDS warns that the data set is not there yet.
         with contextlib.redirect_stdout(StringIO()), silenced("absl", below=logging.ERROR):
             _builder(config, root).download_and_prepare(file_format="array_record")
     finally:
@@ -199,7 +181,7 @@ def _build(config: str, root: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds the file's lock, which the system releases when the process ends, however it ends."""
+    """Holds the file's lock, which the system releases if the process is killed."""
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

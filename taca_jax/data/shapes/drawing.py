@@ -1,8 +1,8 @@
-"""Draws coloured, textured shapes on a grey ground, without anti-aliasing.
+"""Draws coloured, textured shapes on a grey background, without anti-aliasing.
 
-Positions and texture cells are multiples of two pixels: few distinct 4 x 4 patches, so that a very
-small model can learn to draw them. A texture alternates the colour with a darker shade of the same
-hue, so that hue alone segments a picture.
+Positions and cells of textures are multiples of two pixels, which leaves few distinct patches of
+4 x 4 pixels, so that a very small model can learn to draw them. A texture alternates a colour with
+a darker shade of the same hue, so that a picture can be segmented by hue alone.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,17 @@ from taca_jax.data.shapes.captions import RELATIONS, Object
 
 T = TypeVar("T")
 
-IMAGE_SIZE = 40
+IMAGE_SIZE = 40  # pixels a side, as all lengths
 OBJECT_SIZES = (12, 14)
 GAP = 2  # least distance between two objects
 MARGIN = 2  # least distance from the border
 STEP = 2  # positions are multiples of this
-BACKGROUND = 216
+BACKGROUND = 216  # of 255, in all channels
 DARK = 0.45  # brightness of a texture's second shade, relative to the first
 TEXTURE_PERIOD = 4
+
+_MAX_TRIES = 10_000  # to place the objects of a picture
+_BOX_TRIES = 10  # to place one of them before all are placed anew
 
 PALETTE = {
     "red": (225, 40, 40),
@@ -48,7 +51,7 @@ class Placed:
 
 @cache
 def shape_mask(shape: str, height: int, width: int | None = None) -> np.ndarray:
-    """bool [height, width]: the pixels of a shape that fills its box (width: as height)."""
+    """bool [height, width]: the pixels of a shape that fills its box, by default a square."""
     width = width or height
     v = ((np.arange(height) + 0.5) / height * 2 - 1)[:, None]
     u = ((np.arange(width) + 0.5) / width * 2 - 1)[None, :]
@@ -114,13 +117,17 @@ def draw(placed: Sequence[Placed]) -> np.ndarray:
 
 
 def place(objects: Sequence[Object], relation: str | None, random: Random) -> list[Placed]:
-    """Random places, apart from each other; `relation` holds clearly between the first two."""
+    """The objects at random places, apart from each other.
+
+    `relation` (None: any) holds clearly between the first two, see `_related`. Raises ValueError
+    for an unknown relation, and for objects that have no room.
+    """
     if relation is not None and relation not in RELATIONS:
         raise ValueError(f"relation {relation!r} is not one of {RELATIONS}")
     tries = 0
     while True:
         tries += 1
-        if tries > 10_000:
+        if tries > _MAX_TRIES:
             raise ValueError(f"{len(objects)} objects do not fit a picture of {IMAGE_SIZE} pixels")
         boxes: list[tuple[int, int, int]] = []
         for _ in objects:
@@ -139,12 +146,13 @@ def place(objects: Sequence[Object], relation: str | None, random: Random) -> li
 
 
 def pick(items: Sequence[T], random: Random) -> T:
-    """A random item, by `Random.random` alone: the one method whose stream Python keeps fixed."""
+    """A random item, by `Random.random` alone, which gives the same in every version of Python."""
     return items[int(random.random() * len(items))]
 
 
 def _free_box(taken: list[tuple[int, int, int]], random: Random) -> tuple[int, int, int] | None:
-    for _ in range(10):
+    """(x, y, size) of a random box that keeps GAP from those `taken`; None if none was found."""
+    for _ in range(_BOX_TRIES):
         size = OBJECT_SIZES[int(random.random() * len(OBJECT_SIZES))]
         places = (IMAGE_SIZE - 2 * MARGIN - size) // STEP + 1
         x = MARGIN + STEP * int(random.random() * places)
@@ -163,7 +171,7 @@ def _free_box(taken: list[tuple[int, int, int]], random: Random) -> tuple[int, i
 
 
 def _related(first: tuple[int, int, int], second: tuple[int, int, int], relation: str) -> bool:
-    """Whether the first box lies so, at least twice as far along the axis as across it."""
+    """Whether `relation` holds, with boxes at least twice as far apart along its axis as across."""
     dx = second[0] - first[0] + (second[2] - first[2]) / 2
     dy = second[1] - first[1] + (second[2] - first[2]) / 2
     if relation in ("right", "below"):

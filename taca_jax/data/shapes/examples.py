@@ -1,8 +1,8 @@
-"""Random shapes examples, drawn on the fly: index -> picture, caption, category, id.
+"""Random examples of the shapes data, drawn on demand: index -> picture, caption, category, id.
 
-Splits: `train` and `validation` hold nothing that `held_out` names, neither in the caption nor in
-the picture; every caption of `test` holds a composition of its category's own kind, and of no other
-kind (those of `complex`: of any kinds), so that a category measures one thing.
+The splits `train` and `validation` have no held-out composition (`captions.held_out`), neither in
+captions nor in pictures. Every caption of `test` has one of its category's own kind, and none of
+another kind, so that a category measures one thing; captions of `complex` have any kinds.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ from taca_jax.data.shapes.drawing import Placed, draw, pick, place
 
 SPLITS = ("train", "validation", "test")
 MAX_OBJECTS = 4
-_SINGLE = 0.25  # share of captions of one object, outside `test`, where a category allows them
+_MISSES = 2000  # captions drawn in a row without a new one mean that there is none
+_SINGLE = 0.25  # share of captions with one object, in categories and splits that have such
 
 
 class Example(TypedDict):
@@ -47,7 +48,7 @@ _SEEN_COLORS = {
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture before it is drawn, with what is said of it."""
+    """A picture before it is drawn, with its description."""
 
     category: str
     description: Description
@@ -56,7 +57,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class GeneratedShapes:
-    """A random-access source of `size` examples of a split: a seed and an index decide each."""
+    """`size` examples of a split, by index; the seed and the index decide each.
+
+    Raises ValueError for an unknown split.
+    """
 
     split: str
     size: int
@@ -86,7 +90,7 @@ class GeneratedShapes:
 
 
 def random_scene(split: str, seed: int, index: int) -> Scene:
-    """The scene that a split, a seed and an index stand for; categories are equally frequent."""
+    """The scene that a split, a seed and an index decide; categories are equally frequent."""
     random = Random((SPLITS.index(split) << 96) + (seed << 48) + index)
     category = pick(CATEGORIES, random)
     description = random_description(category, split, random)
@@ -95,26 +99,26 @@ def random_scene(split: str, seed: int, index: int) -> Scene:
 
 
 def random_description(category: str, split: str, random: Random) -> Description:
-    """A description of a category that may stand in a split."""
+    """A description of a category that belongs to a split."""
     make = _MAKERS[category]
     while True:
-        description = make(random, split != "test")
+        description = make(random, single=split != "test")
         if _belongs(held_out(description), category, split):
             return description
 
 
-def test_prompts(n_per_category: int, seed: int) -> list[tuple[str, str]]:
+def held_out_prompts(n_per_category: int, seed: int) -> list[tuple[str, str]]:
     """(category, caption) pairs of the test split, `n_per_category` of each category in turn.
 
-    Captions of a category are distinct as far as it has enough of them, and repeat in rounds
-    after that: `shape` and `texture` have few.
+    The captions of a category are distinct as long as there are others, then all repeat in the same
+    order: `shape` has 40 distinct ones, `texture` 50 and `color` 144.
     """
     prompts = []
     for number, category in enumerate(CATEGORIES):
         random = Random((seed << 8) + number)
         distinct: dict[str, None] = {}
         misses = 0
-        while len(distinct) < n_per_category and misses < 2000:
+        while len(distinct) < n_per_category and misses < _MISSES:
             before = len(distinct)
             distinct[random_description(category, "test", random).caption] = None
             misses = 0 if len(distinct) > before else misses + 1
@@ -124,13 +128,14 @@ def test_prompts(n_per_category: int, seed: int) -> list[tuple[str, str]]:
 
 
 def _belongs(kinds: frozenset[str], category: str, split: str) -> bool:
+    """Whether a description with these kinds of held-out compositions may be in a split."""
     if split != "test":
         return not kinds
     return bool(kinds) if category == "complex" else kinds == {category}
 
 
 def _complete(description: Description, random: Random) -> list[Object]:
-    """The objects to draw: open textures plain, open colours random, distinct if one of each."""
+    """The objects to draw: open textures become plain, open colours random ones."""
     objects = []
     used = {phrase.object.color for phrase in description.phrases}
     for phrase in description.phrases:
@@ -146,6 +151,7 @@ def _complete(description: Description, random: Random) -> list[Object]:
 
 
 def _sample(items: tuple[str, ...], count: int, random: Random) -> list[str]:
+    """`count` distinct items in random order."""
     left = list(items)
     return [left.pop(int(random.random() * len(left))) for _ in range(count)]
 
@@ -153,39 +159,42 @@ def _sample(items: tuple[str, ...], count: int, random: Random) -> list[str]:
 def _phrases(
     count: int, random: Random, *, colors: bool = False, textures: int = 0
 ) -> tuple[Phrase, ...]:
-    """`count` phrases of distinct shapes, with distinct colours; the first `textures` textured."""
+    """`count` phrases of distinct shapes, with distinct colours if `colors`.
+
+    The first `textures` of them have distinct textures.
+    """
     shapes = _sample(SHAPES, count, random)
     said = [*_sample(COLORS, count, random)] if colors else [None] * count
     texture = [*_sample(SAID_TEXTURES, textures, random), *[None] * (count - textures)]
     return tuple(Phrase(Object(*words)) for words in zip(shapes, said, texture, strict=True))
 
 
-def _color(random: Random, single: bool) -> Description:
+def _color(random: Random, *, single: bool) -> Description:
     count = 1 if single and random.random() < _SINGLE else 2
     return Description(_phrases(count, random, colors=True))
 
 
-def _shape(random: Random, single: bool) -> Description:
+def _shape(random: Random, *, single: bool) -> Description:
     if single and random.random() < _SINGLE:
         return Description(_phrases(1, random))
     return Description(_phrases(2 if random.random() < 0.5 else 3, random))
 
 
-def _texture(random: Random, single: bool) -> Description:
-    """Both objects textured, or one: then the other is plain, which is not said."""
+def _texture(random: Random, *, single: bool) -> Description:
+    """Both objects are textured, or one is, and the other plain, which the caption does not say."""
     if single and random.random() < _SINGLE:
         return Description(_phrases(1, random, textures=1))
     phrases = _phrases(2, random, textures=2 if random.random() < 0.7 else 1)
     return Description(phrases if random.random() < 0.5 else phrases[::-1])
 
 
-def _spatial(random: Random, single: bool) -> Description:
+def _spatial(random: Random, *, single: bool) -> Description:
     del single
     return Description(_phrases(2, random, colors=random.random() < 0.7), pick(RELATIONS, random))
 
 
-def _numeracy(random: Random, single: bool) -> Description:
-    """Up to four objects: of one kind, or of two kinds of which one at least is several."""
+def _numeracy(random: Random, *, single: bool) -> Description:
+    """Up to four objects, of one kind, or of two kinds with several of one at least."""
     if random.random() < 0.5:
         (phrase,) = _phrases(1, random, colors=True)
         return Description((replace(phrase, count=1 + int(random.random() * MAX_OBJECTS)),))
@@ -194,8 +203,8 @@ def _numeracy(random: Random, single: bool) -> Description:
     return Description((replace(one, count=first), replace(other, count=second)))
 
 
-def _complex(random: Random, single: bool) -> Description:
-    """Coloured objects, one to three of them textured, the first two related."""
+def _complex(random: Random, *, single: bool) -> Description:
+    """Coloured objects, at least one of them textured, with a relation between the first two."""
     del single
     count = 2 if random.random() < 0.5 else 3
     textures = 1 + int(random.random() * count)

@@ -1,4 +1,4 @@
-"""Files of pictures to arrays of pixels, whatever is in them."""
+"""Decodes picture files, of any content, to arrays of pixels."""
 
 import warnings
 from pathlib import Path
@@ -9,29 +9,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from taca_jax.data.sources.bad_examples import BadExampleError
 
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""What is decoded, by Pillow's names."""
+
 MAX_PIXELS = 100_000_000
-"""What is larger once it is decoded is not decoded: it would take gigabytes."""
+"""A picture of more pixels is not decoded: it would take gigabytes."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_ORIENTATION = 0x0112  # EXIF
-_ON_THEIR_SIDE = (5, 6, 7, 8)
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = (5, 6, 7, 8)  # orientations whose stored height is the width of the upright picture
 
-# Beyond half of Pillow's own limit it warns; ours is an error of that picture alone.
+# Pillow warns of large pictures; here one that is too large is a bad example like others.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def read_picture(file: Path | IO[bytes], size: int | tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width, 3]: a file's picture, upright, its middle resized to `size`.
+def read_picture(file: Path | IO[bytes], size: tuple[int, int]) -> np.ndarray:
+    """A file's picture, upright, centre-cropped and resized to `size`: uint8 [height, width, 3].
 
-    size: height and width, or the side of a square. As much of the picture as has that aspect is
-    kept. Transparency becomes white; of an animation the first frame is taken; 16-bit grey is
-    scaled, CMYK converted without its profile. The file's name says nothing: its content does.
-    Raises BadExampleError for what cannot be read.
+    size: (height, width) in pixels. The crop is the largest of that aspect. Transparency becomes
+    white, of an animation the first frame is taken, 16-bit grey is scaled to 8 bits, and CMYK is
+    converted without its profile. The format is told by the content, not by the file's name.
+    Raises BadExampleError if the picture cannot be read.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = size
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            # JPEGs much larger than needed decode at a fraction of their size.
+        with Image.open(file, formats=FORMATS) as image:
+            # A JPEG much larger than needed is decoded at a fraction of its size.
             least = 2 * max(height, width)
             image.draft(None, (least, least))
             if image.width * image.height > MAX_PIXELS:
@@ -42,23 +44,23 @@ def read_picture(file: Path | IO[bytes], size: int | tuple[int, int]) -> np.ndar
             return _resize(_to_rgb(upright), height, width)
     except BadExampleError:
         raise
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
+    except Exception as error:  # Pillow raises almost anything for damaged files
         raise BadExampleError(_reason(error)) from error
 
 
 def picture_size(file: Path | IO[bytes]) -> tuple[int, int]:
-    """(height, width) in pixels of a file's picture as it stands upright, from its header alone.
+    """(height, width) in pixels of a file's picture when it is upright, from its header alone.
 
-    Raises BadExampleError for what cannot be read.
+    Raises BadExampleError if the header cannot be read.
     """
     try:
-        with Image.open(file, formats=_FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
-            # Of a PNG, Pillow would decode the whole to look for EXIF behind the pixels.
+            # Pillow would decode a whole PNG to look for EXIF data behind the pixels.
             known = image.format != "PNG" or "exif" in image.info
-            turned = known and image.getexif().get(_ORIENTATION) in _ON_THEIR_SIDE
+            turned = known and image.getexif().get(_ORIENTATION) in _TURNED
             return (width, height) if turned else (height, width)
-    except Exception as error:  # as above
+    except Exception as error:  # for the same reason
         raise BadExampleError(_reason(error)) from error
 
 
@@ -74,7 +76,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _resize(image: Image.Image, height: int, width: int) -> np.ndarray:
-    # The middle is cut first: a very long picture would otherwise be enlarged as a whole.
+    # Cropped before it is resized: a very long picture would otherwise be enlarged as a whole.
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
     box = (left, top, left + width * scale, top + height * scale)

@@ -1,4 +1,4 @@
-"""Pictures under a folder, captioned in tables or in files beside them."""
+"""A folder of pictures, with captions in tables or in a file beside each picture."""
 
 import json
 import os
@@ -8,34 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.base import SUFFIXES, PictureSource, captions_of, printable, text_of
-from taca_jax.data.sources.scans import stamp_of
+from taca_jax.data.sources.captions import caption_from_json, caption_from_text
+from taca_jax.data.sources.source import PICTURE_SUFFIXES, PictureSource, printable
+from taca_jax.data.sources.stored_scans import stamp_of
 from taca_jax.errors import UserError
 
 CAPTIONS_FILE = "captions.jsonl"
+"""What a table of captions is called."""
 
 _FILE_KEYS = ("file", "file_name")
-_BESIDE = (".txt", ".json")  # the first that is there
+_BESIDE = (".txt", ".json")  # suffixes of caption files, the first that is there counts
 
 Captions = str | Sequence[str]
 FurtherCaptions = Callable[[str], Mapping[str, Captions]]
-"""Of a folder's pictures that have none: stem of the file -> caption."""
+"""Gives, for a folder, captions of pictures that have none elsewhere, by the stem of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    path: str  # under the folder, with slashes
-    caption: Captions | None  # None: in the file beside it that ends with `beside`
+    path: str  # of the picture, under the source's folder, with slashes
+    caption: Captions | None  # None: in the file beside the picture
     id: str
-    beside: str = ""
+    beside: str = ""  # the suffix of that file
 
 
 class FolderSource(PictureSource):
-    """Pictures under a folder, each with its caption; in the order of their paths.
+    """The captioned pictures under a folder, in the order of their paths.
 
-    A caption stands in a `captions.jsonl` (one `{"file": PATH, "caption": TEXT}` a line, the path
-    relative to it; `file_name` and `text` or `name` are read too; a list of captions is one picture
-    with several), or in a .txt or .json of the picture's name.
+    A caption is in a table `captions.jsonl`, or in a .txt or .json of the picture's name. A line of
+    the table is `{"file": PATH, "caption": TEXT}`, the path relative to the table; `file_name` may
+    stand for `file`, and for `caption` what `CAPTION_KEYS` has. A list of captions gives a picture
+    several.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class FolderSource(PictureSource):
         max_bad_share: float,
         further: FurtherCaptions | None = None,
     ):
-        """`further` gives, for a folder under the root, captions of pictures that have none.
+        """root: the folder. further: captions of pictures that have none in tables or files.
 
         Raises UserError for a folder without usable pictures, or with too many bad ones.
         """
@@ -55,9 +58,9 @@ class FolderSource(PictureSource):
         self._entries = listing.entries
         total = len(self._entries) + sum(len(names) for names in listing.bad.values())
         if total == 0:
-            raise UserError(f"{self._root} holds no pictures ({', '.join(SUFFIXES)})")
+            raise UserError(f"{self._root} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
         self.bad = BadExamples(total, max_bad_share)
-        self.bad.listed(str(self._root), listing.bad)
+        self.bad.add_unlisted(str(self._root), listing.bad)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,17 +87,20 @@ class FolderSource(PictureSource):
         except OSError as error:
             raise BadExampleError(f"cannot read {file.name}: {error.strerror}") from error
         if entry.beside == ".txt":
-            return text_of(content, file.name)
-        if not (caption := captions_of(_json(content))):
+            return caption_from_text(content, file.name)
+        if not (caption := caption_from_json(_json(content))):
             raise BadExampleError(f"{file.name} has no caption")
         return caption
 
 
 class _Listing:
-    """What a folder's files say, without opening a picture."""
+    """The pictures and captions of a folder, by the names of its files and by its tables.
+
+    No picture is opened. `bad` has what cannot be used: paths by the reason.
+    """
 
     entries: list[_Entry]
-    bad: dict[str, list[str]]  # reason -> paths
+    bad: dict[str, list[str]]
 
     def __init__(self, root: Path, further: FurtherCaptions | None):
         self.entries, self.bad = [], {}
@@ -129,16 +135,16 @@ class _Listing:
         file = caption = None
         if isinstance(record, dict):
             file = next((record[key] for key in _FILE_KEYS if key in record), None)
-            caption = captions_of({k: v for k, v in record.items() if k not in _FILE_KEYS})
+            caption = caption_from_json({k: v for k, v in record.items() if k not in _FILE_KEYS})
         if not isinstance(file, str) or caption is None:
             self._add_bad('not a line of UTF-8 JSON with "file" and "caption"', where)
             return
         path = posixpath.normpath(posixpath.join(posixpath.dirname(table), file))
         if path not in pictures:
-            reason = f"named in {CAPTIONS_FILE} but not there (as {', '.join(SUFFIXES)})"
+            reason = f"named in {CAPTIONS_FILE} but not there (as {', '.join(PICTURE_SUFFIXES)})"
             self._add_bad(reason, path)
             return
-        # A picture may stand in several lines: each makes an example.
+        # Each of several lines about a picture makes an example.
         ident = printable(path) + (f"#{number}" if path in named else "")
         named.add(path)
         if caption:
@@ -151,7 +157,7 @@ class _Listing:
 
 
 def _files(root: Path) -> tuple[set[str], set[str], list[str]]:
-    """Pictures, .txt and .json files, and captions.jsonl files under a folder, with slashes."""
+    """The paths of the pictures, the .txt and .json files, and the tables under a folder."""
     if not root.is_dir():
         state = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"{root} {state}; data.source=folder:PATH takes a folder of pictures")
@@ -163,7 +169,7 @@ def _files(root: Path) -> tuple[set[str], set[str], list[str]]:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     for folder, inner, files in os.walk(root, onerror=fail):
-        # Folders that systems leave: .ipynb_checkpoints, .git, a Mac's resource forks.
+        # Not folders that systems make: .ipynb_checkpoints, .git, a Mac's resource forks.
         inner[:] = sorted(name for name in inner if name[0] != "." and name != "__MACOSX")
         prefix = Path(folder).relative_to(root).as_posix() + "/"
         prefix = "" if prefix == "./" else prefix
@@ -173,7 +179,7 @@ def _files(root: Path) -> tuple[set[str], set[str], list[str]]:
                 continue
             if name == CAPTIONS_FILE:
                 tables.append(prefix + name)
-            elif suffix in SUFFIXES:
+            elif suffix in PICTURE_SUFFIXES:
                 pictures.add(prefix + name)
             elif suffix in _BESIDE:
                 texts.add(prefix + name)
@@ -181,7 +187,7 @@ def _files(root: Path) -> tuple[set[str], set[str], list[str]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of the lines that are not blank."""
+    """(number counted from 1, line) of each line that is not blank."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -192,7 +198,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _json(content: bytes) -> object:
-    """What JSON says; None where it is none."""
+    """The value of a JSON text; None where it is not JSON."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError among them

@@ -1,6 +1,7 @@
-"""What img2dataset writes: `00000.tar` or a folder `00000/` a shard, `00000.parquet` beside it.
+"""The output of img2dataset: a tar or a folder for each shard, and a table in parquet beside it.
 
-Source of names and columns: img2dataset's README, "Output format".
+The names (`00000.tar` or `00000/`, and `00000.parquet`) and the columns are as in img2dataset's
+README, "Output format".
 """
 
 import os
@@ -16,11 +17,11 @@ _SUCCESS = "success"
 
 
 def open_img2dataset(root: Path, resolution: int, max_bad_share: float) -> FolderSource | TarSource:
-    """The pictures of an output folder, in its webdataset or its files layout.
+    """The pictures of an output folder `root`, written as webdataset or as files.
 
-    Captions are in the .txt or .json of a picture's name, else in its shard's parquet, which needs
-    pyarrow and is read only then. Raises UserError as the sources do, and for a parquet that cannot
-    be read.
+    Captions are in a .txt or .json of the picture's name, else in the shard's parquet, which is
+    only read then and needs pyarrow. Raises UserError as FolderSource and TarSource do, and for a
+    parquet that cannot be read.
     """
     root = root.expanduser()
     if not root.is_dir():
@@ -35,11 +36,11 @@ def open_img2dataset(root: Path, resolution: int, max_bad_share: float) -> Folde
 
 
 def _captions(parquet: Path) -> Mapping[str, str]:
-    """The captions of a shard by the key of its pictures; none where there is no parquet."""
+    """The captions of a shard by the key of the picture; empty where there is no parquet."""
     if not parquet.is_file():
         return {}
     try:
-        import pyarrow.parquet  # the only reader of it
+        import pyarrow.parquet  # optional, and needed here alone
     except ImportError:
         raise UserError(
             f"captions are in {parquet}, which needs pyarrow (pip install pyarrow)"
@@ -51,7 +52,7 @@ def _captions(parquet: Path) -> Mapping[str, str]:
             return {}
         columns = ["key", "caption", *(["status"] if "status" in names else [])]
         rows = reader.read_table(parquet, columns=columns).to_pylist()
-    except Exception as error:  # pyarrow raises many kinds
+    except Exception as error:  # pyarrow raises errors of many classes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{os.fspath(parquet)} cannot be read ({reason}); write it again"

@@ -55,8 +55,8 @@ def walk(path: Path) -> Iterator[Member | Broken]:
             file.seek(start)
             try:
                 header = tarfile.TarInfo.fromtarfile(tar)  # moves tar.offset to the next header
-            except (tarfile.HeaderError, ValueError):  # the latter of damaged sparse headers
-                # The block that was read last is to blame; `start` may be a long name before it.
+            except (tarfile.HeaderError, ValueError):  # the latter for damaged sparse headers
+                # The damaged block is the last one read; a header with a long name may precede it.
                 start = max(start, (file.tell() - 1) // _BLOCK * _BLOCK)
                 broken = _broken_header(file, start)
                 tar.offset = start + _BLOCK
@@ -68,7 +68,7 @@ def walk(path: Path) -> Iterator[Member | Broken]:
             if header.size < 0 or not _is_size(header.pax_headers.get("size", "0")):
                 yield Broken(header.name, _NO_SIZE)
                 tar.offset, lost = header.offset_data, True
-            elif not header.isreg() or header.issparse():  # the bytes of the latter are in pieces
+            elif not header.isreg() or header.issparse():  # a sparse file's bytes are in pieces
                 continue
             elif header.offset_data + header.size > end:
                 yield Broken(header.name, _CUT_OFF)
@@ -79,7 +79,7 @@ def walk(path: Path) -> Iterator[Member | Broken]:
 def expand(pattern: str) -> list[Path]:
     """The files that a pattern names: `{00000..00099}` counts, `{a,b}` chooses, `*` and `?` match.
 
-    Raises UserError where one of those that are named without `*` is missing, or there is none.
+    Raises UserError where a file that is named without `*` or `?` is missing, or none matches.
     """
     paths: list[str] = []
     for name in _braces(os.path.expanduser(pattern)):
@@ -96,13 +96,14 @@ def expand(pattern: str) -> list[Path]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """All that the braces of a pattern stand for, the rightmost changing fastest."""
+    """A pattern with its braces expanded in every way, the rightmost changing fastest."""
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices = [_choices(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
 def _choices(inside: str) -> list[str]:
+    """What the text between two braces stands for."""
     if numbers := _NUMBERS.fullmatch(inside):
         first, last = numbers.groups()
         return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]

@@ -1,4 +1,4 @@
-"""Captioned pictures of any data set that TFDS has prepared."""
+"""Captioned pictures of any data set that TFDS (tensorflow_datasets) has prepared."""
 
 import errno
 import io
@@ -12,8 +12,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.base import CAPTION_KEYS, PictureSource, captions_of, text_of
-from taca_jax.data.sources.scans import stamp_of
+from taca_jax.data.sources.captions import CAPTION_KEYS, caption_from_json, caption_from_text
+from taca_jax.data.sources.source import PictureSource
+from taca_jax.data.sources.stored_scans import stamp_of
 from taca_jax.errors import UserError
 from taca_jax.loggers import silenced
 
@@ -21,17 +22,19 @@ _RANDOM_ACCESS = "array_record"
 
 
 class TfdsSource(PictureSource):
-    """A split of a data set with one picture and one or more captions an example.
+    """A split of a data set whose examples have one picture and one or more captions.
 
-    place: `NAME`, `NAME/CONFIG` or `NAME:VERSION` as TFDS has it, or the folder of a prepared one;
-    `#SPLIT` after it is one of its splits or a part of one (`#train[:10%]`), else `train`. The
-    caption is the feature `caption`, `captions`, `text` or `name`: text, a sequence of texts, or of
-    records that have a `text`, as COCO's.
+    The caption is the feature `caption`, `captions`, `text` or `name`, the first that there is. It
+    is a text, a sequence of texts, or a sequence of records that have a `text`, as in COCO.
     """
 
     def __init__(self, place: str, resolution: int, max_bad_share: float):
-        """Raises UserError for a data set that is not prepared, or not for reading at random, and
-        for one without a picture or a caption."""
+        """place: `NAME`, `NAME/CONFIG` or `NAME:VERSION` as in TFDS, or the folder of a prepared
+        data set; then `#SPLIT`, a split or a part of one (`#train[:10%]`), or nothing for `train`.
+
+        Raises UserError for a data set that is not prepared, that cannot be read at random, or that
+        lacks a picture or a caption.
+        """
         super().__init__(resolution)
         self._name, _, split = place.partition("#")
         self._split = split or "train"
@@ -45,11 +48,11 @@ class TfdsSource(PictureSource):
         try:
             # TFDS's decorators hide the method's signature.
             self._records = builder.as_data_source(self._split, decoders=decoders)  # pyright: ignore[reportCallIssue]
-        except Exception as error:  # TFDS and array_record have no common class for what they raise
+        except Exception as error:  # TFDS and array_record raise errors of many classes
             raise UserError(f"tfds:{place} cannot be read: {_reason(error)}") from error
         folder = Path(os.fspath(builder.data_path))
         self._stamp = b"".join(map(stamp_of, sorted(folder.iterdir()))) + self._split.encode()
-        self._last = threading.local()  # the record that a caption and a picture are both of
+        self._last = threading.local()  # the last record, which the caption and the picture share
         self.bad = BadExamples(len(self), max_bad_share)
 
     def __len__(self) -> int:
@@ -68,11 +71,12 @@ class TfdsSource(PictureSource):
         if getattr(self._last, "index", None) != index:
             try:
                 self._last.record = self._records[index]
-            except Exception as error:  # as above
+            except Exception as error:  # for the same reason
                 if "Too many open files" in str(error):
                     reason = "has more shards than files may be open; raise `ulimit -n`"
                     raise UserError(f"tfds:{self._name} {reason}") from error
-                # It may be the file or the system: as the latter, so that sizes are not kept.
+                # Whether the file or the system is at fault is not known. It counts as the system,
+                # so that a scan is not stored.
                 refused = OSError(errno.EIO, _reason(error))
                 raise BadExampleError(f"cannot be read: {_reason(error)}") from refused
             self._last.index = index
@@ -82,9 +86,9 @@ class TfdsSource(PictureSource):
         found = self._record(index)[self._captions]
         found = found["text"] if isinstance(found, dict) else found
         if isinstance(found, bytes):
-            return text_of(found, f"its {self._captions}")
+            return caption_from_text(found, f"its {self._captions}")
         try:
-            captions = captions_of({"captions": [text.decode() for text in found]})
+            captions = caption_from_json({"captions": [text.decode() for text in found]})
         except UnicodeDecodeError as error:
             raise BadExampleError(f"its {self._captions} is not UTF-8") from error
         if not captions:
@@ -96,6 +100,7 @@ class TfdsSource(PictureSource):
 
 
 def _prepared(name: str) -> tfds.core.DatasetBuilder:
+    """The builder of a data set that can be read. Raises UserError."""
     hint = f"prepare it with `tfds build ... --file_format={_RANDOM_ACCESS}`"
     folder = Path(name).expanduser()
     try:
@@ -104,7 +109,7 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
                 builder = tfds.builder_from_directory(str(folder))
             else:
                 builder = tfds.builder(name)
-    except Exception as error:  # of a data set's own code, which may want other packages
+    except Exception as error:  # from the data set's own code, which may need other packages
         raise UserError(
             f"data.source is tfds:{name}: {_reason(error)}; give TFDS's name of a data set, or the "
             "folder where one is prepared"
@@ -121,7 +126,7 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
 
 
 def _features(name: str, features: Any) -> tuple[str, str]:
-    """The names of the picture and of the caption."""
+    """The names of the picture's and the caption's feature. Raises UserError if one is missing."""
     pictures = [key for key, each in features.items() if isinstance(each, tfds.features.Image)]
     captions = [key for key in CAPTION_KEYS if key in features and _is_text(features[key])]
     if len(pictures) == 1 and captions:
@@ -131,7 +136,8 @@ def _features(name: str, features: Any) -> tuple[str, str]:
 
 
 def _is_text(feature: Any) -> bool:
-    if type(feature) is tfds.features.Sequence:  # and no Dataset, which is read one by one
+    """Whether it is a text, a record with a text, or a sequence of either."""
+    if type(feature) is tfds.features.Sequence:  # not its subclass Dataset, which is an iterator
         feature = feature.feature
     if isinstance(feature, tfds.features.FeaturesDict):
         return "text" in feature and isinstance(feature["text"], tfds.features.Text)

@@ -1,5 +1,7 @@
-"""Pictures in tar files as WebDataset lays them out: the files of a sample have one name up to its
-first dot, and stand side by side."""
+"""Captioned pictures in tar files in WebDataset's layout.
+
+The files of a sample follow each other, and their names are the same up to the first dot.
+"""
 
 import io
 import json
@@ -13,25 +15,29 @@ from typing import Any
 import numpy as np
 
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.base import SUFFIXES, PictureSource, captions_of, printable, text_of
-from taca_jax.data.sources.scans import kept_array, stamp_of
+from taca_jax.data.sources.captions import caption_from_json, caption_from_text
+from taca_jax.data.sources.source import PICTURE_SUFFIXES, PictureSource, printable
+from taca_jax.data.sources.stored_scans import scan_once, stamp_of
 from taca_jax.data.sources.tars import Broken, walk
 from taca_jax.errors import UserError
 
 Captions = str | Sequence[str]
 FurtherCaptions = Callable[[Path], Mapping[str, Captions]]
-"""Of a tar's samples that bring none: name of the sample -> caption."""
+"""Gives, for a tar, captions of samples that have none in it, by the name of the sample."""
 
-_HEAD_BYTES = 2**15  # holds a picture's header, unless that carries a thumbnail or a profile
-_ABSENT = (0, -1)
+_INDEX_VERSION = 1
+"""Of the index of a tar: to be raised when `_index` finds something else in the same tar."""
+
+_HEAD_BYTES = 2**15  # hold a picture's header, unless a thumbnail or a profile is in it
+_ABSENT = (0, -1)  # in place of a file's offset and size
 _PICTURE, _TXT, _JSON = "picture", "txt", "json"
 
 
 class TarSource(PictureSource):
-    """The captioned pictures of tar files, in their order, each read by its place in its tar.
+    """The captioned pictures of tar files, in their order, each read from its place in its tar.
 
-    A caption is in the .txt of a picture's name, else in its .json, else `further` has it. Where
-    members are is found once by walking through the tars, and then kept (`kept_array`).
+    A caption is in the .txt of the sample, else in its .json, else `further` has it. Each tar is
+    walked through once for an index of its samples, and again when it has changed.
     """
 
     def __init__(
@@ -41,7 +47,10 @@ class TarSource(PictureSource):
         max_bad_share: float,
         further: FurtherCaptions | None = None,
     ):
-        """Raises UserError where there is no usable picture, or where too many are bad."""
+        """paths: the tars. further: captions of samples that have none in their tar.
+
+        Raises UserError where there is no usable picture, or where too many are bad.
+        """
         super().__init__(resolution)
         self._paths = list(paths)
         self._stamps = [stamp_of(path) for path in self._paths]
@@ -49,7 +58,8 @@ class TarSource(PictureSource):
         self._shards: list[np.ndarray] = []
         bad: dict[str, list[str]] = {}
         for path, stamp in zip(self._paths, self._stamps, strict=True):
-            rows = kept_array("tar", stamp, partial(_index, path))
+            rules = (_INDEX_VERSION, PICTURE_SUFFIXES)
+            rows = scan_once("tar", rules, stamp, partial(_index, path))
             captions, usable = {}, rows["reason"] == b""
             silent = usable & (rows[_TXT][:, 1] < 0) & (rows[_JSON][:, 1] < 0)
             if silent.any() and further is not None:
@@ -69,11 +79,10 @@ class TarSource(PictureSource):
         total = len(self) + sum(map(len, bad.values()))
         where = str(self._paths[0].parent)
         if total == 0:
-            raise UserError(
-                f"{len(self._paths)} tars in {where} hold no pictures ({', '.join(SUFFIXES)})"
-            )
+            suffixes = ", ".join(PICTURE_SUFFIXES)
+            raise UserError(f"{len(self._paths)} tars in {where} hold no pictures ({suffixes})")
         self.bad = BadExamples(total, max_bad_share)
-        self.bad.listed(where, bad)
+        self.bad.add_unlisted(where, bad)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -90,17 +99,19 @@ class TarSource(PictureSource):
         return b"".join(self._stamps)
 
     def _find(self, index: int) -> tuple[int, Any]:
+        """The number of the tar that example `index` is in, and its row of the tar's index."""
         shard = int(np.searchsorted(self._starts, index, "right")) - 1
         return shard, self._shards[shard][index - self._starts[shard]]
 
     def _caption(self, index: int) -> Captions:
         shard, row = self._find(index)
         if row[_TXT][1] >= 0:
-            return text_of(self._bytes(shard, row[_TXT]), "its .txt")
+            return caption_from_text(self._bytes(shard, row[_TXT]), "its .txt")
         if row[_JSON][1] < 0:
             return self._further[shard][_text(row["key"])]
+        content = self._bytes(shard, row[_JSON])
         try:
-            caption = captions_of(json.loads(self._bytes(shard, row[_JSON]).decode("utf-8-sig")))
+            caption = caption_from_json(json.loads(content.decode("utf-8-sig")))
         except (ValueError, RecursionError) as error:
             raise BadExampleError("its .json is not UTF-8 JSON") from error
         if not caption:
@@ -116,10 +127,14 @@ class TarSource(PictureSource):
         return io.BytesIO(self._bytes(shard, row[_PICTURE], most=_HEAD_BYTES))
 
     def _bytes(self, shard: int, place: np.ndarray, most: int | None = None) -> bytes:
+        """The bytes at `place`, (offset, size), in a tar; at most the first `most` of them.
+
+        Raises BadExampleError where they cannot be read.
+        """
         offset, size = map(int, place)
         size = size if most is None else min(size, most)
         try:
-            # Opened anew: there may be more tars than files that a process may hold open.
+            # Opened for each read: there may be more tars than a process may hold open files.
             handle = os.open(self._paths[shard], os.O_RDONLY)
             try:
                 content = os.pread(handle, size, offset)
@@ -133,14 +148,14 @@ class TarSource(PictureSource):
 
 
 def _index(path: Path) -> tuple[np.ndarray, bool]:
-    """A row for each sample of a tar that has a picture, and for each broken part of it; and
-    whether it could be read to its end.
+    """A row for each sample with a picture in a tar and for each damaged part, in order.
 
-    Fields: key, its name, or where it is broken; picture, txt and json, offset and size of their
-    bytes in the tar, ABSENT where there is none; reason, empty unless it is broken.
+    Also returns whether the system let the tar be read to its end. Fields of a row: `key`, the name
+    of the sample, or where the tar is damaged; `picture`, `txt` and `json`, (offset, size) of their
+    bytes in the tar, _ABSENT where there is none; `reason`, empty for a sample, else the damage.
     """
     rows: list[tuple] = []
-    whole = True
+    complete = True
     try:
         for key, members in _samples(path):
             if isinstance(members, Broken):
@@ -149,7 +164,7 @@ def _index(path: Path) -> tuple[np.ndarray, bool]:
                 places = [members.get(kind, _ABSENT) for kind in (_PICTURE, _TXT, _JSON)]
                 rows.append((os.fsencode(key), *places, b""))
     except OSError as error:
-        whole = False
+        complete = False
         reason = f"cannot be read ({error.strerror})"
         rows.append((b"", *[_ABSENT] * 3, reason.encode()))
     place = ("<i8", 2)
@@ -161,11 +176,11 @@ def _index(path: Path) -> tuple[np.ndarray, bool]:
         (_JSON, *place),
         ("reason", f"S{widths[1]}"),
     ]
-    return np.array(rows, fields), whole
+    return np.array(rows, fields), complete
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Broken]]:
-    """Neighbours of one name: kind -> place."""
+    """(name, kind of file -> its offset and size) of each sample; (place, Broken) of damage."""
     current, members = None, {}
     for member in walk(path):
         if isinstance(member, Broken):
@@ -181,7 +196,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Bro
                 yield current, members
             current, members = key, {}
         suffix = f".{suffix.lower()}"
-        kind = _PICTURE if suffix in SUFFIXES else suffix[1:]
+        kind = _PICTURE if suffix in PICTURE_SUFFIXES else suffix[1:]
         if kind in (_PICTURE, _TXT, _JSON):
             members.setdefault(kind, (member.offset, member.size))
     if current is not None:
@@ -189,4 +204,5 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Bro
 
 
 def _text(key: bytes) -> str:
+    """A name in the index as text."""
     return os.fsdecode(key)

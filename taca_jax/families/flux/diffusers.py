@@ -124,7 +124,7 @@ def settings_of(config: FluxConfig) -> dict[str, Any]:
     return {
         "_class_name": CLASS,
         "patch_size": 1,
-        "in_channels": config.token_features,
+        "in_channels": config.latent_channels * config.patch_size**2,
         "out_channels": None,
         "num_layers": config.num_double_blocks,
         "num_single_layers": config.num_single_blocks,

@@ -21,12 +21,12 @@ from taca_jax.nn.layers import (
     Linear,
     MLPEmbedder,
     modulate,
-    patchify,
     timestep_embedding,
-    unpatchify,
 )
+from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.rope import Rotation, joint_rotation, rotate
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
 
@@ -65,10 +65,6 @@ class FluxConfig(TransformerConfig):
     def mlp_hidden(self) -> int:
         return int(self.hidden * self.mlp_ratio)
 
-    @property
-    def token_features(self) -> int:
-        return self.latent_channels * self.patch_size**2
-
 
 FLUX_DEV = FluxConfig(
     patch_size=2,
@@ -88,13 +84,8 @@ FLUX_KREA = FLUX_DEV
 FLUX_SCHNELL = replace(FLUX_DEV, guidance_embed=False)
 
 
-class FluxTransformer(nnx.Module):
-    """Predicts the flow-matching velocity noise - x0 of latents, given text.
-
-    Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
-    time embedding are float32 always. `remat` says what the backward pass recomputes, `attention`
-    which implementation of the joint attention runs where a call names none.
-    """
+class FluxTransformer(MMDiT):
+    """Predicts the flow-matching velocity noise - x0 of latents, given text."""
 
     def __init__(
         self,
@@ -106,18 +97,13 @@ class FluxTransformer(nnx.Module):
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):
-        self.config = config
-        self.dtype = dtype
-        self.remat: Remat = remat
-        self.attention: Implementation = attention
         types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        hidden = config.hidden
-        self.img_in = Linear(config.token_features, hidden, **types)
-        self.txt_in = Linear(config.txt_dim, hidden, **types)
-        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types)
-        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **types)
+        super().__init__(config, remat=remat, attention=attention, **types)
+        self.config = config
         self.guidance_in = nnx.data(
-            MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types) if config.guidance_embed else None
+            MLPEmbedder(TIMESTEP_CHANNELS, config.hidden, **types)
+            if config.guidance_embed
+            else None
         )
         self.double_blocks = make_stack(
             lambda r: DoubleBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
@@ -129,8 +115,6 @@ class FluxTransformer(nnx.Module):
             config.num_single_blocks,
             rngs,
         )
-        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **types)
-        self.final_out = Linear(hidden, config.token_features, kernel_init=ZEROS, **types)
 
     def __call__(
         self,
@@ -160,23 +144,13 @@ class FluxTransformer(nnx.Module):
                 if config.guidance_embed
                 else "this model has no guidance embedding (schnell has none); leave guidance out"
             )
-        for name, given, expected in (
-            ("latents", latents.shape[-1], config.latent_channels),
-            ("txt", txt.shape[-1], config.txt_dim),
-            ("pooled", pooled.shape[-1], config.pooled_dim),
-        ):
-            if given != expected:
-                raise ValueError(f"{name} has {given} channels; this model expects {expected}")
         height, width = latents.shape[1:3]
         text_len = txt.shape[1]
-
-        vec = self.time_in(timestep_embedding(timestep), lora_scale)
-        vec = vec + self.vector_in(pooled, lora_scale)
+        img, txt, vec = self.embed(config, latents, timestep, txt, pooled, lora_scale)
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance * 1000), lora_scale)
-        vec = nnx.silu(vec)  # every modulation starts with it
         inputs = FluxInputs(
-            vec=vec,
+            vec=nnx.silu(vec),  # every modulation starts with it
             rotation=joint_rotation(
                 text_len,
                 height // config.patch_size,
@@ -189,9 +163,6 @@ class FluxTransformer(nnx.Module):
             lora_scale=lora_scale,
             attention=attention or self.attention,
         )
-        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
-        txt = self.txt_in(txt, lora_scale)
-
         img, txt = run_stack(
             self.double_blocks,
             lambda block, x: block(x[0], x[1], inputs),
@@ -204,9 +175,7 @@ class FluxTransformer(nnx.Module):
             jnp.concatenate([txt, img], axis=1),
             remat=self.remat,
         )
-        shift, scale = jnp.split(self.final_mod(vec, lora_scale), 2, axis=-1)
-        out = self.final_out(modulate(joint[:, text_len:], shift, scale), lora_scale)
-        return unpatchify(out.astype(jnp.float32), config.patch_size, height, width)
+        return self.velocity(config, joint[:, text_len:], inputs.vec, lora_scale, (height, width))
 
 
 @dataclass(frozen=True)
@@ -254,7 +223,8 @@ class SingleBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], inputs: FluxInputs) -> Float[Array, "b s d"]:
         scale_by = inputs.lora_scale
-        shift, scale, gate = jnp.split(self.mod(inputs.vec, scale_by), 3, axis=-1)
+        vectors = constrain_vectors(self.mod(inputs.vec, scale_by))
+        shift, scale, gate = jnp.split(vectors, 3, axis=-1)
         y = modulate(x, shift, scale)
         attended = attend(*self.qkv(y, scale_by), inputs)
         mlp = nnx.gelu(self.mlp_in(y, scale_by), approximate=True)

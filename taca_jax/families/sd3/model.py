@@ -18,17 +18,10 @@ from taca_jax.errors import UserError
 from taca_jax.families.sd3.positions import PositionTable
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
-from taca_jax.nn.layers import (
-    TIMESTEP_CHANNELS,
-    ZEROS,
-    Linear,
-    MLPEmbedder,
-    modulate,
-    patchify,
-    timestep_embedding,
-    unpatchify,
-)
+from taca_jax.nn.layers import ZEROS, Linear, modulate
+from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import EMBEDDING, FSDP, IN, OUT, WHOLE
 
 QKNorm = Literal["none", "rms"]
@@ -71,10 +64,6 @@ class SD3Config(TransformerConfig):
         return int(self.hidden * self.mlp_ratio)
 
     @property
-    def token_features(self) -> int:
-        return self.latent_channels * self.patch_size**2
-
-    @property
     def has_qk_norm(self) -> bool:
         return self.qk_norm == "rms"
 
@@ -101,13 +90,8 @@ SD35_LARGE = replace(SD35_MEDIUM, num_heads=38, num_layers=38, num_dual_layers=0
 SD3_MEDIUM = replace(SD35_MEDIUM, num_dual_layers=0, qk_norm="none", position_size=192)
 
 
-class SD3Transformer(nnx.Module):
-    """Predicts the flow-matching velocity noise - x0 of latents, given text.
-
-    Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
-    time embedding are float32 always. `remat` says what the backward pass recomputes, `attention`
-    which implementation of the joint attention runs where a call names none.
-    """
+class SD3Transformer(MMDiT):
+    """Predicts the flow-matching velocity noise - x0 of latents, given text."""
 
     def __init__(
         self,
@@ -119,17 +103,12 @@ class SD3Transformer(nnx.Module):
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):
-        self.config = config
-        self.dtype = dtype
-        self.remat: Remat = remat
-        self.attention: Implementation = attention
         types: dict[str, Any] = {"param_dtype": param_dtype, "dtype": dtype}
-        hidden = config.hidden
-        self.img_in = Linear(config.token_features, hidden, rngs=rngs, **types)
-        self.position_embed = PositionTable(config.position_size, hidden, param_dtype=param_dtype)
-        self.txt_in = Linear(config.txt_dim, hidden, rngs=rngs, **types)
-        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, rngs=rngs, **types)
-        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, rngs=rngs, **types)
+        super().__init__(config, rngs=rngs, remat=remat, attention=attention, **types)
+        self.config = config
+        self.position_embed = PositionTable(
+            config.position_size, config.hidden, param_dtype=param_dtype
+        )
 
         def stack(layers: int, *, dual: bool) -> JointBlock | None:
             if not layers:
@@ -141,10 +120,6 @@ class SD3Transformer(nnx.Module):
         self.dual_blocks = stack(config.num_dual_layers, dual=True)
         self.joint_blocks = stack(config.num_joint_layers, dual=False)
         self.last_block = LastBlock(config, rngs=rngs, **types)
-        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, rngs=rngs, **types)
-        self.final_out = Linear(
-            hidden, config.token_features, kernel_init=ZEROS, rngs=rngs, **types
-        )
 
     def __call__(
         self,
@@ -167,19 +142,10 @@ class SD3Transformer(nnx.Module):
         Raises ValueError when sizes do not fit, or are more tokens than the position table has.
         """
         config = self.config
-        for name, given, expected in (
-            ("latents", latents, config.latent_channels),
-            ("txt", txt, config.txt_dim),
-            ("pooled", pooled, config.pooled_dim),
-        ):
-            if (channels := given.shape[-1]) != expected:
-                raise ValueError(f"{name} has {channels} channels; this model expects {expected}")
         if skip is not None and skip.shape != (config.num_layers,):
             raise ValueError(f"skip is {skip.shape}; this model has {config.num_layers} layers")
         height, width = latents.shape[1:3]
-
-        vec = self.time_in(timestep_embedding(timestep), lora_scale)
-        vec = vec + self.vector_in(pooled, lora_scale)
+        img, txt, vec = self.embed(config, latents, timestep, txt, pooled, lora_scale)
         inputs = BlockInputs(
             vec=nnx.silu(vec),  # every modulation starts with it
             text_len=txt.shape[1],
@@ -187,10 +153,8 @@ class SD3Transformer(nnx.Module):
             lora_scale=lora_scale,
             attention=attention or self.attention,
         )
-        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
         rows, columns = height // config.patch_size, width // config.patch_size
         img = (img + self.position_embed(rows, columns)).astype(self.dtype)
-        txt = self.txt_in(txt, lora_scale)
 
         start, end = config.num_dual_layers, config.num_layers - 1
         for stack, layers in (
@@ -210,9 +174,7 @@ class SD3Transformer(nnx.Module):
         img = _unless(
             None if skip is None else skip[-1], lambda x: self.last_block(x, txt, inputs), img
         )
-        shift, scale = jnp.split(self.final_mod(inputs.vec, lora_scale), 2, axis=-1)
-        out = self.final_out(modulate(img, shift, scale), lora_scale)
-        return unpatchify(out.astype(jnp.float32), config.patch_size, height, width)
+        return self.velocity(config, img, inputs.vec, lora_scale, (height, width))
 
 
 class ImageAttention(nnx.Module):
@@ -291,7 +253,8 @@ class LastBlock(nnx.Module):
     ) -> Float[Array, "b s d"]:
         lora_scale = inputs.lora_scale
         img_mod = self.img.modulation(inputs)
-        shift, scale = jnp.split(self.txt.mod(inputs.vec, lora_scale), 2, axis=-1)
+        vectors = constrain_vectors(self.txt.mod(inputs.vec, lora_scale))
+        shift, scale = jnp.split(vectors, 2, axis=-1)
         _, img_attended = attend(
             self.txt.qkv(modulate(txt, shift, scale), lora_scale),
             self.img.qkv(modulate(img, *img_mod[:2]), lora_scale),

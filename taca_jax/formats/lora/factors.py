@@ -9,7 +9,7 @@ from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import Shape, summary
-from taca_jax.nn.lora import attach, linears
+from taca_jax.nn.lora import attach, linears, remove_lora
 
 Place = tuple[str, int | None]
 """A linear layer: its dotted path, and which of a stack it is (None: not stacked)."""
@@ -70,7 +70,7 @@ def summarise(adapter: Adapter, dialect: str, left_out: tuple[str, ...] = ()) ->
 
 
 def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
-    """Puts the factors on the model's layers, in float32, in place of what they had.
+    """Puts the factors on the model's layers, in float32, in place of all that it had.
 
     Strengths go into the b factors, so that a stack is one pair of arrays of strength 1 whatever
     its layers had. Changes nothing unless all fits: raises UserError that names what is of no layer
@@ -79,6 +79,7 @@ def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
     layers = dict(linears(model))
     check_fits(adapter, {path: layer.kernel.shape for path, layer in layers.items()}, where)
     depths = {path: layers[path].kernel.shape[0] for path, index in adapter if index is not None}
+    remove_lora(model)
     for path, (a, b) in stacked(adapter, depths).items():
         attach(layers[path], jnp.asarray(a), jnp.asarray(b), 1.0)
 

@@ -1,4 +1,4 @@
-"""The third MM-DiT as a family: what its weights are called elsewhere, and what calls default to."""
+"""The third MM-DiT as a family: names of its weights elsewhere, and what calls default to."""
 
 from functools import cache
 
@@ -46,6 +46,7 @@ def _ends(embed: str) -> tuple[Rule, ...]:
             for n in (1, 2)
             for rule in linear(f"{embed}.{name}.linear_{n}", f"{name}.linear_{n}")
         ),
+        *linear("norm_out", "final_mod"),
         *linear("proj_out", "final_out"),
     )
 

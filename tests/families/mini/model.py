@@ -6,21 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from taca_jax.attention import Implementation, joint_attention
+from taca_jax.attention import joint_attention
 from taca_jax.nn.blocks import BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
-from taca_jax.nn.layers import (
-    TIMESTEP_CHANNELS,
-    ZEROS,
-    Linear,
-    MLPEmbedder,
-    modulate,
-    patchify,
-    timestep_embedding,
-    unpatchify,
-)
+from taca_jax.nn.layers import modulate
+from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.rope import Rotation, joint_rotation, rotate
-from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.nn.stacking import make_stack, run_stack
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
 
@@ -74,40 +66,24 @@ class MiniBlock(nnx.Module):
         return img, txt
 
 
-class MiniTransformer(nnx.Module):
+class MiniTransformer(MMDiT):
     """Predicts the velocity of latents, called as every family's transformer is."""
 
-    def __init__(
-        self,
-        config: MiniConfig,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        dtype: jnp.dtype = jnp.float32,
-        remat: Remat = "none",
-        attention: Implementation = "auto",
-    ):
-        self.config, self.dtype, self.remat, self.attention = config, dtype, remat, attention
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        features = config.latent_channels * config.patch_size**2
-        self.img_in = Linear(features, config.hidden, **types)
-        self.txt_in = Linear(config.txt_dim, config.hidden, **types)
-        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, config.hidden, **types)
-        self.vector_in = MLPEmbedder(config.pooled_dim, config.hidden, **types)
+    def __init__(self, config: MiniConfig, *, rngs: nnx.Rngs, **options):
+        super().__init__(config, rngs=rngs, **options)
+        self.config = config
+        types = {name: options.get(name, jnp.float32) for name in ("param_dtype", "dtype")}
         self.blocks = make_stack(
-            lambda r: MiniBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
-            config.num_blocks,
-            rngs,
+            lambda r: MiniBlock(config, rngs=r, **types), config.num_blocks, rngs
         )
-        self.final_out = Linear(config.hidden, features, kernel_init=ZEROS, **types)
 
     def __call__(
         self, latents, timestep, txt, pooled, *, gamma=None, lora_scale=None, attention=None
     ):
         config, (height, width) = self.config, latents.shape[1:3]
-        vec = self.time_in(timestep_embedding(timestep), lora_scale)
+        img, txt, vec = self.embed(config, latents, timestep, txt, pooled, lora_scale)
         inputs = MiniInputs(
-            vec=nnx.silu(vec + self.vector_in(pooled, lora_scale)),
+            vec=nnx.silu(vec),
             rotation=joint_rotation(
                 txt.shape[1],
                 height // config.patch_size,
@@ -120,15 +96,10 @@ class MiniTransformer(nnx.Module):
             lora_scale=lora_scale,
             attention=attention or self.attention,
         )
-        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
         img, _ = run_stack(
-            self.blocks,
-            lambda block, x: block(x[0], x[1], inputs),
-            (img, self.txt_in(txt, lora_scale)),
-            remat=self.remat,
+            self.blocks, lambda block, x: block(x[0], x[1], inputs), (img, txt), remat=self.remat
         )
-        out = self.final_out(img, lora_scale).astype(jnp.float32)
-        return unpatchify(out, config.patch_size, height, width)
+        return self.velocity(config, img, inputs.vec, lora_scale, (height, width))
 
 
 MINI_KIND = register(
@@ -144,6 +115,7 @@ MINI_KIND = register(
             r"(time|vector)_in\.linear_2": OUT,
             r"blocks\.(img|txt)\.(mod|qkv\.[qkv]|mlp_in)": IN,
             r"blocks\.(img|txt)\.(out|mlp_out)": OUT,
+            r"final_mod": IN,
         },
         quantized=r"blocks\..*",
     )

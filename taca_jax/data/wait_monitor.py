@@ -1,4 +1,4 @@
-"""Says what the input pipeline waits for, when training has waited too long for it."""
+"""Warns when training has waited long for its input, and names what is being read."""
 
 import logging
 import threading
@@ -6,36 +6,38 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STALL_SECONDS = 30.0
-"""After how long a wait is worth a line; the next comes after twice as long, and so on."""
+WARN_SECONDS = 30.0
+"""A wait of so many seconds is worth a warning; the next comes after twice as long, and so on."""
 
-_LOOKS_PER_STALL = 10
-_NAMED = 3
+_CHECKS_PER_WAIT = 10
+_NAMED = 3  # of what is being read, in a warning
 
 _log = logging.getLogger(__name__)
 
 
-class StallWatch:
-    """Watches one consumer that waits and the threads that read for it.
+class WaitMonitor:
+    """Watches one consumer of data, and the threads that read the data for it.
 
-    A thread of its own logs a warning when a wait goes on, though all others are stuck.
+    While the consumer waits, a thread of the monitor's own logs the warnings, so that they come
+    even if all the others hang.
     """
 
-    def __init__(self, seconds: float = STALL_SECONDS):
+    def __init__(self, seconds: float = WARN_SECONDS):
+        """The first warning comes after a wait of `seconds`."""
         self._seconds = seconds
         self._reading: dict[int, tuple[str, float]] = {}  # thread -> what, since when
         self._since: float | None = None
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stall watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="wait monitor", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ends watching."""
+        """Stops the monitor."""
         self._closed.set()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The consumer waits for as long as this lasts."""
+        """A context in which the consumer waits for data."""
         self._since = time.monotonic()
         try:
             yield
@@ -44,7 +46,7 @@ class StallWatch:
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """A thread reads `what` for as long as this lasts."""
+        """A context in which the current thread reads `what`."""
         thread = threading.get_ident()
         self._reading[thread] = (what, time.monotonic())
         try:
@@ -54,16 +56,16 @@ class StallWatch:
 
     def _watch(self) -> None:
         wait, limit = None, self._seconds
-        while not self._closed.wait(self._seconds / _LOOKS_PER_STALL):
+        while not self._closed.wait(self._seconds / _CHECKS_PER_WAIT):
             since = self._since
             if since is None or since != wait:
                 wait, limit = since, self._seconds
             elif (waited := time.monotonic() - since) >= limit:
                 limit = 2 * waited
-                _log.warning("no data for %.0f s: waiting for %s", waited, self._waited_for())
+                _log.warning("no data for %.0f s: waiting for %s", waited, self._being_read())
 
-    def _waited_for(self) -> str:
-        """What has been read for longest."""
+    def _being_read(self) -> str:
+        """What is being read, the longest first, in words."""
         now = time.monotonic()
         under_way = sorted(self._reading.copy().values(), key=lambda each: each[1])
         if not under_way:

@@ -1,4 +1,4 @@
-"""A stalled input pipeline says what it waits for."""
+"""Training that waits long for its input warns, and says what is being read."""
 
 import threading
 import time
@@ -8,11 +8,11 @@ import numpy as np
 from taca_jax.data import loader as loader_module
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import make_loader
-from taca_jax.data.stalls import StallWatch
+from taca_jax.data.wait_monitor import WaitMonitor
 
 
 class Stuck:
-    """Example 3 takes until it is let go."""
+    """Reading example 3 takes until `let_go` is set."""
 
     def __init__(self):
         self.let_go = threading.Event()
@@ -31,7 +31,7 @@ def waited(caplog):
 
 
 def test_a_loader_that_waits_names_the_example(caplog, monkeypatch):
-    monkeypatch.setattr(loader_module, "StallWatch", lambda: StallWatch(0.2))
+    monkeypatch.setattr(loader_module, "WaitMonitor", lambda: WaitMonitor(0.2))
     source = Stuck()
     timer = threading.Timer(1.0, source.let_go.set)
     data = DataConfig(batch_size=8)
@@ -47,7 +47,7 @@ def test_a_loader_that_waits_names_the_example(caplog, monkeypatch):
 
 
 def test_what_is_quick_is_not_reported(caplog):
-    watch = StallWatch(0.2)
+    watch = WaitMonitor(0.2)
     for _ in range(5):
         with watch.waiting(), watch.reading("a"):
             time.sleep(0.1)
@@ -56,7 +56,7 @@ def test_what_is_quick_is_not_reported(caplog):
 
 
 def test_threads_that_do_not_read_are_reported_too(caplog):
-    watch = StallWatch(0.1)
+    watch = WaitMonitor(0.1)
     with watch.waiting():
         time.sleep(0.3)
     watch.close()

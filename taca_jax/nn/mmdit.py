@@ -1,0 +1,93 @@
+"""What transformers have around their blocks: embeddings on the way in, the output head.
+
+Sources: black-forest-labs/flux, model.py; Stability-AI/sd3.5, mmditx.py.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from taca_jax.attention import Implementation
+from taca_jax.nn.kinds import TransformerConfig
+from taca_jax.nn.layers import (
+    TIMESTEP_CHANNELS,
+    ZEROS,
+    Linear,
+    MLPEmbedder,
+    modulate,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+from taca_jax.nn.stacking import Remat
+from taca_jax.parallel.mesh import constrain_vectors
+
+
+class MMDiT(nnx.Module):
+    """The ends of a multimodal diffusion transformer; a family's own class adds the blocks.
+
+    Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
+    time embedding are float32 always. `remat` says what the backward pass recomputes, `attention`
+    which implementation of the joint attention runs where a call names none.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+        attention: Implementation = "auto",
+    ):
+        self.dtype = dtype
+        self.remat: Remat = remat
+        self.attention: Implementation = attention
+        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        hidden, features = config.hidden, config.latent_channels * config.patch_size**2
+        self.img_in = Linear(features, hidden, **types)
+        self.txt_in = Linear(config.txt_dim, hidden, **types)
+        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types)
+        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **types)
+        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **types)
+        self.final_out = Linear(hidden, features, kernel_init=ZEROS, **types)
+
+    def embed(
+        self,
+        config: TransformerConfig,
+        latents: Float[Array, "b H W c"],
+        timestep: Float[Array, " b"],
+        txt: Float[Array, "b t k"],
+        pooled: Float[Array, "b p"],
+        lora_scale: Float[Array, " b"] | None,
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"], Float[Array, "b d"]]:
+        """Tokens of the image and of the text, and the sum of what modulates them.
+
+        Raises ValueError for inputs of other widths than the model expects.
+        """
+        for name, given, expected in (
+            ("latents", latents.shape[-1], config.latent_channels),
+            ("txt", txt.shape[-1], config.txt_dim),
+            ("pooled", pooled.shape[-1], config.pooled_dim),
+        ):
+            if given != expected:
+                raise ValueError(f"{name} has {given} channels; this model expects {expected}")
+        vec = self.time_in(timestep_embedding(timestep), lora_scale)
+        vec = vec + self.vector_in(pooled, lora_scale)
+        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
+        return img, self.txt_in(txt, lora_scale), vec
+
+    def velocity(
+        self,
+        config: TransformerConfig,
+        img: Float[Array, "b s d"],
+        vec: Float[Array, "b d"],
+        lora_scale: Float[Array, " b"] | None,
+        size: tuple[int, int],
+    ) -> Float[Array, "b H W c"]:
+        """The output of image tokens as latents of `size`, float32. `vec` is after its SiLU."""
+        vectors = constrain_vectors(self.final_mod(vec, lora_scale))
+        shift, scale = jnp.split(vectors, 2, axis=-1)
+        out = self.final_out(modulate(img, shift, scale), lora_scale)
+        return unpatchify(out.astype(jnp.float32), config.patch_size, *size)
