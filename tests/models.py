@@ -8,14 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
 from taca_jax.autoencoders.tiny_vae import TinyVAEConfig
 from taca_jax.autoencoders.vae import VAEConfig
+from taca_jax.families.flux import bfl
+from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.flux.model import FluxConfig
+from taca_jax.families.sd3 import diffusers as sd3_diffusers
+from taca_jax.families.sd3 import stability
 from taca_jax.families.sd3.model import SD3Config
 from taca_jax.formats.engine import exported
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.tensor_files import ArrayTensors, Tensors
 from taca_jax.nn.kinds import flat_params, shapes_of
+from taca_jax.text import clip_layout, t5_layout
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.t5 import T5Config
 from taca_jax.weights.loading import LoadOptions
@@ -27,7 +33,7 @@ FLUX = FluxConfig(
     num_heads=2,
     head_dim=8,
     axes_dim=(2, 2, 4),
-    theta=10_000,
+    theta=10_000.0,
     num_double_blocks=2,
     num_single_blocks=3,
     mlp_ratio=4.0,
@@ -72,6 +78,23 @@ VAE = VAEConfig(
 TINY_VAE = TinyVAEConfig(
     latent_channels=4, image_channels=3, width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1)
 )
+
+
+LAYOUTS = {
+    "flux": (flux_diffusers.TABLE, FLUX),
+    "flux, Black Forest Labs": (bfl.TABLE, FLUX),
+    "sd3": (sd3_diffusers.table_of(SD3), SD3),
+    "sd3, Stability AI": (stability.table_of(SD3), SD3),
+    "t5": (t5_layout.TABLE, T5),
+    "clip": (clip_layout.TABLE, CLIP),
+    "vae": (vae_diffusers.TABLE, VAE),
+    "vae, original": (vae_original.table_of(VAE), VAE),
+    "tiny_vae": (
+        tiny_vae_layout.TABLE,
+        replace(TINY_VAE, encoder_blocks=(1, 2), decoder_blocks=(2, 1)),
+    ),
+}
+"""Every layout, and the config of a model in it."""
 
 
 def in_layout(table: Table, model: nnx.Module) -> dict[str, np.ndarray]:

@@ -4,38 +4,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
-from taca_jax.autoencoders.tiny_vae import TinyVAEConfig
 from taca_jax.errors import UserError
 from taca_jax.families.flux import bfl
 from taca_jax.families.flux import diffusers as flux_diffusers
-from taca_jax.families.sd3 import diffusers as sd3_diffusers
-from taca_jax.families.sd3 import stability
 from taca_jax.formats import engine
 from taca_jax.formats.key_table import Target
 from taca_jax.formats.tensor_files import FLOAT8, ArrayTensors
 from taca_jax.nn.kinds import flat_params, shapes_of
-from taca_jax.text import clip_layout, t5_layout
-from tests.models import CLIP, FLUX, SD3, T5, VAE, in_layout, layout_shapes, shapes_alone
+from taca_jax.text import t5_layout
+from tests.models import FLUX, LAYOUTS, T5, in_layout, layout_shapes, shapes_alone
 from tests.random_models import random_model
 
-CASES = {
-    "flux": (flux_diffusers.TABLE, FLUX),
-    "flux, Black Forest Labs": (bfl.TABLE, FLUX),
-    "sd3": (sd3_diffusers.table_of(SD3), SD3),
-    "sd3, Stability AI": (stability.table_of(SD3), SD3),
-    "t5": (t5_layout.TABLE, T5),
-    "clip": (clip_layout.TABLE, CLIP),
-    "vae": (vae_diffusers.TABLE, VAE),
-    "vae, original": (vae_original.table_of(VAE), VAE),
-    "tiny_vae": (tiny_vae_layout.TABLE, TinyVAEConfig(4, 3, 8, (1, 2), (2, 1))),
-}
 
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_exported_and_streamed_undo_each_other(name, dtype):
-    table, config = CASES[name]
+    table, config = LAYOUTS[name]
     model = random_model(config)
     tensors = ArrayTensors("memory", in_layout(table, model))
     again = engine.streamed(table, tensors, config, dtype)
@@ -49,16 +33,16 @@ def test_exported_and_streamed_undo_each_other(name, dtype):
 
 
 def test_a_stack_comes_a_layer_at_a_time():
-    table, config = CASES["flux"]
+    table, config = LAYOUTS["flux"]
     tensors = ArrayTensors("memory", in_layout(table, random_model(config)))
     kernel = engine.streamed(table, tensors, config)["single_blocks.mlp_in.kernel"]
     layers, *one = kernel.shape
     assert [piece.shape for piece in kernel.pieces()] == [tuple(one)] * layers
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_key_is_found_as_the_place_it_came_from(name):
-    table, config = CASES[name]
+    table, config = LAYOUTS[name]
     pieces = list(table.pieces(shapes_of(config)))
     assert len({(piece.key, str(piece.rows)) for piece in pieces}) == len(pieces)
     for piece in pieces:
