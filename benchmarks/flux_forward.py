@@ -29,7 +29,9 @@ from flax import nnx
 from configs import shapes_base
 from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.flux.model import FluxConfig, FluxTransformer
-from taca_jax.formats.engine import export
+from taca_jax.formats.engine import exported
+from taca_jax.formats.tensor_files import ArrayTensors
+from taca_jax.nn.kinds import flat_params
 from taca_jax.nn.layers import patchify
 
 MAX_RELATIVE_ERROR = 1e-4
@@ -101,8 +103,14 @@ def original(model: FluxTransformer) -> FluxTransformer2DModel:
     """diffusers' model with the same weights."""
     settings = flux_diffusers.settings_of(model.config)
     theirs = FluxTransformer2DModel(**{k: v for k, v in settings.items() if k[0] != "_"})
-    weights = export(flux_diffusers.TABLE, model)
-    theirs.load_state_dict({key: torch.tensor(value) for key, value in weights.items()})
+    params = {path: np.asarray(param.get_value()) for path, param in flat_params(model).items()}
+    tensors = exported(flux_diffusers.TABLE, ArrayTensors("the model", params))
+    theirs.load_state_dict(
+        {
+            key: torch.tensor(np.concatenate([*tensor.pieces()]).reshape(tensor.shape))
+            for key, tensor in tensors.items()
+        }
+    )
     return theirs.eval()
 
 

@@ -45,10 +45,11 @@ from taca_jax.data.cache import (
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import one_bucket
 from taca_jax.data.sources.factory import open_source
-from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.text.encoders import T5Text
 from taca_jax.text.t5 import T5Config, T5Encoder
 from taca_jax.text.tokenizers import load_tokenizer
 from taca_jax.training.encoding import Encoders, encode_to
+from taca_jax.training.models import InputModels
 from taca_jax.training.run import _next_batch
 
 STEP_SECONDS = 0.05
@@ -171,15 +172,12 @@ def encode_rounds(folder: Path, rounds: int) -> Encoding:
     pictures.mkdir()
     write_pictures(pictures)
     data = DataConfig(f"folder:{pictures}", batch_size=ENCODE_BATCH, resolution=ENCODED_SIDE)
-    nothing: Any = None
-    pipeline = FluxPipeline(
-        nothing,
-        text_encoder=T5Encoder(T5, rngs=nnx.Rngs(0)),
-        tokenizer=load_tokenizer("bytes", 128),
-        autoencoder=AutoencoderKL(VAE, rngs=nnx.Rngs(0)),
-        settings=nothing,
+    inputs = InputModels(
+        T5Text(T5Encoder(T5, rngs=nnx.Rngs(0)), pad_id=0),
+        load_tokenizer("bytes", 128),
+        AutoencoderKL(VAE, rngs=nnx.Rngs(0)),
     )
-    encoders = Encoders(pipeline, None, ENCODE_BATCH, "float32")
+    encoders = Encoders(inputs, None, ENCODE_BATCH, "float32")
     source = open_source(data)
     (bucket,) = make_buckets(source, data, multiple=16, least=ENCODE_BATCH)
     buckets = [type(bucket)((ENCODED_SIDE,) * 2, bucket.parts)]

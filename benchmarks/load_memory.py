@@ -29,7 +29,7 @@ PROGRAM = """
 import sys, time
 import jax
 from taca_jax import FluxPipeline
-from taca_jax.checkpoint import flat_params
+from taca_jax.nn.kinds import flat_params
 
 def memory(name):
     fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.load_memory import measure
 from taca_jax.families.flux.model import FLUX_DEV
-from taca_jax.weights.placing import AT_ONCE
+from taca_jax.weights.loading import AT_ONCE
 
 CONFIG = dataclasses.replace(FLUX_DEV, num_heads=12, num_double_blocks=2, num_single_blocks=8)
 """FLUX of half the width: 0.9 GB, its largest tensor 28 MB, its largest stack 189 MB."""
