@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from taca_jax.attention import api
 from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
 from taca_jax.autoencoders.tiling import TILING, Tiling, decode_in_tiles
 from taca_jax.autoencoders.tiny_vae import TinyVAE
@@ -417,3 +418,43 @@ def test_a_lora_of_another_model_is_refused(pipeline, lora_file, tmp_path):
     pipeline.unload_lora()
     with pytest.raises(UserError, match="is not there"):
         pipeline.load_lora(tmp_path / "nothing.safetensors")
+
+
+def test_a_save_that_fails_leaves_the_folder_as_it_was(pipeline, image, tmp_path, monkeypatch):
+    pipeline.save(tmp_path / "p")
+    before = {p: p.read_bytes() for p in (tmp_path / "p").rglob("*") if p.is_file()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("taca_jax.pipelines.pipeline.save_tokenizers", full)
+    with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
+        pipeline.save(tmp_path / "p")
+    assert {p: p.read_bytes() for p in (tmp_path / "p").rglob("*") if p.is_file()} == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(UserError, match="exists and is no pipeline folder; save elsewhere"):
+        pipeline.save(tmp_path / "notes")
+
+
+def test_the_implementation_asked_for_reaches_attention(pipeline, tmp_path, monkeypatch):
+    pipeline.save(tmp_path / "p")
+    asked, run = [], api._IMPLEMENTATIONS["reference"]
+
+    def reference(*arrays, **options):
+        asked.append(options["text_len"])
+        return run(*arrays, **options)
+
+    monkeypatch.setitem(api._IMPLEMENTATIONS, "reference", reference)
+    drawn = Pipeline.from_pretrained(tmp_path / "p", "float32", attention="reference")
+    drawn(PROMPT, output="latents")
+    assert asked
+
+
+def test_times_are_those_that_a_call_visits(pipeline):
+    seen = []
+    pipeline(PROMPT, callback=lambda step, _: seen.append(step), output="latents")
+    times = pipeline.timesteps()
+    assert (times[0], len(times)) == (1000, len(seen))
+    assert np.all(np.diff(times) < 0)
+    assert len(pipeline.timesteps(steps=7)) == 7

@@ -27,6 +27,7 @@ from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.nn.layers import Quantized
 from taca_jax.nn.lora import LoRAConfig, linears
 from taca_jax.nn.quantization import encode
+from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.t5 import T5Config
@@ -658,3 +659,10 @@ def test_the_reading_threads_end_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Loader, "close", lambda self: (closed.append(self), close(self)))
     train(base_config(tmp_path, steps=1))
     assert len(closed) == 1
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused(tmp_path):
+    config = tiny_config(tmp_path / "run", mesh=MeshConfig(fsdp=8))
+    with pytest.raises(UserError, match=r"mesh\.fsdp=8.* 8 devices.* 1"):
+        train(config)
+    assert not (tmp_path / "run").exists()
