@@ -11,7 +11,6 @@ from flax import nnx
 from taca_jax.nn.kinds import abstract_model, kind_of
 from taca_jax.nn.layers import LoRAParam, Quantized
 from taca_jax.nn.lora import LoRAConfig, add_lora
-from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.quantization import quantize
 from taca_jax.parallel.rules import parameter_sharding
 from taca_jax.weights.loading import LoadOptions
@@ -21,7 +20,6 @@ def abstract_on_mesh(
     config: Any,
     options: LoadOptions,
     *,
-    quantized: Quantization = "none",
     lora: LoRAConfig | None = None,
     targets: tuple[str, ...] = (),
 ) -> Any:
@@ -34,7 +32,7 @@ def abstract_on_mesh(
         config, dtype=options.dtype, remat=options.remat, attention=options.attention
     )
     kind = kind_of(config)
-    quantize(model, kind, quantized)
+    quantize(model, kind, options.quantize)
     graph, state = nnx.split(model)
     if lora is not None:
         with_factors = partial(_with_factors, graph, state, lora, targets)

@@ -124,13 +124,7 @@ class RunModels:
     def load_transformer(self, mesh: Mesh | None) -> Any:
         """The transformer, with fresh LoRA factors where the run trains one."""
         config = self.config
-        options = replace(
-            self._options(mesh, trained=config.lora is None),
-            quantize=config.quantize,
-            remat=config.remat,
-            attention=config.attention,
-        )
-        transformer = self.stored.transformer.load(options)
+        transformer = self.stored.transformer.load(self._transformer_options(mesh))
         if config.lora is not None:
             add_lora(transformer, config.lora, self._targets, rngs=nnx.Rngs(config.seed))
         return transformer
@@ -161,25 +155,19 @@ class RunModels:
     def abstract(self, mesh: Mesh) -> tuple[TextToImage, Any]:
         """The model to train and its autoencoder, of shapes that each have a place on the mesh."""
         config = self.config
-        trained = config.lora is None
         transformer = abstract_on_mesh(
             self.transformer,
-            self._options(mesh, trained=trained),
-            quantized=config.quantize,
+            self._transformer_options(mesh),
             lora=config.lora,
             targets=self._targets,
         )
+        options = self._options(mesh, trained=config.lora is None)
         encoders = []
         for folder in self.reading.folders:
             encoder = self.stored.models[folder].config
             can_be = kind_of(encoder).quantized is not None
-            encoders.append(
-                abstract_on_mesh(
-                    encoder,
-                    replace(self._options(mesh, trained=trained), remat="none", attention="auto"),
-                    quantized=config.quantize_text if can_be else "none",
-                )
-            )
+            quantize = config.quantize_text if can_be else "none"
+            encoders.append(abstract_on_mesh(encoder, replace(options, quantize=quantize)))
         autoencoder = abstract_on_mesh(self.autoencoder, self._options(mesh, trained=False))
         return TextToImage(transformer, self.reading.join(encoders, 0)), autoencoder
 
@@ -200,6 +188,15 @@ class RunModels:
         lora = self.config.lora
         given = None if lora is None else lora.targets
         return self.family.lora.targets if given is None else given
+
+    def _transformer_options(self, mesh: Mesh | None) -> LoadOptions:
+        config = self.config
+        return replace(
+            self._options(mesh, trained=config.lora is None),
+            quantize=config.quantize,
+            remat=config.remat,
+            attention=config.attention,
+        )
 
     def _options(self, mesh: Mesh | None, *, trained: bool) -> LoadOptions:
         """A frozen model may rest in the activations' precision; what is trained may not."""

@@ -163,6 +163,7 @@ def test_stable_diffusion_is_planned_for():
     models = open_or_published(config)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model, autoencoder = models.abstract(mesh)
+    assert model.transformer.remat == config.remat == "full"
     batch, text = _batch(config, models, autoencoder, mesh), models.reading.tokens
     cached = replace(config, data=replace(config.data, encode="cache"))
     encoded = _batch(cached, models, autoencoder, mesh)
