@@ -216,6 +216,7 @@ def write_streamed(
         for name in names:
             for piece in tensors[name].pieces():
                 file.write(_bytes(piece))
+                del piece  # before the next one is made
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -34,7 +34,7 @@ from taca_jax.formats.tensor_files import (
 )
 from taca_jax.nn.kinds import abstract_model, flat_params, kind_of, shapes_of
 from taca_jax.nn.layers import Quantized
-from taca_jax.parallel.processes import is_first, on_host, wait_for_all
+from taca_jax.parallel.processes import is_first, wait_for_all
 from taca_jax.weights.loading import AT_ONCE, LoadOptions, StoredParameters, load_parameters
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -148,26 +148,32 @@ def _lazy(param: nnx.Variable, dtype: DTypeLike | None) -> LazyTensor:
     target = jnp.dtype(array.dtype if dtype is None else dtype)
 
     def pieces() -> Iterator[np.ndarray]:
-        if array.ndim < 3 or array.nbytes <= AT_ONCE:
-            yield on_host(array).astype(target, copy=False)
-            return
-        for layer in range(array.shape[0]):
-            yield np.asarray(_layer(array, layer)).astype(target, copy=False)
+        whole = array.ndim < 3 or array.nbytes <= AT_ONCE
+        for layer in [None] if whole else range(array.shape[0]):
+            yield np.asarray(_copied(array, layer)).astype(target, copy=False)
 
     return LazyTensor(array.shape, target, pieces)
 
 
-def _layer(stack: jax.Array, layer: int) -> jax.Array:
-    """One layer of a stack, whole on every device that holds a part of it."""
-    where = stack.sharding
-    whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else where
-    return _taken(stack, layer, whole)
+def _copied(array: jax.Array, layer: int | None) -> jax.Array:
+    """A copy of an array, or of one layer of a stack, which this process has all of.
+
+    It is a copy since what numpy is given of an array stays on the host as long as the array does.
+    """
+    if not array.is_fully_addressable:
+        where = array.sharding
+        assert isinstance(where, NamedSharding)
+        return _taken(array, layer, NamedSharding(where.mesh, P()))
+    if layer is None:
+        return jax.device_put(array, array.sharding, may_alias=False)
+    return _taken(array, layer, None)
 
 
 @jax.jit(static_argnames=("where",))
-def _taken(stack: jax.Array, layer: int, where: Sharding) -> jax.Array:
-    taken = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-    return jax.lax.with_sharding_constraint(taken, where)
+def _taken(array: jax.Array, layer: int | None, where: Sharding | None) -> jax.Array:
+    if layer is not None:
+        array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    return array if where is None else jax.lax.with_sharding_constraint(array, where)
 
 
 def _config_text(config: Any) -> str:

@@ -52,6 +52,7 @@ def check_brought(found) -> None:
     shapes = shapes_of(CONFIG)
     expected = [list(each) for path in sorted(shapes) for each in layers_of(shapes[path])]
     assert found["brought"] == expected
+    assert found["kept"] == []
 
 
 def test_one_process_with_eight_devices(source, tmp_path):
