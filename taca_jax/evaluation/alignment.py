@@ -143,8 +143,9 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
         cells = [
             f"{100 * s['value']:.1f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})" for s in shares
         ]
-        counted = f"{category}, {shares[0]['total']} pictures of {shares[0]['prompts']} prompts"
-        out.add_row(counted, *cells, end_section=category == "all")
+        total, distinct = shares[0]["total"], shares[0]["prompts"]
+        few = "" if distinct == total else f" of {distinct} prompts"
+        out.add_row(f"{category}, n = {total}{few}", *cells, end_section=category == "all")
     if len(names) > 1:
         cells = [
             f"{100 * d['value']:+.1f} ({100 * d['low']:+.1f} to {100 * d['high']:+.1f}), "

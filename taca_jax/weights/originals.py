@@ -99,10 +99,13 @@ def transformer(src: Path, family: Family | None = None, **told: Any) -> Origina
         return original_vae(tensors, family)
     found = family_in(tensors, (family,) if family else families())
     if found is None:
-        which = f"{family.title} in {family.original.whose} names" if family else "model's file"
+        known = ", ".join(each.title for each in families())
+        said = f"holds no transformer that is known ({known})"
+        if family is not None:
+            said = f"is no {family.title} in {family.original.whose} names"
         raise UserError(
-            f"{src} is no {which}: {_names(tensors)}; of diffusers' files give the folder with "
-            f"their {CONFIG}"
+            f"{src} {said}: {_names(tensors)}; of diffusers' files give the folder with their "
+            f"{CONFIG}"
         )
     family, own = found
     config = family.original.config_of(own, **told)

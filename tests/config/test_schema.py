@@ -183,7 +183,7 @@ HIDDEN = re.compile(
     r"transformer\.(txt_in|(time|vector)_in\.linear_[12]"
     r"|double_blocks\.(img|txt)\.(qkv\.[qkv]|out|mlp_in|mlp_out)"
     r"|single_blocks\.(qkv\.[qkv]|mlp_in|out))\.kernel"
-    r"|text_encoder\.blocks\.(attn\.[qkvo]|ff\.(wi_gate|wi_value|wo))\.kernel"
+    r"|text_encoder\.t5\.blocks\.(attn\.[qkvo]|ff\.(wi_gate|wi_value|wo))\.kernel"
 )
 """What Muon updates of a FLUX and its T5."""
 

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red circle and a blue square"
 
 
+LOADING = "taca_jax.pipelines.pipeline.Pipeline.from_pretrained"
+
+
 def config(out: Path, **changes) -> GenerateConfig:
     values = {
         "base": "shapes_base",
@@ -76,17 +79,13 @@ def test_previews_are_written_beside_the_picture(tmp_path, capsys):
 
 
 def test_a_missing_previewer_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "taca_jax.pipelines.generate.load_pipeline", lambda *_, **__: pytest.fail("loaded")
-    )
+    monkeypatch.setattr(LOADING, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"taef1_encoder\.safetensors is not there"):
         generate(config(tmp_path / "x.png", preview=str(tmp_path / "taef1")))
 
 
 def test_a_missing_lora_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "taca_jax.pipelines.generate.load_pipeline", lambda *_, **__: pytest.fail("loaded")
-    )
+    monkeypatch.setattr(LOADING, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"nowhere\.safetensors is not there; .* lora=none"):
         generate(config(tmp_path / "x.png", lora="nowhere.safetensors"))
 

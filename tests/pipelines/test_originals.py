@@ -13,7 +13,6 @@ from taca_jax.errors import UserError
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.families.sd3 import stability as sd3_native
 from taca_jax.families.sd3.pipeline import SD3Pipeline
-from taca_jax.formats import engine
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.nn.kinds import flat_params
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
@@ -23,6 +22,7 @@ from taca_jax.text import t5_layout as t5_format
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
 from tests.convert.test_sd3 import SD3, T5, VAE
+from tests.models import in_layout
 from tests.random_models import random_model
 from tests.shared import shared_path
 
@@ -114,7 +114,7 @@ def test_stability_ais_file_with_all_that_is_in_it(tmp_path):
     }
     tensors = {}
     for prefix, (table, config) in parts.items():
-        exported = engine.export(table, random_model(config, param_dtype=jnp.float16))
+        exported = in_layout(table, random_model(config, param_dtype=jnp.float16))
         tensors |= {prefix + name: array for name, array in exported.items()}
     src = tmp_path / "sd3.safetensors"
     write_tensors(src, tensors)
@@ -131,13 +131,14 @@ def test_stability_ais_own_file():
     assert pipeline.autoencoder is None
     tensors = open_tensors(src)
     table = sd3_native.table_of(pipeline.transformer.config)
-    for name, array in engine.export(table, pipeline.transformer).items():
+    for name, array in in_layout(table, pipeline.transformer).items():
         np.testing.assert_array_equal(array, tensors.read(sd3_native.PREFIX + name), err_msg=name)
 
 
 def test_what_is_damaged_or_of_nothing_known_is_said(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(1, np.float32)})
-    with pytest.raises(UserError, match="is no FLUX in Black Forest Labs' names: it has a;"):
+    known = r"\(FLUX\.1, Stable Diffusion 3\)"
+    with pytest.raises(UserError, match=f"holds no transformer that is known {known}: it has a;"):
         Pipeline.from_pretrained(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="nor is it an original, which is a diffusers folder with"):
         Pipeline.from_pretrained(tmp_path)
