@@ -89,7 +89,7 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
     step's FLOPs and times, and the memory of what takes more, the loop or decoding after it."""
     mesh = make_mesh(MeshConfig(), plans.devices_of(where))
     options = LoadOptions(dtype=jnp.dtype("bfloat16"), mesh=mesh)
-    graph, state = nnx.split(abstract_on_mesh(FLUX_DEV, options, quantized=quantize))
+    graph, state = nnx.split(abstract_on_mesh(FLUX_DEV, replace(options, quantize=quantize)))
     ae_graph, ae_state = nnx.split(abstract_on_mesh(FLUX_VAE, options))
     side, text = RESOLUTION // FLUX_VAE.downscale, FLUX.published["flux1-dev"].text_length
     image = (side // FLUX_DEV.patch_size) ** 2
