@@ -9,8 +9,8 @@ from taca_jax.training.config import TrainConfig
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], TrainConfig)
-    # Seconds of imports, which a mistyped key need not wait for.
-    from taca_jax.parallel.processes import is_first
+    # These imports take seconds; a mistyped key is reported before them.
+    from taca_jax.parallel.processes import print_once
     from taca_jax.planning.plan import plan
     from taca_jax.training.run import train
 
@@ -22,8 +22,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except StoppedError as stopped:
-        if is_first():
-            print(stopped, file=sys.stderr)
+        print_once(str(stopped), sys.stderr)
     except KeyboardInterrupt:
         sys.exit(f"stopped; go on with resume=true out_dir={config.run_dir}")
 

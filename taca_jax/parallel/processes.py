@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -89,6 +89,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def print_once(line: str, file: TextIO | None = None) -> None:
+    """Prints a line, in the first process only; to stdout where no file is given."""
+    if is_first():
+        print(line, file=file)
+
+
 def wait_for_all(what: str) -> None:
     """Returns when every process has called it; `what` names the place, the same in all."""
     if jax.process_count() > 1:
@@ -108,8 +114,6 @@ def first_before_others(what: str) -> Iterator[None]:
 
 def all_of(holds: bool) -> bool:
     """Whether it holds in every process."""
-    if jax.process_count() == 1:
-        return holds
     return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))
 
 
@@ -128,8 +132,6 @@ def do_not_wait_at_exit() -> None:
 
 def most_of_all(number: int) -> int:
     """The largest of the numbers that the processes have."""
-    if jax.process_count() == 1:
-        return number
     return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
 
 

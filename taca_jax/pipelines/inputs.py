@@ -1,4 +1,4 @@
-"""What a pipeline call is given: checked, completed, and brought to one batch."""
+"""The inputs of a pipeline call: checked, completed with defaults, and made into one batch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,20 +10,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from taca_jax.errors import UserError
-from taca_jax.families.base import Family
+from taca_jax.families.registry import family_of
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.sampling.loop import MAX_SEED, SkipLayers
 
 NO_DOWNSCALE = 8
-"""Pixels a latent position without an autoencoder to say so: every published one has as many."""
+"""Pixels per latent position where there is no autoencoder; that of all published autoencoders."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, or several; or the embeddings of some, so that no text encoder is needed.
+    """One or several prompts, or their embeddings, which need no text encoder.
 
-    name: what the call's arguments are called after. Raises UserError unless exactly one of the two
-    is given.
+    name: of the argument that gives the prompts, `prompt` or `negative_prompt`, for messages.
     """
 
     name: str
@@ -38,9 +37,10 @@ class Prompt:
     def conditioning(
         self, config: Any, encode: Callable[[Sequence[str]], Conditioning]
     ) -> Conditioning:
-        """What the transformer of a config is told; `encode` reads prompts.
+        """The text inputs of the transformer with this config; `encode` embeds prompts.
 
-        Raises UserError for embeddings of other widths than the transformer reads.
+        Raises UserError unless either prompts or embeddings are given, and for embeddings whose
+        shapes do not fit the transformer.
         """
         name, embeds, pooled = self.name, self.embeds, self.pooled
         if (embeds is None) != (pooled is None) or (embeds is None) == (self.text is None):
@@ -69,7 +69,7 @@ class Prompt:
 
 
 def check_guidance(guidance: float) -> None:
-    """Raises UserError for a strength that is none."""
+    """Raises UserError for a negative, infinite or undefined strength."""
     if not 0 <= guidance < math.inf:
         raise UserError(f"guidance is {guidance}; it must be 0 or more")
 
@@ -82,10 +82,10 @@ def negative_conditioning(
     config: Any,
     encode: Callable[[Sequence[str]], Conditioning],
 ) -> Conditioning | None:
-    """What classifier-free guidance goes away from, as many as pictures; None without it.
+    """The negative conditioning of classifier-free guidance, one for each picture; None without it.
 
-    Without a prompt it is the empty one. Raises UserError where something is given that does not
-    act.
+    The default is the empty prompt. Raises UserError if a negative prompt is given that would have
+    no effect, or that does not fit the positive one.
     """
     if guidance <= 1:
         if prompt.is_given:
@@ -104,16 +104,16 @@ def negative_conditioning(
 
 
 def repeated(text: Conditioning, times: int) -> Conditioning:
-    """Each sample's conditioning so many times, one after another."""
+    """The conditioning with each sample repeated `times` times in succession."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
 
 
 def skip_guidance(
     skip_layers: SkipLayers | Sequence[int] | None, guidance: float, layers: int
 ) -> SkipLayers | None:
-    """Skip-layer guidance of a model with so many `layers` that can be left out.
+    """The settings of skip-layer guidance for a model with this number of skippable `layers`.
 
-    Raises UserError where there are none, or it would not act.
+    Raises UserError if the model has none, or if the settings would have no effect.
     """
     if skip_layers is None:
         return None
@@ -127,17 +127,17 @@ def skip_guidance(
 
 
 def noise(
-    config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int, family: Family
+    config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int
 ) -> Float[Array, "b h w c"]:
-    """The start of pictures of (height, width) pixels: sample i is of seed + i, float32.
+    """Initial noise for pictures of (height, width) pixels, float32; sample i uses seed + i.
 
-    Raises UserError for a seed or a size that the model does not take.
+    Raises UserError for a seed or a size that is not allowed.
     """
     height, width = size
     multiple = downscale * config.patch_size
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
-    family.check_grid(config, height // multiple, width // multiple)
+    family_of(config).check_grid(config, height // multiple, width // multiple)
     shape = (height // downscale, width // downscale, config.latent_channels)
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"seed is {seed}; it must be 0 to {MAX_SEED}")
@@ -151,11 +151,10 @@ def given_latents(
     batch: int,
     size: tuple[int | None, int | None],
     downscale: int,
-    family: Family,
 ) -> Float[Array, "b h w c"]:
-    """Latents that a caller starts from, float32.
+    """The caller's initial latents, float32.
 
-    Raises UserError where they do not fit the model, the prompts, or a size that is given too.
+    Raises UserError if they do not fit the model, the prompts, or the (height, width) given.
     """
     patch, channels = config.patch_size, config.latent_channels
     if (
@@ -176,5 +175,5 @@ def given_latents(
             f"height and width are {height} x {width}, and the latents make {own[0]} x "
             f"{own[1]} pixels; leave one of the two out"
         )
-    family.check_grid(config, latents.shape[1] // patch, latents.shape[2] // patch)
+    family_of(config).check_grid(config, latents.shape[1] // patch, latents.shape[2] // patch)
     return jnp.asarray(latents, jnp.float32)

@@ -1,6 +1,6 @@
-"""From prompts to pictures: a transformer and what it needs around it."""
+"""From prompts to pictures: a transformer with its text encoders, tokenizers and autoencoder."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from taca_jax.attention import Implementation
+from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.autoencoders.tiling import TILING, Tiling
 from taca_jax.config.fields import to_json
 from taca_jax.errors import UserError
@@ -22,13 +23,12 @@ from taca_jax.families.base import Family
 from taca_jax.families.registry import family_of
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.nn.conditioning import Conditioning
-from taca_jax.nn.kinds import abstract_model
 from taca_jax.nn.lora import remove_lora
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.mesh import on
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
+from taca_jax.pipelines.decoding import decode, to_pil
 from taca_jax.pipelines.inputs import (
     NO_DOWNSCALE,
     Prompt,
@@ -58,11 +58,8 @@ from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora
 from taca_jax.weights.pipeline_folders import (
     AUTOENCODER,
-    ROLES,
     TRANSFORMER,
     PipelineSettings,
-    Role,
-    StoredPipeline,
     open_pipeline,
 )
 from taca_jax.weights.shipped import find_weights
@@ -77,8 +74,8 @@ class PipelineOutput:
     """What a pipeline call returns.
 
     images: PIL pictures, or float32 `[b, H, W, 3]` in [0, 1], or None for output="latents".
-    latents: the last ones, float32 NHWC. trajectory: each step's latents and predicted x0, where
-    asked for.
+    latents: the final ones, float32 NHWC. trajectory: each step's latents and predicted x0, if
+    requested.
     """
 
     images: list[Image.Image] | np.ndarray | None
@@ -88,7 +85,7 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of sampling a model: TACA's settings (None: plain) and the LoRA's strength."""
+    """One way of sampling a model: TACA's settings (None: plain attention), the LoRA's strength."""
 
     name: str
     taca: TacaConfig | None
@@ -96,8 +93,11 @@ class Variant:
 
 
 class Pipeline:
-    """A transformer with what it needs around it, of any family; parts may be absent where
-    embeddings or latents are given instead."""
+    """A transformer of any family with its text encoder, tokenizer and autoencoder.
+
+    The text encoder may be absent when calls give embeddings, the autoencoder when they ask for
+    latents.
+    """
 
     reads: ClassVar[Family | None] = None
     """The family that `from_pretrained` accepts; None accepts all."""
@@ -137,53 +137,35 @@ class Pipeline:
         quantize_text: Quantization = "none",
         attention: Implementation = "auto",
     ) -> Self:
-        """The pipeline in a folder: `pipeline.json`, `transformer/`, and where present the text
+        """Loads a pipeline folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
 
         `path` may also be the name of a model that comes with the package (`shapes_base`), or
-        original weights that nobody has converted: a diffusers pipeline folder, or its authors'
-        single file with what is beside it (`open_original`).
+        original weights that have not been converted: a diffusers pipeline folder, or the authors'
+        single file with the files beside it (`open_original`).
 
-        `dtype` is of activations, and of parameters unless `param_dtype` says otherwise. Parameters
-        go straight to their places on `mesh` (`parallel.mesh.make_mesh`), a tensor at a time; over
-        it the pipeline then runs. Without one they go to the first device. `remat` matters to
-        training only. `quantize` is what the kernels of the transformer's blocks are kept in,
-        `int8`, `nf4` or `none` (as parameters are), and `quantize_text` those of T5's; they are
-        encoded as they are read. `attention` is the implementation of the joint attention.
+        `dtype` is that of activations, and of parameters unless `param_dtype` is given. Parameters
+        are loaded tensor by tensor and sharded over `mesh` (`parallel.mesh.make_mesh`), on which
+        the pipeline then runs; without a mesh they go to the first device. `remat` matters only to
+        training. `quantize` is the format of the kernels in the transformer's blocks: `int8`, `nf4`
+        or `none` (param_dtype); `quantize_text` is that of T5's kernels. Kernels are quantised as
+        they are read. `attention` is the implementation of the joint attention.
 
-        Raises UserError where the pipeline or a part of it is missing, damaged, or of another kind
-        of model.
+        Raises UserError if the pipeline or a part of it is missing, damaged, or of another kind of
+        model.
         """
-        options = LoadOptions(
-            dtype=jnp.dtype(dtype),
-            param_dtype=jnp.dtype(param_dtype or dtype),
-            mesh=mesh,
-            quantize=quantize,
-            remat=remat,
-            attention=attention,
-        )
-        return cls.from_stored(open_pipeline(path), options, quantize_text=quantize_text)
-
-    @classmethod
-    def from_stored(
-        cls,
-        stored: StoredPipeline,
-        options: LoadOptions,
-        *,
-        quantize_text: Quantization = "none",
-        only: Collection[Role] = ROLES,
-    ) -> Self:
-        """What `from_pretrained` makes of an opened pipeline.
-
-        Of what `only` leaves out nothing is read; the transformer is then one of shapes.
-        """
+        stored = open_pipeline(path)
         config, family = stored.transformer.config, stored.family
         if cls.reads not in (None, family):
             raise UserError(
                 f"{stored.where} is of kind {family.name}; {cls.__name__} reads {cls.reads.name}"
             )
-        beside = replace(options, quantize="none", remat="none", attention="auto")
-        autoencoder = stored.models.get(AUTOENCODER) if "autoencoder" in only else None
+        options = LoadOptions(
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype or dtype),
+            mesh=mesh,
+        )
+        autoencoder = stored.models.get(AUTOENCODER)
         if autoencoder is not None:
             given, expected = autoencoder.config.latent_channels, config.latent_channels
             if given != expected:
@@ -191,29 +173,27 @@ class Pipeline:
                     f"{autoencoder.where} has {given} latent channels, the transformer expects "
                     f"{expected}; it is of another model"
                 )
-        reading = stored.reading if "text" in only else None
         text_encoder, tokenizer = None, None
-        if reading is not None:
-            text_encoder, tokenizer = load_text(stored, reading, beside, quantize_text)
-        if "transformer" in only:
-            transformer = stored.transformer.load(options)
-        else:
-            transformer = abstract_model(config, dtype=options.dtype)
+        if (reading := stored.reading) is not None:
+            text_options = replace(options, quantize=quantize_text)
+            text_encoder, tokenizer = load_text(stored, reading, text_options)
         return cls(
-            transformer,
+            stored.transformer.load(
+                replace(options, quantize=quantize, remat=remat, attention=attention)
+            ),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            autoencoder=None if autoencoder is None else autoencoder.load(beside),
+            autoencoder=None if autoencoder is None else autoencoder.load(options),
             settings=stored.settings,
-            mesh=options.mesh,
+            mesh=mesh,
         )
 
     def save(self, path: str | Path, *, dtype: Precision | None = None) -> None:
-        """Writes the folder that `from_pretrained` reads, whole or not at all; a pipeline's folder
-        that was there is replaced, and LoRA factors are left out.
+        """Writes the folder that `from_pretrained` reads, atomically, without LoRA factors; an
+        existing pipeline folder is replaced.
 
-        Of several processes all must call this. Raises UserError where `path` holds something else,
-        or cannot be written, and for quantised models.
+        If there are several processes, all must call this. Raises UserError if `path` holds
+        something else or cannot be written, and for quantised models.
         """
         path = Path(path)
         is_ours = (path / PIPELINE_FILE).is_file()
@@ -235,21 +215,21 @@ class Pipeline:
                 (folder / PIPELINE_FILE).write_text(to_json(settings) + "\n")
 
     def load_lora(self, path: str | Path) -> str:
-        """Attaches a LoRA file in place of any other; returns a line that says what it holds.
+        """Attaches a LoRA file, replacing any other, and returns a one-line summary of it.
 
         Raises UserError for a file that is damaged or made for another model.
         """
         return str(read_lora(find_weights(path), self.transformer, self.mesh))
 
     def unload_lora(self) -> None:
-        """Takes LoRA factors off; without any this does nothing."""
+        """Removes the attached LoRA factors, if there are any."""
         remove_lora(self.transformer)
 
     def load_previewer(self, path: str | Path) -> None:
-        """Reads the tiny autoencoder that draws previews (TAEF1 for FLUX.1, TAESD3 for Stable
-        Diffusion 3): a converted folder, or the beginning of the names of its two published files.
+        """Loads the tiny autoencoder that draws previews (TAEF1 for FLUX.1, TAESD3 for Stable
+        Diffusion 3): a converted folder, or the common prefix of its two published files' names.
 
-        Raises UserError where it is missing, damaged, or of another model.
+        Raises UserError if it is missing, damaged, or made for another model.
         """
         config = self.transformer.config
         self.previewer = read_previewer(Path(path), config.latent_channels)
@@ -257,8 +237,10 @@ class Pipeline:
     def timesteps(
         self, height: int | None = None, width: int | None = None, steps: int | None = None
     ) -> np.ndarray:
-        """The times that a call of that size in pixels visits, float32 [steps], 1000 (noise) first;
-        what is None is as in a call."""
+        """The timesteps of a call with these arguments: float32 [steps], from 1000 (noise) down.
+
+        Sizes are in pixels; defaults are those of a call.
+        """
         settings, config = self.settings, self.transformer.config
         sides = (settings.resolution if side is None else side for side in (height, width))
         tokens = 1
@@ -276,9 +258,9 @@ class Pipeline:
         )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Text embeddings of prompts; a warning says what of one is too long to be read.
+        """Text embeddings of prompts; a warning is logged for each prompt that has to be truncated.
 
-        Raises UserError where the pipeline lacks a text encoder.
+        Raises UserError if the pipeline has no text encoder.
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError(
@@ -317,24 +299,23 @@ class Pipeline:
         preview: Preview | None = None,
         progress: bool | None = None,
     ) -> PipelineOutput:
-        """Pictures of `prompt` (one or several, each `num_images` times).
+        """Draws pictures of `prompt` (one or several prompts, `num_images` pictures of each).
 
-        Sizes are in pixels. `guidance` is embedded where the model takes it; other models use it
-        for classifier-free guidance against `negative_prompt` ("" by default; one for all, or one
-        for each prompt) when it is above 1.
-        A model with embedded guidance refuses `negative_prompt`. Picture i starts from the noise of
-        `seed` + i, or from `latents`. `taca` None is plain attention; attached LoRA factors act
-        while TACA does, at `lora_strength`. `skip_layers` adds skip-layer guidance to
-        classifier-free guidance, for models that have it: away from the model without those layers
-        (7, 8, 9 of Stable Diffusion 3.5-Medium); layers, or SkipLayers for its strength and time
-        too. `tiling` says how large pictures are decoded in squares, None that they never are.
+        Sizes are in pixels. A model with embedded guidance is given `guidance` as an input, and
+        refuses `negative_prompt`; other models use `guidance` above 1 for classifier-free guidance
+        against `negative_prompt` ("" by default; one for all, or one for each prompt). Picture i
+        starts from the noise of `seed` + i, or from `latents`. `taca` None is plain attention;
+        attached LoRA factors act while TACA is active, at `lora_strength`. `skip_layers` adds
+        skip-layer guidance to classifier-free guidance, for models that have it: it guides away
+        from the model without those layers (7, 8, 9 of Stable Diffusion 3.5-Medium). It is a
+        sequence of layers, or a SkipLayers, which also sets the strength and the range of steps.
+        `tiling` sets how large pictures are decoded in overlapping tiles; None decodes at once.
 
-        After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with
-        what each picture is predicted to become, drawn by the previewer (`load_previewer`). A bar
-        on stderr shows `progress`, by default on a terminal only. None of these changes what is
-        drawn.
+        After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with the
+        predicted final pictures, decoded by the previewer (`load_previewer`). `progress` shows a
+        bar on stderr; None shows it on a terminal only. None of these changes the result.
 
-        Raises UserError for input that does not fit together.
+        Raises UserError for arguments that do not fit together.
         """
         family, config, settings = self.family, self.transformer.config, self.settings
         self._check_output(output)
@@ -344,35 +325,35 @@ class Pipeline:
         check_guidance(guidance)
         if num_images < 1:
             raise UserError(f"num_images is {num_images}; it must be 1 or more")
-        asked = Prompt("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
-        positive = repeated(asked.conditioning(config, self.encode_prompts), num_images)
+        wanted = Prompt("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        positive = repeated(wanted.conditioning(config, self.encode_prompts), num_images)
         batch = positive.txt.shape[0]
-        away = Prompt(
-            "negative_prompt",
-            negative_prompt,
-            negative_prompt_embeds,
-            negative_pooled_prompt_embeds,
-        )
-        negative = None
         if family.embeds_guidance(config):
             if negative_prompt is not None or negative_prompt_embeds is not None:
                 raise UserError("this model embeds its guidance and takes no negative prompt")
             positive = replace(positive, guidance=jnp.full(batch, guidance, jnp.float32))
+            negative = None
         else:
+            unwanted = Prompt(
+                "negative_prompt",
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+            )
             negative = negative_conditioning(
-                away, guidance, positive, num_images, config, self.encode_prompts
+                unwanted, guidance, positive, num_images, config, self.encode_prompts
             )
         layers = family.skippable_layers(config)
         skip = skip_guidance(skip_layers, guidance, layers)
         downscale = self._downscale
         if latents is not None:
-            x = given_latents(config, latents, batch, (height, width), downscale, family)
+            x = given_latents(config, latents, batch, (height, width), downscale)
         else:
             size = (
                 settings.resolution if height is None else height,
                 settings.resolution if width is None else width,
             )
-            x = noise(config, batch, size, downscale, seed, family)
+            x = noise(config, batch, size, downscale, seed)
         sigmas = self._sigmas(steps, x.shape[1] * x.shape[2] // config.patch_size**2)
         if skip is not None:
             skip.announce(len(sigmas) - 1)
@@ -393,7 +374,7 @@ class Pipeline:
             return PipelineOutput(self._pictures(x, output, tiling), x, seen)
 
     def _check_output(self, output: str) -> None:
-        """Before anything is drawn that could not be given."""
+        """Raises UserError for an output that this pipeline cannot produce."""
         if output not in get_args(Output):
             known = ", ".join(get_args(Output))
             raise UserError(f"output is {output!r}; it must be one of {known}")

@@ -1,4 +1,4 @@
-"""Pictures of what a sampling run is predicted to become, while it goes on."""
+"""Previews of a sampling run: pictures of its predicted result after each step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
+from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.autoencoders.tiny_vae import TinyVAE, TinyVAEConfig
 from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
-from taca_jax.pipelines.decoding import Autoencoder, decode, to_pil
+from taca_jax.pipelines.decoding import decode, to_pil
 from taca_jax.sampling.loop import Sampled
 from taca_jax.weights.folders import CONFIG, load_config, load_model
 from taca_jax.weights.loading import LoadOptions
@@ -19,9 +20,9 @@ from taca_jax.weights.originals import tiny_vae
 
 Previewer = Pixels | TinyVAE
 Callback = Callable[[int, jax.Array], None]
-"""Takes the step, from 0, and the latents after it."""
+"""Takes the step, counted from 0, and the latents after it."""
 Preview = Callable[[int, list[Image.Image]], None]
-"""Takes the step, from 0, and a picture of each sample as it is predicted to become."""
+"""Takes the step, counted from 0, and a picture of each sample's predicted result."""
 
 
 def watcher(
@@ -29,12 +30,12 @@ def watcher(
     callback: Callback | None,
     draw: Callable[[int, Sampled], None] | None,
 ) -> Callable[[int, Sampled], None] | None:
-    """What does all of these after a step; None where there is nothing to do."""
+    """A function that does all of these after a step; None if there is nothing to do."""
     if advance is None and callback is None and draw is None:
         return None
 
     def watch(step: int, now: Sampled) -> None:
-        jax.block_until_ready(now.latents)  # else the bar would show what is asked for, not done
+        jax.block_until_ready(now.latents)  # else the bar would run ahead of the device
         if callback is not None:
             callback(step, now.latents)
         if draw is not None:
@@ -48,10 +49,10 @@ def watcher(
 def drawer(
     preview: Preview | None, previewer: Previewer | None, autoencoder: Autoencoder | None, name: str
 ) -> Callable[[int, Sampled], None] | None:
-    """What calls `preview` with pictures of the predicted x0; None where there is none to call.
+    """A function that calls `preview` with pictures of the predicted x0; None without `preview`.
 
-    They are drawn by `previewer`, else by an autoencoder that is small too. Raises UserError where
-    there is neither; `name` is the published previewer of the model's family.
+    They are decoded by `previewer`, or by the model's own autoencoder if that is small. Raises
+    UserError if there is neither; `name` is the published previewer of the model's family.
     """
     if preview is None:
         return None
@@ -68,7 +69,7 @@ def drawer(
 def check_previewer(path: Path) -> TinyVAEConfig:
     """The config of a TAESD-style autoencoder: a converted folder, or its two published files.
 
-    Raises UserError where it is missing, damaged or of another kind.
+    Raises UserError if it is missing, damaged or of another kind.
     """
     config = load_config(path) if (path / CONFIG).is_file() else tiny_vae(path).config
     if not isinstance(config, TinyVAEConfig):
@@ -77,7 +78,10 @@ def check_previewer(path: Path) -> TinyVAEConfig:
 
 
 def read_previewer(path: Path, latent_channels: int) -> TinyVAE:
-    """What `check_previewer` finds, in float32. Raises as it does, and for other latents."""
+    """Loads a TAESD-style autoencoder in float32.
+
+    Raises UserError as `check_previewer` does, and for another number of latent channels.
+    """
     given = check_previewer(path).latent_channels
     if given != latent_channels:
         raise UserError(

@@ -1,18 +1,19 @@
 """The text encoders and tokenizers of a pipeline.
 
-`text_encoder`, `text_encoder_2` and `text_encoder_3`, those that are there, are models of any
-kind: each one's config says which. The tokenizer of each is the folder `tokenizer/`,
-`tokenizer_2/`, `tokenizer_3/` of the same number, as in diffusers; a T5's may be named instead.
+A pipeline has some of the folders `text_encoder/`, `text_encoder_2/` and `text_encoder_3/`; each
+one's config says which kind of model it holds. Its tokenizer is the folder `tokenizer/`,
+`tokenizer_2/` or `tokenizer_3/` of the same number, as in diffusers; for T5 the settings may name a
+tokenizer instead.
 """
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
-from taca_jax.nn.low_bit import Quantization
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.encoders import FOLDERS, TextEncoder, TextReading
 from taca_jax.text.tokenizers import FolderTokenizer, JoinedTokenizer, Tokenizer, load_tokenizer
@@ -24,31 +25,24 @@ _TOKENIZER_OF: dict[str, str] = dict(zip(FOLDERS, TOKENIZERS, strict=True))
 
 
 def load_text(
-    stored: StoredPipeline,
-    reading: TextReading,
-    options: LoadOptions,
-    quantize: Quantization = "none",
+    stored: StoredPipeline, reading: TextReading, options: LoadOptions
 ) -> tuple[TextEncoder, Tokenizer]:
-    """What reads the prompts of a pipeline, in its way of `reading` them.
+    """The text encoders of a pipeline, joined as `reading` says, and their tokenizers, joined too.
 
-    `quantize` is what the kernels of those encoders that can be quantised are kept in. Raises
-    UserError where encoders are damaged or do not fit the transformer, and where a tokenizer is not
-    there.
+    `options.quantize` acts on those encoders that can be quantised. Raises UserError where encoders
+    are damaged or do not fit the transformer, and where a tokenizer is missing.
     """
-    tokenizer = load_tokenizers(stored, reading.folders)
-    encoders = []
-    for folder in reading.folders:
-        model = stored.models[folder]
-        can_be = kind_of(model.config).quantized is not None
-        encoders.append(model.load(replace(options, quantize=quantize if can_be else "none")))
+    tokenizers = tuple(_tokenizer(stored, folder) for folder in reading.folders)
+    tokenizer = tokenizers[0] if len(tokenizers) == 1 else JoinedTokenizer(tokenizers)
+    models = [stored.models[folder] for folder in reading.folders]
+    encoders = [model.load(encoder_options(model.config, options)) for model in models]
     return reading.join(encoders, tokenizer.pad_id), tokenizer
 
 
-def load_tokenizers(stored: StoredPipeline, folders: tuple[str, ...]) -> Tokenizer:
-    """The tokenizers of the text encoders in these folders, as one. Raises UserError where one is
-    not there."""
-    found = tuple(_tokenizer(stored, folder) for folder in folders)
-    return found[0] if len(found) == 1 else JoinedTokenizer(found)
+def encoder_options(config: Any, options: LoadOptions) -> LoadOptions:
+    """`options` for the text encoder with this config, not quantised where its kind cannot be."""
+    can_be = kind_of(config).quantized is not None
+    return replace(options, quantize=options.quantize if can_be else "none")
 
 
 def _tokenizer(stored: StoredPipeline, folder: str) -> Tokenizer:
@@ -57,7 +51,7 @@ def _tokenizer(stored: StoredPipeline, folder: str) -> Tokenizer:
         return _own_tokenizer(stored, folder, config.max_tokens)
     if settings.tokenizer is None:
         return _own_tokenizer(stored, folder, settings.text_length)
-    # Converted pipelines bring their tokenizer's folder with them.
+    # A converted pipeline contains its tokenizer's folder.
     inside = stored.tokenizers / settings.tokenizer
     name = str(inside) if inside.is_dir() else settings.tokenizer
     return load_tokenizer(name, settings.text_length)
@@ -67,19 +61,22 @@ def _own_tokenizer(stored: StoredPipeline, folder: str, length: int) -> Tokenize
     own = stored.tokenizers / _TOKENIZER_OF[folder]
     if not own.is_dir():
         raise UserError(
-            f"{own} is not there, which {folder} reads prompts with; copy that folder from the "
+            f"{own} is not there; it is the tokenizer of {folder}: copy that folder from the "
             "original"
         )
     return load_tokenizer(str(own), length)
 
 
 def encoders_by_folder(encoder: TextEncoder | None) -> dict[str, nnx.Module]:
-    """The models of a text encoder by the name of their folders in a pipeline's."""
+    """The models of a text encoder, by the names of their folders in a pipeline folder."""
     return {} if encoder is None else dict(zip(FOLDERS, encoder.encoders, strict=False))
 
 
 def save_tokenizers(folder: Path, tokenizer: Tokenizer | None) -> bool:
-    """Writes the tokenizers that are files into the folder; whether the last, T5's, was one."""
+    """Writes the tokenizers that consist of files into the folder.
+
+    Returns whether the last one, T5's, was among them.
+    """
     parts = tokenizer.parts if isinstance(tokenizer, JoinedTokenizer) else (tokenizer,)
     for name, part in zip(TOKENIZERS, parts, strict=False):
         if isinstance(part, FolderTokenizer):

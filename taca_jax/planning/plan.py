@@ -1,8 +1,8 @@
-"""What a run takes on a slice of TPUs, said by the TPU's compiler: no TPU is needed, nor weights.
+"""What a run needs on a slice of TPUs, according to the TPU compiler; without TPUs or weights.
 
-The very step that `train` would run is compiled for the slice. Memory is the compiler's own account
-of each chip; times are a roofline's, from the arithmetic that the model needs and from the bytes
-that must move, so that a real step takes longer.
+The same step that `train` would run is compiled for the slice. Memory is the compiler's figure for
+each chip; times are those of a roofline model, from the model's FLOPs and the bytes that must move,
+so that a real step takes longer.
 """
 
 import os
@@ -29,7 +29,7 @@ from taca_jax.planning.slices import Slice
 from taca_jax.planning.traffic import Traffic, read_traffic
 from taca_jax.training.abstract import local_bytes
 from taca_jax.training.config import TrainConfig
-from taca_jax.training.models import RunModels, check_mesh, open_models
+from taca_jax.training.models import RunModels, open_models
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 
 GB = 1e9
@@ -37,12 +37,12 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Plan:
-    """A program on a slice; bytes and seconds are of one chip.
+    """A program compiled for a slice; bytes and seconds are those of one chip.
 
-    batch: samples. parts: bytes of each part's arrays. program: bytes that the compiled program
-    needs beside them, activations above all. flops: that the transformer needs for all samples.
-    repeated: of those the program does again, to save memory. compile_seconds: of CPU time, all
-    cores together. text: of the compiled program.
+    batch: samples. parts: bytes of the arguments, by part. program: bytes that the compiled program
+    needs in addition, mostly activations. flops: of the transformer, for all samples. repeated:
+    FLOPs that rematerialisation adds. compile_seconds: CPU time, all cores together. text: of the
+    compiled program.
     """
 
     where: Slice
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least that the program can take, by what would bound it."""
+        """Lower bounds of the program's time, one for each resource."""
         chip = self.where.chip
         return {
             "matrix units": (self.flops + self.repeated) / self.where.chips / chip.flops,
@@ -77,20 +77,20 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The resource with the largest lower bound."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
     @property
     def hidden(self) -> float:
-        """The share of the wires' time in which the units need not wait for them; 1 with none."""
+        """The share of the wires' time that the schedule overlaps with work; 1 without traffic."""
         wires = self.seconds["wires"]
         return 1.0 if not wires else max(0.0, 1 - self.traffic.waited / wires)
 
 
 def plan(config: TrainConfig) -> None:
-    """Compiles the step of `config` for the slice `config.plan` and prints what it takes.
+    """Compiles the step of `config` for the slice `config.plan` and prints what it needs.
 
-    Raises UserError where it does not fit, naming the nearest slice where it does.
+    Raises UserError if it does not fit, naming the nearest slice on which it does.
     """
     if config.plan is None:
         raise UserError("plan is none; name a slice of TPUs, such as plan=v5e-16")
@@ -111,7 +111,7 @@ def plan(config: TrainConfig) -> None:
         if _fits(replace(models, config=shared), where):
             raise UserError(f"{reason}; mesh.fsdp=-1, which shares parameters, fits")
     for other in where.larger():
-        # More chips share more samples: as many for each as were asked for.
+        # The number of samples per chip stays as requested.
         batch = config.data.batch_size * other.chips // where.chips
         data = replace(config.data, batch_size=batch)
         if _fits(replace(models, config=replace(config, data=data)), other):
@@ -129,7 +129,7 @@ def plan(config: TrainConfig) -> None:
 
 
 class OutOfMemoryError(Exception):
-    """The compiler has no program that fits a chip: its own words."""
+    """The compiler found no program that fits a chip; the message is the compiler's."""
 
 
 def _fits(models: RunModels, where: Slice) -> bool:
@@ -150,16 +150,17 @@ def _compiled(lowered: Any) -> Any:
 
 
 def make_plan(models: RunModels, where: Slice) -> Plan:
-    """The plan of a run on a slice. Takes some minutes for a model of 12 B parameters, nearly all
-    of them in the TPU's compiler: for the transformer, and for the autoencoder's convolutions.
+    """The plan of a run on a slice.
 
-    Raises OutOfMemoryError where the compiler itself refuses what is too large by far.
+    For a model of 12 B parameters this takes some minutes, nearly all of them in the TPU compiler:
+    for the transformer, and for the autoencoder's convolutions. Raises OutOfMemoryError if the
+    program is so large that the compiler gives up.
     """
     config = models.config
     mesh = choose_mesh(config.mesh, devices_of(where), models.parameter_bytes)
-    check_mesh(config, models, mesh)
-    model, autoencoder = models.abstract(mesh)
-    batch = _batch(config, models, autoencoder, mesh)
+    models = models.on_mesh(mesh)
+    model, autoencoder = models.abstract()
+    batch = _batch(models, autoencoder)
     encoder = autoencoder
     if config.data.encode == "cache":
         model.text_encoder, encoder = None, autoencoder.config
@@ -169,7 +170,6 @@ def make_plan(models: RunModels, where: Slice) -> Plan:
         step: Any = trainer.step
         lowered = step.lower(state, trainer.frozen, batch)
         samples = config.data.batch_size * config.grad_accumulation
-        again = config.remat == "full"
         return compiled_plan(
             lowered,
             where,
@@ -178,7 +178,9 @@ def make_plan(models: RunModels, where: Slice) -> Plan:
             resolution=config.data.resolution,
             parts=_parts(state, trainer, batch),
             flops=models.step_flops,
-            repeated=again * samples * forward_flops(models.transformer, **models.tokens),
+            repeated=samples * forward_flops(models.transformer, **models.tokens)
+            if config.remat == "full"
+            else 0.0,
         )
 
 
@@ -193,7 +195,7 @@ def compiled_plan(
     flops: float,
     repeated: float = 0.0,
 ) -> Plan:
-    """The plan of any lowered program, of which `parts` are the arguments; Plan says the rest.
+    """The plan of any lowered program; see Plan for the arguments.
 
     Raises OutOfMemoryError as `make_plan` does.
     """
@@ -225,7 +227,7 @@ def compiled_plan(
 
 
 def table(plan: Plan) -> Table:
-    """The plan as people read it."""
+    """The plan as a table to print."""
     chip = plan.where.chip
     axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.shape.items() if n > 1) or "one chip"
     out = Table(
@@ -266,7 +268,7 @@ PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "
 
 
 def in_units(value: float, unit: str) -> str:
-    """A quantity with three digits or more in the largest unit that it fills: `1.25 GB`, `3 ms`."""
+    """A quantity in three digits, in the largest unit of which it is at least 1: `1.25 GB`."""
     factor, prefix = next(
         (each for each in PREFIXES if value >= each[0] and (unit != "s" or each[0] <= 1)),
         (1.0, ""),
@@ -276,11 +278,11 @@ def in_units(value: float, unit: str) -> str:
 
 
 def devices_of(where: Slice) -> list[Any]:
-    """The devices of a slice that is not there.
+    """The abstract devices of a slice, to compile for.
 
-    Raises UserError without the TPU's compiler.
+    Raises UserError if the TPU compiler is not installed.
     """
-    # Read when libtpu is loaded: without them it asks the network where it is.
+    # Read when libtpu is loaded; without them it queries the network for its host's metadata.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -293,11 +295,10 @@ def devices_of(where: Slice) -> list[Any]:
         raise UserError(f"plan needs the TPU's compiler (pip install libtpu): {reason}") from error
 
 
-def _batch(
-    config: TrainConfig, models: RunModels, autoencoder: Any, mesh: Mesh
-) -> Batch | EncodedBatch:
-    """The step's batch as shapes."""
-    sharding = batch_sharding(mesh, leading=1)
+def _batch(models: RunModels, autoencoder: Any) -> Batch | EncodedBatch:
+    """The step's batch, of ShapeDtypeStructs."""
+    config = models.config
+    sharding = None if models.mesh is None else batch_sharding(models.mesh, leading=1)
 
     def array(dtype: DTypeLike, *shape: int) -> Any:
         leading = (config.grad_accumulation, config.data.batch_size)
@@ -311,7 +312,7 @@ def _batch(
     dtype = jnp.dtype(config.dtype)
     latent_side = side // autoencoder.config.downscale
     latents = (latent_side, latent_side, autoencoder.config.latent_channels)
-    # As the stage that encodes writes them.
+    # The dtype in which the encoding stage stores latents.
     kept = dtype if jax.tree.leaves(nnx.state(autoencoder)) else jnp.dtype(jnp.float32)
     return EncodedBatch(
         mean=array(kept, *latents),
@@ -327,8 +328,7 @@ def _parts(state: TrainState, trainer: Trainer, batch: Any) -> dict[str, int]:
         name = _WORDS[str(path[0].key)]
         parts[name] = parts.get(name, 0) + local_bytes(leaf)
     parts["autoencoder"] = local_bytes(trainer.frozen.autoencoder)
-    name = "trained parameters, optimizer"
-    parts[name] = local_bytes(state)
+    parts["trained parameters, optimizer"] = local_bytes(state)
     parts["batch"] = local_bytes(batch)
     return {name: size for name, size in parts.items() if size}
 

@@ -1,6 +1,8 @@
-"""Models of shapes, each parameter with its place on a mesh: to plan with, and to count bytes."""
+"""Abstract models, to plan with and to count bytes: their parameters are ShapeDtypeStructs with
+shardings."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,23 +12,19 @@ from flax import nnx
 
 from taca_jax.nn.kinds import abstract_model, kind_of
 from taca_jax.nn.layers import LoRAParam, Quantized
-from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.nn.quantization import quantize
 from taca_jax.parallel.rules import parameter_sharding
 from taca_jax.weights.loading import LoadOptions
 
 
 def abstract_on_mesh(
-    config: Any,
-    options: LoadOptions,
-    *,
-    lora: LoRAConfig | None = None,
-    targets: tuple[str, ...] = (),
+    config: Any, options: LoadOptions, adapt: Callable[[nnx.Module], None] | None = None
 ) -> Any:
-    """A model of shapes, each with its place on the mesh of `options`.
+    """The model that `options` would load, with a ShapeDtypeStruct in place of each parameter.
 
-    Parameters are in options.param_dtype (None: options.dtype), unless they are quantised, or LoRA
-    factors, which are float32.
+    `adapt` changes the model afterwards, as by adding LoRA factors. Parameters are in
+    options.param_dtype (None: options.dtype), except quantised kernels, and LoRA factors, which are
+    float32.
     """
     model = abstract_model(
         config, dtype=options.dtype, remat=options.remat, attention=options.attention
@@ -34,9 +32,8 @@ def abstract_on_mesh(
     kind = kind_of(config)
     quantize(model, kind, options.quantize)
     graph, state = nnx.split(model)
-    if lora is not None:
-        with_factors = partial(_with_factors, graph, state, lora, targets)
-        graph, state = nnx.split(nnx.eval_shape(with_factors))
+    if adapt is not None:
+        graph, state = nnx.split(nnx.eval_shape(partial(_adapted, graph, state, adapt)))
     for path, param in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
         wide = jnp.float32 if isinstance(param, LoRAParam) else options.param_dtype or options.dtype
@@ -47,22 +44,21 @@ def abstract_on_mesh(
     return nnx.merge(graph, state)
 
 
-def _with_factors(
-    graph: nnx.GraphDef, state: nnx.State, lora: LoRAConfig, targets: tuple[str, ...]
+def _adapted(
+    graph: nnx.GraphDef, state: nnx.State, adapt: Callable[[nnx.Module], None]
 ) -> nnx.Module:
-    filled = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-    model = nnx.merge(graph, filled)
-    add_lora(model, lora, targets, rngs=nnx.Rngs(0))
+    model = nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state))
+    adapt(model)
     return model
 
 
 def local_bytes(arrays: Any) -> int:
-    """Bytes that one chip holds of a tree of arrays, or of the shapes of some."""
+    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs."""
     return sum(map(_local_bytes, jax.tree.leaves(arrays)))
 
 
 def _local_bytes(array: Any) -> int:
     shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    # A TPU keeps 4-bit numbers two to a byte; on the host each takes a whole one.
+    # A TPU packs two 4-bit numbers into a byte; on the host each takes a whole byte.
     bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
     return math.prod(shape) * bits // 8

@@ -1,7 +1,7 @@
-"""The stage before training that encodes every picture and caption once, with all devices.
+"""The stage before training that encodes every picture and caption once, on all devices.
 
-It goes on where it was interrupted, and a complete cache is used again by any run that asks for the
-same.
+An interrupted stage continues where it stopped, and a complete cache serves every run with the same
+data and encoders.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from taca_jax.config.fields import to_json
 from taca_jax.data.buckets import make_buckets
@@ -44,20 +43,21 @@ from taca_jax.training.signals import Notice
 from taca_jax.weights.pipeline_folders import AUTOENCODER, TRANSFORMER
 
 _PROBE = "Two red cups, left of a blue book: ½ é 漢字"
-"""What tokenizers that differ read differently, most likely."""
+"""A text that different tokenizers most likely encode differently."""
 
 
-def ready_cache(config: TrainConfig, models: RunModels, mesh: Mesh | None, notice: Notice) -> Cache:
-    """The cache of `config.cache_dir`, which is made or completed first where it is not there.
+def ready_cache(models: RunModels, notice: Notice) -> Cache:
+    """The cache in `config.cache_dir`, created or completed first if necessary.
 
-    Models are loaded only to encode, and to compare them where their files have changed, and are
-    gone when this returns. Raises UserError for a cache of other models or pictures, and
-    StoppedError when told to stop, once what was encoded is in the cache.
+    Models are loaded only to encode, or to compare them if their files have changed, and are freed
+    when this returns. Raises UserError for a cache of other models or pictures, and StoppedError if
+    the run was asked to stop, after everything encoded so far has been written.
     """
+    config = models.config
     folder = config.cache_dir
     manifest = read_manifest(folder)
-    stamp = _files_stamp(config, models)
-    # What follows waits for all, so each step is one that all of them take.
+    stamp = _files_stamp(models)
+    # What follows synchronises the processes, so all of them must take the same branches.
     if not all_of(manifest is None) and not all_of(manifest is not None):
         raise UserError(
             f"{folder} holds a cache for some processes and none for others; give a data.cache "
@@ -68,14 +68,14 @@ def ready_cache(config: TrainConfig, models: RunModels, mesh: Mesh | None, notic
     complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
     same_files = all_of(manifest is not None and manifest.files == stamp)
     if manifest is None or not complete or not same_files:
-        # Only here: on a complete cache of the same files nothing of this is in memory.
-        inputs = models.load_inputs(mesh)
+        # Not loaded at all for a complete cache of the same files.
+        inputs = models.load_inputs()
         made_with = _made_with(inputs)
         if manifest is not None:
             _check_models(folder, manifest, made_with)
         if manifest is None or not complete:
-            manifest = _encode_all(config, models, inputs, mesh, made_with, stamp, manifest, notice)
-        elif is_first():  # copied, or touched: the same all the same
+            manifest = _encode_all(models, inputs, made_with, stamp, manifest, notice)
+        elif is_first():  # the files were copied or touched, but hold the same models
             replace(manifest, files=stamp).write(folder)
         wait_for_all("a complete cache")
     return Cache(folder, manifest)
@@ -113,7 +113,8 @@ def _shown(value: Any) -> str:
 
 
 def _made_with(inputs: InputModels) -> dict[str, Any]:
-    """By part: its kind, the sum of its parameters and a digest of its config."""
+    """For each encoder its kind, a checksum of its parameters and a digest of its config; for the
+    tokenizer a digest of what it makes of _PROBE."""
     found: dict[str, Any] = {}
     models = {**encoders_by_folder(inputs.text_encoder), AUTOENCODER: inputs.autoencoder}
     for name, model in models.items():
@@ -126,11 +127,11 @@ def _made_with(inputs: InputModels) -> dict[str, Any]:
     return found
 
 
-def _files_stamp(config: TrainConfig, models: RunModels) -> str:
-    """A digest of the names, sizes and times of all files that encoders are read from, and of how
-    they are kept."""
-    base = models.stored.where
-    if base.is_dir():  # all but the transformer
+def _files_stamp(models: RunModels) -> str:
+    """A digest of the names, sizes and times of all files that the encoders are read from, and of
+    the format of their kernels."""
+    config, base = models.config, models.stored.where
+    if base.is_dir():  # everything except the transformer
         roots = [each for each in base.iterdir() if each.name != TRANSFORMER]
     else:
         beside = ["text_encoder*", "tokenizer*", "vae"]
@@ -148,20 +149,20 @@ def _digest(content: bytes) -> str:
 
 
 def _encode_all(
-    config: TrainConfig,
     models: RunModels,
     inputs: InputModels,
-    mesh: Mesh | None,
     made_with: dict[str, Any],
     stamp: str,
     before: Manifest | None,
     notice: Notice,
 ) -> Manifest:
-    """Encodes what is not yet in the cache, which `before` says it is, and completes it."""
+    """Encodes everything that is not in the cache yet and returns the completed manifest; `before`
+    is the manifest of a cache that was begun earlier."""
+    config = models.config
     data, folder = config.data, config.cache_dir
     with first_before_others("data that is made on first use"):
         source = open_source(data)
-    encoders = Encoders(inputs, mesh, data.batch_size, config.dtype)
+    encoders = Encoders(inputs, models.mesh, data.batch_size, config.dtype)
     (empty,) = encoders.captions([""])
     manifest = Manifest(
         made_with=made_with,
@@ -176,7 +177,7 @@ def _encode_all(
         text=list(empty["txt"].shape),
         pooled=list(empty["pooled"].shape),
     )
-    # The source must still be the one that the shards there are of.
+    # The existing shards must be of the same source.
     if before is not None and before.sources != manifest.sources:
         raise UserError(
             f"{folder} was begun with {sum(before.sources)} pictures, now there are "
@@ -190,7 +191,7 @@ def _encode_all(
             write_sizes(folder, buckets, len(source), data.resolution)
             manifest.write(folder)
     wait_for_all("the start of a cache")
-    # As they were when it was begun, whatever the batches are now.
+    # The buckets of the cache's beginning, whatever the batch size is now.
     buckets = read_buckets(folder, manifest)
     prefix = "" if jax.process_count() == 1 else f"{jax.process_index():04}-"
     done = encoded(folder)

@@ -1,8 +1,6 @@
-"""From a configuration to the batches of its run."""
+"""The batches of a run."""
 
 from collections.abc import Sequence
-
-from jax.sharding import Mesh
 
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache import Cache, make_cached_loader
@@ -12,32 +10,29 @@ from taca_jax.data.sources.factory import open_source
 from taca_jax.errors import UserError
 from taca_jax.parallel.batches import local_rows
 from taca_jax.parallel.processes import first_before_others
-from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import InputModels, RunModels
 
 
-def open_loader(
-    config: TrainConfig, models: RunModels, inputs: InputModels | Cache, mesh: Mesh | None
-) -> Loader:
-    """The loader of this process's part of each batch: over the sources of `config.data`, or over
-    what a cache has made of them.
+def open_loader(models: RunModels, inputs: InputModels | Cache) -> Loader:
+    """The loader of this process's part of each batch: from the sources of `config.data`, or from
+    their cache.
 
-    Raises UserError for sources that cannot be used, and for pictures that the model cannot take.
+    Raises UserError for sources that cannot be used, and for sizes of pictures that the model
+    cannot take.
     """
-    parts = config.grad_accumulation
-    rows = None if mesh is None else local_rows(mesh, config.data.batch_size)
+    data, parts = models.config.data, models.config.grad_accumulation
+    rows = None if models.mesh is None else local_rows(models.mesh, data.batch_size)
     if isinstance(inputs, Cache):
         _check_grids(inputs.buckets(), models)
-        return make_cached_loader(inputs, data=config.data, rows=rows, together=parts)
+        return make_cached_loader(inputs, data=data, rows=rows, together=parts)
     with first_before_others("data that is made on first use"):
-        source = open_source(config.data)
-    buckets = make_buckets(
-        source, config.data, multiple=models.multiple, least=parts * config.data.batch_size
-    )
+        source = open_source(data)
+    least = parts * data.batch_size
+    buckets = make_buckets(source, data, multiple=models.multiple, least=least)
     _check_grids(buckets, models)
     return make_loader(
         source,
-        data=config.data,
+        data=data,
         tokenize=inputs.tokenizer,
         rows=rows,
         buckets=buckets,

@@ -1,7 +1,7 @@
-"""The models of a run: opened and compared before anything slow, then read, or planned with.
+"""The models of a run: checked against each other by their configs first, and loaded later.
 
-`open_models` looks at configs alone and is called once; all that a run needs to know of its base
-comes from what it returns.
+`open_models` reads configs only and is called once; everything that a run needs to know about its
+base is in the RunModels that it returns. Planning makes abstract models of them instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from taca_jax.nn.lora import add_lora
 from taca_jax.parallel.batches import samples_together
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.pipelines.text import load_text
+from taca_jax.pipelines.text import encoder_options, load_text
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import TextEncoder, TextReading, token_count
@@ -46,27 +46,27 @@ from taca_jax.weights.pipeline_folders import (
 from taca_jax.weights.shipped import find_weights
 
 DEFAULT_STEPS = 20
-"""Of sampling with a new model, where no evaluation says how many."""
+"""Sampling steps of a new model, unless an evaluation sets them."""
 
 OPTIMIZER_COPIES = 4
-"""Arrays of the size of what is trained, at most: its gradient, two moments, an average."""
+"""Arrays of the trained parameters' size, at most: gradient, two moments, moving average."""
 
 PIXELS = "pixels"
-"""config.autoencoder's word for pictures themselves, or what the base was made with."""
+"""The value of config.autoencoder that means no autoencoder, or the base's own."""
 
 
 class TextToImage(nnx.Module):
-    """What training may change: the transformer and, from scratch, the text encoder with it."""
+    """The models that training may change: the transformer and, from scratch, the text encoder."""
 
     def __init__(self, transformer: Any, text_encoder: TextEncoder | None):
-        """`text_encoder` is None where batches come encoded."""
+        """`text_encoder` is None if batches come encoded."""
         self.transformer = transformer
         self.text_encoder = text_encoder
 
 
 @dataclass(frozen=True)
 class InputModels:
-    """What makes a transformer's inputs of pictures and captions."""
+    """The models that turn pictures and captions into a transformer's inputs."""
 
     text_encoder: TextEncoder
     tokenizer: Tokenizer
@@ -75,9 +75,10 @@ class InputModels:
 
 @dataclass(frozen=True)
 class RunModels:
-    """The models of a run, which fit together; none of them is read.
+    """The models of a run, which fit together; none of them is loaded yet.
 
-    reading: how captions are read. autoencoder: its config.
+    reading: how captions are read. autoencoder: its config. mesh: the devices to load them on; None
+    is the first device.
     """
 
     config: TrainConfig
@@ -85,6 +86,27 @@ class RunModels:
     family: Family
     reading: TextReading
     autoencoder: AutoencoderConfig
+    mesh: Mesh | None = None
+
+    def on_mesh(self, mesh: Mesh | None) -> "RunModels":
+        """The same models, to be loaded on a mesh.
+
+        Raises UserError unless samples and heads divide evenly over the devices.
+        """
+        groups = 1 if mesh is None else samples_together(mesh)
+        batch_size = self.config.data.batch_size
+        if batch_size % groups:
+            raise UserError(
+                f"data.batch_size is {batch_size}, which {groups} groups of devices (mesh.data x "
+                f"mesh.fsdp) share; give a multiple of {groups}, or share tokens or heads as well "
+                "(mesh.context, mesh.tensor)"
+            )
+        heads, parts = self.transformer.num_heads, 1 if mesh is None else mesh.shape["tensor"]
+        if heads % parts:
+            raise UserError(
+                f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
+            )
+        return replace(self, mesh=mesh)
 
     @property
     def transformer(self) -> Any:
@@ -93,19 +115,19 @@ class RunModels:
 
     @property
     def multiple(self) -> int:
-        """Pixels a token's side: sizes of pictures are multiples of it."""
+        """The side of an image token in pixels; the sizes of pictures are multiples of it."""
         return self.autoencoder.downscale * self.transformer.patch_size
 
     @property
     def token_ids(self) -> int:
-        """Token ids of a caption, of all text encoders together."""
+        """The number of token ids of a caption, for all text encoders together."""
         length = self.stored.settings.text_length
         configs = (self.stored.models[folder].config for folder in self.reading.folders)
         return sum(token_count(config, length) for config in configs)
 
     @property
     def tokens(self) -> Mapping[str, int]:
-        """How many tokens of a sample the transformer sees: of the image, a square, and of text."""
+        """The numbers of image and text tokens of a sample; the image is a square."""
         side = self.config.data.resolution // self.multiple
         return {"image": side * side, "text": self.reading.tokens}
 
@@ -113,104 +135,96 @@ class RunModels:
     def step_flops(self) -> float:
         """FLOPs of the transformer in one optimizer step, over all devices.
 
-        Forward, the gradient of activations, and with everything trained that of weights, each as
-        much as the forward pass; what rematerialisation computes again is not counted, nor are LoRA
-        factors.
+        The forward pass, the gradients of activations and, if all parameters are trained, the
+        gradients of weights take the same number each. Neither rematerialisation nor LoRA factors
+        are counted.
         """
         times = 2 if self.config.lora is not None else 3
         samples = self.config.data.batch_size * self.config.grad_accumulation
         return forward_flops(self.transformer, **self.tokens) * times * samples
 
-    def load_transformer(self, mesh: Mesh | None) -> Any:
-        """The transformer, with fresh LoRA factors where the run trains one."""
-        config = self.config
-        transformer = self.stored.transformer.load(self._transformer_options(mesh))
-        if config.lora is not None:
-            add_lora(transformer, config.lora, self._targets, rngs=nnx.Rngs(config.seed))
+    def load_transformer(self) -> Any:
+        """The transformer, with fresh LoRA factors if the run trains them."""
+        transformer = self.stored.transformer.load(self._transformer_options)
+        self._add_lora(transformer)
         return transformer
 
-    def load_inputs(self, mesh: Mesh | None) -> InputModels:
-        """The text encoder, its tokenizer and the autoencoder. Raises UserError where one of them
-        is damaged, or a tokenizer is not there."""
-        text_encoder, tokenizer = load_text(
-            self.stored,
-            self.reading,
-            self._options(mesh, trained=self.config.lora is None),
-            self.config.quantize_text,
-        )
-        autoencoder = self.stored.models[AUTOENCODER].load(self._options(mesh, trained=False))
+    def load_inputs(self) -> InputModels:
+        """The text encoder, its tokenizer and the autoencoder.
+
+        Raises UserError if one of them is damaged, or a tokenizer is missing.
+        """
+        text_encoder, tokenizer = load_text(self.stored, self.reading, self._text_options)
+        autoencoder = self.stored.models[AUTOENCODER].load(self._options(trained=False))
         return InputModels(text_encoder, tokenizer, autoencoder)
 
-    def pipeline(self, transformer: Any, inputs: InputModels, mesh: Mesh | None) -> Pipeline:
-        """What samples, and saves, these models."""
+    def pipeline(self, model: TextToImage, inputs: InputModels) -> Pipeline:
+        """A pipeline that samples with `model`, whose text encoder may be that of `inputs`."""
+        own = model.text_encoder
         return Pipeline(
-            transformer,
-            text_encoder=inputs.text_encoder,
+            model.transformer,
+            text_encoder=inputs.text_encoder if own is None else own,
             tokenizer=inputs.tokenizer,
             autoencoder=inputs.autoencoder,
             settings=self.stored.settings,
-            mesh=mesh,
+            mesh=self.mesh,
         )
 
-    def abstract(self, mesh: Mesh) -> tuple[TextToImage, Any]:
-        """The model to train and its autoencoder, of shapes that each have a place on the mesh."""
-        config = self.config
-        transformer = abstract_on_mesh(
-            self.transformer,
-            self._transformer_options(mesh),
-            lora=config.lora,
-            targets=self._targets,
-        )
-        options = self._options(mesh, trained=config.lora is None)
-        encoders = []
-        for folder in self.reading.folders:
-            encoder = self.stored.models[folder].config
-            can_be = kind_of(encoder).quantized is not None
-            quantize = config.quantize_text if can_be else "none"
-            encoders.append(abstract_on_mesh(encoder, replace(options, quantize=quantize)))
-        autoencoder = abstract_on_mesh(self.autoencoder, self._options(mesh, trained=False))
+    def abstract(self) -> tuple[TextToImage, Any]:
+        """The model to train and its autoencoder, as abstract models on the mesh."""
+        transformer = abstract_on_mesh(self.transformer, self._transformer_options, self._add_lora)
+        configs = [self.stored.models[folder].config for folder in self.reading.folders]
+        encoders = [
+            abstract_on_mesh(config, encoder_options(config, self._text_options))
+            for config in configs
+        ]
+        autoencoder = abstract_on_mesh(self.autoencoder, self._options(trained=False))
         return TextToImage(transformer, self.reading.join(encoders, 0)), autoencoder
 
     def parameter_bytes(self, device: Any) -> int:
-        """Bytes of all parameters that the run has in memory at a time, and of what comes with
-        those that it trains. `device` is any one, for shapes to have a place."""
-        model, autoencoder = self.abstract(make_mesh(MeshConfig(), [device]))
+        """The most bytes that parameters, gradients and optimizer state need on a single `device`
+        at a time."""
+        model, autoencoder = replace(self, mesh=make_mesh(MeshConfig(), [device])).abstract()
         transformer = local_bytes(nnx.state(model.transformer))
         encoders = local_bytes(nnx.state([model.text_encoder, autoencoder]))
         trained = nnx.state(model, nnx.Param if self.config.lora is None else LoRAParam)
         stepping = transformer + OPTIMIZER_COPIES * local_bytes(trained)
-        if self.config.data.encode == "cache":  # they encode before the transformer is there
+        if self.config.data.encode == "cache":  # all is encoded before the transformer is loaded
             return max(stepping, encoders)
         return stepping + encoders
 
-    @property
-    def _targets(self) -> tuple[str, ...]:
+    def _add_lora(self, transformer: Any) -> None:
         lora = self.config.lora
-        given = None if lora is None else lora.targets
-        return self.family.lora.targets if given is None else given
+        if lora is not None:
+            targets = self.family.lora.targets if lora.targets is None else lora.targets
+            add_lora(transformer, lora, targets, rngs=nnx.Rngs(self.config.seed))
 
-    def _transformer_options(self, mesh: Mesh | None) -> LoadOptions:
+    @property
+    def _transformer_options(self) -> LoadOptions:
         config = self.config
         return replace(
-            self._options(mesh, trained=config.lora is None),
+            self._options(trained=config.lora is None),
             quantize=config.quantize,
             remat=config.remat,
             attention=config.attention,
         )
 
-    def _options(self, mesh: Mesh | None, *, trained: bool) -> LoadOptions:
-        """A frozen model may rest in the activations' precision; what is trained may not."""
+    @property
+    def _text_options(self) -> LoadOptions:
+        options = self._options(trained=self.config.lora is None)
+        return replace(options, quantize=self.config.quantize_text)
+
+    def _options(self, *, trained: bool) -> LoadOptions:
+        """A frozen model may be kept in the activations' dtype; trained parameters are float32."""
         dtype = jnp.dtype(self.config.dtype)
-        return LoadOptions(
-            dtype=dtype, param_dtype=jnp.dtype(jnp.float32) if trained else dtype, mesh=mesh
-        )
+        return LoadOptions(dtype, jnp.dtype(jnp.float32) if trained else dtype, self.mesh)
 
 
 def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
-    """The models of a run, from its base or new ones.
+    """The models of a run: those of its base, or new ones.
 
-    With `published`, a base that is not there may be the name of a released model, to plan with.
-    Raises UserError for a base that is not there or lacks what training needs, and for models,
+    With `published`, a base that does not exist may be the name of a released model, to plan with.
+    Raises UserError for a base that is missing or lacks what training needs, and for models,
     pictures or settings that do not fit together.
     """
     if config.base is None:
@@ -246,7 +260,7 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
 
 
 def _new_pipeline(config: TrainConfig) -> StoredPipeline:
-    """Models of random numbers, made when they are loaded."""
+    """Randomly initialised models, created when they are loaded."""
     if config.model is None or config.text.encoder is None:
         raise UserError("without a base, model and text.encoder say what is trained; set both")
     tokenizer = load_tokenizer(config.text.tokenizer, config.text.length)
@@ -288,7 +302,7 @@ def _initializer(config: Any, seed: int) -> Callable[[LoadOptions], Any]:
 
 
 def _check_sizes(config: TrainConfig, transformer: Any, autoencoder: StoredModel) -> None:
-    """Raises UserError where transformer, autoencoder and pictures do not fit together."""
+    """Raises UserError unless transformer, autoencoder and pictures fit together."""
     latents = autoencoder.config
     if kind_of(latents).role != "autoencoder":
         kind = kind_of(latents)
@@ -313,20 +327,4 @@ def _check_sizes(config: TrainConfig, transformer: Any, autoencoder: StoredModel
     if resolution % multiple:
         raise UserError(
             f"data.resolution is {resolution}; this model takes multiples of {multiple} pixels"
-        )
-
-
-def check_mesh(config: TrainConfig, models: RunModels, mesh: Mesh | None) -> None:
-    """Raises UserError unless every device gets as many samples, and heads, as every other."""
-    together = 1 if mesh is None else samples_together(mesh)
-    if config.data.batch_size % together:
-        raise UserError(
-            f"data.batch_size is {config.data.batch_size}, which {together} groups of devices "
-            f"(mesh.data x mesh.fsdp) share; give a multiple of {together}, or share tokens or "
-            "heads as well (mesh.context, mesh.tensor)"
-        )
-    heads, parts = models.transformer.num_heads, 1 if mesh is None else mesh.shape["tensor"]
-    if heads % parts:
-        raise UserError(
-            f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
         )

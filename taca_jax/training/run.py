@@ -1,4 +1,4 @@
-"""A training run from start (or checkpoint) to exported weights and their measurement."""
+"""A training run, from its start or a checkpoint to exported weights and their evaluation."""
 
 import sys
 from contextlib import nullcontext
@@ -25,6 +25,7 @@ from taca_jax.parallel.processes import (
     is_first,
     join_processes,
     on_host,
+    print_once,
     wait_for_all,
 )
 from taca_jax.pipelines.grids import caption_grid
@@ -39,14 +40,13 @@ from taca_jax.training.models import (
     InputModels,
     RunModels,
     TextToImage,
-    check_mesh,
     open_models,
 )
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.weights.lora_files import write_lora
 
-# What may differ between a run and its resumption without making it another run.
+# Fields that a resumed run may change.
 FREE_FIELDS = (
     "resume",
     "out_dir",
@@ -63,16 +63,16 @@ FREE_FIELDS = (
 )
 
 RECORD = "config.json"
-"""What a run's folder says of the run."""
+"""The run's configuration, in its folder."""
 
 
 def train(config: TrainConfig) -> None:
-    """Trains as configured and leaves everything in `config.run_dir`.
+    """Trains as configured and writes all results into `config.run_dir`.
 
-    That folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/, and
+    That folder then contains config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/,
     `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
-    `.png` where asked for. Of several processes all run it, and the first writes. Raises UserError
-    for what the user can mend, and StoppedError when told to stop (SIGTERM), once everything is
+    `.png` if configured. If there are several processes, all call this and the first writes. Raises
+    UserError for problems that the user can fix, and StoppedError after SIGTERM, once everything is
     saved.
     """
     join_processes()
@@ -80,11 +80,9 @@ def train(config: TrainConfig) -> None:
         _check_free(config, config.run_dir)
         models = open_models(config)
         mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
-        if mesh.size == 1:
-            mesh = None
-        check_mesh(config, models, mesh)
-        with on(mesh):
-            _run(config, models, mesh, Notice(f"go on with resume=true out_dir={config.run_dir}"))
+        models = models.on_mesh(None if mesh.size == 1 else mesh)
+        with on(models.mesh):
+            _run(models, Notice(f"go on with resume=true out_dir={config.run_dir}"))
     except StoppedError:
         raise
     except BaseException:
@@ -92,33 +90,30 @@ def train(config: TrainConfig) -> None:
         raise
 
 
-def _run(config: TrainConfig, models: RunModels, mesh: Mesh | None, notice: Notice) -> None:
-    if config.data.encode == "cache":
-        inputs = ready_cache(config, models, mesh, notice)
-    else:
-        inputs = models.load_inputs(mesh)
-    transformer = models.load_transformer(mesh)
-    if config.taca is not None and is_first():
-        print(
+def _run(models: RunModels, notice: Notice) -> None:
+    config = models.config
+    cached = config.data.encode == "cache"
+    inputs = ready_cache(models, notice) if cached else models.load_inputs()
+    transformer = models.load_transformer()
+    if config.taca is not None:
+        print_once(
             f"training under TACA: gamma {config.taca.gamma:g} ({config.taca.schedule}) at times "
             f"above {config.taca.threshold:g}, from which all are drawn"
         )
-    sampler = None
     if config.sample_every and isinstance(inputs, InputModels):
-        sampler = models.pipeline(transformer, inputs, mesh)
-        # Prompts that cannot be read are found now, and not at the first grid.
+        # Prompts that cannot be tokenized fail now, and not at the first grid of samples.
         inputs.tokenizer(config.sample_prompts)
     try:
-        with open_loader(config, models, inputs, mesh) as loader:
-            # Only now: what fails before this leaves no run behind.
+        with open_loader(models, inputs) as loader:
+            # Only now, so that a run that cannot start leaves no record behind.
             wait_for_all("a run that can begin")
             if is_first():
                 with whole_file(config.run_dir / RECORD) as record:
                     record.write_text(to_json(config))
-            trained = _train(config, models, transformer, inputs, sampler, loader, mesh, notice)
+            trained = _train(models, transformer, inputs, loader, notice)
             for line in loader.skipped():
                 print(line, file=sys.stderr)
-        _finish(config, models, trained, inputs, mesh)
+        _finish(models, trained, inputs)
     except OSError as error:
         raise UserError(
             f"{error.filename or config.run_dir}: {error.strerror or error}; mend that and go on "
@@ -127,12 +122,12 @@ def _run(config: TrainConfig, models: RunModels, mesh: Mesh | None, notice: Noti
 
 
 def _check_free(config: TrainConfig, run_dir: Path) -> None:
-    """Raises UserError unless the folder is new, or holds this run and is to be gone on with."""
+    """Raises UserError unless the folder is new, or holds this run and the run is to be resumed."""
     record = run_dir / RECORD
     if not record.is_file():
-        # Allowed, so that one command serves the first start and every restart.
-        if config.resume and is_first():
-            print(f"{run_dir} holds no run yet: starting one", file=sys.stderr)
+        # Allowed, so that the same command can start a run and restart it.
+        if config.resume:
+            print_once(f"{run_dir} holds no run yet: starting one", sys.stderr)
         return
     if not config.resume:
         raise UserError(
@@ -152,55 +147,48 @@ def _check_free(config: TrainConfig, run_dir: Path) -> None:
 
 
 def _train(
-    config: TrainConfig,
     models: RunModels,
     transformer: nnx.Module,
     inputs: InputModels | Cache,
-    sampler: Pipeline | None,
     loader: Loader,
-    mesh: Mesh | None,
     notice: Notice,
 ) -> TextToImage:
-    """Runs all steps that are left; the trained model."""
+    """Runs all remaining steps and returns the trained model."""
+    config = models.config
     if isinstance(inputs, Cache):
         model, autoencoder = TextToImage(transformer, None), models.autoencoder
     else:
         model, autoencoder = TextToImage(transformer, inputs.text_encoder), inputs.autoencoder
-    trainer, trained = make_trainer(config, model, autoencoder, mesh)
+    trainer, trained = make_trainer(config, model, autoencoder, models.mesh)
     state = trainer.begin(trained)
     with Checkpoints(
         config.run_dir, keep=config.keep_checkpoints, frozen=trainer.frozen.model
     ) as checkpoints:
         if config.resume:
             restored = checkpoints.restore(
-                state,
-                warn=lambda line: (
-                    print(f"warning: {line}", file=sys.stderr) if is_first() else None
-                ),
+                state, warn=lambda line: print_once(f"warning: {line}", sys.stderr)
             )
             if restored is not None:
                 state, position = restored
                 loader.set_state(position)
-                if is_first():
-                    print(f"going on after step {int(state.step)}")
-        state = _loop(config, models, sampler, trainer, state, loader, checkpoints, mesh, notice)
+                print_once(f"going on after step {int(state.step)}")
+        state = _loop(models, inputs, trainer, state, loader, checkpoints, notice)
     return trainer.merge(state.best)
 
 
 def _loop(
-    config: TrainConfig,
     models: RunModels,
-    sampler: Pipeline | None,
+    inputs: InputModels | Cache,
     trainer: Trainer,
     state: TrainState,
     loader: Loader,
     checkpoints: Checkpoints,
-    mesh: Mesh | None,
     notice: Notice,
 ) -> TrainState:
+    config = models.config
     start = int(state.step)
     before: Step | None = None
-    log = _log(config, models, start) if is_first() else None
+    log = _log(models, start) if is_first() else None
     health = Health()
 
     def report(step: Step) -> None:
@@ -211,31 +199,32 @@ def _loop(
 
     with notice.steps(), nullcontext() if log is None else log:
         for number in range(start + 1, config.steps + 1):
-            batch, names = _next_batch(loader, config.grad_accumulation, mesh)
+            batch, names = _next_batch(loader, config.grad_accumulation, models.mesh)
             state, metrics = trainer.run(state, batch)
-            # Read the step before while this one runs, so that the device never waits for us.
+            # The previous step's metrics are read while this one runs: the device never waits.
             if before is not None:
                 report(before)
             before = Step(number, metrics, names)
-            told = notice.reached()
-            if number % config.save_every == 0 or number == config.steps or told:
-                # A checkpoint of NaNs would push the good ones out.
+            stopping = notice.reached()
+            if number % config.save_every == 0 or number == config.steps or stopping:
+                # A checkpoint of NaNs would displace the good ones.
                 health.check(before)
                 checkpoints.save(state, loader.get_state())
-            if told:
+            if stopping:
                 report(before)
                 checkpoints.wait()
                 raise notice.stopped(f"saved after step {number} of {config.steps}")
-            if sampler is not None and number % config.sample_every == 0:
-                _install(sampler, trainer.merge(state.best))
-                _sample(config, sampler, log, number)
+            drawing = config.sample_every and number % config.sample_every == 0
+            if drawing and isinstance(inputs, InputModels):
+                _sample(models.pipeline(trainer.merge(state.best), inputs), config, log, number)
         if before is not None:
             report(before)
         checkpoints.wait()
     return state
 
 
-def _log(config: TrainConfig, models: RunModels, start: int) -> RunLog:
+def _log(models: RunModels, start: int) -> RunLog:
+    config = models.config
     chip = chip_of(jax.devices()[0].device_kind)
     return RunLog(
         config.run_dir,
@@ -250,9 +239,9 @@ def _log(config: TrainConfig, models: RunModels, start: int) -> RunLog:
 def _next_batch(
     loader: Loader, parts: int, mesh: Mesh | None
 ) -> tuple[Batch | EncodedBatch, list[str]]:
-    """Batches for every part of a step, and the names of this process's samples in them.
+    """The batches of all parts of a step as one, and the names of this process's samples in them.
 
-    Each process brings the samples that its devices hold.
+    Each process provides the samples that its devices hold.
     """
     batches = [next(loader) for _ in range(parts)]
 
@@ -266,15 +255,11 @@ def _next_batch(
     return batch, [name for batch in batches for name in batch["id"]]
 
 
-def _install(pipeline: Pipeline, model: TextToImage) -> None:
-    pipeline.transformer, pipeline.text_encoder = model.transformer, model.text_encoder
-
-
-def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog | None, step: int) -> None:
+def _sample(pipeline: Pipeline, config: TrainConfig, log: RunLog | None, step: int) -> None:
     prompts = list(config.sample_prompts)
     pictures = pipeline(prompts, taca=config.taca, seed=config.seed, progress=False).images
     if log is None or not isinstance(pictures, list):
-        return  # the processes draw together, and the first keeps the pictures
+        return  # all processes sample together, and the first writes the pictures
     grid = caption_grid(pictures, prompts)
     folder = config.run_dir / "samples"
     folder.mkdir(exist_ok=True)
@@ -282,27 +267,19 @@ def _sample(config: TrainConfig, pipeline: Pipeline, log: RunLog | None, step: i
     log.image(step, "samples", np.asarray(grid))
 
 
-def _finish(
-    config: TrainConfig,
-    models: RunModels,
-    trained: TextToImage,
-    inputs: InputModels | Cache,
-    mesh: Mesh | None,
-) -> None:
-    """Writes what was trained, and measures it where asked for."""
+def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache) -> None:
+    """Writes the trained LoRA or model, and evaluates it if configured."""
+    config = models.config
     if config.lora is not None:
         _write_lora(config, trained.transformer)
         if config.evaluate is None:
             return
-    if isinstance(inputs, Cache):  # training from it does without them
-        inputs = models.load_inputs(mesh)
-    pipeline = models.pipeline(trained.transformer, inputs, mesh)
-    if trained.text_encoder is not None:
-        pipeline.text_encoder = trained.text_encoder
+    if isinstance(inputs, Cache):  # training did not need the encoders
+        inputs = models.load_inputs()
+    pipeline = models.pipeline(trained, inputs)
     if config.lora is None:
         pipeline.save(config.run_dir / "model", dtype="bfloat16")
-        if is_first():
-            print(f"model written to {config.run_dir / 'model'}")
+        print_once(f"model written to {config.run_dir / 'model'}")
     if config.evaluate is not None:
         evaluate_shapes(
             pipeline,
@@ -315,7 +292,7 @@ def _finish(
 
 def _write_lora(config: TrainConfig, transformer: nnx.Module) -> None:
     graph, factors, others = nnx.split(transformer, LoRAParam, ...)
-    if jax.process_count() > 1:  # each holds a part of them
+    if jax.process_count() > 1:  # each process holds a part of the factors
         factors = jax.tree.map(on_host, factors)
     if is_first():
         write_lora(config.run_dir / "lora.safetensors", nnx.merge(graph, factors, others))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from taca_jax.config.fields import from_json
 from taca_jax.errors import UserError
@@ -22,10 +22,6 @@ from taca_jax.weights.shipped import find_weights
 _LOG = logging.getLogger(__name__)
 
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
-
-Role = Literal["transformer", "text", "autoencoder"]
-ROLES: tuple[Role, ...] = get_args(Role)
-"""What models are for; the text encoders and their tokenizers belong together."""
 
 
 @dataclass(frozen=True)

@@ -160,13 +160,11 @@ def test_whole_parameters_that_do_not_fit_are_to_be_shared(base, monkeypatch):
 def test_stable_diffusion_is_planned_for():
     """Its published shapes: as many parameters as the original, and as many tokens."""
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=1))
-    models = open_or_published(config)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model, autoencoder = models.abstract(mesh)
-    assert model.transformer.remat == config.remat == "full"
-    batch, text = _batch(config, models, autoencoder, mesh), models.reading.tokens
+    models = open_or_published(config).on_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
+    model, autoencoder = models.abstract()
+    batch, text = _batch(models, autoencoder), models.reading.tokens
     cached = replace(config, data=replace(config.data, encode="cache"))
-    encoded = _batch(cached, models, autoencoder, mesh)
+    encoded = _batch(replace(models, config=cached), autoencoder)
     kernels = nnx.state(model.transformer, nnx.Any(nnx.Param, Fixed))
     sizes = [
         (isinstance(param, LoRAParam), math.prod(param.shape))
@@ -174,6 +172,7 @@ def test_stable_diffusion_is_planned_for():
     ]
     assert sum(size for is_lora, size in sizes if not is_lora) == 2_469_663_936
     assert any(is_lora for is_lora, _ in sizes)
+    assert (model.transformer.remat, model.transformer.attention) == ("full", "auto")
     assert isinstance(model.text_encoder, SD3Text)
     assert model.text_encoder.t5 is not None
     assert isinstance(batch, Batch)

@@ -58,7 +58,8 @@ def main() -> None:
     tokens = rng.integers(3, 33, (STEPS, 1, 8, 16), np.int32)
 
     def run(mesh):
-        transformer, inputs = models.load_transformer(mesh), models.load_inputs(mesh)
+        placed = models.on_mesh(mesh)
+        transformer, inputs = placed.load_transformer(), placed.load_inputs()
         # B is zero at first, and A's gradient with it: begin where both count.
         for _, layer in nnx.iter_graph(transformer):
             if getattr(layer, "lora_b", None) is not None:

@@ -114,7 +114,7 @@ def config_of(base, pictures, out_dir, **changes):
 
 
 def ready(config):
-    return ready_cache(config, open_models(config), None, Notice(""))
+    return ready_cache(open_models(config), Notice(""))
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_a_cache_gives_what_is_made_in_every_step(made):
     assert len(encoded(folder)) == len(SIZES) - 1
     cache = ready(config)
     models = open_models(config)
-    inputs = models.load_inputs(None)
+    inputs = models.load_inputs()
     vae_graph, vae = nnx.split(inputs.autoencoder)
     text_graph, text = nnx.split(inputs.text_encoder)
 
@@ -162,8 +162,8 @@ def test_a_cache_gives_what_is_made_in_every_step(made):
     online = dataclasses.replace(config, data=dataclasses.replace(config.data, encode="online"))
     dropped = 0
     with (
-        open_loader(online, models, inputs, None) as expected,
-        open_loader(config, models, cache, None) as loader,
+        open_loader(dataclasses.replace(models, config=online), inputs) as expected,
+        open_loader(models, cache) as loader,
     ):
         for _ in range(12):
             theirs, ours = next(expected), next(loader)
@@ -369,10 +369,10 @@ def test_steps_from_a_cache_compile_once_for_each_bucket(made):
     config, _ = made
     cache = ready(config)
     models = open_models(config)
-    model = TextToImage(models.load_transformer(None), None)
+    model = TextToImage(models.load_transformer(), None)
     trainer, trained = make_trainer(config, model, models.autoencoder)
     state, shapes = trainer.begin(trained), set()
-    with open_loader(config, models, cache, None) as loader:
+    with open_loader(models, cache) as loader:
         for _ in range(6):
             batch, _ = run_module._next_batch(loader, 1, None)
             shapes.add(batch.mean.shape)
@@ -406,7 +406,7 @@ def slow_add(self, example, *arguments):  # a notice takes a while from process 
     add(self, example, *arguments)
 CacheWriter.add = slow_add
 try:
-    ready_cache(config, open_models(config), make_mesh(config.mesh), Notice("go on so"))
+    ready_cache(open_models(config).on_mesh(make_mesh(config.mesh)), Notice("go on so"))
 except StoppedError as error:
     print(error)
 """
