@@ -1,16 +1,16 @@
-"""Joint attention on TPU: our kernel beside the stock ones, per chip, shape and direction.
+"""Joint attention on TPU: our kernel compared with others, per chip, shape and direction.
 
-    python -m benchmarks.attention_tpu [--chips v5e v6e v5p] [--shapes flux sd35] [--json FILE]
+    python -m benchmarks.attention_tpu [--chips v5e v6e v5p v4] [--shapes flux sd35] [--json FILE]
     python -m benchmarks.attention_tpu --search [--chips v6e] [--shapes flux]
 
-Without a TPU it compiles each kernel for one with libtpu and counts the cycles of the scheduled
-program (`benchmarks.tpu_static` says what that leaves out; differences under 3 % mean nothing).
-On a machine with a TPU it times that chip instead. `--search` tries block sizes and prints the best
-ones for `taca_jax/attention/pallas_tpu/blocks.py`.
+Without a TPU it compiles each kernel with libtpu and counts the cycles of the scheduled program
+(`benchmarks.tpu_static` says what that leaves out; differences under 3 % mean nothing). On a
+machine with a TPU it times that chip instead. `--search` tries block sizes of ours and prints the
+best ones, for `taca_jax/attention/pallas_tpu/blocks.py`.
 
-Stock kernels run plain attention, at the best of some block sizes, on [b, h, s, d] as they take it;
-where their blocks do not divide the sequence, on a padded one whose padding they mask by segment.
-What XLA adds around a kernel is counted apart, in the column "around".
+The others (JAX's and tokamax's) run plain attention at the best of some block sizes, on the
+[b, h, s, d] that they take. Where their blocks do not divide the sequence, it is padded, and they
+mask the padding by segment. What XLA adds around a kernel is in a column of its own, "around".
 """
 
 import argparse
@@ -37,10 +37,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from taca_jax.attention import joint_attention
 from taca_jax.attention.pallas_tpu import Blocks, BlockSizes
 from taca_jax.attention.pallas_tpu import joint_attention as kernel
+from taca_jax.parallel.chips import CHIPS
 
 GAMMA = 1.2
 STOCK_MULTIPLE = 512
-TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:2x2x1"}
+TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:2x2x1", "v4": "v4:2x2x1"}
+DEFAULT_CHIPS = ["v5e", "v6e", "v5p"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Shape:
         return (jnp.arange(self.padded) >= self.length).astype(jnp.int32)
 
     def flop(self, products: int) -> float:
-        """Of so many products over the whole score matrix: 2 forward, 5 more backward."""
+        """For that many products over the whole score matrix: 2 forward, 5 more backward."""
         return 2.0 * products * self.heads * self.head_dim * self.length**2
 
 
@@ -86,11 +88,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel at some block sizes.
+    """A kernel with some block sizes.
 
-    heads_first: it takes [b, h, s, d], not [b, s, h * d]. rare_branches: whether its branches on
-    data are taken when cycles are counted; ours guard what usual logits never reach, splash's its
-    whole body.
+    heads_first: it takes [b, h, s, d], not [b, s, h * d]. rare_branches: whether branches that
+    depend on data are taken when cycles are counted. Ours are for logits that are hardly ever seen;
+    splash's has its whole body in one.
     """
 
     name: str
@@ -118,7 +120,7 @@ class Row:
 
 
 def ours(shape: Shape, blocks: BlockSizes | None = None, text: int | None = None) -> Attend:
-    """Our kernel on [b, s, h * d]; `text` 0 leaves the feature out."""
+    """Our kernel on [b, s, h * d]. With a `text` of 0 tokens gamma has nothing to do."""
     text = shape.text if text is None else text
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, gamma: jax.Array) -> jax.Array:
@@ -199,9 +201,9 @@ def splash_candidates(shape: Shape) -> Iterable[Candidate]:
 
 
 def tokamax_candidates(shape: Shape) -> Iterable[Candidate]:
-    """tokamax's own splash attention, where tokamax is installed and no padding is to be masked.
+    """tokamax's own splash attention, where tokamax is installed and there is no padding to mask.
 
-    Through tokamax's API it would run with blocks of 128, or such as are measured on a TPU.
+    Called directly: its public API would take blocks of 128, or measure some on a TPU.
     """
     try:
         from tokamax._src.ops.experimental.tpu.splash_attention import (
@@ -261,14 +263,14 @@ def counted(chip: str, shape: Shape, direction: str, candidate: Candidate) -> Ro
         topology=TOPOLOGIES[chip],
         rare_branches=candidate.rare_branches,
     )
-    # XLA's own fusions and copies have no vector program of a kernel's size around a matrix unit.
+    # Kernels are told from XLA's own fusions and copies by their matrix products.
     kernels = [k for k in stats if k.unit_ops.get("MATMUL", 0)]
     total = sum(k.cycles + k.stall for k in kernels)
     around = sum(k.cycles + k.stall for k in stats if k not in kernels)
     if not total:
         raise RuntimeError(f"no kernel with a matrix product among {[k.name for k in stats]}")
-    core = tpu_static.CHIPS[chip]
-    ideal = shape.flop(7 if backward else 2) / core.flop_per_cycle / core.cores
+    figures = CHIPS[chip]
+    ideal = shape.flop(7 if backward else 2) / figures.core_flop_per_cycle / figures.cores
     return Row(
         chip=chip,
         shape=shape.name,
@@ -277,7 +279,7 @@ def counted(chip: str, shape: Shape, direction: str, candidate: Candidate) -> Ro
         sizes=candidate.sizes,
         cycles=total,
         around=around,
-        milliseconds=total / core.ghz * 1e-6,
+        milliseconds=total / figures.clock * 1e3,
         share_of_peak=ideal / total,
         spills=sum(k.spills for k in kernels),
         vmem_mib=max(k.vmem for k in kernels) / 2**20,
@@ -303,9 +305,9 @@ def timed(chip: str, shape: Shape, direction: str, candidate: Candidate) -> Row:
         jax.block_until_ready(run(*values))
         samples.append((time.perf_counter() - start) * 1000)
     milliseconds = statistics.median(samples)
-    core = tpu_static.CHIPS[chip]
-    cycles = round(milliseconds * core.ghz * 1e6)
-    ideal = shape.flop(7 if backward else 2) / core.flop_per_cycle / core.cores
+    figures = CHIPS[chip]
+    cycles = round(milliseconds * figures.clock * 1e-3)
+    ideal = shape.flop(7 if backward else 2) / figures.core_flop_per_cycle / figures.cores
     return Row(
         *(chip, shape.name, direction, candidate.name, candidate.sizes),
         *(cycles, 0, milliseconds, ideal / cycles, 0, 0.0),
@@ -338,9 +340,9 @@ def compare(chip: str, shape: Shape, direction: str) -> list[Row]:
 
 
 def search(chip: str, shape: Shape) -> None:
-    """Prints choices of block sizes with their cycles, best first.
+    """Prints block sizes with their cycles, the best first.
 
-    Sizes are tried with a block a step; then the best of them with more.
+    All are tried with one block of queries a step, and the best of them with more.
     """
     small = Blocks(768, 256)
     cycles = functools.partial(searched, chip, shape)
@@ -395,7 +397,7 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=DEFAULT_CHIPS)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["flux", "sd35"])
     parser.add_argument("--search", action="store_true", help="try block sizes instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

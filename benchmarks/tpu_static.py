@@ -9,16 +9,16 @@ initialises libtpu:
     for k in ts.measure(fn, ts.struct((1, 24, 4608, 128)), ..., topology="v6e:2x2"):
         print(ts.describe(k, flops=...))
 
-The function is compiled ahead of time. libtpu dumps the scheduled VLIW program (LLO), and its
-scalar unit is executed here: loop counters, grid bookkeeping, predicates and branches exactly,
-vector work is only counted. Per kernel this gives the bundles issued (one bundle is one cycle; the
-schedule has explicit empty bundles for the latency and occupancy of MXU, XLU and EUP), how busy
-each unit is, register spills, VMEM use, HBM traffic and an estimate of the stalls on DMA.
+The function is compiled ahead of time, and libtpu dumps the scheduled VLIW program (LLO). What the
+scalar unit does is executed here (loop counters, grid bookkeeping, predicates, branches); vector
+work is only counted. For each kernel this gives the bundles issued (a bundle is a cycle; the
+schedule has empty bundles for the latency and occupancy of MXU, XLU and EUP), how busy each unit
+is, register spills, VMEM use, HBM traffic and an estimate of the stalls on DMA.
 
-Checked against hardware figures in public documents: v4 cycle counters (a constant offset, then
-within 1 cycle in 435); v5e matmuls of 4096^3 and 8192^3, XLA's and Pallas's (within 2-4 %, less
-about 0.11 ms of host dispatch). Not modelled: HBM page and stride inefficiency, VMEM bank
-conflicts, loading of instruction overlays, clock throttling, host launch overhead.
+Checked against figures of hardware in public documents: v4 cycle counters (a constant offset, then
+within 1 cycle in 435); v5e matmuls of 4096^3 and 8192^3, XLA's and Pallas's (within 2-4 % after
+about 0.11 ms of host dispatch is taken off). Not modelled: HBM page and stride inefficiency, VMEM
+bank conflicts, loading of instruction overlays, clock throttling, host launch overhead.
 """
 
 import collections
@@ -50,6 +50,8 @@ if (
 import jax
 from jax.experimental import topologies
 
+from taca_jax.parallel.chips import CHIPS, Chip
+
 DUMP = os.environ["TPU_STATIC_DUMP"]  # emptied by every measurement
 DELAY_SLOTS = 4  # bundles executed after a taken branch
 UNITS = (
@@ -59,25 +61,6 @@ UNITS = (
 DMA_LATENCY_S = 0.45e-6  # fits the published v5e timings of the 128x128x128-block matmul
 GRANULE = 32  # bytes
 IMEM_BUNDLES = 65536  # a longer kernel is swapped in pieces inside its own loop
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one TensorCore of a TPU generation can do."""
-
-    ghz: float
-    flop_per_cycle: int  # bf16 peak
-    hbm_gbs: float
-    vmem_mib: int
-    cores: int = 1  # TensorCores that share one program (megacore)
-
-
-CHIPS: dict[str, Chip] = {
-    "v4": Chip(1.05, 4 * 128 * 128 * 2, 1228 / 2, 16, 2),
-    "v5e": Chip(1.5, 4 * 128 * 128 * 2, 819, 128),
-    "v5p": Chip(1.75, 4 * 128 * 128 * 2, 2765 / 2, 64, 2),
-    "v6e": Chip(1.75, 2 * 2 * 256 * 256 * 2, 1640, 128),
-}
 
 
 @dataclasses.dataclass
@@ -104,7 +87,12 @@ class KernelStats:
     @property
     def ms(self) -> float:
         """Milliseconds at the chip's clock, stalls included."""
-        return (self.cycles + self.stall) / self.chip.ghz * 1e-6
+        return (self.cycles + self.stall) / self.chip.clock * 1e3
+
+
+def core_bandwidth(chip: Chip) -> float:
+    """Bytes/s between HBM and one core, where all cores of the chip read at once."""
+    return chip.memory_bandwidth / chip.cores
 
 
 def struct(shape: Sequence[int], dtype: Any = "bfloat16") -> jax.ShapeDtypeStruct:
@@ -382,8 +370,8 @@ class Program:
         st = KernelStats(self.name, self.chip, vmem=self.vmem, code_bundles=size, loops=self.loops)
         S, P, M = [U] * 64, [U] * 32, dict.fromkeys(self.zero, 0)
         now, stall, busy_until = 0, 0, 0.0
-        bpc = self.chip.hbm_gbs / self.chip.ghz  # bytes per cycle
-        lat = DMA_LATENCY_S * self.chip.ghz * 1e9
+        bytes_per_cycle = core_bandwidth(self.chip) / self.chip.clock
+        latency = DMA_LATENCY_S * self.chip.clock
         inflight = collections.defaultdict(collections.deque)
         seg_t0 = 0
 
@@ -397,8 +385,8 @@ class Program:
             if "hbm" in kind:
                 st.hbm_bytes += nbytes
             t = max(seg_t0 + off + stall, busy_until)
-            busy_until = t + nbytes / bpc
-            inflight[flag].append(busy_until + lat)
+            busy_until = t + nbytes / bytes_per_cycle
+            inflight[flag].append(busy_until + latency)
 
         def wait(off, ops):
             nonlocal stall
@@ -455,11 +443,11 @@ def describe(k: KernelStats, flops: float | None = None, hot: int = 3) -> str:
     cost = (
         f"{k.name}: {k.cycles:,} cycles (+{k.stall:,} DMA stall) = {k.ms:.3f} ms; "
         f"code {k.code_bundles} bundles; VMEM {k.vmem / 2**20:.1f} MiB; "
-        f"HBM {k.hbm_bytes / 1e6:.0f} MB ({k.hbm_bytes / c.hbm_gbs / 1e6:.3f} ms)"
+        f"HBM {k.hbm_bytes / 1e6:.0f} MB ({k.hbm_bytes / core_bandwidth(c) * 1e3:.3f} ms)"
     )
     s = [cost, f"  busy: {busy}; spill/fill ops {k.spills:,}/{k.fills:,}"]
     if flops:
-        ideal = flops / c.flop_per_cycle / c.cores
+        ideal = flops / c.core_flop_per_cycle / c.cores
         share = ideal / (k.cycles + k.stall)
         s.append(f"  peak-FLOP cycles {ideal:,.0f} -> {share:.1%} of peak; loops {k.loops}")
     for cyc, a, b, n in k.hot[:hot]:

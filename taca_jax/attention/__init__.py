@@ -1,4 +1,4 @@
-"""Joint text-image attention with TACA's temperature, in several exact implementations."""
+"""Joint text-image attention with TACA's temperature gamma: one call, several ways to run."""
 
 from taca_jax.attention.api import (
     Implementation,

@@ -1,9 +1,10 @@
-"""TACA joint attention in plain XLA, a piece of the scores at a time: the CPU's implementation.
+"""TACA joint attention in plain XLA, a piece of the score matrix at a time: made for the CPU.
 
-Exact, differentiable in reverse, and linear in memory: the backward pass computes each piece's
-weights again from the softmax's maxima and sums, and adds gradients of keys and values up (Dao
-2023, arXiv 2307.08691, algorithm 2). Queries of text and of images are done apart, each with keys
-that hold their factor already, 1 / sqrt(d) and gamma: scores are then what a product returns.
+It is exact, differentiable in reverse mode, and linear in memory: the backward pass recomputes each
+piece's weights from the softmax's maxima and sums, and accumulates the gradients of keys and values
+(Dao 2023, arXiv 2307.08691, algorithm 2). Text queries and image queries are done separately, each
+with keys that are multiplied by 1 / sqrt(d), and by gamma where it belongs, beforehand: a product
+then gives the logits at once.
 """
 
 from collections.abc import Callable
@@ -17,21 +18,22 @@ from jaxtyping import Array, Float, Int
 from taca_jax.attention.log_sums import LogSums
 
 MAX_SCORES = 2**22
-"""Scores held at once, over batch and heads: 16 MiB of float32. Small enough to stay in a CPU's
-last cache and under what allocators return to the system at once (a page fault per 4 KiB costs
-more than the exponentials); large enough that small models run in one piece."""
+"""Scores held at once, over batch and heads: 16 MiB of float32. Small enough for a CPU's last-level
+cache, and below the size from which allocators give memory back to the system at once (a page fault
+per 4 KiB costs more than the exponentials); large enough that small models run in one piece."""
 
 FORWARD_PIECES, BACKWARD_PIECES = 2, 6
-"""Scores that do not fit are done in pieces of MAX_SCORES over this: of as many heads as fit into
-one, or of a part of a head's queries. The backward pass holds four arrays of them."""
+"""Where there are more than MAX_SCORES, a piece is MAX_SCORES divided by this: as many heads as fit
+into it, or a part of one head's queries. The backward pass holds four arrays of that size."""
 
 FORWARD_UNROLL = 2
-"""Turns of the forward pass's loop over heads in one: threads that would wait at the end of one's
-product have the other's to do."""
+"""Iterations of the forward pass's loop over heads that are unrolled into one: threads that would
+wait for the end of one head's product work on the other's."""
 
 LONG_ROW = 128
-"""Scores per row from which the backward pass avoids lengths that a power of two divides: one of
-its products reads down columns, which then fall into the same few cache sets (twice as slow)."""
+"""From this many scores a row on, the backward pass avoids row lengths that a large power of two
+divides. One of its products reads down columns, which would then fall into the same few cache sets
+and be twice as slow."""
 
 
 def joint_attention(
@@ -42,12 +44,12 @@ def joint_attention(
     text_len: int,
     gamma: Float[Array, " b"],
 ) -> Float[Array, "b s h d"]:
-    """As `reference.joint_attention`: any sizes, gamma per sample, all in float32 inside."""
+    """As `reference.joint_attention`, computed in float32; differentiable in q, k, v and gamma."""
     return _attention(q, k, v, gamma.astype(jnp.float32), text_len)
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs. high, share: the softmax's maxima and 1 / its sums."""
+    """What the backward pass needs. high: each row's largest logit; share: 1 / its sum."""
 
     q: Float[Array, "b s h d"]
     k: Float[Array, "b s h d"]
@@ -97,13 +99,14 @@ def _backward(
 
     def some_heads(gamma: Any, *arrays: Any) -> tuple[jax.Array, ...]:
         q, k, v, out, high, share, d_out = arrays
-        d_out = d_out * share  # instead of each of the weights
+        d_out = d_out * share  # once here rather than for every weight
         mean = (out * d_out).sum(-1, keepdims=True)
         dq, dk, dv, d_gamma = [], jnp.zeros_like(k), jnp.zeros_like(v), jnp.zeros_like(gamma)
         for queries, factor in _segments(gamma, text_len, q.shape):
             keys = k * factor
 
-            # Scores are transposed here, keys by queries: two products of three need no turning.
+            # Scores are keys x queries here, so that two of the three products of them need no
+            # transposition.
             def add(sums: Any, *rows: Any, keys: Any = keys) -> tuple[Any, tuple]:
                 q, high, mean, d_out = rows
                 high, mean = (x.swapaxes(1, 2) for x in (high, mean))
@@ -138,8 +141,8 @@ _attention.defvjp(_forward, _backward)
 def _segments(
     gamma: Float[Array, " h"], text_len: int, shape: tuple[int, int, int]
 ) -> list[tuple[slice, float | Float[Array, "h k 1"]]]:
-    """The rows of text and of image queries, where there are any, and what their keys are
-    multiplied by: 1 / sqrt(d), and gamma where it belongs. shape: of the heads, `h s d`."""
+    """The text queries and the image queries, where there are any: their rows, and what keys are
+    multiplied by for them (1 / sqrt(d), and gamma where it belongs). shape: `h s d`."""
     _, length, head_dim = shape
     scale = head_dim**-0.5
     image = jnp.where(jnp.arange(length) < text_len, gamma[:, None] * scale, scale)[..., None]
@@ -148,19 +151,22 @@ def _segments(
 
 
 class _Piece(NamedTuple):
-    """What is done at once: of so many samples so many heads, and of those so many scores."""
+    """What is computed at once: this many heads of this many samples, and this many scores."""
 
     samples: int
     heads: int
     scores: int
 
     def queries(self, q: Float[Array, "h s d"]) -> int:
-        """Of those heads: so many rows have so many scores."""
+        """How many queries of each of those heads have that many scores."""
         return max(1, self.scores // (q.shape[0] * q.shape[1]))
 
     @classmethod
     def of(cls, shape: tuple[int, ...], pieces: int) -> "_Piece":
-        """For q of a shape, `b s h d`, in pieces of 1 / `pieces` of MAX_SCORES if not in one."""
+        """Everything at once if it is MAX_SCORES or less, else pieces of MAX_SCORES / `pieces`.
+
+        shape: of q, `b s h d`.
+        """
         batch, length, heads, _ = shape
         if batch * heads * length**2 <= MAX_SCORES:
             return cls(batch, heads, MAX_SCORES)
@@ -178,10 +184,11 @@ def _over_heads(
     *arrays: Float[Array, "b s h _"],
     unroll: int = 1,
 ) -> tuple[Float[Array, "b ..."], ...]:
-    """`call(gamma of each head, *arrays as [heads, s, _] in float32)` on some heads after another.
+    """`call(gamma of each head, *arrays as [heads, s, _] in float32)`, a group of heads at a time.
 
-    results: arrays or structs of what `call` returns, once heads are where the arrays have them.
-    They are cut out and put back as the loop comes to them, which is faster than to turn all.
+    results: arrays or structs with the shapes and dtypes of what is returned, heads on axis 2 as in
+    `arrays`. The loop cuts each group out and puts its results back, which is faster than to
+    transpose everything before and after.
     """
     batch, _, heads, _ = arrays[0].shape
     samples, group, _ = piece
@@ -193,7 +200,7 @@ def _over_heads(
             return x.swapaxes(1, 2).reshape(-1, *size[1::2])
 
         own = jnp.repeat(jax.lax.dynamic_slice(gamma, (sample,), (samples,)), group)
-        # Cut for good: a slice that is computed again inside of a loop over scores is slow.
+        # The barrier keeps XLA from slicing again inside of the loop over scores, which is slow.
         found = call(own, *jax.lax.optimization_barrier([cut(x) for x in arrays]))
         return [
             x.reshape(samples, group, *x.shape[1:]).swapaxes(1, 2).astype(like.dtype)
@@ -223,13 +230,14 @@ def _over_queries(
     most: int,
     down_columns: bool = False,
 ) -> tuple[Any, tuple[Float[Array, "h q _"], ...]]:
-    """`kept, out = call(kept, *rows)` on some queries after another, at most `most` at once.
+    """`kept, out = call(kept, *rows)` on one piece of the queries after another.
 
-    The last are filled up with zeros, which add nothing to gradients.
+    A piece has at most `most` queries. The last one is padded with zeros, which add nothing to
+    gradients. down_columns: whether `call` reads scores down columns (see LONG_ROW).
     """
     length = rows[0].shape[1]
     size = min(length, most)
-    size = -(-length // -(-length // size))  # of so many pieces, all alike
+    size = -(-length // -(-length // size))  # as many pieces, but of equal size
     if down_columns and size >= LONG_ROW:
         size = 8 * (-(-size // 8) | 1)  # an odd number of eights
     pieces = -(-length // size)
@@ -254,7 +262,7 @@ def log_sums(
     text_len: int,
     gamma: Float[Array, " b"],
 ) -> LogSums:
-    """The sums of `joint_attention`'s softmax, chunk by chunk as well."""
+    """The sums of `joint_attention`'s softmax, computed in chunks too."""
     scale = q.shape[-1] ** -0.5
     text_scale = (gamma.astype(jnp.float32) * scale)[:, None, None, None]
     is_text_key = jnp.arange(k.shape[1]) < text_len
@@ -278,7 +286,10 @@ def over_query_chunks(
     *,
     keys: int,
 ) -> Float[Array, "b s h k"]:
-    """`attend(queries, their positions)` on all of `q`, at most MAX_SCORES scores at a time."""
+    """`attend(queries, their positions)` on all of `q`, at most MAX_SCORES scores at a time.
+
+    The gradient recomputes each chunk, so that it needs no more memory than the chunks do.
+    """
     b, s, h, d = q.shape
     chunks = -(-b * h * s * keys // MAX_SCORES)
     if chunks <= 1:

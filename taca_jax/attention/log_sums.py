@@ -1,4 +1,4 @@
-"""How much attention goes to text, as the softmax's own sums."""
+"""How much attention each query pays to text, from the sums of its softmax."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ from jaxtyping import Array, Float
 
 
 class LogSums(NamedTuple):
-    """Log-sum-exps of each query's logits, gamma included: float32, natural.
+    """Log-sum-exps of each query's logits (with gamma), in float32 and in base e.
 
-    whole: over all keys. text: over text keys; minus infinity where there are none.
+    whole: over all keys. text: over the text keys; minus infinity where there are none.
     """
 
     whole: Float[Array, "b h s"]
@@ -17,5 +17,5 @@ class LogSums(NamedTuple):
 
     @property
     def text_mass(self) -> Float[Array, "b h s"]:
-        """The share, 0 to 1, of its attention that each query pays to text."""
+        """The share, 0 to 1, of its attention that each query pays to text: float32."""
         return jnp.exp(self.text - self.whole)

@@ -1,4 +1,4 @@
-"""TACA joint attention written out: the definition that every fast implementation is held to."""
+"""TACA joint attention written out: what fast implementations are tested against."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ def joint_attention(
     text_len: int,
     gamma: Float[Array, " b"],
 ) -> Float[Array, "b s h d"]:
-    """softmax over all keys of q k^T / sqrt(d), image-query x text-key logits times gamma.
+    """Softmax attention over all keys; logits of image queries and text keys are times gamma.
 
-    Logits, softmax and both products are in float32 at the highest precision; the whole score
-    matrix is materialised. The result has q's dtype. Source: equation 7 of arXiv 2506.07986.
+    The logits are q k^T / sqrt(d), and the first `text_len` tokens are text. Everything is computed
+    in float32 at the highest precision, with the whole score matrix in memory; the result has q's
+    dtype. Source: equation 7 of arXiv 2506.07986.
     """
     out_dtype = q.dtype
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))

@@ -2,7 +2,7 @@
 
 XLA cannot see into a kernel, so what each device computes is said here, by the names of the mesh's
 axes (`parallel.mesh`): samples over `data` and `fsdp`, heads over `tensor`, the joint sequence's
-queries over `context`. Other axes' devices repeat the work of their neighbours.
+queries over `context`. Devices along any other axis repeat the work of their neighbours.
 
 With `context`, keys and values are gathered rather than passed around a ring. A head's keys and
 values are 2.4 MB at FLUX's 4608 tokens, which VMEM holds whole (the kernel wants them so: no
@@ -10,21 +10,89 @@ rescaling between pieces of a ring), and XLA runs the gathering beside the proje
 the backward pass, the sum of keys' gradients becomes a reduce-scatter.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from taca_jax.parallel.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, dividing_axes
 
 
-def over_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+class _Layout(NamedTuple):
+    """Which axes of a mesh share an attention: its samples, its queries and its heads."""
+
+    mesh: AbstractMesh
+    batch: tuple[str, ...] | None
+    context: str | None
+    head: str | None
+
+    @property
+    def queries(self) -> P:
+        return P(self.batch, self.context, self.head, None)
+
+    @property
+    def keys(self) -> P:
+        return P(self.batch, None, self.head, None)
+
+    def devices(self, axes: tuple[str, ...] | str | None) -> int:
+        """How many devices there are along some axes."""
+        named = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(self.mesh.shape[axis] for axis in named)
+
+
+def _layout(shape: tuple[int, ...]) -> _Layout | None:
+    """For queries `[b, s, h, d]` on the mesh that is set; None where one device does everything.
+
+    Raises ValueError where the heads do not divide over `tensor`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Within somebody's shard_map the axes are spent: this is one device's part already.
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return None
+    batch, _, heads, _ = shape
+    tensor, context = (
+        axis if mesh.shape.get(axis, 1) > 1 else None for axis in (TENSOR_AXIS, CONTEXT_AXIS)
+    )
+    if tensor and heads % mesh.shape[tensor]:
+        raise ValueError(
+            f"{heads} heads do not divide over the mesh's {mesh.shape[tensor]} devices of "
+            f"axis {tensor!r}; make that axis a divisor"
+        )
+    return _Layout(mesh, dividing_axes(mesh, BATCH_AXES, batch), context, tensor)
+
+
+def local_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of queries `[b, s, h, d]`, the part that each device of the mesh that is set works on.
+
+    Raises ValueError where the heads do not divide over `tensor`.
+    """
+    layout = _layout(shape)
+    if layout is None:
+        return shape
+    batch, length, heads, head_dim = shape
+    return (
+        batch // layout.devices(layout.batch),
+        -(-length // layout.devices(layout.context)),
+        heads // layout.devices(layout.head),
+        head_dim,
+    )
+
+
+def over_mesh(
+    attend: Callable[..., jax.Array], *, whole_sequences: bool = False
+) -> Callable[..., jax.Array]:
     """`attend` with each device of the mesh that is set doing its part.
 
     `attend(q, k, v, *, text_len, gamma, first_query)` is what one device runs: q may be a part of
-    the sequence. Raises ValueError where the heads do not divide over `tensor`.
+    the sequence, which begins at position `first_query` of it. With `whole_sequences` it never is
+    one: `first_query` is not given, and devices along `context` repeat each other's work.
+
+    Raises ValueError where the heads do not divide over `tensor`.
     """
 
     def joint_attention(
@@ -35,33 +103,27 @@ def over_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         text_len: int,
         gamma: Float[Array, " b"],
     ) -> Float[Array, "b s h d"]:
-        mesh = jax.sharding.get_abstract_mesh()
-        # Within somebody's shard_map the axes are spent: this is one device's part already.
-        if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        layout = _layout(q.shape)
+        if layout is None:
             return attend(q, k, v, text_len=text_len, gamma=gamma)
-        batch = dividing_axes(mesh, BATCH_AXES, q.shape[0])
-        head = TENSOR_AXIS if mesh.shape.get(TENSOR_AXIS, 1) > 1 else None
-        if head and q.shape[2] % mesh.shape[head]:
-            raise ValueError(
-                f"{q.shape[2]} heads do not divide over the mesh's {mesh.shape[head]} devices of "
-                f"axis {head!r}; make that axis a divisor"
-            )
-        parts = mesh.shape.get(CONTEXT_AXIS, 1)
-        context = CONTEXT_AXIS if parts > 1 else None
+        if whole_sequences:
+            layout = layout._replace(context=None)
+        context = layout.context
         length = q.shape[1]
-        q = jnp.pad(q, ((0, 0), (0, -length % parts), (0, 0), (0, 0)))
+        q = jnp.pad(q, ((0, 0), (0, -length % layout.devices(context)), (0, 0), (0, 0)))
 
         def local(q: jax.Array, k: jax.Array, v: jax.Array, gamma: jax.Array) -> jax.Array:
+            if whole_sequences:
+                return attend(q, k, v, text_len=text_len, gamma=gamma)
             first = 0 if context is None else jax.lax.axis_index(context) * q.shape[1]
             return attend(q, k, v, text_len=text_len, gamma=gamma, first_query=first)
 
-        queries, keys = P(batch, context, head, None), P(batch, None, head, None)
         # Pallas calls do not say over which axes their results vary: nothing could be checked.
         return jax.shard_map(
             local,
-            mesh=mesh,
-            in_specs=(queries, keys, keys, P(batch)),
-            out_specs=queries,
+            mesh=layout.mesh,
+            in_specs=(layout.queries, layout.keys, layout.keys, P(layout.batch)),
+            out_specs=layout.queries,
             check_vma=False,
         )(q, k, v, gamma)[:, :length]
 

@@ -1,7 +1,7 @@
-"""TACA joint attention as two plain attentions, for hardware whose fused kernels know no gamma.
+"""TACA joint attention as two plain attentions, for GPUs, whose fused kernels know no gamma.
 
-Image queries attend to [gamma * K_text, K_image], text queries to [K_text, K_image]: the same
-logits, in the FLOPs of plain attention. In bfloat16 the scaled keys are rounded once more.
+Image queries attend to [gamma * K_text, K_image], text queries to [K_text, K_image]. That gives the
+same logits at the cost of plain attention; in bfloat16 the scaled keys are rounded once more.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def joint_attention(
     text_len: int,
     gamma: Float[Array, " b"],
 ) -> Float[Array, "b s h d"]:
-    """As `reference.joint_attention`, on cuDNN's fused attention where it serves, else on XLA's."""
-    attend = _fused_attention if _cudnn_serves(q) else _xla_attention
+    """As `reference.joint_attention`: cuDNN's fused attention where it can be used, else XLA's."""
+    attend = _fused_attention if _cudnn_can(q) else _xla_attention
     k_text, k_image = k[:, :text_len], k[:, text_len:]
     scaled = (k_text.astype(jnp.float32) * gamma[:, None, None, None]).astype(k.dtype)
     parts = []
@@ -35,6 +35,7 @@ def joint_attention(
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Plain attention: q, k, v `[b, s, h, d]` -> output."""
 
 _fused_attention: Attend = partial(jax.nn.dot_product_attention, implementation="cudnn")
 
@@ -46,8 +47,8 @@ def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return over_query_chunks(attend, q, keys=k.shape[1])
 
 
-def _cudnn_serves(q: jax.Array) -> bool:
-    """cuDNN's kernels take half precision and heads of up to 128, a multiple of 8, on NVIDIA."""
+def _cudnn_can(q: jax.Array) -> bool:
+    """cuDNN needs an NVIDIA GPU, half precision, and a head size of at most 128 that 8 divides."""
     return (
         jax.default_backend() == "gpu"
         and "nvidia" in jax.devices()[0].device_kind.lower()

@@ -1,8 +1,96 @@
-"""The generations of TPU, by what JAX calls their devices."""
+"""What the generations of TPU can do: every figure about a chip stands here."""
 
 from dataclasses import dataclass
 
-_GENERATIONS = {
+
+@dataclass(frozen=True)
+class Chip:
+    """One generation of TPU chip.
+
+    Figures are of a whole chip unless they say "per core" (a core is a TensorCore). Sources: of
+    memory, bandwidths and flops, cloud.google.com/tpu/docs, system architecture of each
+    generation; of VMEM, docs.jax.dev/en/latest/pallas/tpu/hardware.html; the clock is what flops
+    make of the size of the matrix units.
+
+    name: as Google abbreviates it.
+    memory: bytes of HBM.
+    memory_bandwidth: bytes/s between HBM and the cores.
+    wire_bandwidth: bytes/s to and from other chips, over all of a chip's links together.
+    flops: bfloat16 FLOP/s at the most.
+    clock: Hz.
+    cores: cores that run one program between them.
+    core_flop_per_cycle: bfloat16 FLOPs that one core's matrix units do in a cycle, per core.
+    kernel_vmem: bytes of VMEM that one kernel may take, per core. XLA keeps the rest (of 16 MiB on
+        v4, 128 on v5e and v6e, 64 on v5p) for what surrounds the kernel.
+    """
+
+    name: str
+    memory: float
+    memory_bandwidth: float
+    wire_bandwidth: float
+    flops: float
+    clock: float
+    cores: int
+    core_flop_per_cycle: int
+    kernel_vmem: int
+
+
+_MIB, _GIB = 2**20, 2**30
+_FLOP_PER_CELL = 2
+"""A cell of a matrix unit multiplies and adds in a cycle."""
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v4",
+            memory=32 * _GIB,
+            memory_bandwidth=1228e9,
+            wire_bandwidth=300e9,
+            flops=275e12,
+            clock=1.05e9,
+            cores=2,
+            core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
+            kernel_vmem=15 * _MIB,
+        ),
+        Chip(
+            name="v5e",
+            memory=16 * _GIB,
+            memory_bandwidth=819e9,
+            wire_bandwidth=200e9,
+            flops=197e12,
+            clock=1.5e9,
+            cores=1,
+            core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
+            kernel_vmem=100 * _MIB,
+        ),
+        Chip(
+            name="v5p",
+            memory=95 * _GIB,
+            memory_bandwidth=2765e9,
+            wire_bandwidth=600e9,
+            flops=459e12,
+            clock=1.75e9,
+            cores=2,
+            core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
+            kernel_vmem=56 * _MIB,
+        ),
+        Chip(
+            name="v6e",
+            memory=32 * _GIB,
+            memory_bandwidth=1640e9,
+            wire_bandwidth=448e9,
+            flops=918e12,
+            clock=1.75e9,
+            cores=1,
+            core_flop_per_cycle=4 * 256 * 256 * _FLOP_PER_CELL,
+            kernel_vmem=100 * _MIB,
+        ),
+    )
+}
+
+_BY_DEVICE_KIND = {
+    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5": "v5p",
@@ -12,34 +100,7 @@ _GENERATIONS = {
 }
 
 
-def generation(device_kind: str) -> str | None:
-    """`v5e`, `v5p` or `v6e`; None for any other device."""
-    return _GENERATIONS.get(device_kind)
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One TPU chip: bytes of memory, bf16 FLOP/s, bytes/s to its memory and to other chips, Hz.
-
-    Source: cloud.google.com/tpu/docs, system architecture of each generation; of the clock, what
-    flops make of the size of the matrix units.
-    """
-
-    memory: float
-    flops: float
-    memory_bandwidth: float
-    wire_bandwidth: float
-    clock: float
-
-
-CHIPS = {
-    "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9, 1.5e9),
-    "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9, 1.75e9),
-    "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9, 1.75e9),
-}
-
-
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of a JAX device, by its `device_kind`; None for what is not in CHIPS."""
-    name = generation(device_kind)
+    name = _BY_DEVICE_KIND.get(device_kind)
     return None if name is None else CHIPS[name]

@@ -1,4 +1,4 @@
-"""Slices of TPUs that can be rented, by name, and what their chips can do."""
+"""Slices of TPUs that can be rented, by name: how many chips, and how they are wired."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,35 +6,39 @@ from dataclasses import dataclass
 from taca_jax.errors import UserError
 from taca_jax.parallel.chips import CHIPS, Chip
 
-_SIDES = {
-    "v5e": {
-        1: "1x1",
-        4: "2x2",
-        8: "2x4",
-        16: "4x4",
-        32: "4x8",
-        64: "8x8",
-        128: "8x16",
-        256: "16x16",
-    },
-    "v5p": {
-        4: "2x2x1",
-        8: "2x2x2",
-        16: "2x2x4",
-        32: "2x4x4",
-        64: "4x4x4",
-        128: "4x4x8",
-        256: "4x8x8",
-        512: "8x8x8",
-    },
+_TORUS_2D = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
 }
-_SIDES["v6e"] = _SIDES["v5e"]
+_TORUS_3D = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
+_SHAPES = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D}
+"""For each generation that can be planned for: the shape of a slice by its number of chips."""
+
+_COUNTED_PER_CHIP = {"v5e": 1, "v6e": 1, "v5p": CHIPS["v5p"].cores}
+"""The number in a slice's name counts chips, except for v5p, where it counts cores."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Chips that are rented together: `v5e-16` is 16 chips; in `v5p-8` cores are counted, two a
-    chip."""
+    """Chips that are rented together: `v5e-16` is 16 chips, `v5p-8` is 4 chips of 2 cores.
+
+    topology: what JAX calls such a slice, like `v5e:4x4`.
+    """
 
     name: str
     chip: Chip
@@ -43,26 +47,22 @@ class Slice:
 
     @classmethod
     def of(cls, name: str) -> "Slice":
-        """Raises UserError for a name that is none, listing those that are."""
+        """The slice of that name. Raises UserError for an unknown one, listing all there are."""
         kind, _, number = name.partition("-")
-        chips = int(number) if number.isdigit() else 0
-        if kind == "v5p":
-            chips, odd = divmod(chips, 2)
-            chips = 0 if odd else chips
-        if kind not in CHIPS or chips not in _SIDES[kind]:
+        if name not in slice_names():
             raise UserError(f"plan={name}: no such slice; there are {', '.join(slice_names())}")
-        return cls(name, CHIPS[kind], chips, f"{kind}:{_SIDES[kind][chips]}")
+        chips = int(number) // _COUNTED_PER_CHIP[kind]
+        return cls(name, CHIPS[kind], chips, f"{kind}:{_SHAPES[kind][chips]}")
 
     def larger(self) -> Iterator["Slice"]:
         """Those of the same generation with more chips, the smallest first."""
-        kind = self.name.partition("-")[0]
-        for name in slice_names(kind):
+        for name in slice_names(self.chip.name):
             other = Slice.of(name)
             if other.chips > self.chips:
                 yield other
 
 
 def slice_names(kind: str | None = None) -> list[str]:
-    """Every slice that can be planned for."""
-    kinds = CHIPS if kind is None else [kind]
-    return [f"{k}-{n * (2 if k == 'v5p' else 1)}" for k in kinds for n in _SIDES[k]]
+    """Every slice that can be planned for, or those of one generation of chips."""
+    kinds = _SHAPES if kind is None else [kind]
+    return [f"{kind}-{n * _COUNTED_PER_CHIP[kind]}" for kind in kinds for n in _SHAPES[kind]]

@@ -279,6 +279,50 @@ def test_the_order_of_keys_within_a_modality_does_not_matter(implementation, gam
     )
 
 
+SAMPLES = 2
+NATURAL_GAMMAS = {
+    "a float": 1.5,
+    "an int": 2,
+    "a numpy scalar": np.float64(1.5),
+    "a numpy array of rank 0": np.array(1.5),
+    "a jax array of rank 0": jnp.array(1.5),
+    "a numpy array": np.linspace(1.0, 2.0, SAMPLES),
+    "a jax array in bfloat16": jnp.linspace(1.0, 2.0, SAMPLES).astype(jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", NATURAL_GAMMAS)
+def test_gamma_may_be_a_number_or_an_array(kind, implementation):
+    q, k, v, _ = inputs(batch=SAMPLES)
+    given = NATURAL_GAMMAS[kind]
+    whole = jnp.broadcast_to(jnp.asarray(given, jnp.float32), (SAMPLES,))
+    call = partial(joint_attention, q, k, v, text_len=5, implementation=implementation)
+    np.testing.assert_array_equal(call(gamma=given), call(gamma=whole))
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "pallas_interpret"])
+def test_log_sums_take_a_number_for_gamma_too(implementation):
+    q, k, v, _ = inputs(batch=SAMPLES)
+    call = partial(
+        joint_attention_with_log_sums, q, k, v, text_len=5, implementation=implementation
+    )
+    jax.tree.map(np.testing.assert_array_equal, call(gamma=1.5), call(gamma=jnp.full(SAMPLES, 1.5)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_gamma_for_all_has_the_gradient_of_all(implementation):
+    q, k, v, _ = inputs(batch=SAMPLES)
+
+    def total(gamma):
+        call = partial(joint_attention, text_len=5, implementation=implementation)
+        return jnp.sum(call(q, k, v, gamma=gamma) * v)
+
+    one, each = jax.grad(total)(1.5), jax.grad(total)(jnp.full(SAMPLES, 1.5))
+    assert jnp.shape(one) == ()
+    np.testing.assert_allclose(one, each.sum(), rtol=1e-5)
+
+
 class TestErrors:
     def test_shapes_that_differ(self):
         q, k, v, _ = inputs()
@@ -296,10 +340,21 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"text_len is {text_len}; the sequence has 13"):
             joint_attention(q, k, v, text_len=text_len)
 
-    def test_a_gamma_of_another_batch(self):
+    @pytest.mark.parametrize("call", [joint_attention, joint_attention_with_log_sums])
+    @pytest.mark.parametrize(
+        ("gamma", "got"),
+        [
+            (jnp.ones(3), r"\(3,\)"),
+            (np.ones((2, 1)), r"\(2, 1\)"),
+            ([1.0, 1.2], "a list"),
+            ("1.2", "a str"),
+            (1.2j, "a complex"),
+        ],
+    )
+    def test_a_gamma_that_is_not_one_per_sample(self, call, gamma, got):
         q, k, v, _ = inputs()
-        with pytest.raises(ValueError, match=r"shape \(2,\), one per sample; got \(3,\)"):
-            joint_attention(q, k, v, text_len=5, gamma=jnp.ones(3))
+        with pytest.raises(ValueError, match=rf"shape \(2,\), one per sample; got {got}"):
+            call(q, k, v, text_len=5, gamma=gamma)
 
     def test_the_tpu_kernel_where_there_is_no_tpu(self):
         q, k, v, _ = inputs()

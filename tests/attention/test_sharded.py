@@ -13,7 +13,7 @@ def found():
     return json.loads(last_line(run_python("-m", "tests.attention.sharded_runs", devices=8)))
 
 
-@pytest.mark.parametrize("mesh", ["data", "data and fsdp", "tensor", "context", "mixed"])
+@pytest.mark.parametrize("mesh", ["data", "data and fsdp", "tensor", "context", "mixed", "chunks"])
 def test_parts_are_the_whole(found, mesh):
     assert max(found[mesh]) < 1e-6
 

@@ -81,12 +81,23 @@ def test_attention_compiles_over_a_mesh():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "v5p:2x2x1", "v5e:2x4"])
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "v5p:2x2x1", "v4:2x2x1", "v5e:2x4"])
 def test_attention_compiles_at_every_size(topology):
     """FLUX and SD3.5 at 1024 px, 512 px and 768 x 1344, FLUX at 2048 px, and odd ones."""
     # Over a mesh, heads are shared, which must divide.
     shapes = [*FLUX, *SD35, *ODD] if topology.endswith(":1x1") else [*FLUX, *SD35]
     check_attention(topology, shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", ["64", "128"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+def test_the_longest_sequences_that_are_said_to_fit_compile(topology, head_dim):
+    longest = compile_in_a_process("compile_longest", topology, head_dim)
+    print(topology, head_dim, longest)
+    for direction in ("forward", "backward"):
+        assert longest[f"{direction}, any blocks"] > longest[f"{direction}, fastest blocks"]
+        assert longest[f"{direction}, any blocks"] > 512 + 4096
 
 
 @pytest.mark.slow

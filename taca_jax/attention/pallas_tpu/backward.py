@@ -1,10 +1,10 @@
 """TACA joint attention on TPU, backward: all gradients from one pass over the scores.
 
-A grid step takes a block of queries against all keys of its head, as forward does, and computes
-each tile's weights again from the forward pass's log-sum-exps. Gradients of keys and values are
-summed in VMEM, in float32, over the blocks of queries. Five products a tile (Dao 2023,
-arXiv 2307.08691, algorithm 2); gamma multiplies the scores of image queries and text keys once on
-the way in and their gradients once on the way out.
+A grid step takes some blocks of queries against all keys of their head, as the forward kernel does,
+and recomputes each tile's weights from the forward kernel's sums. Gradients of keys and values are
+accumulated in VMEM, in float32, over the blocks of queries. That takes five products a tile (Dao
+2023, arXiv 2307.08691, algorithm 2). Gamma multiplies scores of image queries and text keys on the
+way in, and their gradients on the way out.
 """
 
 import math
@@ -51,17 +51,21 @@ def backward(
     wants_gamma: bool,
     interpret: bool,
 ) -> list[jax.Array]:
-    """[dq, dk, dv] in the inputs' dtypes and, where asked for, gamma's gradient per query.
+    """[dq, dk, dv] in the inputs' dtypes and, with `wants_gamma`, gamma's gradient per query.
 
     out, high, log_total: what `forward` returned. Gamma's gradient is float32 `[b, h, 1, q]`: its
-    sum over heads and queries is the gradient of a sample's gamma.
+    sum over heads and queries is the gradient of the sample's gamma.
     """
     batch, _, width = q.shape
     columns = width // problem.column
     rows = problem.step_queries
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     query_spec = pl.BlockSpec((1, rows, problem.column), lambda b, c, i: (b, i, c))
-    key_spec = pl.BlockSpec((1, problem.padded_keys, problem.column), lambda b, c, i: (b, 0, c))
+    key_spec = pl.BlockSpec(
+        (1, problem.padded_keys, problem.column),
+        lambda b, c, i: (b, 0, c),
+        pipeline_mode=pl.Buffered(problem.blocks.key_buffers),
+    )
     sums_spec = pl.BlockSpec((1, problem.group, 1, rows), lambda b, c, i: (b, c, 0, i))
     outputs = 4 if wants_gamma else 3
     summed = (
@@ -85,7 +89,7 @@ def backward(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=problem.vmem_limit,
+            vmem_limit_bytes=problem.vmem,
         ),
         name="taca_attention_backward",
         interpret=interpret,
@@ -129,7 +133,7 @@ def _kernel(
             high, log_total = ([jnp.where(exists, x, 0) for x in row] for row in (high, log_total))
         queries = [only_head(q, problem, head) for head in heads]
         d_outs = [only_head(d_out, problem, head) for head in heads]
-        turned = (q.T, d_out.T) if problem.blocks.transposed else None
+        transposed = (q.T, d_out.T) if problem.blocks.transposed else None
         products = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).T
         delta = [products[problem.head_rows(head)].sum(0, keepdims=True) for head in heads]
 
@@ -143,7 +147,7 @@ def _kernel(
             return existing_rows(x, tile.start, problem.keys) if tile.stop > problem.keys else x
 
         def prepare(tile: Tile, head: int, offset: int | Array) -> tuple[jax.Array, jax.Array]:
-            """Raw scores and the gradients of weights: all that needs no exponential."""
+            """Products of q and k, and the weights' gradients: all that needs no exponential."""
             k, v = tile_of(k_ref, tile, offset), tile_of(v_ref, tile, offset)
             return dot(k, queries[head], NT), dot(v, d_outs[head], NT)
 
@@ -163,9 +167,10 @@ def _kernel(
                 d_scores = d_scores * on_text(problem, tile, gamma_row, 1.0)
             weights, d_scores = weights.astype(v_ref.dtype), d_scores.astype(k_ref.dtype)
             window, rows = tile.window(offset), problem.head_rows(head)
-            if turned is not None:
-                dv_sum[rows, window] += dot(turned[1][rows], weights, NT)
-                dk_sum[rows, window] += dot(turned[0][rows], d_scores, NT)
+            if transposed is not None:
+                q_columns, d_out_columns = (x[rows] for x in transposed)
+                dv_sum[rows, window] += dot(d_out_columns, weights, NT)
+                dk_sum[rows, window] += dot(q_columns, d_scores, NT)
             else:
                 dv_sum[window] += dot(weights, d_outs[head], NN)
                 dk_sum[window] += dot(d_scores, queries[head], NN)

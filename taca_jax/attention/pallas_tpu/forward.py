@@ -1,13 +1,14 @@
 """TACA joint attention on TPU, forward.
 
-One grid step takes a block of queries against all keys of its head, which stay in VMEM, tile by
-tile. Gamma is data in SMEM, so one compiled kernel serves every schedule; it enters through the
-multiplication by log2(e) / sqrt(d) that scores need anyway, on tiles of text keys only.
+A grid step takes some blocks of queries, one after the other, against all keys of their head, tile
+by tile; the keys stay in VMEM. Gamma is data in SMEM, so that one compiled kernel serves every
+schedule. It is part of the factor log2(e) / sqrt(d) that scores are multiplied by anyway, on tiles
+of text keys only.
 
-Exponentials are taken relative to the maximum over the first tile alone, so that nothing is
-rescaled on the way. Where that overflows (a later key a hundred binary orders above all of the
-first tile's), the block is done once more with the online softmax (Milakov and Gimelshein 2018,
-arXiv 1805.02867): any finite logits are right, and the usual ones pay nothing.
+Exponentials are taken relative to the maximum over the first tile alone, so that nothing has to be
+rescaled later. Where that overflows (in base 2, a later logit lies 100 or more above all of the
+first tile's), the grid step is repeated with the online softmax (Milakov and Gimelshein 2018,
+arXiv 1805.02867). So any finite logits give the right result, and usual ones cost nothing more.
 """
 
 from dataclasses import dataclass
@@ -58,17 +59,21 @@ def forward(
 ) -> list[jax.Array]:
     """[output] in q's dtype and, as `sums` asks, what the softmax summed, `[b, h, 1, q]` each.
 
-    c is heads x head_dim. The sums are float32, in base 2, gamma included: what exponents are
-    relative to, the log of the sum over all keys relative to it, and that over text keys. They stay
-    apart because together, beside logits of thousands, the logs would lose their digits.
-    first_query: the position of the first query in the joint sequence.
+    c is heads x head_dim. first_query: the position of the first query in the joint sequence. The
+    sums are float32 and in base 2, gamma included: `high`, which exponents are relative to; the log
+    of the sum over all keys, relative to `high`; and that over the text keys. They are not added up
+    because next to a `high` of thousands the logs would lose their digits.
     """
     batch, _, width = q.shape
     columns = width // problem.column
     rows = problem.step_queries
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     query_spec = pl.BlockSpec((1, rows, problem.column), lambda b, c, i: (b, i, c))
-    key_spec = pl.BlockSpec((1, problem.padded_keys, problem.column), lambda b, c, i: (b, 0, c))
+    key_spec = pl.BlockSpec(
+        (1, problem.padded_keys, problem.column),
+        lambda b, c, i: (b, 0, c),
+        pipeline_mode=pl.Buffered(problem.blocks.key_buffers),
+    )
     sums_spec = pl.BlockSpec((1, problem.group, 1, rows), lambda b, c, i: (b, c, 0, i))
     shape = (batch, columns * problem.group, 1, problem.queries)
     outputs = _OUTPUTS[sums]
@@ -84,7 +89,7 @@ def forward(
         scratch_shapes=[pltpu.VMEM((problem.column, rows), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=problem.vmem_limit,
+            vmem_limit_bytes=problem.vmem,
         ),
         name="taca_attention_forward",
         interpret=interpret,
@@ -93,9 +98,12 @@ def forward(
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of queries. rows: where in the grid step. queries: for each head of the column.
-    text_row: what each query's products with text keys are multiplied by. accumulator: its columns
-    of the reference that sums weights times values, `[column, q]`."""
+    """A block of queries.
+
+    rows: where it lies in the grid step. queries: for each head of the column, with zeros in the
+    other heads' lanes. text_row: what each query's products with text keys are multiplied by.
+    accumulator: its part of the array in which weights times values are summed, `[column, q]`.
+    """
 
     rows: slice
     queries: list[Float[Array, "q w"]]
@@ -105,10 +113,10 @@ class _Block:
 
 @dataclass
 class _Softmax:
-    """One head's softmax under way, a value per query: float32 rows.
+    """One head's softmax while tiles are added to it: float32, a value per query.
 
-    high: what exponents are relative to. total: sums of exponentials, in SUBLANES partial sums
-    while tiles are added. text: the part of total that is of text keys.
+    high: what exponents are relative to. total: the sum of exponentials, in SUBLANES partial sums
+    that are added at the end. text: the same for text keys alone.
     """
 
     high: Float[Array, "1 q"]
@@ -142,7 +150,7 @@ def _kernel(
         )
 
     def finish(block: _Block, softmaxes: list[_Softmax]) -> None:
-        """Divides, turns the queries back into rows, and writes the block."""
+        """Divides by the sums, transposes queries back to rows, and writes the block."""
         parts = []
         for head, softmax in enumerate(softmaxes):
             total = softmax.total.sum(0, keepdims=True)
@@ -171,7 +179,7 @@ def _kernel(
 
 
 def _from_first_tile(block: _Block, k_ref: Any, v_ref: Any, problem: Problem) -> list[_Softmax]:
-    """Accumulates exp2(score - the first tile's maximum) times values, without rescaling."""
+    """Accumulates exp2(score - the first tile's maximum) times values; returns each head's sums."""
     softmaxes: list[_Softmax] = []
 
     def scores(tile: Tile, head: int, offset: int | Array) -> Float[Array, "k q"]:
@@ -217,7 +225,7 @@ def _from_first_tile(block: _Block, k_ref: Any, v_ref: Any, problem: Problem) ->
 
 
 def _online(block: _Block, head: int, k_ref: Any, v_ref: Any, problem: Problem) -> _Softmax:
-    """The same for one head with a running maximum: slower, and right for any finite logits."""
+    """As `_from_first_tile`, for one head and relative to a running maximum: slower, never inf."""
     size = min(problem.blocks.keys, problem.padded_keys)
     rows = problem.head_rows(head)
     query, text_row, accumulator = block.queries[head], block.text_row, block.accumulator
@@ -225,7 +233,7 @@ def _online(block: _Block, head: int, k_ref: Any, v_ref: Any, problem: Problem) 
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         high, total, text = carry
-        # The last tile is moved back to fit; its rows of before are masked.
+        # The last tile is moved back so that it fits; its rows that were there before are masked.
         start = jnp.minimum(i * size, problem.padded_keys - size)
         window = pl.ds(pl.multiple_of(start, SUBLANES), size)
         row = start + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
@@ -248,5 +256,5 @@ def _online(block: _Block, head: int, k_ref: Any, v_ref: Any, problem: Problem) 
 
 
 def _partial_sums(p: Float[Array, "k q"]) -> Float[Array, "8 q"]:
-    """Sums over whole registers; the last SUBLANES to 1 wait until the block's end."""
+    """Sums of whole registers; the SUBLANES rows that remain are added up at the block's end."""
     return p.reshape(-1, SUBLANES, p.shape[1]).sum(0)

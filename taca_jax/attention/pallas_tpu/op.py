@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from taca_jax.attention.log_sums import LogSums
 from taca_jax.attention.pallas_tpu.backward import backward
-from taca_jax.attention.pallas_tpu.blocks import BlockSizes, Chip, default_blocks, this_chip
+from taca_jax.attention.pallas_tpu.blocks import BlockSizes, default_blocks
 from taca_jax.attention.pallas_tpu.forward import Sums, forward
-from taca_jax.attention.pallas_tpu.tiles import LOG2_E, Blocks, Problem, heads_per_column
+from taca_jax.attention.pallas_tpu.target import kernel_vmem, this_chip
+from taca_jax.attention.pallas_tpu.tiles import LOG2_E, Problem, heads_per_column
+from taca_jax.attention.pallas_tpu.vmem import Direction, fitted
 
 
 def joint_attention(
@@ -26,14 +28,16 @@ def joint_attention(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b q h d"]:
-    """As `reference.joint_attention`, on TPU, in float32 inside; gamma has a gradient too.
+    """As `reference.joint_attention`, on TPU, computed in float32; gamma has a gradient too.
 
     q may be a part of the sequence, which begins at position `first_query` of it. `blocks` are the
-    kernel's sizes; None takes the chip's table. `interpret` runs it anywhere, slowly.
+    sizes of both kernels' blocks; None takes the fastest for the chip that fit. `interpret` runs
+    the kernels anywhere, slowly.
 
-    Raises ValueError where a head's keys and values do not fit into VMEM.
+    Raises NoRoomError, a ValueError, where no blocks, or not those given, fit into VMEM: those of
+    the backward pass where a gradient is taken.
     """
-    static = _static(q, k, text_len, blocks, interpret)
+    static = _Static.of(q.shape, k.shape[1], q.dtype, text_len, blocks, interpret)
     merged = _merge(static, q, k, v, gamma)
     first = jnp.asarray(first_query, jnp.int32).reshape(1)
     return _split(static, _attention(*merged, first, static))
@@ -46,89 +50,102 @@ def joint_attention_with_log_sums(
     *,
     text_len: int,
     gamma: Float[Array, " b"],
-    first_query: Int[Array, ""] | int = 0,
-    blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b q h d"], LogSums]:
-    """`joint_attention` and, from the same pass, the softmax's sums; without a gradient."""
-    static = _static(q, k, text_len, blocks, interpret)
+    """`joint_attention` of all queries and, from the same pass, the sums of its softmax.
+
+    Neither has a gradient. Raises NoRoomError where no blocks fit into VMEM.
+    """
+    static = _Static.of(q.shape, k.shape[1], q.dtype, text_len, interpret=interpret)
     q, k, v, gamma = _merge(static, q, k, v, gamma)
-    first = jnp.asarray(first_query, jnp.int32).reshape(1)
+    first = jnp.zeros(1, jnp.int32)
     out, high, *logs = _forward(q, k, v, gamma, first, static, "all and text")
-    sums = (((high + log) / LOG2_E).reshape(-1, static.heads, static.queries) for log in logs)
+    sums = (
+        ((high + log) / LOG2_E).reshape(-1, static.heads, static.forward.queries) for log in logs
+    )
     return _split(static, out), LogSums(*sums)
 
 
+def planned(
+    direction: Direction, shape: tuple[int, ...], *, keys: int, dtype: jax.typing.DTypeLike
+) -> Problem:
+    """What a kernel is compiled for, its blocks chosen, for queries of a shape `[b, q, h, d]`.
+
+    Raises NoRoomError where no blocks fit into VMEM.
+    """
+    return _Static.of(shape, keys, dtype).problem(direction)
+
+
 class _Static(NamedTuple):
-    """What a call is compiled for."""
+    """What a call is compiled for.
+
+    forward, backward: each pass with the blocks that are wanted; `problem` gives those that fit.
+    may_shrink: whether smaller blocks may be taken than those.
+    """
 
     heads: int
-    head_dim: int
-    queries: int
-    keys: int
-    text_len: int
-    blocks: BlockSizes
-    chip: Chip
-    interpret: bool
+    forward: Problem
+    backward: Problem
+    may_shrink: bool = True
+    interpret: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        keys: int,
+        dtype: jax.typing.DTypeLike,
+        text_len: int = 0,
+        blocks: BlockSizes | None = None,
+        interpret: bool = False,
+    ) -> "_Static":
+        """For queries of a shape `[b, q, h, d]`, with `blocks` exactly, or (None) the chip's."""
+        _, queries, heads, head_dim = shape
+        sizes = blocks or default_blocks(this_chip(), head_dim)
+        forward, backward = (
+            Problem(
+                queries=queries,
+                keys=keys,
+                text_len=text_len,
+                head_dim=head_dim,
+                group=heads_per_column(heads, head_dim) or 1,
+                dtype=jnp.dtype(dtype),
+                vmem=kernel_vmem(),
+                blocks=each,
+            )
+            for each in (sizes.forward, sizes.backward)
+        )
+        return cls(heads, forward, backward, may_shrink=blocks is None, interpret=interpret)
 
     @property
-    def group(self) -> int | None:
-        """Heads of a column of lanes; None where each head is to be a sample of its own."""
-        return heads_per_column(self.heads, self.head_dim)
+    def separate_heads(self) -> bool:
+        """Whether each head is handled as a sample, since heads cannot fill columns of lanes."""
+        return heads_per_column(self.heads, self.forward.head_dim) is None
 
-    def problem(self, blocks: Blocks) -> Problem:
-        return Problem(
-            queries=self.queries,
-            keys=self.keys,
-            text_len=self.text_len,
-            head_dim=self.head_dim,
-            group=self.group or 1,
-            blocks=blocks,
-            vmem_limit=self.chip.vmem_limit,
-        )
-
-
-def _static(
-    q: jax.Array, k: jax.Array, text_len: int, blocks: BlockSizes | None, interpret: bool
-) -> _Static:
-    _, queries, heads, head_dim = q.shape
-    chip = this_chip()
-    static = _Static(
-        heads=heads,
-        head_dim=head_dim,
-        queries=queries,
-        keys=k.shape[1],
-        text_len=text_len,
-        blocks=blocks or default_blocks(chip, head_dim),
-        chip=chip,
-        interpret=interpret,
-    )
-    needed = 4 * static.problem(static.blocks.forward).key_bytes(q.dtype.itemsize)
-    if needed > chip.vmem_limit and not interpret:
-        raise ValueError(
-            f"{k.shape[1]} keys of head size {head_dim} in {q.dtype} need {needed / 2**20:.0f} MiB "
-            f"of VMEM, of which {chip.vmem_limit / 2**20:.0f} MiB are there on {chip.name}; shard "
-            "the image tokens or take implementation='chunked'"
-        )
-    return static
+    def problem(self, direction: Direction) -> Problem:
+        """A pass with blocks that fit into VMEM. Raises NoRoomError where none do."""
+        problem = self.forward if direction == "forward" else self.backward
+        if self.interpret:
+            return problem
+        return fitted(problem, direction, may_shrink=self.may_shrink)
 
 
 def _merge(
     static: _Static, q: jax.Array, k: jax.Array, v: jax.Array, gamma: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """[b, s, h, d] as columns of lanes [b, s, h * d], or as [b * h, s, d]."""
+    """q, k, v as the kernels take them, [b, s, h * d] or [b * h, s, d], and a gamma for each b."""
     gamma = gamma.astype(jnp.float32)
-    if static.group is not None:
-        q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-        return q, k, v, gamma
-    q, k, v = (x.swapaxes(1, 2).reshape(-1, x.shape[1], static.head_dim) for x in (q, k, v))
-    return q, k, v, jnp.repeat(gamma, static.heads)
+    if static.separate_heads:
+        q, k, v = (x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v))
+        return q, k, v, jnp.repeat(gamma, static.heads)
+    q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    return q, k, v, gamma
 
 
 def _split(static: _Static, out: jax.Array) -> Float[Array, "b q h d"]:
-    if static.group is not None:
-        return out.reshape(*out.shape[:2], static.heads, static.head_dim)
-    return out.reshape(-1, static.heads, *out.shape[1:]).swapaxes(1, 2)
+    if static.separate_heads:
+        return out.reshape(-1, static.heads, *out.shape[1:]).swapaxes(1, 2)
+    return out.reshape(*out.shape[:2], static.heads, -1)
 
 
 @partial(jax.jit, static_argnums=(5, 6))
@@ -141,7 +158,7 @@ def _forward(
     static: _Static,
     sums: Sums,
 ) -> list[jax.Array]:
-    problem = static.problem(static.blocks.forward)
+    problem = static.problem("forward")
     return forward(
         q, k, v, gamma, first_query, problem=problem, sums=sums, interpret=static.interpret
     )
@@ -162,9 +179,10 @@ def _attention(
 def _attention_forward(
     q: Any, k: Any, v: Any, gamma: Any, first_query: Any, static: _Static
 ) -> tuple[jax.Array, tuple]:
+    static.problem("backward")  # raises, where it does not fit, before anything is computed
     inputs = tuple(x.value for x in (q, k, v, gamma, first_query))
     out, *sums = _forward(*inputs, static, "all")
-    # A residual may say something static by being there or not.
+    # The residuals must be arrays: an empty tuple says yes, None says no.
     wants_gamma = () if gamma.perturbed else None
     return out, (inputs, out, sums, wants_gamma)
 
@@ -195,7 +213,7 @@ def _backward(
 ) -> list[jax.Array]:
     return backward(
         *(q, k, v, gamma, first_query, out, high, log_total, d_out),
-        problem=static.problem(static.blocks.backward),
+        problem=static.problem("backward"),
         wants_gamma=wants_gamma,
         interpret=static.interpret,
     )

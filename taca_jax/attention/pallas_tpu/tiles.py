@@ -1,12 +1,13 @@
 """How the Pallas kernels cut a problem up: columns of heads, blocks of queries, tiles of keys.
 
-Queries, keys and values are read as [b, s, heads * head_dim], as projections leave them; turning
-them to [b, heads, s, head_dim] would cost a third of the kernel.
+Queries, keys and values are read as [b, s, heads * head_dim], as projections write them: to
+transpose them to [b, heads, s, head_dim] would take a third of the kernel's time. A *column* is the
+128 lanes, or more, that one head fills or that several small heads fill together.
 
-Scores are held transposed, keys on sublanes and queries on lanes: sums over keys run along
-sublanes, and what belongs to a query (its maximum, its denominator, its share of gamma) is a row.
-Tiles of keys are a static list: which of them hold text is known when the kernel is built, and a
-tile of image keys never sees gamma.
+Scores are held transposed, keys x queries, with keys on sublanes and queries on lanes. Sums over
+keys then run along sublanes, and what belongs to a query (its maximum, its sum, its gamma) is a row
+of lanes. Tiles of keys are a static list: which of them hold text is known when the kernel is
+built, and a tile of image keys never sees gamma.
 """
 
 import math
@@ -16,34 +17,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 LANES, SUBLANES = 128, 8
 KEY_ALIGNMENT = 16
-"""Rows of one register of bfloat16: tiles of keys begin at multiples of it."""
+"""Rows of one register of bfloat16. Tiles of keys begin at multiples of it."""
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30
-"""The logit of a key that is not there: beside any other, its exponential is 0."""
+"""The logit of padding: next to any real key's, its exponential is 0."""
 
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
-"""Which axes a product contracts, in the names of BLAS: T is a transposed operand."""
+"""Which axes a product contracts, as BLAS names them: T is a transposed operand, N is not."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes that decide speed and nothing else.
+    """Sizes that decide about speed and memory, not about results.
 
     queries: of a block, a multiple of 128. keys: of a tile, a multiple of 16. per_step: blocks of
-    queries in a grid step, one after the other in straight code, so that a step's bookkeeping is
-    paid once and each block's last tiles overlap with the next one's first. prefetch: tiles whose
-    scores are computed ahead of their use. unroll: tiles of straight code a block; with more, it
-    loops over that many at a time. transposed: whether the backward pass accumulates the gradients
-    of keys and values as [head_dim, keys], which fills a wide matrix unit; the forward pass ignores
-    it.
+    queries in a grid step, unrolled, so that a step's overhead is paid once and each block's last
+    tiles overlap with the next one's first. prefetch: tiles whose scores are computed ahead of
+    their use. unroll: tiles of a block that are unrolled; where there are more, a loop takes that
+    many at a time. transposed: whether the backward kernel accumulates the gradients of keys and
+    values as [head_dim, keys], which fills a wide matrix unit; the forward kernel ignores it.
+    key_buffers: copies of a head's keys and values in VMEM; with 2, the next head's arrive while
+    this one's are in use, and 1 is for where there is no room for that.
 
     Raises ValueError for sizes that no kernel can have.
     """
@@ -54,6 +57,7 @@ class Blocks:
     prefetch: int = 1
     unroll: int = 24
     transposed: bool = False
+    key_buffers: int = 2
 
     def __post_init__(self):
         for name, size, multiple in (
@@ -62,6 +66,7 @@ class Blocks:
             ("per_step", self.per_step, 1),
             ("prefetch", self.prefetch, 1),
             ("unroll", self.unroll, 1),
+            ("key_buffers", self.key_buffers, 1),
         ):
             if size < 1 or size % multiple:
                 raise ValueError(f"blocks.{name} is {size}; it must be a multiple of {multiple}")
@@ -69,7 +74,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tile:
-    """Keys start..stop - 1 of the sequence; `stop` may lie beyond its end."""
+    """Keys start..stop - 1 of the sequence. `stop` may lie beyond its end."""
 
     start: int
     stop: int
@@ -79,7 +84,7 @@ class Tile:
         return self.stop - self.start
 
     def window(self, offset: int | Array) -> Any:
-        """The tile's rows of a reference, `offset` rows further on."""
+        """Where the tile lies in an array of keys, `offset` rows further on."""
         if isinstance(offset, int):
             return slice(self.start + offset, self.stop + offset)
         return pl.ds(pl.multiple_of(self.start + offset, KEY_ALIGNMENT), self.rows)
@@ -87,9 +92,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Problem:
-    """The static shape of one call: all that a kernel is specialised to. Gamma is not: it is data.
+    """What a kernel is compiled for. Gamma is not part of it: that is data.
 
-    group: heads that share one column of lanes. vmem_limit: bytes that a kernel may use.
+    dtype: of queries, keys, values and the output. group: heads that share one column of lanes.
+    vmem: bytes of VMEM that a kernel may take.
     """
 
     queries: int
@@ -97,26 +103,23 @@ class Problem:
     text_len: int
     head_dim: int
     group: int
+    dtype: np.dtype
+    vmem: int
     blocks: Blocks
-    vmem_limit: int
 
     @property
     def column(self) -> int:
-        """Lanes of a block."""
+        """Lanes of a column."""
         return self.group * self.head_dim
 
     def head_rows(self, head: int) -> slice:
-        """A head's rows of a transposed column."""
+        """Where a head lies in a transposed column."""
         return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
     @property
     def padded_keys(self) -> int:
-        """Rows of a block of keys; those from `keys` on hold nothing."""
+        """The number of keys that the kernel reads; those from `keys` on may be anything."""
         return round_up(self.keys, KEY_ALIGNMENT)
-
-    def key_bytes(self, itemsize: int) -> int:
-        """Of a head column's keys, which stay in VMEM: as many again for its values."""
-        return self.padded_keys * round_up(self.column, LANES) * itemsize
 
     @property
     def query_block(self) -> int:
@@ -124,7 +127,10 @@ class Problem:
 
     @property
     def step_blocks(self) -> list[slice]:
-        """The rows of each block of a grid step: as many as leave no step with a block too many."""
+        """Where each block of a grid step lies in it.
+
+        There are at most `per_step`, and a number that divides all blocks: no step does too much.
+        """
         size = self.query_block
         blocks = -(-self.queries // size)
         count = max(n for n in range(1, self.blocks.per_step + 1) if blocks % n == 0)
@@ -145,13 +151,13 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        """From a product of q and k to a logit in base 2."""
+        """What a product of q and k is multiplied by to be a logit in base 2."""
         return LOG2_E / math.sqrt(self.head_dim)
 
     def schedule(self) -> tuple[list[Tile], list[Tile], int, list[Tile]]:
-        """All tiles in order: straight code, then a list to repeat so many times, then the rest.
+        """All tiles in order: some that are unrolled; some to repeat, and how often; and the rest.
 
-        Repeated tiles are of image keys alone, and whole.
+        Tiles that are repeated hold image keys alone, none beyond the end.
         """
         size, end = self.blocks.keys, self.padded_keys
         tiles = [Tile(start, min(start + size, end)) for start in range(0, end, size)]
@@ -169,7 +175,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def heads_per_column(heads: int, head_dim: int) -> int | None:
-    """Heads that fill a column of lanes between them, or None where they cannot."""
+    """How many heads fill a column of lanes; None where they cannot, evenly."""
     if head_dim % LANES == 0:
         return 1
     group = LANES // head_dim
@@ -177,13 +183,13 @@ def heads_per_column(heads: int, head_dim: int) -> int | None:
 
 
 def dot(a: jax.Array, b: jax.Array, dims: Any) -> jax.Array:
-    """A product accumulated in float32; float32 operands keep all their bits."""
+    """A product accumulated in float32; of float32 operands, at full precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def query_positions(problem: Problem, first: int | Array) -> Int[Array, "1 q"]:
-    """The index of each query of the block that begins at query `first`, along lanes."""
+    """The number of each query of the block that begins at query `first`, along lanes."""
     return first + jax.lax.broadcasted_iota(jnp.int32, (1, problem.query_block), 1)
 
 
@@ -195,7 +201,7 @@ def row_numbers(tile: Tile) -> Int[Array, "k 1"]:
 def only_head(x: Float[Array, "r w"], problem: Problem, head: int) -> Float[Array, "r w"]:
     """`x` with zeros in the other heads' lanes, so that contracting the column is that head's.
 
-    The matrix unit is no faster for fewer lanes, and moving lanes costs.
+    The matrix unit is no faster for fewer lanes, and moving lanes takes time.
     """
     if problem.group == 1:
         return x
@@ -213,9 +219,10 @@ def existing_rows(x: Float[Array, "r w"], start: int | Array, stop: int) -> Floa
 
 
 def on_text(problem: Problem, tile: Tile, text: Any, other: Any) -> Any:
-    """What a tile is multiplied by: `text` on its text keys, `other` on its image keys.
+    """`text` for a tile's text keys, `other` for its image keys.
 
-    Each is a number, or a row with a value per query; the result is as small as it can be.
+    Each is a number, or a row with a value per query. Only for a tile that holds both kinds of keys
+    the result is larger.
     """
     if tile.start >= problem.text_len:
         return other
@@ -232,10 +239,10 @@ def run_schedule(
 ) -> None:
     """`add(tile, head, offset, prepare(tile, head, offset))` for every tile and head.
 
-    What comes next is prepared before what is there is added, so that the matrix unit works on one
-    while the vector unit works on the other. Tiles of a loop stand for those `offset` rows further
-    on. `carry(None)` gives what `add` keeps outside of references, `carry(value)` takes it back: a
-    loop has to hand it on.
+    The next tiles are prepared before this one is added, so that the matrix unit works on those
+    while the vector unit works on this. In a loop, `offset` is how many rows further on a tile lies
+    than it says. What `add` keeps outside of references has to be carried through the loop:
+    `carry(None)` returns it, `carry(value)` sets it.
     """
 
     def run(tiles: list[Tile], offset: int | Array) -> None:

@@ -1,0 +1,102 @@
+"""How much VMEM each kernel needs, and blocks that are small enough for what there is.
+
+A kernel's blocks of queries are double-buffered: while one is worked on, the next one arrives and
+the one before leaves. Keys and values of a head, and in the backward pass their gradients, are
+there whole, `Blocks.key_buffers` times. To that come the kernel's own arrays, and the registers
+that the compiler spills: how many, only the compiler knows, but there is a bound.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from taca_jax.attention.pallas_tpu.target import device_kind
+from taca_jax.attention.pallas_tpu.tiles import LANES, SUBLANES, Problem, round_up
+
+Direction = Literal["forward", "backward"]
+
+FLOAT32_BYTES = 4
+MIB = 2**20
+
+QUERY_BUFFERS = 2
+
+QUERY_ARRAYS: dict[Direction, int] = {"forward": 2, "backward": 4}
+"""Arrays of the size of the queries: q and the output, then q, the output and both's gradients."""
+
+KEY_ARRAYS: dict[Direction, int] = {"forward": 2, "backward": 4}
+"""Arrays of the size of the keys: keys and values, then these and their gradients."""
+
+ROW_ARRAYS = 3
+"""Arrays of one float32 per query and head, at most: forward, the softmax's three sums; backward,
+two of them and gamma's gradient."""
+
+SPILLED_TILES: dict[Direction, int] = {"forward": 16, "backward": 10}
+"""Bounds on what the compiler spills, in tiles of scores, in bfloat16. In float32 each tile that is
+unrolled may add one, and all of it counts `prefetch` times. Found by compiling for every chip."""
+
+LEAST_UNROLL = 4
+
+
+class NoRoomError(ValueError):
+    """No blocks of a kernel fit into VMEM. lack: both numbers, in a sentence without its stop."""
+
+    def __init__(self, lack: str):
+        super().__init__(f"{lack}; take implementation='auto' or 'chunked'")
+        self.lack = lack
+
+
+def fitted(problem: Problem, direction: Direction, *, may_shrink: bool) -> Problem:
+    """`problem`, with smaller blocks where its own do not fit and `may_shrink` allows it.
+
+    Raises NoRoomError where no blocks fit.
+    """
+    candidates = list(smaller(problem, direction)) if may_shrink else [problem]
+    for candidate in candidates:
+        if needed_vmem(candidate, direction) <= problem.vmem:
+            return candidate
+    least = needed_vmem(candidates[-1], direction) / MIB
+    raise NoRoomError(
+        f"attention over {problem.keys} keys of head size {problem.head_dim} in {problem.dtype} "
+        f"needs {least:.1f} MiB of VMEM in its {direction} pass, and a kernel may take "
+        f"{problem.vmem / MIB:.1f} MiB on {device_kind()}"
+    )
+
+
+def smaller(problem: Problem, direction: Direction) -> Iterator[Problem]:
+    """`problem`, then with blocks that need less and less VMEM, and cost more and more speed."""
+    yield problem
+    queries = range(problem.blocks.queries - LANES, 0, -LANES)
+    changes = ({"key_buffers": 1}, {"per_step": 1}, {"unroll": LEAST_UNROLL})
+    for change in (*changes, *({"queries": n} for n in queries)):
+        candidate = replace(problem, blocks=replace(problem.blocks, **change))
+        if needed_vmem(candidate, direction) < needed_vmem(problem, direction):
+            problem = candidate
+            yield problem
+
+
+def needed_vmem(problem: Problem, direction: Direction) -> int:
+    """Bytes of VMEM that a kernel takes at the most."""
+    lanes = round_up(problem.column, LANES)
+    rows = problem.step_queries
+    itemsize = problem.dtype.itemsize
+    queries = QUERY_ARRAYS[direction] * rows * lanes * itemsize
+    per_row = ROW_ARRAYS * problem.group * rows * FLOAT32_BYTES
+    keys = KEY_ARRAYS[direction] * problem.padded_keys * lanes * itemsize
+    accumulators = round_up(problem.column, SUBLANES) * rows * FLOAT32_BYTES
+    if direction == "backward":
+        accumulators += 2 * round_up(problem.padded_keys, LANES) * lanes * FLOAT32_BYTES
+    tile = max(problem.blocks.keys, problem.column) * problem.query_block * FLOAT32_BYTES
+    return (
+        QUERY_BUFFERS * (queries + per_row)
+        + problem.blocks.key_buffers * keys
+        + accumulators
+        + _spilled_tiles(problem, direction) * tile
+    )
+
+
+def _spilled_tiles(problem: Problem, direction: Direction) -> int:
+    if problem.dtype.itemsize < FLOAT32_BYTES:
+        return SPILLED_TILES[direction]
+    before, repeated, _, after = problem.schedule()
+    unrolled = problem.group * len([*before, *repeated, *after])
+    return problem.blocks.prefetch * (SPILLED_TILES[direction] + unrolled)
