@@ -196,7 +196,7 @@ def encode_rounds(folder: Path, rounds: int) -> Encoding:
                 writer,
                 *(source, buckets, encoders),
                 done=np.zeros(0, np.int64),
-                told=lambda: False,
+                stopping=lambda: False,
             )
 
     def timed(run: Any, *arguments: Any) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Slices of TPUs that can be rented, by name, and what their chips can do."""
+"""The slices of TPUs that can be rented, by name, with the figures of their chips."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,8 +33,7 @@ _SIDES["v6e"] = _SIDES["v5e"]
 
 @dataclass(frozen=True)
 class Slice:
-    """Chips that are rented together: `v5e-16` is 16 chips; in `v5p-8` cores are counted, two a
-    chip."""
+    """Chips that are rented together: `v5e-16` has 16 chips; `v5p-8` has 8 cores, two per chip."""
 
     name: str
     chip: Chip
@@ -43,7 +42,7 @@ class Slice:
 
     @classmethod
     def of(cls, name: str) -> "Slice":
-        """Raises UserError for a name that is none, listing those that are."""
+        """The slice of this name. Raises UserError for an unknown name, with a list of all."""
         kind, _, number = name.partition("-")
         chips = int(number) if number.isdigit() else 0
         if kind == "v5p":
@@ -54,7 +53,7 @@ class Slice:
         return cls(name, CHIPS[kind], chips, f"{kind}:{_SIDES[kind][chips]}")
 
     def larger(self) -> Iterator["Slice"]:
-        """Those of the same generation with more chips, the smallest first."""
+        """Slices of the same generation with more chips, the smallest first."""
         kind = self.name.partition("-")[0]
         for name in slice_names(kind):
             other = Slice.of(name)
@@ -63,6 +62,6 @@ class Slice:
 
 
 def slice_names(kind: str | None = None) -> list[str]:
-    """Every slice that can be planned for."""
+    """The names of all slices, or of those of one generation."""
     kinds = CHIPS if kind is None else [kind]
     return [f"{k}-{n * (2 if k == 'v5p' else 1)}" for k in kinds for n in _SIDES[k]]
