@@ -1,13 +1,12 @@
-"""Loading a large pipeline, converted or original: peak memory beyond the model itself, and time.
+"""Loads a large pipeline, original and converted: peak memory beyond the model itself, and time.
 
     python -m benchmarks.load_memory [--gigabytes N] [--folder DIR] [--json FILE]
 
-A synthetic FLUX of FLUX.1-dev's width in bfloat16, as `benchmarks.convert_memory` makes it, loaded
-with `FluxPipeline.from_pretrained` from diffusers' layout and from its conversion. Each load is a
-process of its own. Where the device is the CPU the model lies in the same memory, so what is
-printed is the peak of resident memory less what was resident before and the parameters' bytes; on
-an accelerator it is less what was resident before alone. Three times the size must be free in the
-folder.
+A synthetic FLUX of FLUX.1-dev's width in bfloat16, as `benchmarks.convert_memory` makes it, is
+loaded with `FluxPipeline.from_pretrained` from diffusers' layout and from its conversion, each in
+its own process. Printed is the peak of resident memory minus what was resident before; on the CPU,
+where the model is in the same memory, also minus the parameters' bytes. Three times the size must
+be free in the folder.
 """
 
 import argparse
@@ -56,7 +55,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Result:
-    """Bytes: of the model, of the largest tensor of the original, of the largest stack of ours."""
+    """size, largest_tensor (of the original), largest_stack (of our stacked layers): in bytes."""
 
     size: int
     largest_tensor: int
@@ -66,7 +65,7 @@ class Result:
 
 
 def loaded(path: Path) -> Loaded:
-    """What loading the pipeline at `path` takes, in a process of its own."""
+    """Loads the pipeline at `path` in its own process, and measures it."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, text=True, check=True
     )
