@@ -211,7 +211,7 @@ def _templates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
-    """(start, length) of all spans in `length` + 2 pixels that differ from `length` by at most 1."""
+    """(start, length) of all spans in `length` + 2 pixels with a length within 1 of `length`."""
     return [
         (start, span)
         for span in (length - 1, length, length + 1)
