@@ -9,14 +9,14 @@ from taca_jax.pipelines.config import GenerateConfig
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], GenerateConfig, attribute="GENERATE")
-    from taca_jax.pipelines.generate import generate  # seconds of imports, as in train.py
+    from taca_jax.pipelines.generate import generate  # takes seconds to import, as in train.py
 
     try:
         generate(config)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; pictures that were said to be written are whole")
+        sys.exit("stopped; pictures reported as written are complete")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python -m benchmarks.convert_memory [--gigabytes N] [--folder DIR] [--rounds N] [--json FILE]
 
-A synthetic FLUX of FLUX.1-dev's width in diffusers' layout, bfloat16, in shards of 1 GB, as many
-blocks as the size asks for. Each round copies it (reading and writing every byte through one
-buffer, and handing them to the disk, as conversion does) and converts it with `python -m convert
-flux`; which is first changes from round to round, and before each the system is made to finish its
-writing and to forget the source. At the end `python -m convert verify` compares what was made. Each
-command is a process of its own: its peak is the resident memory that the kernel saw, its time
-counts the start of Python and JAX, which is shown apart. Medians over the rounds. Twice the size
+The source is a synthetic FLUX of FLUX.1-dev's width in diffusers' layout, bfloat16, in shards of
+1 GB, with as many blocks as the size requires. Each round copies it (through one buffer, with an
+fsync at the end, as conversion does) and converts it with `python -m convert flux`. The order
+alternates from round to round, and before each the system writes back its dirty pages and drops the
+source from its cache. At the end `python -m convert verify` checks the result. Each command runs in
+its own process: its peak is the kernel's figure of resident memory, its time includes starting
+Python and JAX, which is also shown separately. Times are medians over the rounds. Twice the size
 must be free in the folder.
 """
 
@@ -48,7 +48,7 @@ print("peak", int(fields["VmHWM"].split()[0]) * 1024)
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds and bytes; `_cpu` is processor time, `ratio` of the medians of both."""
+    """Seconds and bytes; `_cpu` is processor time, `ratio` that of the medians, convert / copy."""
 
     size: int
     tensors: int
@@ -64,7 +64,7 @@ class Result:
 
 
 def config_of(gigabytes: float) -> FluxConfig:
-    """FLUX.1-dev with as many blocks as fill the size, at least one of each kind."""
+    """FLUX.1-dev with enough blocks for the size, at least one of each kind."""
 
     def size(blocks: int) -> int:
         config = dataclasses.replace(
@@ -81,7 +81,7 @@ def config_of(gigabytes: float) -> FluxConfig:
 
 
 def write_checkpoint(folder: Path, config: FluxConfig) -> tuple[int, int]:
-    """A sharded checkpoint of random numbers; returns its bytes and its number of tensors."""
+    """Writes a sharded checkpoint of random numbers; returns its bytes and number of tensors."""
     folder.mkdir()
     settings = flux_diffusers.settings_of(config)
     (folder / "config.json").write_text(json.dumps(settings))
@@ -109,12 +109,12 @@ def write_checkpoint(folder: Path, config: FluxConfig) -> tuple[int, int]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that ended."""
+    """Processor time of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 def forget(folder: Path) -> None:
-    """Has the system read the folder's files from the disk again, and finish what it is writing."""
+    """Writes back dirty pages, and drops the folder's files from the system's cache."""
     os.sync()
     for file in folder.iterdir():
         with file.open("rb") as opened:
@@ -122,12 +122,12 @@ def forget(folder: Path) -> None:
 
 
 def copied(src: Path, dst: Path) -> float:
-    """Seconds to copy a folder, the disk's part included."""
+    """Seconds to copy a folder, including writing to the disk."""
     start = time.perf_counter()
     dst.mkdir()
     buffer = memoryview(bytearray(2**24))
     for file in src.iterdir():
-        # Not shutil.copyfile: it may share the blocks instead of copying them.
+        # Not with shutil.copyfile, which may share blocks between the files instead.
         with file.open("rb", buffering=0) as read, (dst / file.name).open("wb", 0) as written:
             while size := read.readinto(buffer):
                 written.write(buffer[:size])
@@ -146,7 +146,7 @@ def command(*words: str) -> tuple[float, int, str]:
 
 
 def start_seconds() -> float:
-    """What any command takes before it begins."""
+    """Seconds to start Python and import the command."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import convert.cli"], check=True)
     return time.perf_counter() - start

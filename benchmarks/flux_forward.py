@@ -1,11 +1,11 @@
-"""A FLUX forward pass on the CPU: ours against diffusers and PyTorch, same weights and inputs.
+"""Times a FLUX forward pass on the CPU, ours against diffusers', with the same weights and inputs.
 
     python -m benchmarks.flux_forward [--rounds N] [--threads N] [--json FILE]
 
 Both run in this process, in float32, on all cores. The outputs are compared before anything is
-timed. Rounds alternate between the two, so that whatever else the machine does hits both alike;
-beside the wall time stands the CPU time of all threads. On a busy machine neither is fair with
-several threads, as PyTorch's wait for each other spinning: there, take `--threads 1`.
+timed. Rounds alternate between the two, so that other load on the machine affects both alike. The
+CPU time of all threads is shown beside the wall time. On a busy machine neither is fair with
+several threads, because PyTorch's threads spin while they wait: use `--threads 1` there.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from taca_jax.nn.layers import patchify
 
 MAX_RELATIVE_ERROR = 1e-4
 
-# diffusers' FLUX rotates as the large models do, whatever their size; the work is the same.
+# diffusers fixes theta to that of the large models; it does not change the amount of work.
 SHAPES = replace(shapes_base.CONFIG.model, theta=10_000)
 MIDDLE = FluxConfig(
     patch_size=2,
@@ -88,7 +88,7 @@ class Result:
 
 
 def random_model(config: FluxConfig) -> FluxTransformer:
-    """Our model with every parameter random, those included that start at zero."""
+    """Our model with every parameter random, including those that are initialised to zero."""
     model = FluxTransformer(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
 

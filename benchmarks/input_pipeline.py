@@ -1,4 +1,4 @@
-"""Whether training waits for its input, from a cache of encoded examples and while making one.
+"""Measures whether training waits for its input: from a cache, and while the cache is made.
 
     python -m benchmarks.input_pipeline [--steps N] [--rounds N] [--json FILE]
 
@@ -7,9 +7,10 @@ variance, 512 T5 tokens of 4096, in bfloat16: 5.2 MB a sample). It reads the cac
 does, into the device's memory, with a pause of 50 ms for each step. The files are in the system's
 file cache, so that the disk is not measured.
 
-The second part encodes JPEGs with an autoencoder and a T5 of the real structure but less width: by
-the encoders alone, and by the stage of training that makes a cache, in turns. On a CPU both use the
-same cores, so that all that the stage spends is measured; beside an accelerator it costs nothing.
+The second part encodes JPEGs with an autoencoder and a T5 of the real structure but smaller width,
+alternating between the encoders alone and the stage of training that makes a cache. On a CPU the
+stage's own work competes with the encoders, so that all of it is measured; with an accelerator it
+runs beside them.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def write_cache(folder: Path) -> Cache:
 
 
 def feed(cache: Cache, batch: int, steps: int) -> Feeding:
-    """Reads batches for a device that is busy for STEP_SECONDS with each."""
+    """Reads batches for a simulated device that takes STEP_SECONDS for each."""
     data = DataConfig(batch_size=batch, resolution=RESOLUTION)
     walls, waits = [], []
     with make_cached_loader(cache, data=data) as loader:
@@ -121,7 +122,7 @@ def feed(cache: Cache, batch: int, steps: int) -> Feeding:
         cpu = time.process_time()
         for _ in range(steps):
             start = time.perf_counter()
-            # As in training, this batch is brought to the device while the step before runs.
+            # As in training, this batch is loaded while the previous step runs.
             jax.block_until_ready(_next_batch(loader, 1, None)[0])
             taken = time.perf_counter() - start
             time.sleep(max(0.0, STEP_SECONDS - taken))
@@ -142,9 +143,10 @@ def feed(cache: Cache, batch: int, steps: int) -> Feeding:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Pictures per second by the encoders alone and by the stage; medians over rounds.
+    """Pictures per second of the encoders alone and of the stage; medians over rounds.
 
-    ratio: of the speeds, stage / alone, in each round. cpu_ratio: the same in processor time.
+    ratio, ratios: of the speeds, stage / alone: their median and each round's. cpu_ratio: the
+    median of the same ratio in processor time.
     """
 
     alone: float
@@ -196,7 +198,7 @@ def encode_rounds(folder: Path, rounds: int) -> Encoding:
                 writer,
                 *(source, buckets, encoders),
                 done=np.zeros(0, np.int64),
-                told=lambda: False,
+                stopping=lambda: False,
             )
 
     def timed(run: Any, *arguments: Any) -> tuple[float, float]:
@@ -222,8 +224,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        cache = write_cache(Path(place) / "cache")
+    with tempfile.TemporaryDirectory() as folder:
+        cache = write_cache(Path(folder) / "cache")
         print(f"cached latents of {RESOLUTION} px, a step of {STEP_SECONDS * 1000:.0f} ms, in ms")
         print(f"{'batch':>6}{'step':>8}{'waited':>8}{'95 %':>8}{'most':>8}{'late':>7}{'CPU':>8}")
         feedings = [feed(cache, batch, options.steps) for batch in (1, 8)]
@@ -233,7 +235,7 @@ def main() -> None:
                 f"{f.wait_most:8.1f}{f.late_share:7.0%}{f.cpu:8.1f}",
                 flush=True,
             )
-        encoding = encode_rounds(Path(place), options.rounds)
+        encoding = encode_rounds(Path(folder), options.rounds)
     print(
         f"\ncache stage: {encoding.stage:.2f} pictures/s, the encoders alone {encoding.alone:.2f}; "
         f"ratio {encoding.ratio:.2f} (rounds: {', '.join(f'{r:.2f}' for r in encoding.ratios)}), "

@@ -1,10 +1,10 @@
-"""What 8 and 4 bits do to a FLUX forward pass: error, memory, and time on the CPU.
+"""The effect of 8 and 4 bits on a FLUX forward pass: error, memory, and time on the CPU.
 
     python -m benchmarks.quantize [--rounds N] [--json FILE]
 
-Random models (kernels normal, each output's variance 1) in float32, so that the errors are the
-quantisation's alone: ||quantised - plain|| / ||plain||. Rounds alternate between the three, so that
-whatever else the machine does hits all alike; times are CPU time of all threads.
+Models are random (kernels normal, with outputs of variance 1) and in float32, so that errors,
+||quantised - plain|| / ||plain||, come from quantisation only. Rounds alternate between the three
+formats, so that other load on the machine affects all alike; times are CPU time of all threads.
 """
 
 import argparse
@@ -59,7 +59,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Result:
-    """kernels: bytes per parameter of all that is stored. cpu: milliseconds per forward pass."""
+    """kernels: their format. cpu: milliseconds per forward pass."""
 
     name: str
     kernels: str
@@ -87,7 +87,7 @@ def random_model(config: FluxConfig) -> FluxTransformer:
 
 
 def stored_bytes(model: FluxTransformer) -> float:
-    """4-bit numbers as a TPU keeps them, two to a byte."""
+    """Bytes of all parameters; a TPU packs two 4-bit numbers into a byte."""
     arrays = [param.get_value() for param in flat_params(model).values()]
     return sum(a.size * (0.5 if a.dtype == jnp.uint4 else a.dtype.itemsize) for a in arrays)
 

@@ -1,12 +1,12 @@
-"""What training and sampling take on slices of TPUs, by the TPU's compiler; no TPU is needed.
+"""What training and sampling need on slices of TPUs, by the TPU compiler; no TPU is necessary.
 
     python -m benchmarks.tpu_plans [--rows NAME ...] [--json FILE] [--programs FOLDER]
 
-Every row compiles the very program for its slice (some minutes each): memory is the compiler's
-account of one chip; FLOPs are the transformer's, of all chips; the roofline is the least time that
-matrix units, memory and wires allow, and what sets it; hidden is the share of the wires' time in
-which the schedule lets the chip work; compiling is CPU time, of all cores together. --programs
-keeps the compiled programs' text.
+Every row compiles the real program for its slice (some minutes each). Memory is the compiler's
+figure for one chip; FLOPs are the transformer's, on all chips; the least time is the roofline's,
+with the resource that limits it: matrix units, memory or wires; hidden is the share of the wires'
+time that the schedule overlaps with work; compiling is CPU time, of all cores together. --programs
+writes the compiled programs' text.
 """
 
 import argparse
@@ -49,7 +49,7 @@ RESOLUTION = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: its name, which ends with its slice's, and what is compiled."""
+    """A row of the table: its name, which ends with that of its slice, and what makes its plan."""
 
     name: str
     words: str
@@ -70,7 +70,7 @@ def training(
     quantize_text: Quantization = "none",
     encode: Literal["online", "cache"] = "online",
 ) -> Plan:
-    """A step of training a LoRA of `rank`, on so many images a chip; encode as in DataConfig."""
+    """A training step of a LoRA of `rank`, with `images` per chip; encode as in DataConfig."""
     assert config.lora is not None
     config = replace(
         config,
@@ -85,21 +85,21 @@ def training(
 
 
 def sampling(where: Slice, quantize: Quantization) -> Plan:
-    """FLUX.1-dev draws one picture under TACA, from embeddings that were made before: a denoising
-    step's FLOPs and times, and the memory of what takes more, the loop or decoding after it."""
+    """FLUX.1-dev draws one picture with TACA, from given embeddings: FLOPs and times of a denoising
+    step, and the memory of the loop or of decoding, whichever needs more."""
     mesh = make_mesh(MeshConfig(), plans.devices_of(where))
     options = LoadOptions(dtype=jnp.dtype("bfloat16"), mesh=mesh)
     graph, state = nnx.split(abstract_on_mesh(FLUX_DEV, replace(options, quantize=quantize)))
     ae_graph, ae_state = nnx.split(abstract_on_mesh(FLUX_VAE, options))
-    side, text = RESOLUTION // FLUX_VAE.downscale, FLUX.published["flux1-dev"].text_length
+    side, tokens = RESOLUTION // FLUX_VAE.downscale, FLUX.published["flux1-dev"].text_length
     image = (side // FLUX_DEV.patch_size) ** 2
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated)
 
-    def draw(state: nnx.State, latents: jax.Array, steps: Any, told: Conditioning) -> jax.Array:
-        return denoise(nnx.merge(graph, state), latents, steps, told)[0]
+    def draw(state: nnx.State, latents: jax.Array, steps: Any, text: Conditioning) -> jax.Array:
+        return denoise(nnx.merge(graph, state), latents, steps, text)[0]
 
     def decode(state: nnx.State, latents: jax.Array) -> jax.Array:
         return nnx.merge(ae_graph, state).decode(latents)
@@ -107,19 +107,19 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
     steps = make_plan(FlowSchedule().sigmas(1, image), TacaConfig())
     steps = jax.tree.map(lambda x: array(*x.shape), steps)
     latents = array(1, side, side, FLUX_DEV.latent_channels)
-    told = Conditioning(
-        txt=array(1, text, FLUX_DEV.txt_dim),
+    conditioning = Conditioning(
+        txt=array(1, tokens, FLUX_DEV.txt_dim),
         pooled=array(1, FLUX_DEV.pooled_dim),
         guidance=array(1),
     )
-    told_size = local_bytes((latents, steps, told))
+    inputs = local_bytes((latents, steps, conditioning))
     sizes: dict[str, Any] = {"batch": 1, "resolution": RESOLUTION}
     with on(mesh):
         drawn = plans.compiled_plan(
-            jax.jit(draw).lower(state, latents, steps, told),
+            jax.jit(draw).lower(state, latents, steps, conditioning),
             *(where, mesh),
-            parts={"transformer": local_bytes(state), "what it is told": told_size},
-            flops=forward_flops(FLUX_DEV, image=image, text=text),
+            parts={"transformer": local_bytes(state), "inputs": inputs},
+            flops=forward_flops(FLUX_DEV, image=image, text=tokens),
             **sizes,
         )
         decoded = plans.compiled_plan(
@@ -175,7 +175,7 @@ ROWS: tuple[Row, ...] = (
         for where in ("v5e-256", "v5p-512")
     ),
 )
-"""Where nothing else is said, text encoders and autoencoder work in the step."""
+"""Unless a row says otherwise, text encoders and autoencoder run in the step."""
 HEADER = (
     "| program at 1024 px | slice | chip memory | fits | FLOPs of a step | least time, set by "
     "| wires: received, hidden | CPU time to compile |"
@@ -183,7 +183,7 @@ HEADER = (
 
 
 def described(row: Row, plan: Plan) -> str:
-    """A line of the table."""
+    """A row as Markdown."""
     memory, whole = plan.memory / GB, plan.where.chip.memory / GB
     wires = plan.traffic.together.received
     return " | ".join(
@@ -201,7 +201,7 @@ def described(row: Row, plan: Plan) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """What is known of a plan, but its program."""
+    """The figures of a plan."""
     return {
         "slice": plan.where.name,
         "mesh": dict(plan.mesh.shape),

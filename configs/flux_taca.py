@@ -2,7 +2,7 @@
 
 python -m convert flux --src FLUX.1-dev --dst flux1-dev
 python train.py --config flux_taca data.source=folder:PICTURES data.batch_size=16
-python train.py --config flux_taca plan=v5e-16 data.batch_size=16      # what that would take
+python train.py --config flux_taca plan=v5e-16 data.batch_size=16      # what that would need
 """
 
 from taca_jax import (

@@ -1,4 +1,4 @@
-"""A small FLUX from scratch on your own pictures, in TAEF1's latents.
+"""A small FLUX, from scratch, on your own pictures in the latents of TAEF1.
 
 python -m convert tiny_vae --src TAEF1_FOLDER --dst taef1
 python train.py --config pictures_base data.source=folder:PICTURES autoencoder=taef1

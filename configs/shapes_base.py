@@ -1,7 +1,7 @@
 """A small FLUX and its T5, from scratch on compositional shapes: the base of `shapes_taca`.
 
-Made to train in about an hour on two CPU cores. 16 text tokens stand against 100 image
-tokens, so that text is as outnumbered as in the full-size model (512 against 4096).
+It trains in about an hour on two CPU cores. With 16 text tokens and 100 image tokens, text is about
+as outnumbered as in the full-size model (512 and 4096).
 """
 
 from taca_jax import DataConfig, EvalConfig, OptimizerConfig, TextConfig, TrainConfig
@@ -18,7 +18,7 @@ CONFIG = TrainConfig(
         num_heads=4,
         head_dim=32,
         axes_dim=(8, 12, 12),
-        theta=100,  # 10 rows and columns: slower rotations would tell nothing apart
+        theta=100,  # for 10 rows and columns: slower rotations could not tell them apart
         num_double_blocks=2,
         num_single_blocks=4,
         mlp_ratio=4.0,
@@ -33,11 +33,11 @@ CONFIG = TrainConfig(
             vocab_size=33, dim=128, ff_dim=256, num_heads=4, head_dim=32, num_layers=2
         ),
     ),
-    # The data's mean and deviation.
+    # The data's mean and standard deviation.
     pixels=PixelsConfig(shift_factor=0.58, scaling_factor=1 / 0.36),
     data=DataConfig(source="generated:shapes", batch_size=32, resolution=40, caption_dropout=0.1),
     optimizer=OptimizerConfig(
-        kind="muon",  # half of AdamW's steps to the same loss
+        kind="muon",  # reaches the same loss in half of AdamW's steps
         learning_rate=2e-3,
         warmup_steps=100,
         schedule="cosine",
@@ -45,7 +45,7 @@ CONFIG = TrainConfig(
         b2=0.99,
         ema_decay=0.999,
     ),
-    remat="full",  # on CPUs faster than moving every activation through memory
+    remat="full",  # on CPUs faster than storing every activation
     timestep_sampling="uniform",
     log_every=20,
     save_every=500,

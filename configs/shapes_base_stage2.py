@@ -1,4 +1,4 @@
-"""Goes on from `shapes_base` where captions are learnt: at high noise."""
+"""Continues `shapes_base` at higher noise levels, where captions are learnt."""
 
 from dataclasses import replace
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def silenced(*names: str, below: int) -> Iterator[None]:
-    """Within the block these loggers say only what is of level `below` or above."""
+    """Within the block these loggers drop messages below the level `below`."""
     levels = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:

@@ -1,4 +1,4 @@
-"""Does the picture show what the prompt says? Shapes models, measured on held-out prompts."""
+"""Measures how often the pictures of a shapes model show what held-out prompts say."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,13 @@ from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.taca import TacaConfig
 
 PROMPT_SEED = 0
-"""The measurement's prompts are always the same ones, so that runs can be compared."""
+"""All evaluations use the same prompts, so that runs can be compared."""
 
 _SHOWN = 2  # prompts per category in the picture
 
 
 def variants(taca: TacaConfig | None, *, lora: bool) -> list[Variant]:
-    """The base alone; with a LoRA also TACA without it, both, and the LoRA without TACA's gamma."""
+    """The variants to compare: the base; with a LoRA also TACA alone, both, and the LoRA alone."""
     base = Variant("base", None, 0.0)
     if not lora:
         return [base]
@@ -43,7 +43,7 @@ def variants(taca: TacaConfig | None, *, lora: bool) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Each prompt with its category, and by variant whether its picture is right."""
+    """Each prompt with its category, and for each variant whether its picture is right."""
 
     categories: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -55,7 +55,7 @@ def measure(
 ) -> tuple[Alignment, Image.Image]:
     """Samples every held-out prompt in each variant, from the same noise, and scores the pictures.
 
-    Also returns a picture of the first prompts of each category, a column a variant.
+    Also returns a grid of the first prompts of each category, with a column for each variant.
     """
     categories, prompts = zip(*held_out_prompts(evaluate.prompts, PROMPT_SEED), strict=True)
     shown = [
@@ -95,7 +95,7 @@ def _sample(
     variant: Variant,
     evaluate: EvalConfig,
 ) -> np.ndarray:
-    # The last batch is filled up, so that every batch runs the one compiled program.
+    # The last batch is padded, so that all batches run the same compiled program.
     chosen = list(prompts[start : start + evaluate.batch_size])
     padded = chosen + chosen[-1:] * (evaluate.batch_size - len(chosen))
     images = pipeline(
@@ -112,9 +112,9 @@ def _sample(
 
 
 def summary(alignment: Alignment) -> dict:
-    """Shares with 95 % intervals by variant and category, and differences from the first variant
-    over all prompts (paired), ready for JSON. Prompts are the independent units: some categories
-    have fewer distinct ones than pictures."""
+    """For JSON: shares with 95 % intervals by variant and category, and the paired difference of
+    each variant from the first over all prompts. Prompts are the independent units, because some
+    categories have fewer distinct prompts than pictures."""
     rows = {}
     base = next(iter(alignment.correct))
     of, prompts = np.array(alignment.categories), np.array(alignment.prompts)
@@ -132,7 +132,7 @@ def summary(alignment: Alignment) -> dict:
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """The summary as people read it: % of prompts whose picture is right, with 95 % intervals."""
+    """The summary as a table: % of prompts whose picture is right, with 95 % intervals."""
     names = list(rows)
     out = Table(title="Held-out prompts drawn right, % (95 % interval)")
     out.add_column("category")
@@ -164,9 +164,10 @@ def evaluate_shapes(
     taca: TacaConfig | None,
     lora: bool,
 ) -> None:
-    """Measures, prints the table, and writes evaluation.json and evaluation.png into `run_dir`."""
+    """Measures `pipeline`, prints the table, and writes evaluation.json and evaluation.png into
+    `run_dir`."""
     alignment, grid = measure(pipeline, variants(taca, lora=lora), evaluate)
-    if not is_first():  # the processes draw together, and the first says what came of it
+    if not is_first():  # all processes sample together, and the first reports
         return
     rows = summary(alignment)
     (run_dir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")

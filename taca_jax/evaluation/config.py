@@ -9,7 +9,7 @@ from taca_jax.config.fields import check
 class EvalConfig:
     """The evaluation at the end of a training run on shapes.
 
-    prompts: held-out prompts per category, a picture for each; where a category has fewer distinct
+    prompts: held-out prompts per category, with a picture of each; if a category has fewer distinct
       ones (shape has 40, texture 50), they repeat with other noise.
     steps: sampling steps per picture.
     guidance: strength of classifier-free guidance; 1 is none.

@@ -35,9 +35,9 @@ from taca_jax.data.shapes.drawing import (
 )
 
 MIN_AREA = 30  # pixels; the smallest drawn object has 80
-MIN_IOU = 0.75  # less is no shape at all
+MIN_IOU = 0.75  # below it the shape is unknown
 MAX_ASPECT = 1.5
-MIN_DISTANCE = 80  # from the background, in RGB; the palest colour lies at 163
+MIN_DISTANCE = 80  # from the background, in RGB; that of the palest colour is 163
 MIN_CONTRAST = 0.1  # of a texture, relative to the colour; drawn: 0.55
 MIN_CORRELATION = 0.6  # of a texture with its pattern
 MIN_SPREAD = 0.02  # share(1 - share) of dark pixels in a pattern; one with less fits by chance
@@ -52,7 +52,7 @@ _FOUR_NEIGHBOURS = ndimage.generate_binary_structure(2, 1)
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """An object that was recognised in a picture; an unknown shape or texture is None."""
+    """An object that was recognised in a picture; shape and texture are None if unknown."""
 
     color: str
     shape: str | None
@@ -62,7 +62,7 @@ class FoundObject:
     confidence: float  # intersection over union with the best template, 0..1
 
     def is_a(self, thing: Object) -> bool:
-        """Whether it fits a caption's description of an object."""
+        """Whether this object fits a caption's description of one."""
         return (
             self.shape == thing.shape
             and thing.color in (None, self.color)
@@ -85,7 +85,7 @@ class Verdict:
 
 
 def check(description: str | Description, image: np.ndarray) -> Verdict:
-    """Which claims of a caption hold in an image, uint8 [height, width, 3].
+    """Checks which claims of a caption hold in an image, uint8 [height, width, 3].
 
     Raises UserError for a caption that is not of the shapes language.
     """
@@ -108,7 +108,7 @@ def read_scene(image: np.ndarray) -> list[FoundObject]:
         raise ValueError(
             f"image is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]"
         )
-    # A border of background, so that there are pixels around every object.
+    # With a border of background, so that every object is surrounded by pixels.
     pixels = np.full((image.shape[0] + 2, image.shape[1] + 2, 3), BACKGROUND, np.float32)
     pixels[1:-1, 1:-1] = image
     brightness = pixels.mean(axis=2)
@@ -129,8 +129,8 @@ def read_scene(image: np.ndarray) -> list[FoundObject]:
             box = slice(top, rows.stop + 1), slice(left, columns.stop + 1)
             mask = labels[box] == label
             if np.count_nonzero(mask) >= MIN_AREA:
-                # `left` and `top` count the border, and are a pixel before the object: they are its
-                # position in the image.
+                # `left` and `top` include the border, and are one pixel before the object: as the
+                # two offsets cancel, they are its position in the image.
                 objects.append(_read_object(color, mask, coverage[box], pixels[box], (left, top)))
     return objects
 
@@ -142,7 +142,8 @@ def _read_object(
     pixels: np.ndarray,
     corner: tuple[int, int],
 ) -> FoundObject:
-    """The object of a mask whose box is at `corner`, (x, y); arrays have a border of a pixel."""
+    """The object with this mask, whose box is at `corner`, (x, y). The arrays include a border of
+    one pixel around the box."""
     left, top = corner
     height, width = mask.shape[0] - 2, mask.shape[1] - 2
     shape, confidence = _read_shape(mask, coverage)
@@ -167,9 +168,9 @@ def _coverage(color: int, chroma: np.ndarray, brightness: np.ndarray) -> np.ndar
 
 
 def _read_shape(mask: np.ndarray, coverage: np.ndarray) -> tuple[str | None, float]:
-    """The shape that fits best (None: none does), and its intersection over union with the mask.
+    """The best-fitting shape (None if none fits), and its intersection over union with the mask.
 
-    It is chosen by the coverage, which blurring does not change on the whole.
+    It is chosen by coverage, because blurring preserves the sum of coverage.
     """
     height, width = mask.shape[0] - 2, mask.shape[1] - 2
     if max(height, width) > MAX_ASPECT * min(height, width):
@@ -210,7 +211,7 @@ def _templates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
-    """(start, length) of all spans of `length`, give or take 1, in `length` + 2 pixels."""
+    """(start, length) of all spans in `length` + 2 pixels with a length within 1 of `length`."""
     return [
         (start, span)
         for span in (length - 1, length, length + 1)
@@ -219,9 +220,9 @@ def _spans(length: int) -> list[tuple[int, int]]:
 
 
 def _read_texture(color: int, mask: np.ndarray, pixels: np.ndarray) -> str | None:
-    """The texture, None if unknown, by the pixels within the outline.
+    """The texture, None if unknown.
 
-    There blurring does not mix the colour with the background.
+    It is read from the pixels inside the outline, where blurring does not mix in the background.
     """
     inside = np.zeros(mask.shape, np.float32)
     inside[1:-1, 1:-1] = (
@@ -247,7 +248,7 @@ def _read_texture(color: int, mask: np.ndarray, pixels: np.ndarray) -> str | Non
 
 
 def _distinct_patterns() -> list[tuple[str, np.ndarray]]:
-    """The textures at every phase, each with a tile, bool [4, 4], of where it is dark."""
+    """The textures at every phase, each with a tile, bool [4, 4], that is True where it is dark."""
     patterns: dict[bytes, tuple[str, np.ndarray]] = {}
     for texture in SAID_TEXTURES:
         for dy in range(TEXTURE_PERIOD):
@@ -286,7 +287,8 @@ def _holds(claim: Claim, found: tuple[FoundObject, ...]) -> bool:
 
 
 def _lies(first: tuple[float, float], relation: str, second: tuple[float, float]) -> bool:
-    """Whether `relation` holds, with centres farther apart along its axis than across."""
+    """Whether `relation` holds: the centres are in that order, and farther apart along its axis
+    than across it."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     along, across = (dx, dy) if relation in ("left", "right") else (dy, dx)
     if relation in ("right", "below"):
@@ -295,7 +297,7 @@ def _lies(first: tuple[float, float], relation: str, second: tuple[float, float]
 
 
 def _extras(description: Description, found: tuple[FoundObject, ...]) -> int:
-    """How many objects fit no phrase, or a phrase whose count is reached without them."""
+    """How many objects fit no phrase, or exceed the count of the phrase that they fit."""
     phrases = description.phrases
     extras = sum(not any(item.is_a(phrase.object) for phrase in phrases) for item in found)
     for phrase in phrases:

@@ -1,10 +1,10 @@
-"""Intervals for the share of pictures that are right, and for a difference between two shares.
+"""Confidence intervals for the share of right pictures, and for the difference of two shares.
 
-Pictures of the same prompt tend to be right or wrong together, so that they say less than as many
-pictures of distinct prompts. The functions here take each picture's prompt and treat the prompts,
-the clusters, as the independent units. Where every prompt is distinct, the results are the usual
-ones for independent pictures: Wilson's interval, McNemar's exact test, and the interval of Agresti
-and Min.
+Pictures of the same prompt tend to be right or wrong together, so that they carry less information
+than as many pictures of distinct prompts. The functions here take each picture's prompt and treat
+the prompts, the clusters, as the independent units. If all prompts are distinct, the results are
+the usual ones for independent pictures: Wilson's interval, McNemar's exact test, and the interval
+of Agresti and Min.
 """
 
 from collections.abc import Hashable, Sequence
@@ -53,16 +53,16 @@ def share_interval(
     clusters: the prompt of each outcome, [n]. The interval is Wilson's (1927) for the effective
     number of outcomes (Korn and Graubard, Survey Methodology 24, 1998); Franco et al. (J. Survey
     Statistics and Methodology 7, 2019) compare it with others and recommend it. Raises ValueError
-    where there are no outcomes, or not as many clusters.
+    if there are no outcomes, or another number of clusters.
     """
     outcomes = np.asarray(correct, bool)
     cluster = _numbered(clusters, outcomes)
     value = float(outcomes.mean())
     size = _effective_size(outcomes.astype(float), cluster, confidence)
-    # SciPy's interval takes whole numbers of outcomes, which an effective number is not.
+    # SciPy's interval takes whole numbers of outcomes only; the effective number is none.
     z2 = _quantile(confidence) ** 2 / size
     half = sqrt(z2 * value * (1 - value) + z2**2 / 4)
-    # Exact at the ends, where rounding would leave a little.
+    # Set exactly at the ends, where the formula would leave a rounding error.
     low = 0.0 if value == 0 else (value + z2 / 2 - half) / (1 + z2)
     high = 1.0 if value == 1 else (value + z2 / 2 + half) / (1 + z2)
     return Share(value, low, high, outcomes.size, int(cluster.max()) + 1)
@@ -74,14 +74,14 @@ def paired_difference(
     clusters: Sequence[Hashable] | np.ndarray,
     confidence: float = 0.95,
 ) -> PairedDifference:
-    """How much more often b is right than a, both bool [n]; a[i] and b[i] have one prompt and seed.
+    """How much more often b is right than a, both bool [n]; a[i] and b[i] share prompt and seed.
 
-    clusters: the prompt of each pair, [n]. The p-value is of the exact sign-flip test, in which a
-    and b may change places in each cluster as a whole (Canay, Romano and Shaikh, Econometrica 85,
-    2017); with distinct prompts it is McNemar's. The interval is Wald's with half an observation
-    added to each cell (Agresti and Min, Statistics in Medicine 24, 2005), which keeps its coverage
-    where few pairs differ, for the effective number of pairs. Raises ValueError where there are no
-    pairs, or a, b and clusters differ in length.
+    clusters: the prompt of each pair, [n]. The p-value is that of the exact sign-flip test, which
+    swaps a and b in whole clusters (Canay, Romano and Shaikh, Econometrica 85, 2017); with distinct
+    prompts it is McNemar's. The interval is Wald's with half an observation added to each cell
+    (Agresti and Min, Statistics in Medicine 24, 2005), which keeps its coverage if few pairs
+    differ, for the effective number of pairs. Raises ValueError if there are no pairs, or if a, b
+    and clusters differ in length.
     """
     first, second = np.asarray(a, bool), np.asarray(b, bool)
     if first.shape != second.shape:
@@ -119,11 +119,11 @@ def _numbered(clusters: Sequence[Hashable] | np.ndarray, outcomes: np.ndarray) -
 
 
 def _effective_size(values: np.ndarray, cluster: np.ndarray, confidence: float) -> float:
-    """How many independent values would say as much about the mean as these, at most all of them.
+    """The number of independent values that would determine the mean as well; at most all of them.
 
-    It is the number of values over the design effect: the variance of the mean between clusters
-    (as of a ratio estimator, linearised) over that of independent values. As Korn and Graubard do,
-    it is lowered once more for having estimated the variance of few clusters.
+    It is the number of values divided by the design effect: the variance of the mean between
+    clusters (of a linearised ratio estimator) over that of independent values. Following Korn and
+    Graubard, it is reduced once more because the variance is estimated from few clusters.
     """
     total, clusters = values.size, int(cluster.max()) + 1
     if clusters == total:
@@ -131,7 +131,7 @@ def _effective_size(values: np.ndarray, cluster: np.ndarray, confidence: float) 
     deviations = values - values.mean()
     independent = np.sum(deviations**2) / (total * (total - 1))
     if independent == 0 or clusters == 1:
-        return clusters  # nothing shows how far a cluster's values agree: assume that all do
+        return clusters  # agreement within clusters is unknown: assume it is full
     clustered = np.sum(np.bincount(cluster, deviations) ** 2) / total**2
     design_effect = max(clustered * clusters / (clusters - 1) / independent, 1.0)
     many, few = stats.t.ppf((1 + confidence) / 2, [total - 1, clusters - 1])
@@ -139,9 +139,9 @@ def _effective_size(values: np.ndarray, cluster: np.ndarray, confidence: float) 
 
 
 def _sign_flip_p_value(sums: np.ndarray) -> float:
-    """How likely random signs make the sum of whole numbers as far from 0 as it is, or farther.
+    """The probability that the sum of these integers with random signs is at least as far from 0.
 
-    Exact: the sum's distribution is built up from that of one number after the other.
+    Exact: the distribution of the sum is built up number by number.
     """
     sizes = np.abs(sums)
     probability = np.ones(1)  # of each sum from -reach to reach

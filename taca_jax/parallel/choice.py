@@ -1,7 +1,8 @@
-"""Whether devices share a model's parameters, where the configuration leaves that open.
+"""Chooses whether parameters are sharded, where the configuration leaves that open.
 
-What is shared is gathered in every block. v5e's compiler hides that behind arithmetic, v5p's does
-not; where parameters have room whole, only the gradients of what is trained are on the wires.
+Sharded parameters are gathered in every block. The compiler for v5e overlaps that with compute, the
+one for v5p does not. Replicated parameters, where they fit, need only the gradients of the trained
+parameters to be communicated.
 """
 
 import dataclasses
@@ -14,13 +15,13 @@ from taca_jax.parallel.chips import Chip, chip_of
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 
 WHOLE_SHARE = 0.4
-"""Of a device's memory that whole parameters may take: the rest is for the samples."""
+"""The share of a device's memory that replicated parameters may take; the rest is for samples."""
 
 
 def choose_mesh(
     config: MeshConfig, devices: Sequence[Any], parameter_bytes: Callable[[Any], int]
 ) -> Mesh:
-    """The mesh of a run on `devices`, whose parameters are `parameter_bytes(device)` on one.
+    """The mesh of a run on `devices`; `parameter_bytes(device)` is what a single device would hold.
 
     Raises UserError as `make_mesh` does.
     """
@@ -31,7 +32,7 @@ def choose_mesh(
 
 
 def settled(config: MeshConfig, chip: Chip, parameter_bytes: Callable[[], int]) -> MeshConfig:
-    """`config`, and what it leaves open as the memory of a chip asks."""
+    """`config` with parameters replicated if it leaves that open and they fit a chip's memory."""
     if config.open and parameter_bytes() <= WHOLE_SHARE * chip.memory * config.tensor:
         return dataclasses.replace(config, data=-1, fsdp=1)
     return config

@@ -1,7 +1,7 @@
-"""Meshes of devices with named axes, and how activations are laid out over them.
+"""Meshes of devices with named axes, and the sharding of activations over them.
 
-Samples are split over `data` and `fsdp`; parameters over `fsdp`, which are gathered where they are
-used; the tokens of each sample over `context`; attention heads and the MLPs' hidden channels over
+Samples are split over `data` and `fsdp`; parameters over `fsdp` (and gathered where they are used);
+the tokens of each sample over `context`; attention heads and the MLPs' hidden channels over
 `tensor`. The caller of a model sets the mesh (`on`); models constrain their activations to it.
 """
 
@@ -22,19 +22,19 @@ BATCH_AXES = ("data", "fsdp")
 CONTEXT_AXIS = "context"
 TENSOR_AXIS = "tensor"
 AXES = (*BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS)
-"""All axes, from the one whose devices communicate least to the one whose do most."""
+"""All axes, from the one with the least communication to the one with the most."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices the work is split over along each axis.
+    """The number of devices along each axis of the mesh.
 
-    The product is the number of devices; one axis may be -1, which is as many as the others leave.
-    The default takes any number of devices, also a single one.
+    Their product is the number of devices; one axis may be -1, which takes all that the others
+    leave. The default works for any number of devices, including one.
 
     data: splits the samples; each device has all parameters.
-    fsdp: splits the samples and the parameters. 0 is the devices that the others leave; in training
-        these go to `data` instead if each has room for all parameters (`training.mesh_choice`).
+    fsdp: splits the samples and the parameters. 0 takes the devices that the other axes leave; in
+      training they go to `data` instead if all parameters fit each device (`parallel.choice`).
     context: splits the tokens of each sample.
     tensor: splits heads and the MLPs' hidden channels; divides the number of heads.
 
@@ -59,11 +59,11 @@ class MeshConfig:
 
     @property
     def open(self) -> bool:
-        """Whether it is left open if parameters are split."""
+        """Whether the configuration leaves open if parameters are sharded."""
         return self.fsdp == 0 and self.data == 1 and -1 not in (self.context, self.tensor)
 
     def _asked(self) -> dict[str, int]:
-        """Devices along each axis, -1 for the axis that takes what the others leave."""
+        """Devices along each axis, -1 for the axis that takes all that the others leave."""
         others = (self.data, self.context, self.tensor)
         asked = {
             "data": self.data,
@@ -76,7 +76,7 @@ class MeshConfig:
     def sizes(self, devices: int) -> dict[str, int]:
         """The number of devices along each axis of a mesh of `devices`.
 
-        Raises UserError where the axes ask for another number of devices.
+        Raises UserError if the axes need another number of devices.
         """
         sizes = self._asked()
         known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -94,10 +94,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (by default all) that `config` asks for.
+    """The mesh of `config` over `devices`, by default all.
 
-    Devices that are near each other are neighbours on the mesh. Raises UserError as
-    `MeshConfig.sizes` does, for a single device too.
+    Devices that are physically near each other are neighbours on the mesh. Raises UserError as
+    `MeshConfig.sizes` does.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
@@ -106,14 +106,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def on(mesh: Mesh | None) -> AbstractContextManager[object]:
-    """A context in which `mesh` is the current mesh; for None nothing changes."""
+    """A context in which `mesh` is the current mesh; None changes nothing."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def dividing_axes(
     mesh: Mesh | AbstractMesh, axes: tuple[str, ...], size: int
 ) -> tuple[str, ...] | None:
-    """Those of `axes`, in order, that a dimension of `size` can be split over evenly, else None."""
+    """Those of `axes`, in order, over which a dimension of `size` divides evenly; None if none."""
     found: tuple[str, ...] = ()
     for axis in axes:
         parts = mesh.shape.get(axis, 1)
@@ -124,22 +124,22 @@ def dividing_axes(
 
 
 def constrain_tokens(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-    """`x` with samples and tokens split over the current mesh, where they divide; not channels."""
+    """Shards samples and tokens over the current mesh, where they divide evenly; not channels."""
     return _constrained(x, BATCH_AXES, (CONTEXT_AXIS,), ())
 
 
 def constrain_vectors(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """`x` with samples split over the current mesh, where they divide; not channels.
+    """Shards samples over the current mesh, where they divide evenly; not channels.
 
-    For what modulates tokens. Left to XLA's partitioner (jax 0.10.2), slices of such vectors that
-    were split over `tensor` gave wrong numbers on a mesh of data 2, fsdp 2 and tensor 2.
+    For modulation vectors. Without it XLA's partitioner (jax 0.10.2) splits them over `tensor`, and
+    slices of them had wrong values on a mesh of data 2, fsdp 2 and tensor 2.
     """
     return _constrained(x, BATCH_AXES, ())
 
 
 def _constrained(x: Array, *axes: tuple[str, ...]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
-    # Within a shard_map the array is one device's part already.
+    # Inside a shard_map the array is already one device's shard.
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
     parts = (dividing_axes(mesh, each, n) for each, n in zip(axes, x.shape, strict=True))

@@ -1,7 +1,7 @@
-"""Several processes as one run: whether there are others, and what they must agree on.
+"""Several processes as one run: joining them, and what they must agree on.
 
-Each process of a pod holds its own devices; all run the same program, and every computation over
-the mesh is one that all of them enter. Alone, all of this does nothing.
+Each process of a pod has its own devices; all run the same program, and all must take part in every
+computation over the mesh. In a single process all functions here are trivial.
 """
 
 import atexit
@@ -19,21 +19,21 @@ from jax.experimental import multihost_utils
 from taca_jax.errors import UserError
 
 _GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""To say it by hand: host:port of process 0, how many processes there are, which this one is."""
+"""Set by hand: host:port of process 0, the number of processes, and this one's index."""
 
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-"""What launchers say of how many there are."""
+"""Set by launchers: the number of processes or slices."""
 
 _HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-"""On GKE: the hosts of a slice, with commas between them."""
+"""Set on GKE: the hosts of a slice, separated by commas."""
 
 
 def join_processes() -> None:
-    """Connects to the run's other processes, where this one was started as one of several.
+    """Connects to the run's other processes, if this one was started as one of several.
 
-    On one host there is nothing to set. A cluster is one that SLURM, Open MPI, GKE or a TPU VM
-    says there is, or that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe.
-    To be called before JAX looks for devices. Raises UserError for half a description.
+    Clusters of SLURM, Open MPI, GKE and TPU VMs are recognised; any other is described by
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Must be called before JAX looks
+    for devices. Raises UserError if that description is incomplete.
     """
     if jax.distributed.is_initialized():
         return
@@ -45,13 +45,13 @@ def join_processes() -> None:
     elif _on_tpu_vm(os.environ):
         try:
             jax.distributed.initialize()
-        except ValueError as error:  # what JAX says where nothing tells it of other hosts
+        except ValueError as error:  # JAX's error on a single host
             if "coordinator_address" not in str(error):
                 raise
 
 
 def _described(environment: Mapping[str, str]) -> tuple[str, int | None, int | None]:
-    """Address, count and index; the last two may be left to a launcher that knows them."""
+    """Address, count and index; the last two are None if a launcher provides them."""
     missing = [name for name in _GIVEN if not environment.get(name)]
     if missing == list(_GIVEN[1:]) and _one_of_several(environment):
         return environment[_GIVEN[0]], None, None
@@ -69,7 +69,7 @@ def _described(environment: Mapping[str, str]) -> tuple[str, int | None, int | N
 
 
 def _one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher says so, without asking anything over a network."""
+    """Whether a launcher's variables say that there are several processes; needs no network."""
     counts = [environment.get(name, "1") for name in _COUNTS]
     hosts = [environment.get(name, "") for name in _HOSTS]
     return any(count.isdigit() and int(count) > 1 for count in counts) or any(
@@ -78,14 +78,14 @@ def _one_of_several(environment: Mapping[str, str]) -> bool:
 
 
 def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
-    """Whether this host has TPU chips and may ask who else has."""
+    """Whether this host has TPU chips and may query its metadata for other hosts."""
     asked = "TPU_SKIP_MDS_QUERY" not in environment and "TPU_WORKER_HOSTNAMES" not in environment
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
     return asked and bool(chips)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks for all."""
+    """Whether this process is the one that writes files and prints for all."""
     return jax.process_index() == 0
 
 
@@ -96,15 +96,17 @@ def print_once(line: str, file: TextIO | None = None) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process has called it; `what` names the place, the same in all."""
+    """Waits until every process has called this with the same `what`, the name of the barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 @contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """The first process runs the block, then all others do: what it leaves on a disk is there for
-    them, and made once."""
+    """The first process runs the block before all others, which then find the files that it made.
+
+    `what` names the barrier.
+    """
     if not is_first():
         wait_for_all(what)
     yield
@@ -113,13 +115,15 @@ def first_before_others(what: str) -> Iterator[None]:
 
 
 def all_of(holds: bool) -> bool:
-    """Whether it holds in every process."""
+    """Whether `holds` is true in every process."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))
 
 
 def do_not_wait_at_exit() -> None:
-    """For a process that fails: JAX would wait for the others at its exit, and they for it in the
-    middle of a computation. Gone at once, it is missed by them, and they end too."""
+    """Makes a failing process exit at once, so that the others notice and end too.
+
+    Otherwise JAX would wait for them at exit, while they wait for it in a computation.
+    """
 
     def leave() -> None:
         sys.stdout.flush()
@@ -131,12 +135,12 @@ def do_not_wait_at_exit() -> None:
 
 
 def most_of_all(number: int) -> int:
-    """The largest of the numbers that the processes have."""
+    """The largest of all processes' numbers."""
     return int(np.max(multihost_utils.process_allgather(np.asarray(number))))
 
 
 def names_of_all(names: Sequence[str]) -> list[str]:
-    """The names that each process has, process after process."""
+    """The names of all processes, concatenated in the order of processes."""
     if jax.process_count() == 1:
         return list(names)
     text = "\n".join(names).encode()
@@ -151,7 +155,7 @@ def names_of_all(names: Sequence[str]) -> list[str]:
 
 
 def on_host(array: Any) -> np.ndarray:
-    """All of an array, also where other processes hold parts of it; then all must call it."""
+    """The whole array as numpy. If other processes hold parts of it, all must call this."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):

@@ -1,10 +1,10 @@
-"""Which parameter lies where on a mesh: how the sharding table of a kind of model is read.
+"""The sharding of parameters, from the sharding table of a kind of model.
 
-A table names layers by regular expression and says over which axes the two sides of their kernels
-are shared. The rest follows: a bias lies as its kernel's outputs do over `tensor`, LoRA's A as the
-inputs and B as the outputs, both over `fsdp` too, as do the scales of a quantised kernel, and the
-layer axis of stacked blocks is never shared. `fsdp` stands where a kernel would otherwise be whole
-on each device: XLA gathers it, layer by layer, where it is used.
+A table maps layers, by regular expression, to the mesh axes over which the inputs and the outputs
+of their kernels are split. The other parameters follow: a bias is split over `tensor` if its
+kernel's outputs are; LoRA's A is split as the inputs and B as the outputs, both over `fsdp` too, as
+are the scales of a quantised kernel; the layer axis of stacked blocks is never split. XLA gathers a
+kernel that is split over `fsdp` where it is used, layer by layer.
 """
 
 import re
@@ -21,12 +21,12 @@ _FSDP = "fsdp"
 FSDP: Axes = (_FSDP,)
 TENSOR: Axes = (TENSOR_AXIS,)
 WHOLE: Axes = ()
-IN = (FSDP, TENSOR)  # from whole channels to those of heads, of MLPs, of modulations
-OUT = (TENSOR, FSDP)  # and back
+IN = (FSDP, TENSOR)  # from the hidden channels to heads, MLPs and modulations
+OUT = (TENSOR, FSDP)  # and back to the hidden channels
 EMBEDDING = (WHOLE, (TENSOR_AXIS, _FSDP))
 
 ShardingTable = Mapping[str, tuple[Axes, Axes]]
-"""Layer, a regular expression of its path -> the axes of its kernel's inputs and outputs."""
+"""Regular expression of a layer's path -> the mesh axes of its kernel's inputs and outputs."""
 
 _NORMS = r"(.*\.)?\w*norm\w*"
 
@@ -34,10 +34,10 @@ _NORMS = r"(.*\.)?\w*norm\w*"
 def parameter_spec(
     table: ShardingTable, path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> P:
-    """Where one parameter of a model lies, by its dotted path and the table of its kind.
+    """The PartitionSpec of one parameter, given its dotted path and the table of its model's kind.
 
-    Axes over which its sides do not divide evenly leave it whole. Raises LookupError for a
-    parameter that not exactly one line of the table is about: the table is wrong.
+    Dimensions that do not divide evenly over an axis are not split over it. Raises LookupError,
+    since the table is wrong, unless exactly one line of the table matches the parameter.
     """
     layer, _, name = path.rpartition(".")
     if name == "scale" or re.fullmatch(_NORMS, layer):
@@ -49,7 +49,7 @@ def parameter_spec(
     sides = {
         "kernel": (inputs, outputs),
         "embedding": (inputs, outputs),
-        # Blocks of inputs are few: what fsdp shares of them are the outputs.
+        # There are few blocks of inputs, so that fsdp splits the outputs instead.
         "kernel_scale": (tuple(axis for axis in inputs if axis != _FSDP), _with_fsdp(outputs)),
         "bias": (outputs if outputs == TENSOR else WHOLE,),
         "lora_a": (_with_fsdp(inputs), WHOLE),
@@ -61,14 +61,15 @@ def parameter_spec(
 
 
 def _with_fsdp(axes: Axes) -> Axes:
-    """A factor has one long side, and three more arrays of its shape in the optimizer."""
+    """A LoRA factor has one long dimension, and three more arrays of its shape in the optimizer, so
+    that it is split over `fsdp` in any case."""
     return axes if _FSDP in axes else (*axes, _FSDP)
 
 
 def parameter_sharding(
     table: ShardingTable, path: str, shape: Sequence[int], mesh: Mesh | None
 ) -> Sharding:
-    """`parameter_spec` on a mesh; without one, the first device. Raises as it does."""
+    """`parameter_spec` as a sharding; without a mesh the first device. Raises as it does."""
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(mesh, parameter_spec(table, path, shape, mesh))

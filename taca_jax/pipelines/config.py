@@ -1,4 +1,4 @@
-"""What `generate.py` draws."""
+"""The configuration of `generate.py`."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,29 +15,30 @@ from taca_jax.taca import TacaConfig
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """One call of generate.py; what is none is the model's own default.
+    """One call of generate.py; steps, guidance, height and width default to the model's own.
 
     base: the model folder, or the name of a model that comes with the package.
     prompt: what to draw.
-    negative_prompt: what to stay away from, under classifier-free guidance.
+    negative_prompt: what to avoid, with classifier-free guidance.
     lora: a LoRA file; none for the base alone.
-    taca: TACA's strength and time; none draws plainly, without the LoRA too.
+    taca: TACA's strength and schedule; none is plain attention, and turns the LoRA off too.
     steps: sampling steps.
     guidance: strength of guidance.
     height: of the picture, in pixels.
     width: of the picture, in pixels.
-    num_images: pictures, from seeds seed, seed + 1, ... .
-    seed: decides the noise.
-    compare: draw the same noise plain, with TACA, and with TACA and LoRA, side by side.
+    num_images: number of pictures; their seeds are seed, seed + 1, ... .
+    seed: of the noise.
+    compare: draw the same noise plainly, with TACA, and with TACA and the LoRA, side by side.
     dtype: of parameters and activations.
-    tiling: how large pictures are decoded in squares, to save memory; none never does.
-    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws
-      beside `out`, after each step, what the picture is predicted to become; `own` is the model's
-      own autoencoder, where that is small; none draws nothing.
-    progress: a bar of the steps; none shows it on a terminal only.
-    quantize: what the transformer's kernels are kept in: `int8`, `nf4` (4 bits), or none, which is
+    tiling: how large pictures are decoded in overlapping tiles, to save memory; none decodes at
+      once.
+    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws the
+      predicted picture after each step, into a file beside `out`; `own` is the model's own
+      autoencoder, if that is small; none draws no previews.
+    progress: a progress bar of the steps; none shows it on a terminal only.
+    quantize: the format of the transformer's kernels: `int8`, `nf4` (4 bits), or none, which is
       dtype.
-    quantize_text: the same of T5.
+    quantize_text: the same for T5's kernels.
     attention: the implementation of the joint attention: `auto` takes the fastest for the device.
     out: the PNG to write (numbered for several pictures); its settings go into its metadata.
     """

@@ -1,4 +1,4 @@
-"""Pictures from a prompt, written with everything that made them."""
+"""Draws pictures from a prompt and writes them with their settings."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from taca_jax.weights.shipped import find_weights
 def generate(config: GenerateConfig) -> list[Path]:
     """Draws as configured and returns the files written.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for problems that the user can fix.
     """
     if not config.prompt:
         raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
@@ -111,17 +111,17 @@ def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Seque
 
 
 OWN = "own"
-"""As `preview`: the model's own autoencoder."""
+"""The value of `preview` for the model's own autoencoder."""
 
 
 def preview_path(config: GenerateConfig) -> Path:
-    """Where previews are written, each in place of the last."""
+    """The file of previews; each one overwrites the last."""
     out = Path(config.out)
     return out.with_stem(f"{out.stem}-preview")
 
 
 def _write_preview(path: Path, step: int, pictures: list[Image.Image]) -> None:
-    """All pictures of the run side by side."""
+    """Writes all pictures of the run side by side."""
     del step
     width, height = pictures[0].size
     row = Image.new("RGB", (width * len(pictures), height))

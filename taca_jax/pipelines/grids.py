@@ -1,11 +1,11 @@
-"""Grids of pictures with labels, for people to look at."""
+"""Grids of labelled pictures, to look at."""
 
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8
-_MIN_SIDE = 160  # smaller pictures are enlarged to it, pixel by pixel
+_MIN_SIDE = 160  # narrower pictures are enlarged by a whole factor
 
 
 def caption_grid(
@@ -15,9 +15,9 @@ def caption_grid(
     columns: int | None = None,
     headings: Sequence[str] = (),
 ) -> Image.Image:
-    """Pictures of one size in rows, each with its caption below, columns under `headings`.
+    """Arranges pictures of one size in rows, with captions below them and headings above columns.
 
-    Raises ValueError when there are not as many captions as pictures, or no picture.
+    Raises ValueError unless there is at least one picture, and one caption for each.
     """
     if not pictures or len(pictures) != len(captions):
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions; give one each")

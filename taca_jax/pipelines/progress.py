@@ -1,4 +1,4 @@
-"""How far a sampling run is: a bar of its steps."""
+"""The progress bar of a sampling run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def step_bar(steps: int, shown: bool | None) -> Iterator[Callable[[], None] | None]:
-    """A progress bar on stderr; yields what moves it on by a step.
+    """A progress bar on stderr; yields a function that advances it by a step.
 
-    `shown` None shows it on a terminal only. Yields None where none is shown.
+    `shown` None shows the bar on a terminal only. Yields None if it is not shown.
     """
     console = Console(stderr=True)
     if not (console.is_terminal if shown is None else shown):

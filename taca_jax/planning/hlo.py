@@ -1,4 +1,4 @@
-"""A compiled program's text, taken apart: computations, their instructions, sizes of arrays.
+"""Parses the text of a compiled program: computations, their instructions, sizes of arrays.
 
 Source: the text form of HLO, openxla.org/xla/operation_semantics, as libtpu prints scheduled
 modules.
@@ -15,13 +15,13 @@ _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SAME = ("copy", "bitcast", "convert", "reshape")
-"""Instructions that hand a number on."""
+"""Instructions that do not change the value of a scalar."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One array: its dimensions, the bits of an element, and whether it lies in the main memory,
-    as most do, or in one of the chip's own."""
+    """One array: its dimensions, the bits of an element, and whether it is in HBM, the main memory,
+    or in one of the chip's own memories."""
 
     dimensions: tuple[int, ...]
     bits: int
@@ -29,14 +29,17 @@ class Shape:
 
     @property
     def size(self) -> int:
-        """Bytes, without the padding of tiles."""
+        """Bytes, without tile padding."""
         return math.prod(self.dimensions) * self.bits // 8
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line. shapes: of its result, flat. number: which parameter it is, or a whole constant's
-    value. rest: its attributes, as text."""
+    """One instruction, a line of the text.
+
+    shapes: of its result, flattened. number: the index of a parameter, or the value of an integer
+    constant. rest: its attributes, as text.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
@@ -46,29 +49,30 @@ class Instruction:
     is_root: bool
     number: int | None = None
 
-    def attribute(self, name: str) -> str | None:
-        """The computation or the number that an attribute names."""
+    def attribute(self, name: str) -> str:
+        """The value of an attribute, a number or the name of a computation; "" if it is absent."""
         found = re.search(rf"\b{name}=%?([^\s,}}]+)", self.rest)
-        return None if found is None else found[1]
+        return "" if found is None else found[1]
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The computations that it runs once; a loop's body is not among them."""
+        """The computations that it runs once, so without the body of a loop."""
         if self.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
             if branches is not None:
                 return tuple(_OPERAND.findall(branches[1]))
-            names = (self.attribute("true_computation"), self.attribute("false_computation"))
-            return tuple(name for name in names if name is not None)
-        name = self.attribute("to_apply" if self.opcode == "call" else "calls")
-        return () if name is None else (name,)
+            names = ("true_computation", "false_computation")
+        else:
+            names = ("to_apply" if self.opcode == "call" else "calls",)
+        return tuple(filter(None, map(self.attribute, names)))
 
 
 @dataclass(frozen=True)
 class Program:
-    """Computations by name, their instructions in the order in which they run; one is the entry.
+    """Computations by name, with their instructions in the order of execution.
 
-    instructions: all, by name. chips: on how many it runs as one.
+    entry: the name of the computation that runs first. instructions: all, by name. chips: how many
+    run the program together.
     """
 
     computations: Mapping[str, Sequence[Instruction]]
@@ -78,7 +82,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> "Program":
-        """Raises ValueError for a text that is no scheduled module's."""
+        """Parses a program's text. Raises ValueError unless it is that of a scheduled module."""
         first = text.partition("\n")[0]
         if "is_scheduled=true" not in first:
             raise ValueError("the program's text does not say that it is scheduled")
@@ -98,9 +102,9 @@ class Program:
         return cls(computations, entry, named, 1 if chips is None else int(chips[1]))
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop's body runs: as the program says, or as its counter does.
+        """How often a loop's body runs, from its annotation or, without one, from its counter.
 
-        Raises LookupError where neither can be read.
+        Raises LookupError if neither can be read.
         """
         if (known := _TRIPS.search(loop.rest)) is not None:
             return int(known[1])
@@ -109,34 +113,33 @@ class Program:
         counter = self.instructions[condition.operands[0]]
         if condition.attribute("direction") != "LT" or counter.opcode != "get-tuple-element":
             last = None
-        place = int(counter.attribute("index") or 0)
-        first = self._value(self._element(loop.operands[0], place))
-        step = self._step(self._root(loop.attribute("body")), place)
+        index = int(counter.attribute("index") or 0)
+        first = self._value(self._element(loop.operands[0], index))
+        step = self._step(self._root(loop.attribute("body")), index)
         if last is None or first is None or step is None:
             raise LookupError(f"the loop {loop.name} does not say how often it runs")
         return max(0, -((first - last) // step))
 
-    def _root(self, name: str | None) -> Instruction:
-        assert name is not None
+    def _root(self, name: str) -> Instruction:
         return next(each for each in self.computations[name] if each.is_root)
 
-    def _element(self, name: str, place: int) -> str:
-        """What a tuple has at a place."""
+    def _element(self, name: str, index: int) -> str:
+        """The instruction that gives an element of a tuple."""
         made = self.instructions[name]
-        return made.operands[place] if made.opcode == "tuple" else name
+        return made.operands[index] if made.opcode == "tuple" else name
 
     def _value(self, name: str) -> int | None:
-        """The number that an instruction is known to give."""
+        """The value of an instruction's result, if it is a constant."""
         each = self.instructions[name]
         while each.opcode in _SAME:
             each = self.instructions[each.operands[0]]
         return each.number if each.opcode == "constant" else None
 
-    def _step(self, end: Instruction, place: int) -> int | None:
-        """What a loop's counter grows by."""
+    def _step(self, end: Instruction, index: int) -> int | None:
+        """The increment of a loop's counter, an element of the body's result `end`."""
         if end.opcode != "tuple":
             return None
-        grown = self.instructions[end.operands[place]]
+        grown = self.instructions[end.operands[index]]
         if grown.opcode == "fusion":
             grown = self._root(grown.called[0])
         if grown.opcode != "add":
@@ -148,7 +151,7 @@ def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
     end = _closing(text) + 1 if text.startswith("(") else text.index(" ")
     shapes, text = tuple(_shapes(text[:end])), text[end:].lstrip()
     opcode, _, text = text.partition("(")
-    if opcode == "constant":  # an array's numbers may go on over many lines
+    if opcode == "constant":  # an array's values may continue over many lines
         value = re.match(r"(-?\d+)\)", text)
         number = None if value is None else int(value[1])
         return Instruction(name, shapes, opcode, (), text, is_root, number)
@@ -159,7 +162,7 @@ def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` begins with is closed."""
+    """The position where the parenthesis at the start of `text` is closed."""
     depth = 0
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1
@@ -174,6 +177,6 @@ def _shapes(text: str) -> Iterator[Shape]:
         yield Shape(
             tuple(map(int, filter(None, dimensions.split(",")))),
             8 if bits is None else int(bits[1]),
-            # S(1) is the vector memory, others are scalars' and semaphores'.
+            # S(1) is vector memory; others are for scalars and semaphores.
             re.search(r"S\([1-9]", layout) is None,
         )

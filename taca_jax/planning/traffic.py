@@ -1,11 +1,11 @@
-"""What a compiled step moves: over the wires between chips, and to and from each chip's memory.
+"""The bytes that a compiled step moves between chips, and to and from each chip's memory.
 
-Read from the program itself, everything within a scanned loop as often as the loop runs. Whether
-collectives hide behind arithmetic is found by following the schedule: the wires and the chip's
-units each do one thing after the other, an asynchronous collective is on its way from its start on,
-and the units wait for it at its end. How long the units take for each instruction is what the
-compiler itself reckons with; it has no figure for kernels of our own, which count as nothing here,
-so that somewhat more is hidden than this says.
+They are read from the program's text, with the body of a loop counted as often as the loop runs.
+Following the schedule shows which collectives overlap with compute: the wires and the chip's
+compute units each do one thing after the other, an asynchronous collective is under way from its
+start, and the units wait for it at its end. The time of each instruction is the compiler's own
+estimate. The compiler has none for our own kernels, which count as zero here, so that in fact
+somewhat more is hidden.
 """
 
 import math
@@ -25,16 +25,16 @@ _FREE = frozenset(
         *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
     }
 )
-"""Instructions that move nothing themselves."""
+"""Instructions that move no data themselves."""
 _HANDED_ON = frozenset({"tuple", *KINDS})
-"""What a fusion hands on without touching it: collectives are counted once, when they arrive."""
+"""Operations in a fusion that only pass data on: collectives are counted once, on arrival."""
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Collectives of one kind in a step: how many, bytes that each chip receives, and of those the
-    bytes that move asynchronously."""
+    """Collectives of one kind in a step: their number, the bytes that each chip receives, and how
+    many of those move asynchronously."""
 
     count: int = 0
     received: float = 0.0
@@ -42,7 +42,7 @@ class Moved:
 
     @property
     def asynchronous_share(self) -> float:
-        """Of the bytes."""
+        """The share of the received bytes that move asynchronously."""
         return self.asynchronous / self.received if self.received else 0.0
 
     def __add__(self, other: "Moved") -> "Moved":
@@ -60,9 +60,8 @@ class Moved:
 class Traffic:
     """What one chip does in a step, or in a part of it.
 
-    collectives: by kind. memory: bytes read from and written to its main memory. seconds: that its
-    schedule takes, by the compiler's reckoning, and waited: of those the ones in which its units
-    wait for the wires.
+    collectives: by kind. memory: bytes read from and written to HBM. seconds: the schedule's time,
+    by the compiler's estimates. waited: the part of it in which the compute units wait for wires.
     """
 
     collectives: Mapping[str, Moved] = field(default_factory=dict)
@@ -76,7 +75,7 @@ class Traffic:
         return sum(self.collectives.values(), Moved())
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        """One after the other."""
+        """The traffic of two parts that run one after the other."""
         kinds = {**self.collectives, **other.collectives}
         found = {
             k: self.collectives.get(k, Moved()) + other.collectives.get(k, Moved()) for k in kinds
@@ -96,8 +95,8 @@ class Traffic:
 def read_traffic(text: str, chip: Chip) -> Traffic:
     """The traffic of a compiled program, given as its text.
 
-    Raises LookupError where the program does not say how often a loop runs or between how many
-    chips a collective is, and ValueError for a text that is no scheduled program.
+    Raises LookupError if the text does not say how often a loop runs or how many chips take part in
+    a collective, and ValueError unless it is a scheduled program.
     """
     program = Program.parse(text)
     return _Reader(program, chip).of(program.entry)
@@ -105,19 +104,19 @@ def read_traffic(text: str, chip: Chip) -> Traffic:
 
 @dataclass
 class _UnderWay:
-    """When the wires are done with all that was sent, and when each asynchronous collective has
-    arrived, by channel; in seconds of the computation's own clock."""
+    """Collectives under way: when the wires will be free again, and when each asynchronous
+    collective will have arrived, by channel; in seconds from the computation's start."""
 
     wires: float = 0.0
     arrivals: dict[str, float] = field(default_factory=dict)
 
     def send(self, now: float, seconds: float) -> float:
-        """When something arrives that takes so long."""
+        """Sends something that takes `seconds` on the wires, and returns when it arrives."""
         self.wires = max(now, self.wires) + seconds
         return self.wires
 
     def restart(self, end: float) -> None:
-        """Sets the clock, which is at `end`, to zero."""
+        """Makes the time `end` the new time zero."""
         self.wires = max(self.wires - end, 0.0)
         self.arrivals = {channel: max(at - end, 0.0) for channel, at in self.arrivals.items()}
 
@@ -135,23 +134,23 @@ class _Reader:
         }
 
     def of(self, name: str) -> Traffic:
-        """The traffic of one run of a computation; of a loop's body, of one after others."""
+        """The traffic of one run of a computation; for a loop's body, of an iteration that follows
+        another."""
         if name not in self.seen:
             under_way = _UnderWay()
             self.seen[name] = self._follow(name, under_way)
-            if under_way.arrivals:  # what is started in one turn and awaited in the next
+            if under_way.arrivals:  # started in one iteration, awaited in the next
                 self.seen[name] = self._follow(name, under_way)
         return self.seen[name]
 
     def _follow(self, name: str, under_way: "_UnderWay") -> Traffic:
-        total = Traffic()  # whose seconds are when the units are done with what they have
+        total = Traffic()  # its seconds are the units' clock
         for instruction in self.program.computations[name]:
             if instruction.opcode == "while":
-                body = instruction.attribute("body")
-                assert body is not None
-                total += self.of(body) * self.program.trips(instruction)
+                body = self.of(instruction.attribute("body"))
+                total += body * self.program.trips(instruction)
             elif instruction.opcode in ("call", "conditional"):
-                # Of branches one runs: no more than all of them.
+                # Only one branch runs; the sum is an upper bound.
                 total += sum(map(self.of, instruction.called), Traffic())
             else:
                 until = 0.0
@@ -161,11 +160,11 @@ class _Reader:
                         until = max(until, under_way.arrivals.pop(channel, 0.0))
                     elif step == "start" or channel not in self.asynchronous:
                         kind, received = self._received(collective, instruction)
-                        on_its_way = received if step == "start" else 0.0
-                        # Results of a start are what is sent, what arrives, and flags.
+                        asynchronous = received if step == "start" else 0.0
+                        # The results of a start are the operand, the result, and flags.
                         arriving = instruction.shapes[step == "start" :][:1]
-                        written = received if _main(arriving) else 0.0
-                        total += Traffic({kind: Moved(1, received, on_its_way)}, written)
+                        written = received if _hbm_bytes(arriving) else 0.0
+                        total += Traffic({kind: Moved(1, received, asynchronous)}, written)
                         arrival = under_way.send(total.seconds, received / self.chip.wire_bandwidth)
                         if step == "start":
                             under_way.arrivals[channel] = arrival
@@ -179,9 +178,9 @@ class _Reader:
         return total
 
     def _collectives(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
-        """The collectives in an instruction, each with "start" or "done" where it is only that.
+        """The collectives in an instruction, each with "start" or "done", or "" if synchronous.
 
-        An asynchronous one that goes on beside other work is in each instruction with such work.
+        An asynchronous collective that is fused with other work appears in each such instruction.
         """
         base, _, end = instruction.opcode.rpartition("-")
         if instruction.opcode in KINDS:
@@ -200,10 +199,10 @@ class _Reader:
                     yield "start" if starts else "done" if ends else "", each
 
     def _received(self, collective: Instruction, within: Instruction) -> tuple[str, float]:
-        """Its kind and the bytes that a chip receives by it, by the shortest way."""
+        """The kind of a collective and the bytes that a chip receives by the optimal algorithm."""
         kind = collective.opcode.removesuffix("-start")
         if kind == "all-reduce" and "all-reduce-scatter" in within.name:
-            kind = "reduce-scatter"  # as the compiler writes it: all are summed, a part is kept
+            kind = "reduce-scatter"  # the compiler's form of it: an all-reduce and a slice
         given = [self.program.instructions[name].shapes for name in collective.operands]
         if kind == "collective-permute":
             return kind, sum(shape.size for shape in given[0])
@@ -217,31 +216,31 @@ class _Reader:
         }[kind]
 
     def _memory(self, instruction: Instruction) -> float:
-        """Bytes that an instruction reads from the main memory and writes to it."""
+        """Bytes that an instruction reads from HBM and writes to it."""
         kind, _, end = instruction.opcode.rpartition("-")
         if instruction.opcode in _FREE or end == "done" or kind in KINDS:
             return 0.0
-        if end == "start":  # results are both its ends, and flags
-            return float(_main(instruction.shapes[:2]))
+        if end == "start":  # its results are operand, result, and flags
+            return float(_hbm_bytes(instruction.shapes[:2]))
         given = [self.program.instructions[name].shapes for name in instruction.operands]
         if instruction.opcode == "fusion":
             inside = self.program.computations[instruction.called[0]]
             if any(each.is_root and "AsyncCollective" in each.rest for each in inside):
                 return 0.0
             read = sum(
-                min(_main(given[each.number or 0]), self._used(each.name, inside))
+                min(_hbm_bytes(given[each.number or 0]), self._used(each.name, inside))
                 for each in inside
                 if each.opcode == "parameter"
             )
             return read + self._written(inside, instruction)
         if instruction.opcode in _SLICES:
-            return 2.0 * _main(instruction.shapes)
+            return 2.0 * _hbm_bytes(instruction.shapes)
         if instruction.opcode == "dynamic-update-slice":
-            return 2.0 * _main(given[1])
-        return float(sum(map(_main, given)) + _main(instruction.shapes))
+            return 2.0 * _hbm_bytes(given[1])
+        return float(sum(map(_hbm_bytes, given)) + _hbm_bytes(instruction.shapes))
 
     def _used(self, name: str, inside: Sequence[Instruction]) -> float:
-        """Bytes that a computation reads of one of its parameters: of slices, what they take."""
+        """Bytes that a computation reads of one of its parameters; a slice reads only its part."""
         used = 0.0
         for each in inside:
             if name not in each.operands:
@@ -267,17 +266,17 @@ class _Reader:
         return used
 
     def _written(self, inside: Sequence[Instruction], fusion: Instruction) -> float:
-        """Bytes that a fusion writes: where it puts a part into what is there, the part."""
+        """Bytes that a fusion writes; an update in place writes only the updated part."""
         root = next(each for each in inside if each.is_root)
         ends = root.operands if root.opcode == "tuple" else (root.name,)
         if len(ends) != len(fusion.shapes):
-            return float(_main(fusion.shapes))
+            return float(_hbm_bytes(fusion.shapes))
         written = 0.0
         for name, shape in zip(ends, fusion.shapes, strict=True):
             end = self.program.instructions[name]
             while end.opcode == "bitcast":
                 end = self.program.instructions[end.operands[0]]
-            size = float(_main((shape,)))
+            size = float(_hbm_bytes((shape,)))
             if end.opcode == "parameter" or end.opcode in KINDS:
                 size = 0.0
             if end.opcode == "dynamic-update-slice":
@@ -288,19 +287,19 @@ class _Reader:
 
 
 def _channel(collective: Instruction) -> str:
-    """What all instructions of one collective have in common."""
+    """The key that all instructions of one collective share."""
     return collective.attribute("channel_id") or collective.name
 
 
-def _main(shapes: Sequence[Shape]) -> int:
-    """Bytes of those in the main memory."""
+def _hbm_bytes(shapes: Sequence[Shape]) -> int:
+    """Bytes of the arrays in HBM."""
     return sum(shape.size for shape in shapes if shape.in_main_memory)
 
 
 def _group(collective: Instruction, chips: int) -> int:
-    """Between how many chips a collective is.
+    """The number of chips that take part in a collective.
 
-    Raises LookupError for a way of saying so that is not known.
+    Raises LookupError for an unknown form of replica groups.
     """
     text = collective.rest.partition("replica_groups=")[2]
     if (mesh := re.match(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", text)) is not None:

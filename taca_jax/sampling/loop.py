@@ -1,6 +1,6 @@
-"""From noise to latents: the flow-matching schedule and the Euler loop, TACA's state traced.
+"""From noise to latents: the Euler loop of flow matching, with TACA's state as traced values.
 
-Everything that changes from step to step (time, gamma, the LoRA's strength) is an array over
+Everything that changes from step to step (time, gamma, the LoRA's strength) is an array over the
 steps, so that one compiled loop serves plain sampling, every TACA schedule and every LoRA strength.
 """
 
@@ -21,17 +21,17 @@ from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
 
 _LOG = logging.getLogger(__name__)
 MAX_SEED = 2**31 - 1 - 2**16
-"""The largest seed, as int32, from which many pictures can still count on."""
+"""The largest seed; picture i uses seed + i, which must fit int32."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """What each sampling step does; float32 arrays `[steps]`.
+    """The values of each sampling step; float32 arrays `[steps]`.
 
     sigma, next_sigma: noise level before and after. gamma: TACA's temperature. lora_scale: strength
-    of attached LoRA factors. Both are for the prompt and, as negative_gamma and
-    negative_lora_scale, for the negative prompt of classifier-free guidance.
+    of attached LoRA factors. negative_gamma, negative_lora_scale: the same for the negative prompt
+    of classifier-free guidance. skip_scale: strength of skip-layer guidance.
     """
 
     sigma: Float[Array, " n"]
@@ -45,12 +45,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class SkipLayers:
-    """Skip-layer guidance, of Stable Diffusion 3.5-Medium: away from a model without some layers.
+    """Skip-layer guidance, of Stable Diffusion 3.5-Medium: away from the model without some layers.
 
-    layers: which to leave out. scale: how strongly. start, stop: it acts at steps i of n with
+    layers: to leave out. scale: the guidance's strength. start, stop: it acts at steps i of n with
     start * n < i < stop * n. Source: diffusers' `StableDiffusion3Pipeline`.
 
-    Raises UserError for no layers, and a range that is not within 0 and 1.
+    Raises UserError for no layers, and for a range that is not within 0 and 1.
     """
 
     layers: tuple[int, ...]
@@ -74,7 +74,7 @@ class SkipLayers:
         return jnp.asarray(self.scale * on, jnp.float32)
 
     def announce(self, steps: int) -> None:
-        """Logs a warning where no step of a run of `steps` lies between start and stop."""
+        """Logs a warning if none of a run's `steps` is between start and stop."""
         if self.scale and not np.any(self.scales(steps)):
             _LOG.warning(
                 "warning: skip_layers acts at steps i of n with %g n < i < %g n, which is none "
@@ -83,7 +83,7 @@ class SkipLayers:
             )
 
     def mask(self, num_layers: int) -> Bool[Array, " layers"]:
-        """Which layers are left out. Raises UserError for one that the model has not."""
+        """Which layers to leave out. Raises UserError for layers that the model does not have."""
         beyond = [layer for layer in self.layers if not 0 <= layer < num_layers]
         if beyond:
             raise UserError(
@@ -99,11 +99,11 @@ def make_plan(
     lora_strength: float = 1.0,
     skip: SkipLayers | None = None,
 ) -> Plan:
-    """The plan of a run over `sigmas` with TACA, or plain where `taca` is None.
+    """The plan of a run over `sigmas` with TACA, or with plain attention if `taca` is None.
 
-    The LoRA is on, at `lora_strength`, exactly where TACA is (`cond_only`: not for the negative
-    prompt): to see it alone, set gamma to 1; to see TACA without it, set its strength to 0.
-    `skip` is skip-layer guidance.
+    The LoRA is on, at `lora_strength`, exactly while TACA is (with `cond_only` not for the negative
+    prompt). For the LoRA alone set gamma to 1, for TACA alone set lora_strength to 0. `skip` adds
+    skip-layer guidance.
     """
     timestep = jnp.asarray(sigmas[:-1]) * MAX_TIMESTEP
     step = jnp.arange(len(timestep))
@@ -126,7 +126,7 @@ def make_plan(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Trajectory:
-    """Each step's latents after it and the x0 that it predicted, `[steps, b, H, W, c]`."""
+    """The latents after each step, and the x0 predicted in it, `[steps, b, H, W, c]`."""
 
     latents: Float[Array, "n b H W c"]
     x0: Float[Array, "n b H W c"]
@@ -135,7 +135,7 @@ class Trajectory:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """How far a run is: its latents, the x0 predicted last, and the trajectory where asked for."""
+    """The state of a run: latents, the x0 predicted last, and the trajectory if it is recorded."""
 
     latents: Float[Array, "b H W c"]
     x0: Float[Array, "b H W c"]
@@ -158,10 +158,10 @@ def denoise(
 
     `negative` turns classifier-free guidance on: v = v_negative + cfg_scale (v - v_negative), both
     in one batch. `skip` adds skip_scale (v - v without those layers) where the plan's skip_scale
-    is not 0. The transformer is called as FluxTransformer is; latents stay float32.
+    is not 0. Latents stay float32.
 
-    `watch(step, now)` is called after each step; its arrays may be under way still. The same
-    program then runs step by step, so that watching changes no bit of what is drawn.
+    `watch(step, now)` is called after each step; the arrays may not be computed yet. The same
+    compiled program then runs step by step, so that watching does not change the result by a bit.
     """
     graph, state = nnx.split(transformer)
     x = jnp.asarray(latents, jnp.float32)
@@ -194,7 +194,7 @@ def _denoise(
     start: Int[Array, ""],
     stop: Int[Array, ""],
 ) -> Sampled:
-    """The steps from `start` to before `stop`, which are data, so that this is compiled once."""
+    """The steps from `start` to before `stop`, which are traced, so that this is compiled once."""
     model = nnx.merge(graph, state)
     velocity = guided_velocity(model, positive, negative, cfg_scale, skip)
 
@@ -218,7 +218,7 @@ def guided_velocity(
     cfg_scale: Float[Array, ""],
     skip: Bool[Array, " layers"] | None = None,
 ) -> Callable[[jax.Array, Plan], jax.Array]:
-    """The velocity at one step of a plan (of scalars), guided where there is `negative`."""
+    """The function (latents, one step of the plan) -> velocity, guided if there is `negative`."""
 
     def call(
         x: jax.Array,

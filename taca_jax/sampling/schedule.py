@@ -9,12 +9,12 @@ from taca_jax.errors import UserError
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """Which noise levels a run of n steps visits.
+    """The noise levels of a run of n steps.
 
-    FLUX shifts them towards noise by exp(mu), mu linear in the number of image tokens between
-    (base_tokens, base_shift) and (max_tokens, max_shift); with `shift` set instead, that constant
-    is used (schnell: 1, SD3: 3). `last_sigma` is the noise level, before the shift, that the last
-    step starts from; None is 1 / n. Source: diffusers' FlowMatchEulerDiscreteScheduler.
+    FLUX shifts them towards noise by the factor exp(mu), where mu is linear in the number of image
+    tokens, through (base_tokens, base_shift) and (max_tokens, max_shift). A `shift` is a constant
+    factor instead (schnell: 1, SD3: 3). `last_sigma` is the noise level, before the shift, at the
+    start of the last step; None is 1 / n. Source: diffusers' FlowMatchEulerDiscreteScheduler.
     """
 
     base_shift: float = 0.5

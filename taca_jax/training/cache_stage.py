@@ -198,7 +198,7 @@ def _encode_all(
     wait_for_all("the examples that are left")
     with notice.steps():
         with CacheWriter(folder, prefix) as writer:
-            whole = encode_to(writer, source, buckets, encoders, done=done, told=notice.reached)
+            whole = encode_to(writer, source, buckets, encoders, done=done, stopping=notice.reached)
         wait_for_all("the shards of a cache")
         if not whole:
             raise notice.stopped(f"{len(encoded(folder))} pictures are encoded")

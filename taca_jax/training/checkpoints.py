@@ -1,4 +1,4 @@
-"""Training checkpoints: all that a run needs to go on as if it had never stopped."""
+"""Training checkpoints: everything that a run needs to continue as if it had never stopped."""
 
 import logging
 import re
@@ -25,12 +25,12 @@ _OVERHEAD_BYTES = 2**20  # names, shapes and indices beside the arrays
 class Checkpoints:
     """The checkpoints of one run folder, by optimizer step; a context manager.
 
-    Each holds the training state (trained parameters, their average, optimizer, step, rng) and the
-    data iterator's position. They are written beside the run and appear whole or not at all; sums
-    of each array's bits find damage that happens to them later, which storage layers do not. The
-    `frozen` parameters are not in them, but their sum is, and what they are quantised to: to go on,
-    they must be the same. Of several processes each writes and reads what its devices hold, and all
-    must call everything here at the same time.
+    Each contains the training state (trained parameters, their average, optimizer, step, rng) and
+    the data iterator's position. They are written asynchronously and appear atomically; a checksum
+    of each array reveals later damage, which storage layers do not. `frozen` parameters are not
+    stored, but their checksum and their quantisation are: to resume, both must be the same. If
+    there are several processes, each writes and reads what its devices hold, and all must call
+    every method here at the same time.
     """
 
     def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
@@ -57,9 +57,9 @@ class Checkpoints:
                 self._manager.close()
 
     def save(self, state: TrainState, data: Any) -> None:
-        """Starts writing `state` and `data` (JSON) and returns; training goes on meanwhile.
+        """Starts writing `state` and `data` (JSON) in the background.
 
-        Raises UserError where this or the save before cannot be written, as on a full disk.
+        Raises UserError if this or the previous checkpoint cannot be written, as on a full disk.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -67,7 +67,7 @@ class Checkpoints:
         arrays = _as_dict(state)
         with self._refusals():
             self._manager.wait_until_finished()
-        # Asked before: a disk that fills up on the way makes Orbax print a traceback per array.
+        # Checked first, because on a full disk Orbax prints a traceback for each array.
         needed = sum(array.nbytes for array in arrays.values()) + _OVERHEAD_BYTES
         free = shutil.disk_usage(self._dir).free
         if not all_of(free >= needed):
@@ -87,14 +87,14 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises UserError where it cannot be."""
+        """Waits until everything is on disk. Raises UserError if it cannot be written."""
         with self._refusals():
             self._manager.wait_until_finished()
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Makes one UserError of whatever Orbax raises, and logs, when it cannot write."""
-        with _one_voice():
+        """Turns any error of Orbax's writing into one UserError, without its logged tracebacks."""
+        with _silent_orbax():
             try:
                 yield
                 return
@@ -115,11 +115,11 @@ class Checkpoints:
     def restore(
         self, like: TrainState, warn: Callable[[str], None]
     ) -> tuple[TrainState, Any] | None:
-        """The newest checkpoint that reads back, in the shape of `like`, and the data's position.
+        """The newest readable checkpoint, in the structure of `like`, and the data's position.
 
-        A damaged one is reported through `warn(line)`, passed over, and kept in `damaged/` beside
-        the others. None where there is none.
-        Raises UserError when there are some and none fits, or with another frozen base.
+        Damaged ones are reported through `warn(line)`, skipped, and moved to `damaged/` beside the
+        checkpoints. None if there are no checkpoints. Raises UserError if none of them is readable,
+        or if the frozen base is another one.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -156,7 +156,7 @@ class Checkpoints:
     def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Any, str | None]:
         """The arrays and the record of a checkpoint, or why this process cannot read them."""
         index = jax.process_index()
-        # Alone, though there are others: one that fails would leave them waiting for it.
+        # Each process reads alone: one that failed would leave the others waiting for it.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"read{index}"
         )
@@ -168,14 +168,14 @@ class Checkpoints:
         )
         reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
         try:
-            with _one_voice(), reader:
+            with _silent_orbax(), reader:
                 found = reader.restore(self._dir / str(step), args=request)
             return found["state"], found["record"], None
         except Exception as error:  # Orbax raises what its storage layers raise
             return {}, {}, _reason(error)
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Out of the way of those to come, and not lost: what cannot be read may yet be mended."""
+        """Moves unreadable checkpoints out of the way; they are kept, as they may be repairable."""
         if is_first():
             aside = self._dir.parent / "damaged"
             aside.mkdir(exist_ok=True)
@@ -187,8 +187,8 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which saves when it is told to, and does not ask for preemption notices itself: the
-    service goes by the numbers that it is asked with, and ours are not steps (`Notice`)."""
+    """Orbax's manager without its own query for preemption notices, which it makes with the step's
+    number; JAX's service needs the numbers that `Notice` queries it with."""
 
     def reached_preemption(self, step: int) -> bool:
         del step
@@ -199,13 +199,13 @@ def _words(quantized: dict[str, str]) -> str:
     return ", ".join(f"{part} in {to}" for part, to in quantized.items()) or "nothing quantised"
 
 
-def _one_voice() -> AbstractContextManager[None]:
-    """Keeps Orbax from logging a traceback for each array and thread that an error meets."""
+def _silent_orbax() -> AbstractContextManager[None]:
+    """Keeps Orbax from logging a traceback for each array and thread affected by an error."""
     return silenced("absl", "asyncio", below=logging.CRITICAL)
 
 
 def _reason(error: Exception) -> str:
-    """What the system said, out of tensorstore's account of where it said it."""
+    """The system's message, extracted from tensorstore's longer one."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip() or repr(error)
@@ -214,19 +214,19 @@ def _reason(error: Exception) -> str:
 
 
 def sum_of(parameters: nnx.State) -> int:
-    """A number that tells parameters from others of the same model."""
+    """A checksum of a model's parameters."""
     return sum(_sums(_as_dict(parameters)).values())
 
 
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """The sum of each array's words modulo 2^32, the same however it is laid out."""
+    """The sum of each array's words modulo 2^32, which does not depend on its sharding."""
     return {name: int(total) for name, total in jax.device_get(_add_words(arrays)).items()}
 
 
 @jax.jit
 def _add_words(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def add(array: jax.Array) -> jax.Array:
-        if array.dtype == jnp.uint4:  # of which bits are cast in pairs only
+        if array.dtype == jnp.uint4:  # bitcasts take 4-bit numbers only in pairs
             array = array.astype(jnp.uint8)
         words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
         return jnp.sum(words, dtype=jnp.uint32)
@@ -235,7 +235,7 @@ def _add_words(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _as_dict(state: Any) -> dict[str, Any]:
-    """The state's leaves under plain path names, so that files do not depend on our classes."""
+    """The state's leaves by path, so that files do not depend on our classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 

@@ -1,8 +1,7 @@
-"""What a training run is: a frozen dataclass, validated when it is made.
+"""The configuration of a training run: a frozen dataclass, validated on construction.
 
-A preset (`configs/NAME.py`) is a value of it, and the command line changes it field by field
-(`config.command_line`). Everything a run depends on stands here, and every field is read by
-something.
+A preset (`configs/NAME.py`) is an instance, and the command line overrides single fields
+(`config.command_line`). A run depends on nothing else.
 """
 
 import math
@@ -10,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import taca_jax.families.registry  # noqa: F401 - registers the configs that `model` may have
 from taca_jax.attention import Implementation
 from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import check
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.evaluation.config import EvalConfig
-from taca_jax.families import registry
 from taca_jax.nn.kinds import TransformerConfig
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.nn.low_bit import Quantization
@@ -28,50 +27,47 @@ from taca_jax.text.config import TextConfig
 from taca_jax.training.losses import TimestepSampling
 from taca_jax.training.optimizer import OptimizerConfig
 
-FAMILIES = registry.families()
-"""Whose transformers `model` may be; importing them makes their kinds known."""
-
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Without `lora` every parameter trains, else the LoRA alone.
+    """One training run: of all parameters, or with `lora` of the LoRA only.
 
-    name: of the run; its folder is called so.
+    name: of the run, and of its folder.
     steps: optimizer steps.
-    base: the model folder to start from (`transformer/`, `text_encoder/`, ...); none starts `model`
-      from random numbers.
-    model: the transformer's shape when there is no base.
-    lora: the adapter to train; none trains everything.
-    quantize: what the transformer's kernels are kept in under a LoRA: `int8`, `nf4` (4 bits), or
-      none, which is dtype.
-    quantize_text: the same of T5.
-    text: captions to text tokens.
-    autoencoder: `pixels` trains a new model on the pictures themselves and a base on what it was
-      made with; a path trains on the latents of that folder's autoencoder.
+    base: the model folder to start from (`transformer/`, `text_encoder/`, ...); none starts with a
+      new `model`, randomly initialised.
+    model: the config of a new transformer, where there is no base.
+    lora: the LoRA to train; none trains all parameters.
+    quantize: the format of the frozen transformer's kernels under a LoRA: `int8`, `nf4` (4 bits),
+      or none, which is dtype.
+    quantize_text: the same for T5's kernels.
+    text: the tokenizer and text encoder of a new model.
+    autoencoder: `pixels` trains a new model on pixels, and a base with its own autoencoder; a path
+      trains on the latents of the autoencoder in that folder.
     pixels: how a new model on pixels normalises them.
-    taca: with it, training draws timesteps where TACA is active, and applies it (the paper's
-      equations 11-13); none trains plainly over all timesteps.
+    taca: draws the timesteps at which TACA is active, and applies it (the paper's equations 11-13);
+      none trains over all timesteps with plain attention.
     data: pictures and captions.
     mesh: how several devices share the work.
-    optimizer: how gradients become updates.
+    optimizer: the optimizer and its learning rate.
     grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
-    dtype: of activations; parameters, softmax and loss are float32.
+    dtype: of activations and frozen parameters; trained ones, softmax and loss are float32.
     attention: the implementation of the joint attention: `auto` takes the fastest for the device.
-    remat: `full` computes activations again in the backward pass, block by block, to save memory.
+    remat: `full` recomputes activations in the backward pass, block by block, to save memory.
     timestep_sampling: `uniform`, or `logit_normal` (more in the middle), before any truncation.
-    timestep_shift: above 1 draws more noise: SD3's and FLUX's shift of times, in training.
-    guidance: the guidance scale shown to models that embed one; others do without.
+    timestep_shift: above 1 draws noisier timesteps: SD3's and FLUX's shift, in training.
+    guidance: the guidance scale given to models that embed one; others do not use it.
     log_every: optimizer steps between two lines of metrics.
     save_every: optimizer steps between two checkpoints; the last step is always saved.
-    keep_checkpoints: how many checkpoints stay.
+    keep_checkpoints: how many checkpoints are kept.
     sample_every: optimizer steps between two grids of samples; 0 draws none.
     sample_prompts: the prompts of those grids.
-    seed: decides parameters, noise and timesteps.
+    seed: of parameters, noise and timesteps.
     out_dir: the run's folder; none is runs/NAME.
-    plan: a slice of TPUs (v5e-16, v6e-8, v5p-8): compile the step for it and say what it takes,
-      instead of training; no TPU is needed.
-    resume: go on from the folder's newest good checkpoint; otherwise the folder must be new.
-    evaluate: the table at the end; none makes none.
+    plan: a slice of TPUs (v5e-16, v6e-8, v5p-8): instead of training, compile the step for it and
+      print what it needs; no TPU is necessary.
+    resume: continue from the folder's newest good checkpoint; otherwise the folder must be new.
+    evaluate: the evaluation at the end; none skips it.
     """
 
     name: str
@@ -183,10 +179,10 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run writes."""
+        """The folder in which the run writes."""
         return Path(self.out_dir or Path("runs") / self.name)
 
     @property
     def cache_dir(self) -> Path:
-        """Where encoded examples are."""
+        """The folder of encoded examples, with data.encode=cache."""
         return Path(self.data.cache or self.run_dir / "cache")

@@ -1,7 +1,7 @@
-"""Pictures and captions to latents and embeddings: batches through the encoders, into a cache.
+"""Encodes pictures and captions into latents and embeddings, and writes them to a cache.
 
-While a batch is encoded, the next ones are read and the one before is written. Each process encodes
-the rows that its devices hold.
+While a batch is encoded, the next ones are read and the previous one is written. Each process
+encodes the rows that its devices hold.
 """
 
 import threading
@@ -35,11 +35,11 @@ from taca_jax.training.models import InputModels
 
 
 class Encoders:
-    """The autoencoder and the text encoder of a run, on the mesh, as programs for batches.
+    """The autoencoder and the text encoder of a run, compiled on the mesh.
 
-    Each is compiled for batches of `batch_size` samples: for each size of pictures, and for
-    captions. A process gives and gets the rows that its devices hold; `own` says which of them no
-    other process answers for.
+    Both take batches of `batch_size` samples; the autoencoder is compiled once for each size of
+    pictures. Each process passes and receives the rows that its devices hold. If several processes
+    hold the same row, `own` marks it in the one that writes it.
     """
 
     def __init__(self, models: InputModels, mesh: Mesh | None, batch_size: int, dtype: DTypeLike):
@@ -56,7 +56,7 @@ class Encoders:
         ae_graph, self._autoencoder = nnx.split(autoencoder)
         text_graph, self._text_encoder = nnx.split(models.text_encoder)
         dtype = jnp.dtype(dtype)
-        # What models return as float32 they have computed in `dtype`, all but pixels.
+        # Models with parameters compute in `dtype`, even if they return float32.
         latents_dtype = dtype if jax.tree.leaves(self._autoencoder) else jnp.dtype(jnp.float32)
         self.latents_dtype: str = latents_dtype.name
 
@@ -76,9 +76,9 @@ class Encoders:
         self._text = jax.jit(text, out_shardings=places)
 
     def start(self, images: np.ndarray, tokens: np.ndarray) -> "Encoding":
-        """Starts to encode this process's rows of a batch, and of as many captions as there are.
+        """Starts encoding this process's rows of a batch, and any number of captions.
 
-        images: uint8 [rows, H, W, 3]. tokens: int32 [n, t], any number of them.
+        images: uint8 [rows, H, W, 3]. tokens: int32 [n, t].
         """
         rows = len(self.rows)
         rounds = most_of_all(-(-len(tokens) // rows))
@@ -104,14 +104,14 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Encoding:
-    """A batch that has been started: its arrays are still on the devices."""
+    """A batch whose encoding has been started; its arrays are still on the devices."""
 
     latents: tuple[jax.Array, ...]
     texts: list[tuple[jax.Array, jax.Array]]
     count: int
 
     def get(self) -> tuple[list[np.ndarray], list[Caption]]:
-        """Waits for this process's latents, arrays [rows, h, w, c], and its captions'."""
+        """Waits for this process's latents, arrays [rows, h, w, c], and caption embeddings."""
         latents = [_ours(array) for array in self.latents]
         captions = [
             Caption(txt=txt, pooled=pooled)
@@ -123,14 +123,14 @@ class Encoding:
 
 @dataclass(frozen=True)
 class _Ready:
-    """This process's rows of a batch as they were read; `examples` None where a row is empty."""
+    """This process's rows of a batch before encoding; the example of an empty row is None."""
 
     images: np.ndarray
     indices: list[int]
     examples: list[Example | None]
     tokens: np.ndarray
     counts: list[int]
-    """How many captions each row has."""
+    """The number of captions of each row."""
 
 
 def encode_to(
@@ -140,12 +140,12 @@ def encode_to(
     encoders: Encoders,
     *,
     done: np.ndarray,
-    told: Callable[[], bool],
+    stopping: Callable[[], bool],
 ) -> bool:
-    """Encodes all examples of the buckets but those that are `done`, and writes them.
+    """Encodes and writes all examples of the buckets except those that are `done`.
 
-    Returns whether that was all: False where it was `told` to stop before, which it asks after each
-    batch.
+    `stopping` is called after each batch; if it returns True, encoding ends early. Returns whether
+    all examples have been encoded.
     """
     batches = _batches(buckets, done, encoders.batch_size)
     ready = _read_ahead(source, batches, encoders)
@@ -162,14 +162,14 @@ def encode_to(
     with ThreadPoolExecutor(1) as pool:
         for batch in shown:
             started = (batch, encoders.start(batch.images, batch.tokens))
-            # The batch before is fetched and written while this one is encoded.
+            # The previous batch is fetched and written while this one is encoded.
             if writing is not None:
                 writing.result()
             if before is not None:
                 writing = pool.submit(_write, writer, encoders.own, *before)
             before = started
             left -= 1
-            if told() and left:
+            if stopping() and left:
                 break
         if writing is not None:
             writing.result()
@@ -193,7 +193,7 @@ def _write(writer: CacheWriter, own: np.ndarray, batch: _Ready, encoding: Encodi
 def _batches(
     buckets: Sequence[Bucket], done: np.ndarray, size: int
 ) -> list[tuple[Bucket, np.ndarray]]:
-    """Indices in their order, `size` of a bucket at a time; its last batch may be shorter."""
+    """Each bucket's indices in order, `size` at a time; its last batch may be shorter."""
     found = []
     for bucket in buckets:
         members = np.setdiff1d(np.concatenate(bucket.parts), done)
@@ -205,7 +205,7 @@ def _batches(
 def _read_ahead(
     source: Source, batches: Sequence[tuple[Bucket, np.ndarray]], encoders: Encoders
 ) -> Iterator[_Ready]:
-    """This process's rows of the batches, read by threads, some batches ahead."""
+    """This process's rows of the batches, read ahead by threads."""
     rows, lock = encoders.rows, threading.Lock()
     pieces = -(-len(rows) // FILES_PER_CHUNK)
     read = partial(_read, source, batches, encoders.tokenizer, lock)
@@ -239,20 +239,20 @@ def _read(
     number: int,
     rows: np.ndarray,
 ) -> _Ready:
-    """Some rows of a batch; those behind its end, and bad ones, are empty."""
+    """Some rows of a batch; those past its end, and unreadable examples, are empty."""
     bucket, members = batches[number]
     indices = [int(members[row]) if row < len(members) else -1 for row in rows]
     examples: list[Example | None] = []
     for index in indices:
         try:
             examples.append(None if index < 0 else read_example(source, index, bucket.size))
-        except BadExampleError:  # the source has counted and logged it
+        except BadExampleError:  # already counted and logged by the source
             examples.append(None)
     captions = [() if example is None else captions_of(example) for example in examples]
     texts = [text for each in captions for text in each]
     with lock:  # Rust tokenizers refuse two threads at a time
         tokens = np.asarray(tokenizer(texts or [""]), np.int32)[: len(texts)]
-    assert bucket.size is not None  # as caches keep them
+    assert bucket.size is not None  # the buckets of a cache have sizes
     images = np.zeros((len(rows), *bucket.size, 3), np.uint8)
     for image, example in zip(images, examples, strict=True):
         if example is not None:

@@ -1,4 +1,4 @@
-"""Steps whose loss is no number, or has run away, and the samples that they were made on."""
+"""Stops a run whose loss is NaN or has exploded, and names the samples of that step."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from taca_jax.errors import UserError
 from taca_jax.parallel.processes import names_of_all
 
 EXPLODED = 100.0
-"""A loss so many times the usual one has run away. The loss of a model that predicts nothing is
-about 2, and single batches of one sample differ by a factor of ten or twenty."""
+"""A loss this many times the usual one has exploded. An untrained model's loss is about 2, and the
+losses of batches of a single sample differ by a factor of ten or twenty."""
 
 _RECENT = 10
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that has been started: its metrics, still on the device, and the names of this
-    process's samples in it."""
+    """A step that has been started: its metrics on the device, and the names of this process's
+    samples."""
 
     number: int
     metrics: Mapping[str, jax.Array]
@@ -30,7 +30,7 @@ class Step:
 
 
 class Health:
-    """What losses are usual in a run, and whether a step's is among them."""
+    """Compares each step's loss with the usual losses of the run."""
 
     def __init__(self):
         self._recent: deque[float] = deque(maxlen=_RECENT)
@@ -38,10 +38,11 @@ class Health:
         self._checked = 0
 
     def check(self, step: Step, under_way: Any = None) -> None:
-        """Waits for the step; each counts once. `under_way` is what has been started since.
+        """Waits for a step's metrics and checks them; repeated calls for one step have no effect.
 
-        Raises UserError, in every process alike, where the loss or the gradient is no number, or
-        the loss more than EXPLODED times the usual: the lowest median of ten in a row so far.
+        `under_way` is what has been dispatched since. Raises UserError, in every process alike, if
+        the loss or the gradient is not finite, or the loss is more than EXPLODED times the usual
+        one: the lowest median of ten consecutive losses so far.
         """
         if step.number <= self._checked:
             return
@@ -60,7 +61,7 @@ class Health:
 
 
 def _refused(step: Step, what: str, under_way: Any) -> UserError:
-    # One thing at a time over the mesh: elsewhere it may come in another order.
+    # Processes must run programs over the mesh in the same order, so wait for the one under way.
     jax.block_until_ready(under_way)
     return UserError(
         f"{what} at step {step.number}, on the samples {', '.join(names_of_all(step.samples))}; "

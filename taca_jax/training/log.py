@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a progress bar, a JSON line a step, TensorBoard."""
+"""A run's metrics: a progress bar, a file of JSON lines, TensorBoard."""
 
 import json
 import time
@@ -15,15 +15,15 @@ from tensorboardX import SummaryWriter
 from taca_jax.formats.atomic import whole_file
 
 PLAIN_LINE_SECONDS = 15.0
-"""Where there is no terminal to redraw a bar on, a line at most this often."""
+"""Without a terminal, a plain line instead of the bar, at most this often."""
 
 
 class RunLog:
     """Progress and metrics of a training run; a context manager.
 
-    Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. On resuming after `start` steps, lines
-    of later steps are dropped first, so that each step stands there once. The share of the peak
-    FLOP/s of all devices that the model used is there where that peak is known.
+    Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. When a run is resumed after `start`
+    steps, the lines of later steps are dropped first, so that each step appears once. If the peak
+    FLOP/s of all devices are known, so is the share of them that the model used.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class RunLog:
         self._board.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of the steps up to and with `step` (counted from 1)."""
+        """Writes the metrics of `step`, counted from 1, and the mean time per step since the last
+        call."""
         now = time.perf_counter()
         then, before = self._last
         self._last = (now, step)
@@ -109,7 +110,7 @@ class RunLog:
             self.console.print(line, soft_wrap=True)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """A uint8 HWC picture for TensorBoard."""
+        """Writes a picture, uint8 HWC, to TensorBoard."""
         self._board.add_image(name, picture, step, dataformats="HWC")
 
     def _keep_before(self, start: int) -> None:
@@ -127,9 +128,9 @@ class RunLog:
 
 
 def device_memory() -> dict[str, float]:
-    """GB in use, and the most so far, on the fullest of this process's devices.
+    """Current and peak memory in GB, each the maximum over this process's devices.
 
-    Empty where devices do not say, as CPUs.
+    Empty for devices that do not report it, such as CPUs.
     """
     found = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"device_memory_gb": "bytes_in_use", "device_memory_peak_gb": "peak_bytes_in_use"}

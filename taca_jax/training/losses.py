@@ -1,4 +1,4 @@
-"""The flow-matching objective and the timesteps that it is asked at."""
+"""The flow-matching objective and the distribution of its timesteps."""
 
 from typing import Literal
 
@@ -28,18 +28,18 @@ def sample_timesteps(
     arXiv 2403.03206), all restricted to that range: TACA trains its LoRA on t in (t_thresh, 1000]
     (arXiv 2506.07986, equation 11).
     """
-    # Of (0, 1], what is left to the range's end, which is pure noise, where every sampling starts.
+    # In (0, 1], so that the range's end is included: pure noise, where all sampling starts.
     u = 1.0 - jax.random.uniform(rng, (samples,))
     low = above / MAX_TIMESTEP
-    low = low / (shift - (shift - 1) * low)  # what the shift takes there
+    low = low / (shift - (shift - 1) * low)  # the noise level that is shifted to `above`
     if sampling == "uniform":
         sigma = low + (1 - low) * u
     else:
-        # By the upper tail: near 1 the cumulative itself has no digits left in float32.
+        # From the upper tail, because float32 has no precision left where the CDF is near 1.
         tail = norm.cdf(jnp.log1p(-low) - jnp.log(low)) if low > 0 else 1.0
         sigma = jax.nn.sigmoid(-norm.ppf(tail * (1.0 - u)))
     timestep = jnp.minimum(MAX_TIMESTEP * shift * sigma / (1 + (shift - 1) * sigma), MAX_TIMESTEP)
-    # Rounding may hit the open end, where TACA is the next step's affair.
+    # Rounding may give `above` itself, which is excluded: TACA is not active there.
     return jnp.maximum(timestep, np.nextafter(np.float32(above), np.inf)) if above else timestep
 
 

@@ -1,4 +1,4 @@
-"""How gradients become updates: AdamW or Muon, and their learning rate."""
+"""The optimizer: AdamW or Muon, with its learning-rate schedule."""
 
 import math
 from dataclasses import dataclass
@@ -18,20 +18,21 @@ from taca_jax.errors import UserError
 class OptimizerConfig:
     """AdamW or Muon, with warm-up and clipping by global norm.
 
-    kind: `adamw`, or `muon` (Jordan et al. 2024), which trains from scratch in fewer steps: kernels
-      between hidden states move along their orthogonalised momentum, at a root mean square of about
-      1, as Adam's first step has, so that one learning rate serves all; the kernels of img_in, of
-      modulations and of the output, and all that is no kernel, by AdamW with Nesterov's momentum.
-    learning_rate: the highest, reached after warm-up.
-    warmup_steps: optimizer steps of linear rise.
+    kind: `adamw`, or `muon` (Jordan et al. 2024), which trains from scratch in fewer steps. Muon
+      updates kernels between hidden states by their orthogonalised momentum, scaled to a root mean
+      square of about 1 like Adam's first step, so that one learning rate serves all. The kernels of
+      img_in, of modulations and of the output, and all other parameters, are updated by AdamW with
+      Nesterov momentum.
+    learning_rate: the maximum, reached after warm-up.
+    warmup_steps: optimizer steps of linear warm-up.
     schedule: after warm-up, `constant`, or `cosine` down to 0 at the last step.
-    weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only; of muon, on the
-      kernels that it orthogonalises only.
+    weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only; with kind=muon on
+      the kernels that it orthogonalises only.
     b1, b2: decay of Adam's first and second moment.
     muon_beta: decay of Muon's momentum; for kind=muon only.
-    clip_norm: longest gradient, over all trained parameters; none never clips.
-    ema_decay: decay of the moving average of the trained parameters that is sampled, scored and
-      exported; 0 takes the parameters themselves.
+    clip_norm: maximum norm of the gradient over all trained parameters; none never clips.
+    ema_decay: decay of the moving average of the trained parameters, which is then sampled,
+      evaluated and exported; 0 uses the parameters themselves.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -95,7 +96,7 @@ class OptimizerConfig:
     def learning_rate_at(self, count: ArrayLike, total_steps: int) -> Float[Array, ""]:
         """The learning rate of the update that follows `count` updates, float32, traceable.
 
-        Warm-up starts above 0, so that no step is spent for nothing.
+        Warm-up starts above 0, so that the first step has an effect.
         """
         count = jnp.asarray(count, jnp.float32)
         warm = jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1))
@@ -106,10 +107,10 @@ class OptimizerConfig:
 
 
 def _muon_axes(params: Any) -> Any:
-    """For each parameter the axes of its matrices, or None where AdamW updates it.
+    """For each parameter the axes of its matrices, or None if AdamW updates it.
 
     Muon is for matrices between hidden states. Its author leaves a model's first and last layer to
-    Adam; so do we, and the layers that make all modulations of one vector per picture.
+    Adam; so do we, and also the layers that compute modulations from one vector per picture.
     """
     not_hidden = {"img_in", "mod", "final_mod", "final_out"}
 
@@ -117,14 +118,14 @@ def _muon_axes(params: Any) -> Any:
         names = {jax.tree_util.keystr((key,), simple=True) for key in path}
         if "kernel" not in names or names & not_hidden:
             return None
-        # Any axis before these two is that of a stack's layers.
+        # An axis before these two is the layer axis of a stack.
         return MuonDimensionNumbers(reduction_axis=param.ndim - 2, output_axis=param.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _is_matrix(params: Any) -> Any:
-    """The tree of booleans that says which parameters weight decay acts on.
+    """For each parameter whether weight decay acts on it.
 
     By name, not by rank: stacked blocks give biases and norms a leading layer axis.
     """

@@ -1,5 +1,5 @@
-"""Being told to stop: by SIGTERM, which clouds and schedulers send before they take a machine, or
-by Ctrl-C."""
+"""Requests to stop: SIGTERM, which clouds and schedulers send before they take a machine away, and
+Ctrl-C."""
 
 import signal
 import sys
@@ -16,28 +16,29 @@ from taca_jax.errors import StoppedError
 
 
 class Notice:
-    """Whether this run has been told to stop; one for the whole of it.
+    """Whether this run has been asked to stop; a run has one Notice.
 
-    Alone, a process notes SIGTERM between `steps`, and the first Ctrl-C; the second stops it at
-    once, as either does elsewhere, where there is nothing to finish first. Of several, JAX's
-    preemption service notes SIGTERM at any time and tells the others, so that all of them end after
-    the same step. `go_on` is what to do then, for the message.
+    A single process records SIGTERM and the first Ctrl-C while it is within `steps`; a second
+    Ctrl-C stops it at once, as both signals do outside of `steps`, where there is nothing to save.
+    With several processes JAX's preemption service records SIGTERM at any time and tells the other
+    processes, so that all of them stop after the same step. `go_on` says how to resume, for the
+    message.
     """
 
     def __init__(self, go_on: str):
         self._go_on = go_on
-        self._told = False
-        self._asked = 0
+        self._signalled = False
+        self._queries = 0
         self._before: dict[signal.Signals, Any] = {}
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """Where the run asks `reached` after each step, and stops once it is so."""
-        # Signals are the main thread's; a run in another thread is its starter's to end.
+        """A context in which signals are recorded, and `reached` is called after each step."""
+        # Only the main thread can handle signals; a run in another thread is stopped by its caller.
         main = threading.current_thread() is threading.main_thread()
         if main and not jax.distributed.is_initialized():
             for number in (signal.SIGTERM, signal.SIGINT):
-                # A shell's background jobs ignore Ctrl-C, which is not meant for them.
+                # A shell's background jobs ignore Ctrl-C, and should go on doing so.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         try:
@@ -48,21 +49,21 @@ class Notice:
             self._before.clear()
 
     def reached(self) -> bool:
-        """Whether to save and stop after this step, in every process alike; all of them ask after
-        each step."""
-        # The service goes by numbers that rise alike in all processes: of steps they would not,
-        # which begin anew after encoding, and elsewhere when a run is resumed.
-        self._asked += 1
+        """Whether to save and stop after this step; all processes call this after each step, and
+        get the same answer."""
+        # The service needs numbers that increase alike in all processes. Step numbers would not:
+        # they start again after encoding, and elsewhere when a run is resumed.
+        self._queries += 1
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(self._asked)
-        return self._told
+            return multihost_utils.reached_preemption_sync_point(self._queries)
+        return self._signalled
 
     def stopped(self, where: str) -> StoppedError:
-        """What to raise once everything is saved; `where` says how far the run is."""
+        """The exception to raise once everything is saved; `where` says how far the run got."""
         return StoppedError(f"told to stop: {where}; {self._go_on}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._signalled = True
         if number == signal.SIGINT:
             print("stopping after this step, saved; Ctrl-C again stops at once", file=sys.stderr)
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])

@@ -25,7 +25,7 @@ from taca_jax.training.losses import flow_matching_loss, interpolate, sample_tim
 from taca_jax.training.models import TextToImage
 
 _LATENTS = 2**31 - 1
-"""Folded into a step's key: of latents that are sampled, apart from its times and noise."""
+"""Folded into a step's key for sampling latents, so that times and noise stay the same."""
 
 
 @jax.tree_util.register_dataclass
@@ -40,10 +40,10 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What the autoencoder and the text encoders made of them, leading axis grad_accumulation.
+    """Encoded pictures and captions, leading axis grad_accumulation.
 
-    mean: of an AutoencoderKL raw, as its `moments` are; of others their latents. logvar: where
-    latents are to be sampled.
+    mean: an AutoencoderKL's unscaled `moments`; of other autoencoders the latents. logvar: present
+    if latents are to be sampled.
     """
 
     mean: Float[Array, "a b h w z"]
@@ -55,11 +55,10 @@ class EncodedBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes, and the key that decides its noise with the step's number.
+    """Everything that a step changes, and the random key of the run.
 
-    rng: the key's data, uint32, as checkpoints store it. trained: the trained parameters, and
-    nothing that is frozen. average: their moving average, or None where the configuration asks for
-    none.
+    rng: the key's data, uint32, as checkpoints store it; a step folds its number in. trained: the
+    trained parameters only. average: their moving average, or None without ema_decay.
     """
 
     step: Int[Array, ""]
@@ -79,8 +78,8 @@ class TrainState:
 class Frozen:
     """What a step uses and does not change.
 
-    model: parameters that are not trained. autoencoder: its parameters; none where batches come
-    encoded. The structures that belong to them, and the autoencoder's config, are static.
+    model: parameters that are not trained. autoencoder: its parameters; empty if batches come
+    encoded. Their graph definitions and the autoencoder's config are static.
     """
 
     model: nnx.State
@@ -97,8 +96,10 @@ class Frozen:
 def split_model(
     config: TrainConfig, model: TextToImage, autoencoder: Autoencoder | AutoencoderConfig
 ) -> tuple[nnx.State, Frozen]:
-    """The parameters that a run trains, and all others. With config.lora the first are LoRA factors
-    only. Where batches come encoded, the autoencoder's config is enough."""
+    """Splits the parameters that a run trains, with config.lora the LoRA factors, from all others.
+
+    If batches come encoded, the autoencoder's config is enough.
+    """
     kind = nnx.Param if config.lora is None else LoRAParam
     graph, trained, frozen = nnx.split(model, kind, ...)
     if isinstance(autoencoder, AutoencoderConfig):
@@ -121,10 +122,10 @@ def first_state(config: TrainConfig, trained: nnx.State) -> TrainState:
 def train_step(
     config: TrainConfig, state: TrainState, frozen: Frozen, batch: Batch | EncodedBatch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on a batch, its parts (leading axis) one after another.
+    """One optimizer step; the parts of the batch (its leading axis) run one after another.
 
-    The step's key is the state's, folded with its number. Returns the next state and scalar
-    metrics: loss, gradient_norm, learning_rate.
+    The random key is the state's with the step's number folded in. Returns the next state and
+    scalar metrics: loss, gradient_norm, learning_rate.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     value, gradient = _mean_gradient(config, state.trained, frozen, batch, rng)
@@ -147,7 +148,7 @@ def _mean_gradient(
     batch: Batch | EncodedBatch,
     rng: jax.Array,
 ) -> tuple[jax.Array, nnx.State]:
-    """The loss and its gradient, the means over a batch's parts."""
+    """The loss and its gradient, averaged over the parts of the batch."""
     parts = len(jax.tree.leaves(batch)[0])
     loss = partial(batch_loss, config)
     if parts == 1:
@@ -166,7 +167,7 @@ def _mean_gradient(
 def _moving_average(config: TrainConfig, state: TrainState, trained: nnx.State) -> nnx.State | None:
     if state.average is None:
         return None
-    # A short memory at first, so that the average does not drag the random start along.
+    # A shorter horizon at first, so that the average soon forgets the initial parameters.
     keep = jnp.minimum(config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
     return jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, state.average, trained)
 
@@ -249,35 +250,35 @@ def _stored_latents(
 
 @dataclass(frozen=True)
 class Trainer:
-    """`train_step` compiled for one run, with what it leaves as it is.
+    """`train_step` compiled for one run, with the parameters that it does not change.
 
-    places: the sharding of each array of the state, or None without a mesh.
-    begin: trained parameters -> the first state, which takes them over.
-    step: (state, frozen, batch) -> (state, metrics); the state's buffers are reused.
+    shardings: of the state's arrays; None without a mesh.
+    begin: trained parameters -> the first state.
+    step: (state, frozen, batch) -> (state, metrics); the state's buffers are donated.
     """
 
     frozen: Frozen
-    places: TrainState | None
+    shardings: TrainState | None
     begin: Callable[[nnx.State], TrainState]
     step: Callable[
         [TrainState, Frozen, Batch | EncodedBatch], tuple[TrainState, dict[str, jax.Array]]
     ]
 
     def abstract_state(self, trained: nnx.State) -> TrainState:
-        """The first state as shapes, each with its place, of parameters that may be shapes too."""
+        """The first state, of ShapeDtypeStructs with shardings; so may the parameters be."""
         shapes = jax.eval_shape(self.begin, trained)
-        if self.places is None:
+        if self.shardings is None:
             return shapes
         return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
-            self.places,
+            self.shardings,
         )
 
     def run(
         self, state: TrainState, batch: Batch | EncodedBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step; metrics are scalars still on the device."""
+        """One optimizer step; metrics are scalars on the device, perhaps not computed yet."""
         return self.step(state, self.frozen, batch)
 
     def merge(self, trained: nnx.State) -> TextToImage:
@@ -293,29 +294,29 @@ def make_trainer(
 ) -> tuple[Trainer, nnx.State]:
     """The trainer of `model`, and the parameters that it trains.
 
-    On a mesh, which must be set, the state lies as the models' sharding tables say. Parameters may
-    be shapes alone, to compile without them. Where batches come encoded, the autoencoder's config
-    is enough.
+    On a mesh, which must be the current one, the state is sharded by the models' tables. Parameters
+    may be ShapeDtypeStructs, to compile only. If batches come encoded, the autoencoder's config is
+    enough.
     """
     trained, frozen = split_model(config, model, autoencoder)
     begin, step = partial(first_state, config), partial(train_step, config)
     if mesh is None:
-        # Bound to a device as what a step returns is: else the second step would be compiled anew.
+        # Committed to a device, as a step's results are; else the second step would recompile.
         def begin_here(trained: nnx.State) -> TrainState:
             return jax.device_put(begin(trained), jax.devices()[0])
 
         return Trainer(frozen, None, begin_here, jax.jit(step, donate_argnums=0)), trained
-    places = state_shardings(jax.eval_shape(begin, trained), sharding_tables(model), mesh)
+    shardings = state_shardings(jax.eval_shape(begin, trained), sharding_tables(model), mesh)
     return Trainer(
         frozen,
-        places,
-        jax.jit(begin, out_shardings=places),
-        jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+        shardings,
+        jax.jit(begin, out_shardings=shardings),
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
     ), trained
 
 
 def sharding_tables(model: nnx.Module) -> dict[tuple[str, ...], ShardingTable]:
-    """The sharding tables of the models within one, by their paths in it."""
+    """The sharding tables of the models that `model` contains, by their paths in it."""
     return {
         tuple(map(str, path)): kind_of(config).sharding
         for path, node in nnx.iter_graph(model)
@@ -326,9 +327,9 @@ def sharding_tables(model: nnx.Module) -> dict[tuple[str, ...], ShardingTable]:
 def state_shardings(
     state: TrainState, tables: Mapping[tuple[str, ...], ShardingTable], mesh: Mesh
 ) -> TrainState:
-    """Where each array of a state lies: averages and moments as the parameters that they are of.
+    """The sharding of each array of a state; averages and moments are sharded as their parameters.
 
-    tables: by the paths of the models in what is trained, as `sharding_tables` gives them.
+    tables: of the models, by their paths in the trained model, as from `sharding_tables`.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -339,6 +340,6 @@ def state_shardings(
                 if inside and names[start : start + len(model)] == model:
                     spec = parameter_spec(table, ".".join(inside), leaf.shape, mesh)
                     return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, PartitionSpec())  # steps and counts
+        return NamedSharding(mesh, PartitionSpec())  # step numbers, counts and keys
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -269,13 +269,13 @@ def test_what_lies_beside_a_single_file_is_told_apart_too(pictures, tmp_path, na
     base = tmp_path / "flux.safetensors"
     base.touch()
     config = config_of(base, pictures, tmp_path / "run")
-    models = SimpleNamespace(family=FLUX_FAMILY, stored=SimpleNamespace(where=base))
-    before = cache_stage._files_stamp(config, models)
+    models = SimpleNamespace(config=config, family=FLUX_FAMILY, stored=SimpleNamespace(where=base))
+    before = cache_stage._files_stamp(models)
     (tmp_path / "other.safetensors").touch()
-    assert cache_stage._files_stamp(config, models) == before
+    assert cache_stage._files_stamp(models) == before
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    assert cache_stage._files_stamp(config, models) != before
+    assert cache_stage._files_stamp(models) != before
 
 
 def test_a_cache_killed_before_its_first_manifest_is_begun_anew(made, tmp_path):
