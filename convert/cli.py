@@ -213,7 +213,7 @@ def _family(conversion: Callable[..., argparse.ArgumentParser], family: Family) 
         f"file of {author} or ComfyUI, with or without autoencoder and text encoders",
         partial(convert_family, family),
     )
-    for name, about in family.original.untold.items():
+    for name, about in family.original.unknown_fields.items():
         annotation = family.kind.config.__dataclass_fields__[name].type
         made.add_argument(
             f"--{name.replace('_', '-')}",

@@ -39,7 +39,7 @@ def convert_lora(src: Path, dst: Path, to: Layout, model: str | None = None) -> 
     file = load_adapter(src, family, config)
     names = file.family.lora
     renamed = (to == "native") != (file.dialect == "native")
-    if names.unplaced is not None and config is None and renamed:
+    if names.placeholder_stack is not None and config is None and renamed:
         config = names.model_of(open_tensors(src))
         if config is None:
             released = ", ".join(each.name for each in file.family.published.values())

@@ -1,17 +1,17 @@
 """Original weights to model folders, a tensor at a time."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.writing import check_free, progress
+from taca_jax.config.fields import to_json
 from taca_jax.families.base import Family
-from taca_jax.families.registry import family_of
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.engine import streamed
 from taca_jax.formats.tensor_files import LazyTensor, summary
@@ -25,6 +25,7 @@ from taca_jax.weights.original_pipelines import (
     parts_in_file,
 )
 from taca_jax.weights.originals import Original, transformer
+from taca_jax.weights.pipeline_folders import TRANSFORMER, default_settings
 
 
 def convert_model(
@@ -52,7 +53,7 @@ def convert_family(
     if (src / "transformer").is_dir():
         return _convert_folder(family, src, dst, dtype, **told)
     if (src / CONFIG).is_file():
-        return convert_model(lambda path: transformer(path, family, **told), src, dst, dtype)
+        return convert_model(partial(transformer, family=family, **told), src, dst, dtype)
     parts = parts_in_file(src, family, **told)
     left_out = _left_out(parts["transformer"])
     if len(parts) == 1:
@@ -90,12 +91,7 @@ def _write_pipeline(
     tokenizers: Path | None = None,
 ) -> list[str]:
     """A pipeline's folder: its models, its settings, and the tokenizers in the folder of those."""
-    config = models["transformer"].config
-    settings = {
-        "tokenizer": None,
-        **dataclasses.asdict(family_of(config).defaults_of(config)),
-        "schedule": dataclasses.asdict(schedule),
-    }
+    settings = default_settings(models[TRANSFORMER].config, schedule)
     with whole_folder(dst) as folder:
         lines = [
             _write(model, folder / made, dtype).replace(str(folder), str(dst))
@@ -104,7 +100,7 @@ def _write_pipeline(
         for name in TOKENIZERS:
             if tokenizers is not None and (tokenizers / name).is_dir():
                 shutil.copytree(tokenizers / name, folder / name)
-        (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / PIPELINE_FILE).write_text(to_json(settings))
     return lines
 
 

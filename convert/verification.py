@@ -66,7 +66,7 @@ def _source(src: Path, config: Any) -> Original:
 
 def _untold(config: Any) -> dict[str, Any]:
     """What a single file does not tell of a transformer, as it was told when it was converted."""
-    return {name: getattr(config, name) for name in family_of(config).original.untold}
+    return {name: getattr(config, name) for name in family_of(config).original.unknown_fields}
 
 
 def _latents(config: VAEConfig) -> str | None:

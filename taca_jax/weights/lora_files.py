@@ -152,7 +152,7 @@ def save_adapter(
     `config` as they were read with. Raises UserError for factors without a name there.
     """
     in_peft, in_kohya, *_ = family.lora.dialects(config)
-    unplaced = family.lora.unplaced
+    unplaced = family.lora.placeholder_stack
     if unplaced is not None and config is None:
         placed = not any(place.startswith(f"{unplaced}.") for place, _ in adapter)
         if placed != (layout == "native"):

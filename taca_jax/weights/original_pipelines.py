@@ -70,7 +70,7 @@ def open_folder(src: Path, family: Family | None = None, **told: Any) -> Origina
             models[made] = read(src / name)
     config = models["transformer"].config
     family = family_of(config)
-    count = family.diffusers.text_encoders
+    count = max(len(model.text_encoders) for model in family.published.values())
     notes = []
     if absent := [
         name for name in (*TEXT_ENCODERS[:count], *TOKENIZERS[:count]) if not (src / name).is_dir()

@@ -226,8 +226,8 @@ def tiny_vae(src: Path) -> Original:
 
 def others(tensors: TensorFiles, *found: TensorFiles) -> tuple[str, ...]:
     """The names of a file's tensors that are in none of those that were found in it."""
-    used = {place for each in found for place in each.places.values()}
-    return tuple(name for name, place in tensors.places.items() if place not in used)
+    used = {stored for each in found for stored in each.stored.values()}
+    return tuple(name for name, stored in tensors.stored.items() if stored not in used)
 
 
 def _names(tensors: TensorFiles) -> str:
