@@ -59,7 +59,7 @@ def embedder(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 
 def output_modulation(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    """A modulation that is (scale, shift) in diffusers, (shift, scale) in the originals and here."""
+    """A modulation: (scale, shift) in diffusers, but (shift, scale) in the originals and here."""
     return (
         Rule(f"{theirs}.linear.weight", f"{ours}.kernel", TRANSPOSE_SWAPPED),
         Rule(f"{theirs}.linear.bias", f"{ours}.bias", SWAP_HALVES),

@@ -1,9 +1,9 @@
 """Weights stored in float8, with or without a scale for each tensor.
 
 In ComfyUI's scaled files a layer's weight is its float8 tensor times one number: `scale_weight` in
-files marked by a tensor `scaled_fp8`, `weight_scale` in files whose layers each have a `comfy_quant`
-(JSON, as bytes). Scales of a layer's inputs are for float8 arithmetic, which is not used here: they
-are ignored.
+files marked by a tensor `scaled_fp8`, `weight_scale` in files whose layers each have a tensor
+`comfy_quant` (JSON, as bytes). Scales of a layer's inputs are for float8 arithmetic, which is not
+used here: they are ignored.
 """
 
 import json

@@ -7,8 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,8 +42,8 @@ _LENGTH_BYTES = 8
 class Tensors(Protocol):
     """Named tensors whose shapes are known before any of them is read.
 
-    where: their source, for messages. duplicates: names that occur twice. read: returns a tensor, or
-    a part of it; `part` are slices of its first axes (None: the whole axis).
+    where: their source, for messages. duplicates: names that occur twice. read: returns a tensor
+    or a part of it; `part` are slices of its first axes (None: the whole axis).
     """
 
     @property
@@ -97,14 +96,13 @@ class TensorFiles:
     stored: Mapping[str, StoredTensor]
     duplicates: Sequence[str]
     metadata: Mapping[str, str]
+    shapes: Mapping[str, Shape] = field(init=False)
+    dtypes: Mapping[str, np.dtype] = field(init=False)
 
-    @cached_property
-    def shapes(self) -> dict[str, Shape]:
-        return {name: tensor.shape for name, tensor in self.stored.items()}
-
-    @cached_property
-    def dtypes(self) -> dict[str, np.dtype]:
-        return {name: tensor.dtype for name, tensor in self.stored.items()}
+    def __post_init__(self):
+        for name in ("shape", "dtype"):
+            values = {key: getattr(tensor, name) for key, tensor in self.stored.items()}
+            object.__setattr__(self, f"{name}s", values)  # the class is frozen
 
     def read(self, name: str, *part: slice | None) -> np.ndarray:
         """One tensor, or a part of its first axes; bfloat16 and float8 are ml_dtypes' types.
@@ -181,8 +179,8 @@ def write_tensors(
 
 
 def in_file_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """The names in the order of writing: widest dtypes first, as the safetensors library does, so that
-    each tensor begins at a multiple of its item size."""
+    """The names in the order of writing: widest dtypes first, as the safetensors library does, so
+    that each tensor begins at a multiple of its item size."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
@@ -229,8 +227,8 @@ def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
 
 
 def layers_of(tensors: Tensors, pattern: str) -> int:
-    """The number of layers: one more than the highest number that the pattern's group matches in any
-    name; 0 if none."""
+    """The number of layers: one more than the highest number that the pattern's group matches in
+    any name; 0 if none."""
     found = (re.fullmatch(pattern, name) for name in tensors.shapes)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
@@ -244,7 +242,7 @@ def summary(
 
 
 def differences(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
-    """Messages about missing, left-over and mis-shaped names in `given`; empty if there are none."""
+    """Messages about missing, left-over and mis-shaped names in `given`; empty if all fits."""
     missing = [name for name in wanted if name not in given]
     extra = [name for name in given if name not in wanted]
     shapes = [name for name in wanted if name in given and tuple(given[name]) != wanted[name]]

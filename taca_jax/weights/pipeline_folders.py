@@ -84,8 +84,8 @@ class StoredPipeline:
 
     @property
     def reading(self) -> TextReading | None:
-        """How prompts are read; None if a text encoder is missing. Raises UserError for text encoders
-        that do not fit the transformer."""
+        """How prompts are read; None if a text encoder is missing. Raises UserError for text
+        encoders that do not fit the transformer."""
         encoders = {name: self.models[name] for name in TEXT_ENCODERS if name in self.models}
         stored = StoredEncoders(str(self.where), encoders, self.settings.text_length)
         return self.family.read_text(self.transformer.config, stored)
