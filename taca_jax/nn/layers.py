@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.nn.low_bit import low_bit_matmul
@@ -31,8 +32,8 @@ class LayerOptions(TypedDict):
     """How layers are created: random keys, and the dtypes of parameters and of computation."""
 
     rngs: nnx.Rngs
-    param_dtype: jnp.dtype
-    dtype: jnp.dtype
+    param_dtype: DTypeLike
+    dtype: DTypeLike
 
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -117,7 +118,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, computed in float32."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, epsilon: float):
+    def __init__(self, features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike, epsilon: float):
         self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
         self.epsilon = epsilon
 

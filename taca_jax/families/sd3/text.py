@@ -103,7 +103,8 @@ def read_text(config: SD3Config, stored: StoredEncoders) -> TextReading | None:
         )
 
     def join(encoders: Sequence[Any], _: int) -> TextEncoder:
-        clip_l, clip_g, t5 = (*encoders, None)[:3]
+        clip_l, clip_g, *rest = encoders
+        t5 = rest[0] if rest else None
         return SD3Text(clip_l, clip_g, t5, width=config.txt_dim, t5_length=stored.text_length)
 
     return TextReading((*clips, *t5s), join, first.config.max_tokens + stored.text_length)
