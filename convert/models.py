@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +28,33 @@ from taca_jax.weights.pipeline_folders import TRANSFORMER, default_settings
 
 
 def convert_model(
-    read: Callable[[Path], Original], src: Path, dst: Path, dtype: str | None
+    read: Callable[..., Original], src: Path, dst: Path, dtype: str | None, **options: Any
 ) -> list[str]:
-    """Makes the model folder `dst` of the original weights at `src`; returns lines that say so.
+    """Converts the original weights at `src` to the model folder `dst`; returns lines to print.
 
-    Raises UserError, with nothing at `dst`, for bad weights, and for a `dst` that holds something.
+    read: opens the weights: (src, **options) -> Original. Raises UserError, with nothing at `dst`,
+    for bad weights, and for a `dst` that is not empty.
     """
     check_free(dst)
-    original = read(src)
+    original = read(src, **options)
     return [_write(original, dst, dtype), *_left_out(original)]
 
 
 def convert_family(
-    family: Family, src: Path, dst: Path, dtype: str | None, **told: Any
+    family: Family, src: Path, dst: Path, dtype: str | None, **fields: Any
 ) -> list[str]:
-    """Makes a pipeline folder of diffusers', or of a single file with several models.
+    """Converts diffusers' pipeline folder, or a single file with several models, to ours.
 
-    A transformer alone, or an autoencoder alone, becomes a model folder. `told` are fields of the
-    transformer's config that a single file does not tell. Raises as `convert_model` does.
+    A single model becomes a model folder. fields: fields of the transformer's config that a single
+    file does not determine. Raises as `convert_model` does.
     """
     check_free(dst)
-    told = {name: value for name, value in told.items() if value is not None}
+    fields = {name: value for name, value in fields.items() if value is not None}
     if (src / "transformer").is_dir():
-        return _convert_folder(family, src, dst, dtype, **told)
+        return _convert_folder(family, src, dst, dtype, **fields)
     if (src / CONFIG).is_file():
-        return convert_model(partial(transformer, family=family, **told), src, dst, dtype)
-    parts = parts_in_file(src, family, **told)
+        return convert_model(transformer, src, dst, dtype, family=family, **fields)
+    parts = parts_in_file(src, family, **fields)
     left_out = _left_out(parts["transformer"])
     if len(parts) == 1:
         return [_write(parts["transformer"], dst, dtype), *left_out]
@@ -71,10 +71,10 @@ def convert_family(
 
 
 def _convert_folder(
-    family: Family, src: Path, dst: Path, dtype: str | None, **told: Any
+    family: Family, src: Path, dst: Path, dtype: str | None, **fields: Any
 ) -> list[str]:
-    # Everything is read and checked, bar the tensors themselves, before anything is written.
-    original = open_folder(src, family, **told)
+    # Everything except the tensors themselves is checked before anything is written.
+    original = open_folder(src, family, **fields)
     lines = _write_pipeline(original.models, original.schedule, dst, dtype, tokenizers=src)
     known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in PIPELINE_PARTS)}
     left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
@@ -90,7 +90,7 @@ def _write_pipeline(
     *,
     tokenizers: Path | None = None,
 ) -> list[str]:
-    """A pipeline's folder: its models, its settings, and the tokenizers in the folder of those."""
+    """Writes a pipeline folder: models, settings, and copies of the folders in `tokenizers`."""
     settings = default_settings(models[TRANSFORMER].config, schedule)
     with whole_folder(dst) as folder:
         lines = [
@@ -121,7 +121,7 @@ def _left_out(original: Original) -> list[str]:
 
 
 def counting(tensor: LazyTensor, advance: Callable[[int], None]) -> LazyTensor:
-    """The tensor, which says of each piece how many bytes it was."""
+    """The tensor, calling `advance` with the number of bytes of each piece that was written."""
 
     def pieces() -> Iterator[np.ndarray]:
         for piece in tensor.pieces():

@@ -1,8 +1,8 @@
 """FLUX's and SD3's autoencoders in their original layout (`ae.safetensors`).
 
 The layout is that of black-forest-labs/flux, modules/autoencoder.py, and of earlier Stable
-Diffusion checkpoints. Unlike in diffusers', the attention's projections are 1 x 1 convolutions, and the
-decoder's levels are numbered from the image to the latents.
+Diffusion checkpoints. It differs from diffusers' in that attention projections are 1 x 1
+convolutions, and that the decoder's levels are numbered from the image to the latents.
 """
 
 from dataclasses import replace

@@ -23,8 +23,8 @@ NEW, REPLACED, LOCK = "new", "replaced", "lock"
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder that is renamed to `path` when the block succeeds.
 
-    A folder at `path` is replaced. If the block fails, `path` is unchanged. OSErrors (a full disk, no
-    permission) are raised as UserError.
+    A folder at `path` is replaced. If the block fails, `path` is unchanged. OSErrors (a full disk,
+    no permission) are raised as UserError.
     """
     with _os_errors_as_user_errors(path), _partial_folder(path) as place:
         made = place / NEW

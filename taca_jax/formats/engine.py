@@ -29,8 +29,8 @@ def match(
 ) -> dict[str, tuple[Piece, ...]]:
     """The tensors that make up each of our parameters of these `shapes`, layers in order.
 
-    Reads no tensor. Raises one UserError that lists all keys that are missing, left over, duplicate,
-    mis-shaped (with the shapes as stored), or of integer dtype.
+    Reads no tensor. Raises one UserError that lists all keys that are missing, left over,
+    duplicate, mis-shaped (with the shapes as stored), or of integer dtype.
     """
     found: dict[str, list[Piece]] = {}
     wanted = {}

@@ -47,8 +47,8 @@ POINTWISE = Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]
 class Rule:
     """One line of a table: `ours` is `transform` applied to `theirs`.
 
-    `{name}` in both is a number that is the same in both. `{layer}` in `theirs` only is the index of
-    a layer in a parameter of ours that stacks layers along its first axis.
+    `{name}` in both is a number that is the same in both. `{layer}` in `theirs` only is the index
+    of a layer in a parameter of ours that stacks layers along its first axis.
     part: `theirs` is the concatenation of several of ours along its first axis, in order of `part`.
     layers: the stack `ours` holds only these of their layers; None: all.
     """

@@ -26,7 +26,7 @@ class Settings:
         return default if value is None else value
 
     def integer(self, name: str) -> int:
-        """A field that must be an integer. For fields passed to `build` unchanged, it checks them."""
+        """A field that must be an integer, for use other than passing it to `build`."""
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{self.where} says {name} {value!r}; expected an integer")

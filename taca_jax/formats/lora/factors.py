@@ -17,7 +17,7 @@ LayerId = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of kernel + strength * a b: a `[in, r]`, b `[r, out]`; `name` is as in the file."""
+    """Factors of kernel + strength * a b: a `[in, r]`, b `[r, out]`; `name` is as in the file."""
 
     name: str
     a: np.ndarray
