@@ -5,6 +5,7 @@ Sources: black-forest-labs/flux, model.py; Stability-AI/sd3.5, mmditx.py.
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation
@@ -37,8 +38,8 @@ class MMDiT(nnx.Module):
         config: TransformerConfig,
         *,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):

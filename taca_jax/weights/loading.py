@@ -151,7 +151,7 @@ def _layer_sharding(sharding: Sharding) -> Sharding:
     """The sharding of one layer of a stack, whose first axis is never sharded."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
-    return where
+    return sharding
 
 
 @jax.jit(static_argnames=("shape", "dtype", "sharding"))

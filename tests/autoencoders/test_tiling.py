@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles, encode_in_tiles
+from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles
 from taca_jax.autoencoders.vae import upsample_nearest
 from taca_jax.errors import UserError
 from taca_jax.weights.loading import LoadOptions
@@ -32,8 +32,6 @@ def test_what_looks_at_single_positions_is_the_same_in_squares(shape):
     images = decode_in_tiles(decode, jnp.asarray(latents), tiling, 2)
     np.testing.assert_allclose(images, upsample_nearest(jnp.asarray(latents)), atol=1e-6)
     assert shapes == {(1, min(12, shape[1]), min(12, shape[2]), 3)}  # one program for all
-    back = encode_in_tiles(lambda x: x[:, ::2, ::2], jnp.asarray(images), tiling, 2)
-    np.testing.assert_allclose(back, latents, atol=1e-6)
 
 
 def test_the_rim_of_a_square_does_not_count():
@@ -115,8 +113,6 @@ def test_a_decoder_without_norms_is_the_same_in_squares(photo, taef1):
     print(f"TAEF1: {np.abs(difference).max():.1e} at most, {np.abs(difference).mean():.1e} mean")
     assert np.abs(difference).mean() < 2e-4
     assert np.abs(difference).max() < 2 / 255  # one level of 8 bits
-    again = encode_in_tiles(encode, photo, TILING, 8)
-    assert relative_error(again, latents) < 0.02
 
 
 @pytest.mark.slow

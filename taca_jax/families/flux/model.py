@@ -10,6 +10,7 @@ from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation, joint_attention
@@ -84,8 +85,8 @@ class FluxTransformer(MMDiT):
         config: FluxConfig,
         *,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):

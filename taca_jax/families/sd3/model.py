@@ -11,6 +11,7 @@ from typing import Any, Literal, Unpack
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from taca_jax.attention import Implementation, joint_attention
@@ -88,8 +89,8 @@ class SD3Transformer(MMDiT):
         config: SD3Config,
         *,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.nn.layers import Fixed
@@ -17,7 +18,7 @@ class PositionTable(nnx.Module):
     Converted models use the table stored in their file.
     """
 
-    def __init__(self, size: int, features: int, *, param_dtype: jnp.dtype):
+    def __init__(self, size: int, features: int, *, param_dtype: DTypeLike):
         self.size = size
         self.embedding = Fixed(sinusoids(size, features).astype(param_dtype))
 
