@@ -91,7 +91,7 @@ def sampling(where: Slice, quantize: Quantization) -> Plan:
     options = LoadOptions(dtype=jnp.dtype("bfloat16"), mesh=mesh)
     graph, state = nnx.split(abstract_on_mesh(FLUX_DEV, replace(options, quantize=quantize)))
     ae_graph, ae_state = nnx.split(abstract_on_mesh(FLUX_VAE, options))
-    side, tokens = RESOLUTION // FLUX_VAE.downscale, FLUX.published["flux1-dev"].text_length
+    side, tokens = RESOLUTION // FLUX_VAE.downscale, FLUX.defaults_of(FLUX_DEV).text_length
     image = (side // FLUX_DEV.patch_size) ** 2
     replicated = NamedSharding(mesh, PartitionSpec())
 

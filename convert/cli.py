@@ -20,7 +20,7 @@ from taca_jax.families.base import Family
 from taca_jax.families.registry import families
 from taca_jax.text.clip import Activation
 from taca_jax.weights.lora_files import Layout as LoRALayout
-from taca_jax.weights.originals import Original, clip, t5, tiny_vae, vae
+from taca_jax.weights.originals import clip, t5, tiny_vae, vae
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,14 +28,14 @@ SHARD_GB = 10.0
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError for what argparse would print with the usage above it."""
+    """Raises UserError for errors, which argparse would print after the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.rpartition(' ')[2]}: {message}")
 
 
 class _Once(argparse.Action):
-    """Refuses an option that is given twice, of which argparse would keep the last."""
+    """Raises UserError for an option that is given twice; argparse would keep the last value."""
 
     def __call__(
         self,
@@ -52,7 +52,7 @@ class _Once(argparse.Action):
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Adds every command: its options, and what runs it, as `run` in the namespace."""
+    """Adds every command with its options, and the function to call as `run` in the namespace."""
     added = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, about: str, run: Callable[..., list[str]]) -> argparse.ArgumentParser:
@@ -61,14 +61,15 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         made.set_defaults(run=run)
         return made
 
+    def paths(made: argparse.ArgumentParser, src: str, dst: str) -> None:
+        made.add_argument("--src", type=Path, required=True, help=src)
+        made.add_argument("--dst", type=Path, required=True, help=dst)
+
     def conversion(
         name: str, about: str, src: str, run: Callable[..., list[str]]
     ) -> argparse.ArgumentParser:
         made = command(name, about, run)
-        made.add_argument("--src", type=Path, required=True, help=src)
-        made.add_argument(
-            "--dst", type=Path, required=True, help="the folder to make; must be new or empty"
-        )
+        paths(made, src, "the folder to make; must be new or empty")
         made.add_argument(
             "--dtype",
             choices=DTYPES,
@@ -90,7 +91,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "A CLIP text encoder from a transformers folder or a single file to a model folder.",
         "the folder with config.json and the safetensors, or the weights alone "
         "(clip_l.safetensors, clip_g.safetensors), from which the sizes are read",
-        _told(clip),
+        partial(convert_model, clip),
     )
     made.add_argument(
         "--num-heads",
@@ -107,7 +108,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "An autoencoder from a diffusers folder or a single file to a model folder.",
         "the folder with config.json and the safetensors, or a file in the original's layout "
         "(ae.safetensors, or a whole checkpoint)",
-        _told(vae),
+        partial(convert_model, vae),
     )
     made.add_argument(
         "--latents",
@@ -128,14 +129,10 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "XLabs, or our own. Text encoders' factors are left out, and named.",
         convert_lora,
     )
-    made.add_argument(
-        "--src",
-        type=Path,
-        required=True,
-        help="the safetensors file, or the folder with it (PEFT's adapter_model.safetensors)",
-    )
-    made.add_argument(
-        "--dst", type=Path, required=True, help="the safetensors file to make; must not exist"
+    paths(
+        made,
+        "the safetensors file, or the folder with it (PEFT's adapter_model.safetensors)",
+        "the safetensors file to make; must not exist",
     )
     made.add_argument(
         "--to",
@@ -157,14 +154,10 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "have a layout there; LoRA factors have files of their own.",
         _export,
     )
-    made.add_argument(
-        "--src", type=Path, required=True, help="the model folder, or the pipeline folder"
-    )
-    made.add_argument(
-        "--dst",
-        type=Path,
-        required=True,
-        help="the folder to make, new or empty; with --to original the safetensors file",
+    paths(
+        made,
+        "the model folder, or the pipeline folder",
+        "the folder to make, new or empty; with --to original the safetensors file",
     )
     made.add_argument(
         "--to",
@@ -197,13 +190,12 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "Compares a converted model or pipeline folder with its source, tensor by tensor.",
         verify,
     )
-    made.add_argument("--src", type=Path, required=True, help="what was converted")
-    made.add_argument("--dst", type=Path, required=True, help="what was made of it")
+    paths(made, "what was converted", "what was made of it")
     return dict(added.choices)
 
 
 def _family(conversion: Callable[..., argparse.ArgumentParser], family: Family) -> None:
-    """The command that converts a family's models."""
+    """Adds the command that converts a family's models."""
     author = family.original.author
     made = conversion(
         family.name,
@@ -213,7 +205,7 @@ def _family(conversion: Callable[..., argparse.ArgumentParser], family: Family) 
         f"file of {author} or ComfyUI, with or without autoencoder and text encoders",
         partial(convert_family, family),
     )
-    for name, about in family.original.untold.items():
+    for name, about in family.original.unknown_fields.items():
         annotation = family.kind.config.__dataclass_fields__[name].type
         made.add_argument(
             f"--{name.replace('_', '-')}",
@@ -226,7 +218,7 @@ def _family(conversion: Callable[..., argparse.ArgumentParser], family: Family) 
 
 
 class _OfType(_Once):
-    """A value of a field's type, of words or of a comma list."""
+    """Parses several words, or a comma-separated list, as a config field's type."""
 
     def __init__(self, *arguments: Any, annotation: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
@@ -245,15 +237,6 @@ class _OfType(_Once):
         super().__call__(parser, namespace, value, option_string)
 
 
-def _told(read: Callable[..., Original]) -> Callable[..., list[str]]:
-    """What converts a model, given what its file does not tell."""
-
-    def run(src: Path, dst: Path, dtype: str | None, **told: Any) -> list[str]:
-        return convert_model(partial(read, **told), src, dst, dtype)
-
-    return run
-
-
 def _export(
     src: Path, dst: Path, to: ExportLayout, dtype: str | None, shard_gb: float
 ) -> list[str]:
@@ -263,9 +246,9 @@ def _export(
 
 
 def parse(words: Sequence[str]) -> Callable[[], list[str]]:
-    """The conversion that a command line asks for, to be called; it returns lines to print.
+    """A function that runs the command of this command line and returns lines to print.
 
-    `--help` prints help and exits with status 0. Raises UserError for what is not understood.
+    `--help` prints help and exits with status 0. Raises UserError for an invalid command line.
     """
     parser = _Parser(prog="python -m convert", description=sys.modules["convert"].__doc__)
     commands = _commands(parser)
@@ -276,7 +259,7 @@ def parse(words: Sequence[str]) -> Callable[[], list[str]]:
         others = ", ".join(nearest(name, list(commands)))
         raise UserError(f"unknown command {name}; there are {others}")
     words = [_with_dashes(word) for word in words]
-    if name in commands:  # before argparse misses what was misspelt
+    if name in commands:  # argparse would first report what is missing instead
         options = [flag for flag in commands[name]._option_string_actions if flag != "-h"]
         for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
             if flag not in options:
@@ -295,11 +278,10 @@ def _with_dashes(word: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and prints what was made or found.
+    """Runs one command and prints its result.
 
-    What is wrong prints one line, `error: ...`, on stderr, nothing written: with status 2 for a
-    command line that is not understood, with status 1 for bad input and for a checkpoint that is
-    not what its source is.
+    Errors print one line, `error: ...`, on stderr, and nothing is written. The exit status is 2 for
+    an invalid command line, 1 for bad input and for a checkpoint that differs from its source.
     """
     words = sys.argv[1:] if argv is None else argv
     try:

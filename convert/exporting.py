@@ -1,4 +1,4 @@
-"""Our model folders back to the layouts that others read: `python -m convert export`."""
+"""Exports our model folders to other layouts: `python -m convert export`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -23,14 +23,14 @@ from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 Layout = Literal["diffusers", "original"]
 
 NAME = "diffusion_pytorch_model"
-"""Of the weights in a folder of diffusers."""
+"""File name of the weights in diffusers' folders."""
 METADATA = {"format": "pt"}
-"""Without it diffusers refuses a file."""
+"""Header metadata that diffusers requires."""
 
 
 @dataclass(frozen=True)
 class _Format:
-    """How others store a model: diffusers' settings and names, and the original's."""
+    """How to export a model: diffusers' config.json and key table, and the original layout's."""
 
     settings_of: Callable[[Any], Mapping[str, Any]]
     diffusers: Callable[[Any], Table]
@@ -44,7 +44,7 @@ _AUTOENCODER = _Format(
 
 
 def _formats() -> dict[str, _Format]:
-    """By kind of model."""
+    """The formats, by kind of model."""
     transformers = {
         family.name: _Format(
             family.diffusers.settings_of,
@@ -58,11 +58,11 @@ def _formats() -> dict[str, _Format]:
 
 
 def export(src: Path, dst: Path, to: Layout, dtype: str | None, shard_bytes: int) -> list[str]:
-    """Writes a model folder in another layout, of a pipeline folder all that have one there.
+    """Writes a model folder in another layout, or all supported models of a pipeline folder.
 
-    A diffusers folder, its weights in shards of about so many bytes, or one file in the original's
-    names. Returns lines that say what was made; raises UserError, with nothing at `dst`, for
-    models that others do not read, and for a `dst` that holds something.
+    to: `diffusers`, a folder with weights in shards of at most `shard_bytes` unless one tensor is
+    larger, or `original`, one file. Returns lines to print. Raises UserError, with nothing at
+    `dst`, for models that have no such layout, and for a `dst` that is not empty.
     """
     check_free(dst)
     if not (src / PIPELINE_FILE).is_file():
@@ -109,7 +109,7 @@ def _export(
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int) -> None:
-    """One file, or several with an index, as transformers and diffusers name them."""
+    """Writes one file, or several with an index, named as in transformers and diffusers."""
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
         return write_streamed(folder / f"{NAME}.safetensors", shards[0], METADATA)
@@ -125,7 +125,7 @@ def _write_shards(folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: 
 
 
 def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> Iterator[dict[str, LazyTensor]]:
-    """The tensors in order, as many together as fit, at least one."""
+    """The tensors in order, in groups of at most `shard_bytes` or of one tensor."""
     shard: dict[str, LazyTensor] = {}
     size = 0
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What a file or a folder is: `python -m convert inspect`."""
+"""Describes a file or folder: `python -m convert inspect`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ from taca_jax.weights.originals import (
 
 
 def _readers() -> dict[str, Callable[[Path], Original]]:
-    """What reads a model, by what an original's config.json calls it."""
+    """Functions that open a model, by the class or type in an original's config.json."""
     return {
         **{family.diffusers.class_name: transformer for family in families()},
         vae_diffusers.CLASS: vae,
@@ -47,9 +47,9 @@ def _readers() -> dict[str, Callable[[Path], Original]]:
 
 
 def inspect(path: Path) -> list[str]:
-    """Lines that say what is at `path`: layout, model, sizes, dtype; of a LoRA also its targets.
+    """Lines that describe `path`: layout, model, sizes, dtype; of a LoRA also its targets.
 
-    Raises UserError where nothing is there, it is damaged, or nothing that is known.
+    Raises UserError if nothing is there, or if it is damaged or unknown.
     """
     if path.is_dir():
         if (path / PIPELINE_FILE).is_file():
@@ -95,7 +95,7 @@ def _original_folder(folder: Path) -> list[str]:
 
 
 def _tensors(path: Path) -> list[str]:
-    """Weights without a config: a LoRA, or one or several models by their names."""
+    """Describes weights without a config: a LoRA, or models recognised by their tensors' names."""
     tensors = open_tensors(path)
     dialects = [each for family in families() for each in family.lora.dialects(None)]
     if is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes):
@@ -119,11 +119,11 @@ def _tensors(path: Path) -> list[str]:
 
 
 Describe = Callable[[str, TensorFiles], list[str]]
-"""(what to begin with, a model's tensors) -> lines that say what it is."""
+"""(beginning of the first line, a model's tensors) -> lines that describe it."""
 
 
 def _models(tensors: TensorFiles) -> Iterator[tuple[str, TensorFiles, Describe]]:
-    """Each model in a file: its prefix, its tensors, and what describes it."""
+    """Each model in a file: its prefix, its tensors, and the function that describes it."""
     if (found := family_in(tensors)) is not None:
         family, own = found
         prefix = next(
@@ -166,7 +166,7 @@ def _inferred(
     try:
         config = _config(infer(tensors))
         tensors = unscaled(tensors)
-    except UserError as error:  # what it is can be said all the same
+    except UserError as error:  # the layout is known all the same
         config = f"  config: {error}"
     return [f"{where}{name}", _sizes(tensors), config]
 

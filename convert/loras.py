@@ -1,4 +1,4 @@
-"""LoRA files from one layout to another: `python -m convert lora`."""
+"""Converts LoRA files between layouts: `python -m convert lora`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from taca_jax.weights.lora_files import Layout, LoRAFile, load_adapter, save_ada
 
 
 def lora_models() -> dict[str, tuple[Family, Any]]:
-    """What a file may be for, by name: a family, or one of its released models with its config."""
+    """The values of --model: each family, and each released model with its config."""
     released = {
         model.name: (family, model.transformer)
         for family in families()
@@ -23,10 +23,10 @@ def lora_models() -> dict[str, tuple[Family, Any]]:
 
 
 def convert_lora(src: Path, dst: Path, to: Layout, model: str | None = None) -> list[str]:
-    """Writes the LoRA file `dst` of the one at `src`, for a model or what it seems to be for.
+    """Converts the LoRA file `src` to `dst`, for `model`, or for the model that it seems to be for.
 
-    Raises UserError, with nothing at `dst`, for a file that is not of it, for one whose model must
-    be known and is not, for a model that is none, and for a `dst` that exists.
+    Raises UserError, with nothing at `dst`, for a file of another model, for one whose model cannot
+    be determined but must be, for an unknown model, and for a `dst` that exists.
     """
     if dst.exists():
         raise UserError(f"{dst} exists; give a new name or remove it")
@@ -39,7 +39,7 @@ def convert_lora(src: Path, dst: Path, to: Layout, model: str | None = None) -> 
     file = load_adapter(src, family, config)
     names = file.family.lora
     renamed = (to == "native") != (file.dialect == "native")
-    if names.unplaced is not None and config is None and renamed:
+    if names.placeholder_stack is not None and config is None and renamed:
         config = names.model_of(open_tensors(src))
         if config is None:
             released = ", ".join(each.name for each in file.family.published.values())
@@ -57,7 +57,7 @@ def convert_lora(src: Path, dst: Path, to: Layout, model: str | None = None) -> 
 
 
 def doubts(file: LoRAFile) -> list[str]:
-    """A line where the family of the model was guessed."""
+    """A warning line if the family was guessed, else no lines."""
     if not file.guessed:
         return []
     others = [family for family in families() if family is not file.family]

@@ -1,7 +1,6 @@
 """Original weights to model folders, a tensor at a time."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from convert.writing import check_free, progress
+from taca_jax.config.fields import to_json
 from taca_jax.families.base import Family
-from taca_jax.families.registry import family_of
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.engine import streamed
 from taca_jax.formats.tensor_files import LazyTensor, summary
@@ -25,35 +24,37 @@ from taca_jax.weights.original_pipelines import (
     parts_in_file,
 )
 from taca_jax.weights.originals import Original, transformer
+from taca_jax.weights.pipeline_folders import TRANSFORMER, default_settings
 
 
 def convert_model(
-    read: Callable[[Path], Original], src: Path, dst: Path, dtype: str | None
+    read: Callable[..., Original], src: Path, dst: Path, dtype: str | None, **options: Any
 ) -> list[str]:
-    """Makes the model folder `dst` of the original weights at `src`; returns lines that say so.
+    """Converts the original weights at `src` to the model folder `dst`; returns lines to print.
 
-    Raises UserError, with nothing at `dst`, for bad weights, and for a `dst` that holds something.
+    read: opens the weights: (src, **options) -> Original. Raises UserError, with nothing at `dst`,
+    for bad weights, and for a `dst` that is not empty.
     """
     check_free(dst)
-    original = read(src)
+    original = read(src, **options)
     return [_write(original, dst, dtype), *_left_out(original)]
 
 
 def convert_family(
-    family: Family, src: Path, dst: Path, dtype: str | None, **told: Any
+    family: Family, src: Path, dst: Path, dtype: str | None, **fields: Any
 ) -> list[str]:
-    """Makes a pipeline folder of diffusers', or of a single file with several models.
+    """Converts diffusers' pipeline folder, or a single file with several models, to ours.
 
-    A transformer alone, or an autoencoder alone, becomes a model folder. `told` are fields of the
-    transformer's config that a single file does not tell. Raises as `convert_model` does.
+    A single model becomes a model folder. fields: fields of the transformer's config that a single
+    file does not determine. Raises as `convert_model` does.
     """
     check_free(dst)
-    told = {name: value for name, value in told.items() if value is not None}
+    fields = {name: value for name, value in fields.items() if value is not None}
     if (src / "transformer").is_dir():
-        return _convert_folder(family, src, dst, dtype, **told)
+        return _convert_folder(family, src, dst, dtype, **fields)
     if (src / CONFIG).is_file():
-        return convert_model(lambda path: transformer(path, family, **told), src, dst, dtype)
-    parts = parts_in_file(src, family, **told)
+        return convert_model(transformer, src, dst, dtype, family=family, **fields)
+    parts = parts_in_file(src, family, **fields)
     left_out = _left_out(parts["transformer"])
     if len(parts) == 1:
         return [_write(parts["transformer"], dst, dtype), *left_out]
@@ -70,10 +71,10 @@ def convert_family(
 
 
 def _convert_folder(
-    family: Family, src: Path, dst: Path, dtype: str | None, **told: Any
+    family: Family, src: Path, dst: Path, dtype: str | None, **fields: Any
 ) -> list[str]:
-    # Everything is read and checked, bar the tensors themselves, before anything is written.
-    original = open_folder(src, family, **told)
+    # Everything except the tensors themselves is checked before anything is written.
+    original = open_folder(src, family, **fields)
     lines = _write_pipeline(original.models, original.schedule, dst, dtype, tokenizers=src)
     known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in PIPELINE_PARTS)}
     left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
@@ -89,13 +90,8 @@ def _write_pipeline(
     *,
     tokenizers: Path | None = None,
 ) -> list[str]:
-    """A pipeline's folder: its models, its settings, and the tokenizers in the folder of those."""
-    config = models["transformer"].config
-    settings = {
-        "tokenizer": None,
-        **dataclasses.asdict(family_of(config).defaults_of(config)),
-        "schedule": dataclasses.asdict(schedule),
-    }
+    """Writes a pipeline folder: models, settings, and copies of the folders in `tokenizers`."""
+    settings = default_settings(models[TRANSFORMER].config, schedule)
     with whole_folder(dst) as folder:
         lines = [
             _write(model, folder / made, dtype).replace(str(folder), str(dst))
@@ -104,7 +100,7 @@ def _write_pipeline(
         for name in TOKENIZERS:
             if tokenizers is not None and (tokenizers / name).is_dir():
                 shutil.copytree(tokenizers / name, folder / name)
-        (folder / PIPELINE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / PIPELINE_FILE).write_text(to_json(settings))
     return lines
 
 
@@ -125,7 +121,7 @@ def _left_out(original: Original) -> list[str]:
 
 
 def counting(tensor: LazyTensor, advance: Callable[[int], None]) -> LazyTensor:
-    """The tensor, which says of each piece how many bytes it was."""
+    """The tensor, calling `advance` with the number of bytes of each piece that was written."""
 
     def pieces() -> Iterator[np.ndarray]:
         for piece in tensor.pieces():

@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint holds what its source does: `python -m convert verify`."""
+"""Compares a converted checkpoint with its source: `python -m convert verify`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,16 +25,16 @@ from taca_jax.weights.pipeline_folders import TRANSFORMER
 
 
 def verify(src: Path, dst: Path) -> list[str]:
-    """Compares a model or pipeline folder with its source; returns lines that say how they agree.
+    """Compares a model or pipeline folder with its source; returns lines to print.
 
-    One tensor of each is in memory at a time. Raises UserError, naming the worst, where one differs
-    by more than the rounding to the type that it is stored in, or where sizes do not fit.
+    One tensor of each is in memory at a time. Raises UserError, naming the worst, if a tensor
+    differs by more than rounding to its stored dtype, or if sizes do not fit.
     """
     if not (dst / PIPELINE_FILE).is_file():
         return [_compared(_source(src, load_config(dst)), dst)]
     if src.is_file():
         config = load_config(dst / TRANSFORMER)
-        sources = parts_in_file(src, family_of(config), **_untold(config))
+        sources = parts_in_file(src, family_of(config), **_unknown_fields(config))
         return [_compared(source, dst / made) for made, source in sources.items()]
     lines = []
     for name, made, _ in PIPELINE_PARTS:
@@ -46,11 +46,11 @@ def verify(src: Path, dst: Path) -> list[str]:
 
 
 def _source(src: Path, config: Any) -> Original:
-    """The source of a model of this config, which also tells what the source does not."""
+    """Opens the source of a model of this config, which has the fields that a file does not."""
     kind = kind_of(config)
     single = not (src / CONFIG).is_file()
     if kind.role == "transformer":
-        return transformer(src, family_of(config), **(_untold(config) if single else {}))
+        return transformer(src, family_of(config), **(_unknown_fields(config) if single else {}))
     readers: Mapping[str, Callable[[Path], Original]] = {
         VAE_KIND.name: lambda src: vae(src, _latents(config) if single else None),
         T5_KIND.name: t5,
@@ -64,13 +64,13 @@ def _source(src: Path, config: Any) -> Original:
     return readers[kind.name](src)
 
 
-def _untold(config: Any) -> dict[str, Any]:
-    """What a single file does not tell of a transformer, as it was told when it was converted."""
-    return {name: getattr(config, name) for name in family_of(config).original.untold}
+def _unknown_fields(config: Any) -> dict[str, Any]:
+    """The fields of a transformer's config that a single file may not determine."""
+    return {name: getattr(config, name) for name in family_of(config).original.unknown_fields}
 
 
 def _latents(config: VAEConfig) -> str | None:
-    """The family whose latents a converted autoencoder has; None where no family's."""
+    """The family whose scale and shift a converted autoencoder has, or None."""
     scale = (config.scaling_factor, config.shift_factor)
     for family in families():
         known = family.autoencoder
@@ -135,12 +135,12 @@ def _compare(piece: Piece, source: Tensors, stored: Tensors, tally: _Tally) -> N
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Bit by bit, so that NaN is NaN and -0 is not 0."""
+    """Whether all bits are equal, so that NaN equals NaN and -0 does not equal 0."""
     return bool(np.array_equal(_bytes(a), _bytes(b)))
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference over the largest value of theirs; infinite for NaN."""
+    """The largest difference, relative to the largest value of theirs; infinite for NaN."""
     with np.errstate(all="ignore"):
         a, b = ours.astype(np.float64), theirs.astype(np.float64)
         difference = float(np.max(np.abs(a - b)) / np.max(np.abs(b)))

@@ -1,4 +1,4 @@
-"""Where a conversion writes, and how far it is."""
+"""Progress bars, and checks of destinations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from taca_jax.errors import UserError
 
 @contextmanager
 def progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr of so many bytes; gives what is to be called with bytes that are done."""
+    """A progress bar on stderr for `size` bytes; yields a function to call with bytes done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -25,6 +25,6 @@ def progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
 
 
 def check_free(dst: Path) -> None:
-    """Raises UserError where `dst` holds something already."""
+    """Raises UserError if `dst` is a file or a folder that is not empty."""
     if dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
         raise UserError(f"{dst} exists and is not empty; give a new folder or empty that one")

@@ -1,4 +1,4 @@
-"""The autoencoders that there are, as types."""
+"""Union types of all autoencoders and of their configs."""
 
 from taca_jax.autoencoders.pixels import Pixels, PixelsConfig
 from taca_jax.autoencoders.tiny_vae import TinyVAE, TinyVAEConfig

@@ -1,4 +1,4 @@
-"""The autoencoder of models that work on pictures themselves."""
+"""The autoencoder of pixel-space models, whose latents are normalised pictures."""
 
 import math
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from taca_jax.nn.kinds import ModelKind, register
 class PixelsConfig:
     """How pictures in [-1, 1] become latents: (x - shift_factor) * scaling_factor.
 
-    The noise levels of training and sampling are made for latents of mean 0 and deviation 1; with
-    less contrast than that, most of them would show nothing of a picture.
+    The noise levels of training and sampling are meant for latents of mean 0 and deviation 1; with
+    lower contrast, most of them would hide the picture completely.
 
     shift_factor: the mean of the data's pixels.
     scaling_factor: the inverse of their standard deviation.
 
-    Raises UserError where there is no way back from latents to pictures.
+    Raises UserError for factors that cannot be inverted.
     """
 
     latent_channels: ClassVar[int] = 3
@@ -40,7 +40,7 @@ class PixelsConfig:
 
 
 class Pixels(nnx.Module):
-    """Latents are the pictures, normalised: RGB, NHWC. It has no parameters."""
+    """Normalises RGB pictures, NHWC; it has no parameters."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Pixels(nnx.Module):
         rngs: nnx.Rngs | None = None,
         dtype: DTypeLike | None = None,
     ):
-        """`rngs` and `dtype` are what any model is made with; nothing here needs them."""
+        """`rngs` and `dtype` are accepted as for any model, and not used."""
         del rngs, dtype
         self.config = config
 
@@ -58,7 +58,7 @@ class Pixels(nnx.Module):
         return (images - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
-        """The pictures that `encode` made latents of."""
+        """The inverse of `encode`."""
         return latents / self.config.scaling_factor + self.config.shift_factor
 
 

@@ -1,8 +1,7 @@
-"""Large pictures through an autoencoder in overlapping squares.
+"""Decoding large pictures in overlapping square tiles.
 
-What an autoencoder takes of memory grows with the picture: at 2048 px a single activation of the
-full one is 2 GiB. All squares have one shape, so that one compiled program serves them all, and
-pictures of any size after them.
+An autoencoder's memory grows with the picture: at 2048 px a single activation of the full one is
+2 GiB. All tiles have one shape, so that one compiled program decodes pictures of any size.
 """
 
 from collections.abc import Callable
@@ -19,14 +18,14 @@ from taca_jax.errors import UserError
 class Tiling:
     """How large pictures are decoded; sizes are in pixels.
 
-    Each square sees nothing of its neighbours: its group norms and its attention are over itself,
-    and its rim is computed as if the picture ended there. So squares should be no smaller than what
-    the model was trained on, and neighbours are blended in the middle half of their overlap alone,
-    away from both rims.
+    Each tile is decoded on its own: group norms and attention see only the tile, and its border is
+    computed as if the picture ended there. So tiles should be no smaller than the pictures that the
+    model was trained on, and neighbours are blended only in the middle half of their overlap, away
+    from both borders.
 
-    above: pictures of more than above x above pixels are decoded in squares, others at once.
-    size: of a square's side.
-    overlap: of neighbouring squares, at least; at most half of size.
+    above: pictures of more than above x above pixels are decoded in tiles, others at once.
+    size: side of a tile.
+    overlap: least overlap of neighbouring tiles; at most half of size.
 
     Raises UserError for sizes that do not fit together.
     """
@@ -45,11 +44,11 @@ class Tiling:
             )
 
     def is_for(self, height: int, width: int) -> bool:
-        """Whether a picture of this size is decoded in squares."""
+        """Whether a picture of this size is decoded in tiles."""
         return height * width > self.above**2 and max(height, width) > self.size
 
     def in_latents(self, downscale: int) -> tuple[int, int]:
-        """Size and overlap in latent positions. Raises UserError where they are no whole ones."""
+        """Size and overlap in latent positions. Raises UserError unless they are whole numbers."""
         if not self.size or self.size % downscale or self.overlap % downscale:
             raise UserError(
                 f"tiling.size is {self.size} and tiling.overlap {self.overlap}; this autoencoder "
@@ -59,7 +58,7 @@ class Tiling:
 
 
 TILING = Tiling()
-"""What pipelines do unless they are told otherwise."""
+"""The default of pipelines."""
 
 
 def decode_in_tiles(
@@ -68,9 +67,9 @@ def decode_in_tiles(
     tiling: Tiling,
     downscale: int,
 ) -> Float[np.ndarray, "b H W c"]:
-    """Pictures of latents, float32, in this process's memory.
+    """Pictures of latents, float32, in host memory.
 
-    `decode` is called with a square of one sample at a time, and should be compiled. Raises
+    `decode` is called with one tile of one sample at a time, and should be compiled. Raises
     UserError as `Tiling.in_latents` does.
     """
     size, overlap = tiling.in_latents(downscale)
@@ -80,12 +79,12 @@ def decode_in_tiles(
         whole = np.zeros(0, np.float32)
         for row, row_weights in zip(rows.starts, rows.weights, strict=True):
             for column, column_weights in zip(columns.starts, columns.weights, strict=True):
-                square = jax.lax.dynamic_slice(
+                tile = jax.lax.dynamic_slice(
                     latents,
                     (sample, row, column, 0),
                     (1, rows.size, columns.size, latents.shape[3]),
                 )
-                piece = np.asarray(decode(square), np.float32)[0]
+                piece = np.asarray(decode(tile), np.float32)[0]
                 if not whole.size:
                     height, width = (side * downscale for side in latents.shape[1:3])
                     whole = np.zeros((height, width, piece.shape[2]), np.float32)
@@ -99,7 +98,7 @@ def decode_in_tiles(
 
 @dataclass(frozen=True)
 class _Cuts:
-    """One axis in overlapping pieces of one size: `weights` are those of each piece's positions."""
+    """One axis in overlapping pieces of one size; `weights` are each piece's blending weights."""
 
     starts: list[int]
     size: int
@@ -107,7 +106,7 @@ class _Cuts:
 
 
 def _cut(length: int, size: int, overlap: int, scale: int) -> _Cuts:
-    """An axis in evenly spread pieces; their weights, on an axis `scale` as fine, sum to 1."""
+    """An axis in evenly spread pieces; their weights, at `scale` times the resolution, sum to 1."""
     if length <= size:
         return _Cuts([0], length, np.ones((1, length * scale), np.float32))
     count = -(-(length - overlap) // (size - overlap))
@@ -119,18 +118,18 @@ def _cut(length: int, size: int, overlap: int, scale: int) -> _Cuts:
             rising = _rise(shared)
             weights[i + 1, :shared] *= rising
             weights[i, -shared:] *= rising[::-1]
-    # Three pieces may meet, where they overlap by more than a third.
+    # Three pieces may overlap at one position, so the weights are normalised.
     total = np.zeros(length * scale, np.float32)
-    places = [slice(start * scale, (start + size) * scale) for start in starts]
-    for place, own in zip(places, weights, strict=True):
-        total[place] += own
-    for place, own in zip(places, weights, strict=True):
-        own /= total[place]
+    spans = [slice(start * scale, (start + size) * scale) for start in starts]
+    for span, own in zip(spans, weights, strict=True):
+        total[span] += own
+    for span, own in zip(spans, weights, strict=True):
+        own /= total[span]
     return _Cuts(starts, size, weights)
 
 
 def _rise(length: int) -> Float[np.ndarray, " length"]:
-    """From 0 to 1, smoothly within the middle half; read backwards it is what is missing to 1."""
-    place = (np.arange(length) + 0.5) / length
-    t = np.clip(2 * place - 0.5, 0, 1)
+    """Rises smoothly from 0 to 1 within the middle half; it and its reverse sum to 1."""
+    position = (np.arange(length) + 0.5) / length
+    t = np.clip(2 * position - 0.5, 0, 1)
     return (t * t * (3 - 2 * t)).astype(np.float32)

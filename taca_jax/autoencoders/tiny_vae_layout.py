@@ -23,10 +23,11 @@ TABLE = Table(
 
 
 def open_taesd(path: Path) -> TensorFiles:
-    """The pair of files that `path` is the beginning of, or the only pair in the folder `path`.
+    """The pair of files whose names begin with `path`, or the only pair in the folder `path`.
 
-    `taef1` stands for `taef1_encoder.safetensors` and `taef1_decoder.safetensors`. Their keys get
-    the prefixes `encoder.` and `decoder.`. Raises UserError where there is no pair, or more.
+    `taef1` means `taef1_encoder.safetensors` and `taef1_decoder.safetensors`. Their keys get
+    the prefixes `encoder.` and `decoder.`. Raises UserError if there is no pair, or more
+    than one.
     """
     if path.is_dir():
         encoders = sorted(path.glob("*_encoder.safetensors"))
@@ -38,11 +39,11 @@ def open_taesd(path: Path) -> TensorFiles:
                 f"found {found}; give {path}/NAME, files are at huggingface.co/madebyollin"
             )
         path = path / stems[0]
-    return joined(str(path), {f"{net}.": open_tensors(file) for net, file in _pair(path).items()})
+    return joined(str(path), [(f"{net}.", open_tensors(file)) for net, file in _pair(path).items()])
 
 
 def beginning_of_pair(file: Path) -> Path | None:
-    """What `open_taesd` takes for one of the two files, where the other is beside it."""
+    """The path to give `open_taesd` for one of the two files, if the other is there too."""
     for net in NETS:
         name = file.name.removesuffix(f"_{net}.safetensors")
         if name != file.name and all(

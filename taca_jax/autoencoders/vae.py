@@ -1,4 +1,4 @@
-"""The autoencoder of FLUX.1 and Stable Diffusion 3: images to latents an eighth of the size.
+"""The autoencoder of FLUX.1 and Stable Diffusion 3, whose latents are an eighth of the image size.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752), with 16 latent channels and without quantisation
 convolutions; checked against diffusers' `AutoencoderKL`. Images and latents are NHWC.
@@ -24,9 +24,9 @@ ATTENTION_CHUNK = 1024
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes, and the affine map between raw latents and those that the denoiser sees.
+    """Sizes, and the affine map between raw latents and those of the denoiser.
 
-    `channels` run from the image to the latents; each step between them halves the resolution.
+    `channels` are those of each resolution, from the image to the latents, each half the last.
     """
 
     channels: tuple[int, ...]
@@ -44,7 +44,8 @@ class VAEConfig:
 
 
 def check_images(images: Float[Array, "b h w c"], channels: int, multiple: int) -> None:
-    """Raises UserError unless they are floats, NHWC, of `channels` and of a size that divides."""
+    """Raises UserError unless images are floats, NHWC, of `channels`, with sides divisible by
+    `multiple`."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(f"images are {images.dtype}; expected floats in [-1, 1]")
     if images.ndim != 4 or images.shape[-1] != channels:
@@ -70,7 +71,7 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
 
 @dataclass(frozen=True)
 class _Make:
-    """Makes the layers of one autoencoder: where its random numbers and its dtypes are named."""
+    """Creates the layers of one autoencoder, with its random keys and dtypes."""
 
     groups: int
     rngs: nnx.Rngs
@@ -81,7 +82,7 @@ class _Make:
         return self._conv(in_channels, channels, size, 1, ((size // 2, size // 2),) * 2)
 
     def halving_conv(self, channels: int) -> nnx.Conv:
-        """Pads below and on the right only, as the original does."""
+        """Stride 2, padded at the bottom and right only, as in the original."""
         return self._conv(channels, channels, 3, 2, ((0, 1), (0, 1)))
 
     def _conv(self, in_channels, channels, size, stride, padding) -> nnx.Conv:
@@ -137,7 +138,7 @@ def chunked_attention(
     v: Float[Array, "b s d"],
     chunk: int = ATTENTION_CHUNK,
 ) -> Float[Array, "b s d"]:
-    """Single-head attention, softmax in float32, scores of at most `chunk` queries at a time."""
+    """Single-head attention over `chunk` queries at a time, softmax in float32."""
 
     def attend(q):
         logits = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
@@ -182,7 +183,7 @@ class MidBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """Resnets at one resolution, then half of it, except in the last."""
+    """Resnets at one resolution, then downsampling by 2, except in the last block."""
 
     def __init__(self, make: _Make, in_channels: int, channels: int, layers: int, last: bool):
         widths = (in_channels, *(channels,) * (layers - 1))
@@ -196,7 +197,7 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Resnets at one resolution, then twice of it, except in the last."""
+    """Resnets at one resolution, then upsampling by 2, except in the last block."""
 
     def __init__(self, make: _Make, in_channels: int, channels: int, layers: int, last: bool):
         widths = (in_channels, *(channels,) * (layers - 1))
@@ -235,7 +236,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Raw latents to images. Has one resnet more per resolution than the encoder."""
+    """Raw latents to images. Has one more resnet per resolution than the encoder."""
 
     def __init__(self, make: _Make, config: VAEConfig):
         channels = config.channels[::-1]
@@ -260,11 +261,11 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Variational autoencoder; `encode` and `decode` speak the denoiser's latents.
+    """Variational autoencoder; `encode` returns and `decode` takes the denoiser's latents.
 
-    Those are (raw - shift_factor) * scaling_factor; only `moments` gives raw ones. Images are in
-    [-1, 1]. Parameters are `param_dtype`, convolutions and projections compute in `dtype`, group
-    norms, softmax and what is returned in float32.
+    Those are (raw - shift_factor) * scaling_factor; only `moments` returns raw ones. Images are in
+    [-1, 1]. Parameters are `param_dtype`, convolutions and projections compute in `dtype`; group
+    norms, softmax and outputs are float32.
     """
 
     def __init__(
@@ -283,9 +284,9 @@ class AutoencoderKL(nnx.Module):
     def moments(
         self, images: Float[Array, "b h w c"]
     ) -> tuple[Float[Array, "b H W z"], Float[Array, "b H W z"]]:
-        """Mean and log variance of the raw latents, which no denoiser sees.
+        """Mean and log variance of the raw latents.
 
-        Raises UserError where height or width is no multiple of `config.downscale`.
+        Raises UserError unless height and width are multiples of `config.downscale`.
         """
         check_images(images, self.config.image_channels, self.config.downscale)
         mean, logvar = jnp.split(self.encoder(images).astype(jnp.float32), 2, axis=-1)
@@ -294,11 +295,11 @@ class AutoencoderKL(nnx.Module):
     def encode(
         self, images: Float[Array, "b h w c"], rng: PRNGKeyArray | None = None
     ) -> Float[Array, "b H W z"]:
-        """Latents for the denoiser: of the mean, or, with a key, of a sample."""
+        """Latents for the denoiser: the mean, or a sample if `rng` is given."""
         return to_latents(self.config, *self.moments(images), rng)
 
     def decode(self, latents: Float[Array, "b H W z"]) -> Float[Array, "b h w c"]:
-        """Images of the denoiser's latents, about [-1, 1] and not clipped to it."""
+        """Images of the denoiser's latents, about [-1, 1], not clipped."""
         check_latents(latents, self.config.latent_channels)
         raw = latents.astype(jnp.float32) / self.config.scaling_factor + self.config.shift_factor
         return self.decoder(raw).astype(jnp.float32)
@@ -310,8 +311,8 @@ def to_latents(
     logvar: Float[Array, "b H W z"] | None,
     rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "b H W z"]:
-    """Latents for the denoiser of `AutoencoderKL.moments`: of the mean, or, with a key and the log
-    variance, of a sample."""
+    """Latents for the denoiser from `AutoencoderKL.moments`: the mean, or a sample if `rng` and the
+    log variance are given."""
     if rng is not None and logvar is not None:
         mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(rng, mean.shape)
     return (mean - config.shift_factor) * config.scaling_factor
@@ -323,7 +324,7 @@ VAE_KIND = register(
         "autoencoder",
         VAEConfig,
         AutoencoderKL,
-        # Small beside a transformer, and convolutions have no side to share: whole everywhere.
+        # Replicated: it is small compared to a transformer, and convolutions are hard to shard.
         sharding={r".*": (WHOLE, WHOLE)},
     )
 )

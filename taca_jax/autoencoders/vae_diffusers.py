@@ -21,7 +21,7 @@ def _resnets(block: str) -> tuple[Rule, ...]:
 
 
 def _net(net: str, blocks: str, resample: str) -> tuple[Rule, ...]:
-    """One of the two nets; `blocks` and `resample` are `down` or `up` things."""
+    """Encoder or decoder; `blocks` and `resample` are the names of its down or up blocks."""
     theirs, ours = f"{net}.mid_block.attentions.0", f"{net}.mid_block.attention"
     return (
         *convolution(f"{net}.conv_in", f"{net}.conv_in"),
@@ -50,9 +50,9 @@ TABLE = Table(
 
 
 def config_of(settings: Settings) -> VAEConfig:
-    """The config that diffusers' config.json stands for.
+    """The config that diffusers' config.json describes.
 
-    Raises UserError for another class and for what FLUX's and SD3's do not have.
+    Raises UserError for another class, and for options that FLUX's and SD3's do not use.
     """
     settings.expect("_class_name", CLASS)
     settings.expect("use_quant_conv", False)

@@ -1,8 +1,8 @@
 """FLUX's and SD3's autoencoders in their original layout (`ae.safetensors`).
 
-The layout is that of black-forest-labs/flux, modules/autoencoder.py, and of the Stable Diffusion
-checkpoints before it. What differs from diffusers': attention's projections are 1 x 1
-convolutions, and the decoder's levels are numbered from the image up.
+The layout is that of black-forest-labs/flux, modules/autoencoder.py, and of earlier Stable
+Diffusion checkpoints. It differs from diffusers' in that attention projections are 1 x 1
+convolutions, and that the decoder's levels are numbered from the image to the latents.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from taca_jax.formats.key_table import POINTWISE, Rule, Table, convolution, norm
 from taca_jax.formats.tensor_files import Tensors, layers_of, shape_of
 
 GROUPS = 32
-"""Of the norms; fixed in the original's code, and in no shape."""
+"""Groups of the norms; fixed in the original's code, and not visible in any shape."""
 
 
 def _resnet(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -34,7 +34,7 @@ def _projection(theirs: str, ours: str) -> tuple[Rule, Rule]:
 
 
 def _ends(net: str) -> tuple[Rule, ...]:
-    """The first and the last convolution of a net, and its middle."""
+    """The first and last convolutions and the middle block of the encoder or decoder."""
     theirs, ours = f"{net}.mid", f"{net}.mid_block"
     return (
         *convolution(f"{net}.conv_in", f"{net}.conv_in"),
@@ -58,7 +58,7 @@ def _level(theirs: str, ours: str, resample: str) -> tuple[Rule, ...]:
 
 
 def table_of(config: VAEConfig) -> Table:
-    """The table of an autoencoder with as many levels as the config."""
+    """The key table of an autoencoder of this config."""
     levels = len(config.channels)
     return Table(
         "an autoencoder in its original layout",
@@ -78,7 +78,7 @@ def table_of(config: VAEConfig) -> Table:
 
 
 def is_autoencoder(tensors: Tensors) -> bool:
-    """Whether the names are these, without a prefix."""
+    """Whether the names, without a prefix, are of this layout."""
     return {
         "encoder.mid.attn_1.q.weight",
         "decoder.mid.attn_1.q.weight",
@@ -86,9 +86,9 @@ def is_autoencoder(tensors: Tensors) -> bool:
 
 
 def inferred(tensors: Tensors, like: VAEConfig) -> VAEConfig:
-    """The config that the shapes stand for, with the latents' scale and shift of `like`.
+    """The config, inferred from the shapes, with the latents' scale and shift of `like`.
 
-    Raises UserError for files without the tensors that tell.
+    Raises UserError if a tensor that determines it is missing.
     """
     levels = layers_of(tensors, r"encoder\.down\.(\d+)\..*")
     if not levels:

@@ -1,7 +1,7 @@
-"""Families of models, one folder each: all that is true of one family only lives there.
+"""Families of models: everything specific to one family is in its own folder.
 
-`base` says what a family provides, `registry` which there are. The classes below are each family's
-pipeline, imported when they are first used.
+`base` defines what a family provides, `registry` lists the families. The classes below are the
+families' pipelines, imported on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a family of models provides. Everything else in the package knows no family by name."""
+"""What a family of models provides. The rest of the package refers to no family by name."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +14,15 @@ from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import StoredEncoders, TextReading
 
 Config = Any
-"""A config of the family's own class, which derives from TransformerConfig."""
+"""A config of the family's own subclass of TransformerConfig."""
 
 
 @dataclass(frozen=True)
 class CallDefaults:
-    """What a pipeline call takes that names nothing.
+    """Defaults of a pipeline call.
 
     text_length: tokens that T5 reads. resolution: pixels per side. steps: of sampling. guidance:
-    its strength, embedded or classifier-free.
+    the guidance scale, embedded or classifier-free.
     """
 
     text_length: int
@@ -35,23 +35,21 @@ class CallDefaults:
 class Published:
     """A released model.
 
-    name: what people call it. transformer: its config. text_encoders: their configs, by the folder
-    of each. text_length: tokens that T5 reads.
+    name: its common name. transformer: its config. text_encoders: their configs, by folder name.
     """
 
     name: str
     transformer: Config
     text_encoders: Mapping[str, Any]
-    text_length: int
 
 
 @dataclass(frozen=True)
 class DiffusersLayout:
     """How diffusers stores the transformer and its scheduler.
 
-    class_name: in its config.json. config_of, settings_of: from that file to a config and back.
-    table_of: the key table of a config. schedule_of: noise levels of a scheduler_config.json.
-    text_encoders: how many a complete pipeline has.
+    class_name: `_class_name` in its config.json. config_of, settings_of: convert that file to a
+    config and back. table_of: the key table of a config. schedule_of: the noise levels of a
+    scheduler_config.json.
     """
 
     class_name: str
@@ -59,20 +57,19 @@ class DiffusersLayout:
     settings_of: Callable[[Config], Mapping[str, Any]]
     table_of: Callable[[Config], Table]
     schedule_of: Callable[[Settings], FlowSchedule]
-    text_encoders: int
 
 
 @dataclass(frozen=True)
 class OriginalLayout:
-    """How the family's authors, and ComfyUI after them, store the transformer in a single file.
+    """The single-file layout of the family's authors, which ComfyUI uses too.
 
-    author: whose names they are. prefixes: what may stand before each name, the likeliest first.
-    recognises: whether names, without a prefix, are these. config_of: the config that shapes tell,
-    given as keywords what they do not. table_of: the key table of a config. text_encoders: prefix
-    of the names of a text encoder in the same file -> its folder. untold: fields of the config that
-    shapes may not tell -> what each is. autoencoder_prefix: of an autoencoder in the same file that
-    is this family's. autoencoder_file: what the autoencoder beside it is called. written_prefix:
-    what stands before each name in files that we write.
+    author: of the layout. prefixes: possible prefixes of all names, the most common first.
+    recognises: whether names, without a prefix, are of this layout. config_of: infers the config
+    from shapes; fields that shapes may not determine are keyword arguments. table_of: the key table
+    of a config. text_encoders: prefix of a text encoder's names in the same file -> its folder.
+    unknown_fields: config fields that shapes may not determine -> their description.
+    autoencoder_prefix: prefix of the family's autoencoder in the same file. autoencoder_file: name
+    of the autoencoder's file in the same folder. written_prefix: prefix in files that we write.
     """
 
     author: str
@@ -81,14 +78,14 @@ class OriginalLayout:
     config_of: Callable[..., Config]
     table_of: Callable[[Config], Table]
     text_encoders: Mapping[str, str]
-    untold: Mapping[str, str] = field(default_factory=dict)
+    unknown_fields: Mapping[str, str] = field(default_factory=dict)
     autoencoder_prefix: str | None = None
     autoencoder_file: str | None = None
     written_prefix: str = ""
 
     @property
     def whose(self) -> str:
-        """As in "Stability AI's names"."""
+        """The author's name in the possessive: "Stability AI's"."""
         return f"{self.author}'" if self.author.endswith("s") else f"{self.author}'s"
 
 
@@ -96,51 +93,38 @@ class OriginalLayout:
 class LoRANames:
     """What LoRA files call the transformer's layers.
 
-    targets: layers that get factors where a configuration names none. dialects: of a config, or of
-    None where the model is not known; PEFT's first, then kohya's. model_of: the config of the only
-    released model that a file can be for, None where there are several. unplaced: the stack in
-    which layers are put where no config says which of the model's stacks has them; None where
-    names alone say so.
+    targets: default layers for LoRA factors. dialects: of a config, or of None if the model is
+    unknown; PEFT's first, then kohya's. model_of: the config of the only released model that a file
+    can be for, None if there are several. placeholder_stack: name of the stack that stands for the
+    model's stacks of blocks while no config says which of them has a layer; None if names alone
+    determine the stack.
     """
 
     targets: tuple[str, ...]
     dialects: Callable[[Config | None], tuple[Dialect, ...]]
     model_of: Callable[[Tensors], Config | None]
-    unplaced: str | None = None
-
-
-def _no_guidance(config: Config) -> bool:
-    del config
-    return False
-
-
-def _no_layers(config: Config) -> int:
-    del config
-    return 0
-
-
-def _any_grid(config: Config, rows: int, columns: int) -> None:
-    del config, rows, columns
+    placeholder_stack: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A family of MM-DiTs: what is true of it and of no other.
+    """Everything that is specific to one family of MM-DiTs.
 
-    kind: its transformers. title: what people call the family. text_encoders: what its models read
-    prompts with, in words. tiny_autoencoder: the published one that draws previews.
-    read_text: how a config reads prompts with the text encoders that are there, or None.
-    published: released models, by the folder that presets expect. autoencoder: of all of them.
-    defaults_of: what a call of a config's model takes that names nothing. schedule_of: the noise
-    levels of the released model that is like a config.
-    diffusers, original, lora: names of weights elsewhere.
-    attention_pairs: (config, image tokens, text tokens) -> pairs of query and key in a forward
-    pass, over all layers. layer_tokens: (path of a linear layer, image tokens, text tokens) -> on
-    how many tokens of a sample it acts.
+    kind: of its transformers. title: common name of the family. text_encoders: its text encoders,
+    in words. tiny_autoencoder: the published one that previews can use.
+    read_text: how a model reads prompts with the text encoders that are present; None if it cannot.
+    published: released models, by the folder name that presets use. autoencoder: of all of them.
+    defaults_of: defaults of calls of a model. schedule_of: noise levels of the released model that
+    a config belongs to.
+    diffusers, original, lora: names of weights in other layouts.
+    attention_pairs: (config, image tokens, text tokens) -> query-key pairs in a forward pass, over
+    all layers. layer_tokens: (path of a linear layer, image tokens, text tokens) -> the number of
+    tokens of a sample that it processes.
     embeds_guidance: whether the guidance scale is an input of the transformer.
-    skippable_layers: of how many layers each can be left out, for skip-layer guidance; 0 for none.
-    check_grid: (config, rows, columns) of tokens; raises UserError for a grid that the model has no
-    positions for.
+    skippable_layers: the number of layers that skip-layer guidance can choose from; 0 if it is not
+    supported.
+    check_grid: (config, rows, columns) of tokens; raises UserError for a grid larger than the
+    model's position table.
     """
 
     kind: ModelKind
@@ -157,11 +141,11 @@ class Family:
     lora: LoRANames
     attention_pairs: Callable[[Config, int, int], int]
     layer_tokens: Callable[[str, int, int], int]
-    embeds_guidance: Callable[[Config], bool] = _no_guidance
-    skippable_layers: Callable[[Config], int] = _no_layers
-    check_grid: Callable[[Config, int, int], None] = _any_grid
+    embeds_guidance: Callable[[Config], bool] = lambda _: False
+    skippable_layers: Callable[[Config], int] = lambda _: 0
+    check_grid: Callable[[Config, int, int], None] = lambda *_: None
 
     @property
     def name(self) -> str:
-        """What commands and config.json call it."""
+        """Its name in commands and in config.json."""
         return self.kind.name

@@ -1,4 +1,4 @@
-"""The arithmetic of a transformer, counted from its shape."""
+"""FLOPs of a transformer, counted from its config."""
 
 import functools
 import math
@@ -15,8 +15,8 @@ from taca_jax.nn.lora import linears
 def forward_flops(config: Any, *, image: int, text: int) -> float:
     """FLOPs of a transformer's forward pass on one sample of `image` and `text` tokens.
 
-    A multiply-add is two. Products alone: linear layers, and queries with keys and with values;
-    what is done to each element beside them is below a hundredth at the models' real widths.
+    A multiply-add counts as two. Only the matrix products of linear layers and of attention are
+    counted; elementwise operations are below 1 % at the widths of the released models.
     """
     family = family_of(config)
     linear = sum(

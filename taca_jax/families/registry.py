@@ -1,4 +1,4 @@
-"""The families that there are, and which of them a config is of.
+"""All families, and which of them a config belongs to.
 
 To add one, add its folder and its line at the end of this file.
 """
@@ -17,18 +17,18 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Makes a family known. Raises ValueError where there is another of its name."""
+    """Registers a family. Raises ValueError if another family has its name."""
     if _FAMILIES.setdefault(family.name, family) is not family:
         raise ValueError(f"there is a family called {family.name} already")
 
 
 def families() -> tuple[Family, ...]:
-    """Every family, in the order of their registration."""
+    """Every family, in order of registration."""
     return tuple(_FAMILIES.values())
 
 
 def family_named(name: str) -> Family:
-    """The family that commands call so. Raises UserError for a name that is none."""
+    """The family of this name. Raises UserError if there is none."""
     if name not in _FAMILIES:
         raise UserError(f"{name} is no family of models; there are {', '.join(_FAMILIES)}")
     return _FAMILIES[name]
@@ -37,7 +37,7 @@ def family_named(name: str) -> Family:
 def family_of(config: Any, where: str = "this model") -> Family:
     """The family of a transformer's config.
 
-    Raises UserError for a config of anything else; `where` names it.
+    Raises UserError, which names `where`, for a config of any other model.
     """
     name = kind_of(config).name
     if name not in _FAMILIES:
@@ -46,7 +46,7 @@ def family_of(config: Any, where: str = "this model") -> Family:
 
 
 def published_models() -> dict[str, tuple[Family, Published]]:
-    """Every released model, by the folder that presets expect it in."""
+    """Every released model, by the folder name that presets use."""
     return {
         folder: (family, model)
         for family in families()
@@ -59,7 +59,7 @@ def model_kinds() -> Mapping[str, ModelKind]:
     return known_kinds()
 
 
-# What no family's folder imports makes its kind known when it is imported here.
+# No family imports these modules, and importing them registers their kinds.
 _AUTOENCODERS = (pixels.PIXELS_KIND, tiny_vae.TINY_VAE_KIND)
 
 register(FLUX)

@@ -1,1 +1,1 @@
-"""The layouts that others store weights in, as tables of names, and one strict engine for them."""
+"""Weights in the layouts of other projects: key tables, and one strict engine to convert them."""

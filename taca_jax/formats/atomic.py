@@ -1,7 +1,7 @@
-"""Files and folders that are written whole or not at all.
+"""Atomic writing of files and folders.
 
-Writing happens in a folder `.NAME.*.partial` beside the destination, which nothing reads. It ends
-with its writer; one that a kill has left is removed by the next writer of the same destination.
+They are written to a folder `.NAME.*.partial` beside the destination, which nothing reads and which
+the writer removes. If the writer is killed, the next writer of the same destination removes it.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from pathlib import Path
 from taca_jax.errors import UserError
 
 NEW, REPLACED, LOCK = "new", "replaced", "lock"
-"""What a `.partial` folder holds; the lock is held as long as the writer lives."""
+"""The contents of a `.partial` folder; the lock is held as long as the writer lives."""
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `path` when the block ends, and only then.
+    """Yields an empty folder that is renamed to `path` when the block succeeds.
 
-    A folder that was at `path` is replaced. When the block fails nothing changes at `path`. What
-    the system refuses (a full disk, no permission) is raised as UserError.
+    A folder at `path` is replaced. If the block fails, `path` is unchanged. OSErrors (a full disk,
+    no permission) are raised as UserError.
     """
-    with _refusals(path), _workplace(path) as place:
+    with _os_errors_as_user_errors(path), _partial_folder(path) as place:
         made = place / NEW
         made.mkdir()
         yield made
@@ -38,8 +38,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """As `whole_folder`, for a file: the name to write to, renamed to `path` at the end."""
-    with _refusals(path), _workplace(path) as place:
+    """Like `whole_folder` for a file: yields the path to write to, which is renamed to `path`."""
+    with _os_errors_as_user_errors(path), _partial_folder(path) as place:
         made = place / NEW
         yield made
         _flush(made)
@@ -47,7 +47,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
+def _os_errors_as_user_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -58,8 +58,8 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workplace(path: Path) -> Iterator[Path]:
-    """A locked folder beside `path`, on its file system, that is gone after the block."""
+def _partial_folder(path: Path) -> Iterator[Path]:
+    """A locked temporary folder beside `path`, on the same file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -72,26 +72,26 @@ def _workplace(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock(place: Path) -> Iterator[None]:
-    """Holds the lock of a new workplace; the system drops it when the writer dies."""
+    """Holds the lock of a new `.partial` folder; the system releases it when the writer dies."""
     made = place / f"{LOCK}.{NEW}"
     handle = os.open(made, os.O_RDWR | os.O_CREAT)
     try:
-        with contextlib.suppress(OSError):  # without locks there, what a kill leaves stays
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            made.rename(place / LOCK)  # under this name nobody ever sees it free while we live
+            made.rename(place / LOCK)  # renamed once locked, so LOCK is never seen unlocked
         yield
     finally:
         os.close(handle)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes the workplaces for `path` whose writers are dead, and no other."""
+    """Removes the `.partial` folders of `path` whose writers are dead, and no others."""
     name = re.compile(rf"\.{re.escape(path.name)}\.\w+\.partial")
     for place in path.parent.iterdir():
         if name.fullmatch(place.name) is None:
             continue
-        # No lock to be had is no proof of death: the writer may live, be about to lock, or write
-        # where there are no locks.
+        # An OSError means that the writer lives, has not locked yet, or that there are no locks
+        # here: the folder is kept.
         with contextlib.suppress(OSError):
             handle = os.open(place / LOCK, os.O_RDWR)
             try:
@@ -102,16 +102,16 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _remove(place: Path, path: Path) -> None:
-    """Removes a workplace; what it took from `path` goes back where nothing has come instead."""
+    """Removes a `.partial` folder; moves the replaced folder back if nothing is at `path`."""
     replaced = place / REPLACED
     if replaced.exists() and not path.exists():
         replaced.rename(path)
-    for each in (replaced, place / NEW, place):  # the lock goes last: this too may be killed
+    for each in (replaced, place / NEW, place):  # the lock last, in case this is killed too
         shutil.rmtree(each, ignore_errors=True)
 
 
 def _flush(made: Path) -> None:
-    """Hands everything to the disk, so that the rename cannot outlive a power cut without it."""
+    """Flushes everything to disk, so that after a power cut no rename is without its contents."""
     for each in [made, *made.rglob("*")]:
         handle = os.open(each, os.O_RDONLY)
         try:

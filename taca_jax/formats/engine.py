@@ -1,4 +1,6 @@
-"""Weights in another layout to our parameters and back: all or nothing, a tensor at a time."""
+"""Converts weights of another layout to our parameters and back, one tensor at a time.
+
+A conversion fails unless it accounts for every tensor."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -25,10 +27,10 @@ from taca_jax.nn.kinds import shapes_of
 def match(
     table: Table, tensors: Tensors, shapes: Mapping[str, Shape]
 ) -> dict[str, tuple[Piece, ...]]:
-    """The tensors that make up each of our parameters of these `shapes`; layers in order.
+    """The tensors that make up each of our parameters of these `shapes`, layers in order.
 
-    Reads no tensor. Raises one UserError that names every key that is missing, left over, there
-    twice, of another shape (theirs, as stored), or of integers.
+    Reads no tensor. Raises one UserError that lists all keys that are missing, left over,
+    duplicate, mis-shaped (with the shapes as stored), or of integer dtype.
     """
     found: dict[str, list[Piece]] = {}
     wanted = {}
@@ -51,9 +53,10 @@ def match(
 def streamed(
     table: Table, tensors: Tensors, config: Any, dtype: DTypeLike | None = None
 ) -> dict[str, LazyTensor]:
-    """Our parameters of a model of `config`, read as they are written. Raises as `match` does.
+    """The parameters of a model of `config`, each read when it is written.
 
-    In `dtype`, or as stored there; float8 is bfloat16 then, which holds it exactly.
+    dtype: of the result; None keeps the stored dtype, with bfloat16, which is exact, for float8.
+    Raises UserError as `match` does.
     """
     shapes = shapes_of(config)
     made = {}
@@ -64,7 +67,7 @@ def streamed(
 
 
 def stored_dtype(tensors: Tensors, pieces: Sequence[Piece]) -> np.dtype:
-    """What holds all of these tensors exactly; bfloat16 for float8, in which nothing computes."""
+    """The dtype that represents all of these tensors exactly; bfloat16 for float8."""
     dtypes = (tensors.dtypes[piece.key] for piece in pieces)
     return np.result_type(*(np.dtype(jnp.bfloat16) if each in FLOAT8 else each for each in dtypes))
 
@@ -78,9 +81,10 @@ def _ours(tensors: Tensors, pieces: Sequence[Piece], dtype: np.dtype) -> Iterato
 def exported(
     table: Table, params: Tensors, dtype: DTypeLike | None = None
 ) -> dict[str, LazyTensor]:
-    """Our parameters in the layout of the table, read as they are written.
+    """Our parameters in the layout of the table, each read when it is written.
 
-    In `dtype`, or as stored here; parts of one tensor in what holds them all.
+    dtype: of the result; None keeps the stored dtype, or for fused tensors the one that represents
+    all of their parts.
     """
     pieces: dict[str, list[Piece]] = {}
     for piece in table.pieces(params.shapes):
@@ -94,7 +98,7 @@ def exported(
 
 
 def _theirs(params: Tensors, parts: Sequence[Piece], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """One tensor of theirs: of one of our parameters, or of several after one another."""
+    """One tensor of theirs: one of our parameters, or several concatenated."""
     for part in parts:
         if part.layer is None:
             array = params.read(part.path)
@@ -108,23 +112,23 @@ def _is_real(dtype: np.dtype) -> bool:
 
 
 TILE = 128
-"""Rows and columns that are transposed at a time: they stay in the processor's caches."""
+"""Rows and columns that are transposed at a time, so that they stay in the CPU's caches."""
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order; a transposed matrix in a fraction of the time of numpy's own copy."""
+    """The array in C order; for transposed matrices much faster than numpy's own copy."""
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array)
     made = np.empty(array.shape, array.dtype)
-    # As integers, which numpy copies faster than types that it does not know.
+    # Viewed as integers, which numpy copies faster than ml_dtypes' types.
     source, target = (each.view(f"u{array.itemsize}") for each in (array, made))
     packed = np.empty((TILE, TILE), source.dtype)
     for top in range(0, array.shape[0], TILE):
         for left in range(0, array.shape[1], TILE):
             tile = slice(top, top + TILE), slice(left, left + TILE)
-            # Packed first as it lies there, so that the turn reads and writes what is at hand.
+            # Copied to a contiguous buffer first, so that the transpose works within the cache.
             height, width = target[tile].shape
-            turned = packed[:width, :height]
-            turned[:] = source[tile].T
-            target[tile] = turned.T
+            buffer = packed[:width, :height]
+            buffer[:] = source[tile].T
+            target[tile] = buffer.T
     return made

@@ -1,4 +1,6 @@
-"""Key tables: which tensor of another layout is which of our parameters, and how it is changed."""
+"""Key tables: map tensors of another layout to our parameters, and convert their contents.
+
+"Theirs" is the other layout, "ours" this package's."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +17,13 @@ LAYER = "layer"
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to a tensor on its way in, and what undoes it."""
+    """Converts a tensor from their layout (`load`), and back (`store`)."""
 
     load: Callable[[np.ndarray], np.ndarray]
     store: Callable[[np.ndarray], np.ndarray]
 
     def stored_shape(self, shape: Shape) -> Shape:
-        """Their shape of an array that is `shape` here."""
+        """The shape in their layout of an array that has `shape` in ours."""
         return self.store(np.broadcast_to(np.False_, shape)).shape
 
 
@@ -43,12 +45,12 @@ POINTWISE = Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: `theirs` and `ours` are the same tensor under `transform`.
+    """One line of a table: `ours` is `transform` applied to `theirs`.
 
-    `{name}` in both stands for a number that is carried over. `{layer}` in `theirs` alone numbers
-    the layers that `ours` stacks along its first axis. With a `part`, `theirs` is several of ours
-    one after another along its first axis, in the order of their parts. With `layers`, only those
-    of their layers are this one of our stacks, the first of them its first.
+    `{name}` in both is a number that is the same in both. `{layer}` in `theirs` only is the index
+    of a layer in a parameter of ours that stacks layers along its first axis.
+    part: `theirs` is the concatenation of several of ours along its first axis, in order of `part`.
+    layers: the stack `ours` holds only these of their layers; None: all.
     """
 
     theirs: str
@@ -72,9 +74,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of theirs, of `shape`, as one of our parameters (or, stacked, one layer of it).
+    """One tensor of theirs, of `shape`, for one of our parameters, or one layer of a stacked one.
 
-    `rows` are those of the tensor's first axis that are this parameter; None where all are.
+    rows: the rows of the tensor that belong to this parameter; None: all.
     """
 
     key: str
@@ -87,7 +89,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Target:
-    """What a key of theirs is here: one of our parameters (or, stacked, one layer of it)."""
+    """The parameter of ours that a key of theirs belongs to, or one layer of a stacked one."""
 
     path: str
     layer: int | None
@@ -96,9 +98,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Table:
-    """A layout. `name` is what errors call it; keys that match `ignored` are not needed.
+    """A layout.
 
-    `ignored` are regular expressions on whole keys, for copies of what other keys hold.
+    name: for messages. ignored: regular expressions of whole keys that are not needed, such as
+    copies of other tensors.
     """
 
     name: str
@@ -108,7 +111,7 @@ class Table:
     def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
         """Every tensor that a model with parameters of these shapes has in this layout.
 
-        Raises LookupError for a parameter that not exactly one rule is about: the table is wrong.
+        Raises LookupError if not exactly one rule matches a parameter, which is a bug in the table.
         """
         parts: dict[str, list[tuple[int, Piece]]] = {}
         for path, shape in shapes.items():
@@ -127,10 +130,10 @@ class Table:
                 else:
                     parts.setdefault(key, []).append((rule.part, piece))
         for fused in parts.values():
-            yield from _in_a_row([piece for _, piece in sorted(fused, key=lambda each: each[0])])
+            yield from _fused([piece for _, piece in sorted(fused, key=lambda each: each[0])])
 
     def find(self, key: str) -> tuple[Target, ...]:
-        """What one key of theirs is here, its parts in their order; empty if nothing."""
+        """The targets of one key of theirs, in order of their parts; empty if it has none."""
         matches = [
             (r, m)
             for r in self.rules
@@ -159,7 +162,7 @@ def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
 
 
 def fused_linear(theirs: str, *ours: str) -> tuple[Rule, ...]:
-    """The rules of one PyTorch Linear that is several of ours, outputs one after another."""
+    """The rules of one PyTorch Linear that is several of ours, with concatenated outputs."""
     return tuple(
         replace(rule, part=part) for part, path in enumerate(ours) for rule in linear(theirs, path)
     )
@@ -178,8 +181,8 @@ def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
     return Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias")
 
 
-def _in_a_row(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """The parts of one tensor, each with its rows and the shape of the whole."""
+def _fused(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The pieces of one fused tensor, each with its rows and the shape of the whole tensor."""
     stops = list(accumulate(piece.shape[0] for piece in pieces))
     for piece, stop in zip(pieces, stops, strict=True):
         rows = slice(stop - piece.shape[0], stop)

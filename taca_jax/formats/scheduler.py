@@ -1,13 +1,13 @@
-"""The scheduler_config.json beside diffusers' models, as noise levels of ours."""
+"""Noise levels from diffusers' scheduler_config.json."""
 
 from taca_jax.formats.settings import Settings
 from taca_jax.sampling.schedule import FlowSchedule
 
 
 def schedule_of(settings: Settings) -> FlowSchedule:
-    """The noise levels that diffusers' scheduler_config.json stands for.
+    """The noise levels that diffusers' scheduler_config.json describes.
 
-    Raises UserError for another scheduler and for options that no flow-matching model here uses.
+    Raises UserError for another scheduler and for unsupported options.
     """
     settings.expect("_class_name", "FlowMatchEulerDiscreteScheduler")
     settings.expect("time_shift_type", "exponential")

@@ -1,4 +1,4 @@
-"""The config.json beside original weights."""
+"""The config.json of original weights."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from taca_jax.errors import UserError
 
 
 class Settings:
-    """The fields of one config.json; a field that is missing or unusable is a UserError."""
+    """The fields of one config.json; missing or unusable fields raise UserError."""
 
     def __init__(self, where: Path, fields: Mapping[str, Any]):
         self.where = where
@@ -26,33 +26,33 @@ class Settings:
         return default if value is None else value
 
     def integer(self, name: str) -> int:
-        """A field to reckon with; what is only handed on, `build` checks."""
+        """A field that must be an integer, for use other than passing it to `build`."""
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{self.where} says {name} {value!r}; expected an integer")
         return value
 
     def entries(self, name: str) -> list[Any]:
-        """A field that is a list; empty where it is missing or null."""
+        """A field that must be a list; empty if it is missing or null."""
         value = self.get(name, [])
         if not isinstance(value, list | tuple):
             raise UserError(f"{self.where} says {name} {value!r}; expected a list")
         return list(value)
 
     def expect(self, name: str, *allowed: Any) -> None:
-        """Raises UserError where the field is there and has none of these values."""
+        """Raises UserError if the field is present and has none of these values."""
         value = self.fields.get(name)
         if value is not None and value not in allowed:
             listed = " or ".join(repr(each) for each in allowed)
             raise UserError(f"{self.where} says {name} {value!r}; only {listed} is supported")
 
     def build(self, cls: type[C], values: Mapping[str, Any]) -> C:
-        """The config `cls` of `values`, each checked against its field's type."""
+        """A config of class `cls` from `values`, each checked against its field's type."""
         return from_json(cls, json.dumps(values), where=str(self.where))
 
 
 def read_settings(folder: Path, name: str = "config.json") -> Settings:
-    """The config.json, or what it is called there, of an original model's folder."""
+    """The config.json, or the file `name`, of an original model's folder."""
     file = folder / name
     try:
         fields = json.loads(file.read_text())

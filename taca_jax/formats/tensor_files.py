@@ -1,4 +1,4 @@
-"""Safetensors files, single or sharded with an index, a tensor at a time as numpy."""
+"""Safetensors files, single or sharded with an index, read one tensor at a time as numpy arrays."""
 
 import contextlib
 import itertools
@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from taca_jax.formats.atomic import whole_file
 Shape = tuple[int, ...]
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
-"""What weights are stored in to save space; nothing computes in them here."""
+"""Dtypes that weights are stored in to save space; nothing here computes in them."""
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -42,8 +42,8 @@ _LENGTH_BYTES = 8
 class Tensors(Protocol):
     """Named tensors whose shapes are known before any of them is read.
 
-    `where` is where they are from, in words; `duplicates` are names that it has twice. `read` gives
-    a tensor, or of its first axes only what the slices of `part` name (None: all of an axis).
+    where: their source, for messages. duplicates: names that occur twice. read: returns a tensor
+    or a part of it; `part` are slices of its first axes (None: the whole axis).
     """
 
     @property
@@ -59,7 +59,7 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class ArrayTensors:
-    """Tensors that are in memory already."""
+    """Tensors that are already in memory."""
 
     where: str
     arrays: Mapping[str, np.ndarray]
@@ -78,43 +78,50 @@ class ArrayTensors:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: the file, its name there, and its first byte."""
+class StoredTensor:
+    """One tensor in a file: the file, its name there, its first byte, its shape and dtype."""
 
     path: Path
     name: str
     start: int
+    shape: Shape
+    dtype: np.dtype
 
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of one model's files. `metadata` is the text in a single file's header."""
+    """The tensors of one model's files, by name. `metadata` is that of a single file's header."""
 
     where: str
-    places: Mapping[str, Place]
-    shapes: Mapping[str, Shape]
-    dtypes: Mapping[str, np.dtype]
+    stored: Mapping[str, StoredTensor]
     duplicates: Sequence[str]
     metadata: Mapping[str, str]
+    shapes: Mapping[str, Shape] = field(init=False)
+    dtypes: Mapping[str, np.dtype] = field(init=False)
+
+    def __post_init__(self):
+        for name in ("shape", "dtype"):
+            values = {key: getattr(tensor, name) for key, tensor in self.stored.items()}
+            object.__setattr__(self, f"{name}s", values)  # the class is frozen
 
     def read(self, name: str, *part: slice | None) -> np.ndarray:
-        """One tensor, or parts of its first axes; bfloat16 and float8 come as ml_dtypes' types.
+        """One tensor, or a part of its first axes; bfloat16 and float8 are ml_dtypes' types.
 
         Nothing else of the file is read.
         """
-        shape = self.shapes[name]
+        stored = self.stored[name]
         bounds = [
             (slice(None) if each is None else each).indices(size)[:2]
-            for each, size in zip(part, shape, strict=False)
+            for each, size in zip(part, stored.shape, strict=False)
         ]
-        return _read(self.places[name], bounds, shape, self.dtypes[name])
+        return _read(stored, bounds)
 
 
 def open_tensors(path: Path) -> TensorFiles:
     """The safetensors at `path`: a file, an index (`*.index.json`), or a folder with one of either.
 
-    Raises UserError when nothing is there, a file is truncated or damaged, a shard is missing,
-    or the shards are not what their index says.
+    Raises UserError if nothing is there, a file is truncated or damaged, a shard is missing, or the
+    shards do not match their index.
     """
     if path.is_dir():
         path = _only(path)
@@ -122,48 +129,32 @@ def open_tensors(path: Path) -> TensorFiles:
         raise UserError(f"{path} is not there; give a .safetensors file or a folder with one")
     if path.suffix == ".json":
         return _open_sharded(path)
-    header = _header(path)
-    return _tensor_files(path, [header], header.metadata)
+    return _open_file(path)
 
 
-def joined(where: str, parts: Mapping[str, TensorFiles]) -> TensorFiles:
-    """Several files as one, names prefixed with the keys of `parts`."""
-    pairs = list(parts.items())
-    return TensorFiles(
-        where,
-        {prefix + name: place for prefix, part in pairs for name, place in part.places.items()},
-        {prefix + name: shape for prefix, part in pairs for name, shape in part.shapes.items()},
-        {prefix + name: dtype for prefix, part in pairs for name, dtype in part.dtypes.items()},
-        [prefix + name for prefix, part in pairs for name in part.duplicates],
-        {},
-    )
+def joined(where: str, parts: Sequence[tuple[str, TensorFiles]]) -> TensorFiles:
+    """Several files as one, each with a prefix for its names."""
+    named = [(prefix + name, t) for prefix, part in parts for name, t in part.stored.items()]
+    duplicates = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
+    return TensorFiles(where, dict(named), duplicates, {})
 
 
 def under(tensors: TensorFiles, prefix: str) -> TensorFiles:
-    """Those whose names begin with the prefix, by what follows it."""
-
-    def cut(named: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name.removeprefix(prefix): value
-            for name, value in named.items()
-            if name.startswith(prefix)
-        }
-
-    return TensorFiles(
-        tensors.where,
-        cut(tensors.places),
-        cut(tensors.shapes),
-        cut(tensors.dtypes),
-        list(cut(dict.fromkeys(tensors.duplicates))),
-        tensors.metadata,
-    )
+    """The tensors whose names begin with the prefix, which is removed from their names."""
+    stored = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.stored.items()
+        if name.startswith(prefix)
+    }
+    duplicates = [n.removeprefix(prefix) for n in tensors.duplicates if n.startswith(prefix)]
+    return TensorFiles(tensors.where, stored, duplicates, tensors.metadata)
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is written: `pieces` are consecutive parts of it, in C order.
+    """A tensor that is computed as it is written: `pieces` yields consecutive parts in C order.
 
-    A stack of layers comes layer by layer, so that no more of it need be in memory.
+    A stack of layers is yielded layer by layer, so that only one layer must fit into memory.
     """
 
     shape: Shape
@@ -178,7 +169,7 @@ class LazyTensor:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
+    """Writes one safetensors file atomically. Raises UserError if it cannot be written."""
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     lazy = {
         name: LazyTensor(array.shape, array.dtype, lambda array=array: [array])
@@ -188,15 +179,15 @@ def write_tensors(
 
 
 def in_file_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """The names in the order in which they are written: the widest first, as the library does, so
-    that each tensor begins at a multiple of its width."""
+    """The names in the order of writing: widest dtypes first, as the safetensors library does, so
+    that each tensor begins at a multiple of its item size."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def write_streamed(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """As `write_tensors`, of tensors that need not fit into memory together."""
+    """Like `write_tensors`, for tensors that need not fit into memory together."""
     stored_as = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     names = in_file_order(tensors)
@@ -224,9 +215,9 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
-    """The shape of one tensor from which sizes are inferred.
+    """The shape of one tensor, to infer a config from.
 
-    Raises UserError where there is no such tensor, or it has another number of axes.
+    Raises UserError if there is no such tensor, or if it has another number of axes.
     """
     shape = tensors.shapes.get(name)
     if shape is None:
@@ -237,7 +228,8 @@ def shape_of(tensors: Tensors, name: str, axes: int) -> Shape:
 
 
 def layers_of(tensors: Tensors, pattern: str) -> int:
-    """One more than the highest number that the pattern's group finds in whole names; 0 if none."""
+    """The number of layers: one more than the highest number that the pattern's group matches in
+    any name; 0 if none."""
     found = (re.fullmatch(pattern, name) for name in tensors.shapes)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
@@ -245,13 +237,13 @@ def layers_of(tensors: Tensors, pattern: str) -> int:
 def summary(
     items: Sequence[str], show: Callable[[str], str] = lambda item: item, limit: int = 6
 ) -> str:
-    """`a, b, c`, or the first few `and 412 more`."""
+    """`a, b, c`; of long lists only the first items, as in `a, b and 412 more`."""
     shown = ", ".join(show(item) for item in items[:limit])
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
 def differences(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
-    """What is missing, left over or mis-shaped in `given`, each in words; empty when it fits."""
+    """Messages about missing, left-over and mis-shaped names in `given`; empty if all fits."""
     missing = [name for name in wanted if name not in given]
     extra = [name for name in given if name not in wanted]
     shapes = [name for name in wanted if name in given and tuple(given[name]) != wanted[name]]
@@ -296,39 +288,19 @@ def _open_sharded(index: Path) -> TensorFiles:
             f"{len(absent)} of the {len(shards)} shards that {index} names are missing: "
             f"{summary(absent)}; download them again"
         )
-    headers = [_header(index.parent / shard) for shard in shards]
-    held = {name for header in headers for name in header.places}
-    if lost := [name for name in weight_map if name not in held]:
+    tensors = joined(str(index), [("", _open_file(index.parent / shard)) for shard in shards])
+    if lost := [name for name in weight_map if name not in tensors.stored]:
         raise UserError(
             f"{len(lost)} tensors that {index} names are in no shard: {summary(lost)}; "
             "download the shards again"
         )
-    return _tensor_files(index, headers, {})
+    return tensors
 
 
-@dataclass(frozen=True)
-class _Header:
-    places: Mapping[str, Place]
-    shapes: Mapping[str, Shape]
-    dtypes: Mapping[str, np.dtype]
-    metadata: Mapping[str, str]
-
-
-def _tensor_files(
-    where: Path, headers: Sequence[_Header], metadata: Mapping[str, str]
-) -> TensorFiles:
-    places = {name: place for header in headers for name, place in header.places.items()}
-    shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
-    dtypes = {name: dtype for header in headers for name, dtype in header.dtypes.items()}
-    counts = Counter(name for header in headers for name in header.places)
-    duplicates = [name for name, count in counts.items() if count > 1]
-    return TensorFiles(str(where), places, shapes, dtypes, duplicates, metadata)
-
-
-def _header(path: Path) -> _Header:
-    """What is where in a file, which the library has checked; UserError where it is damaged."""
+def _open_file(path: Path) -> TensorFiles:
+    """A single file, whose header the library checks. Raises UserError if it is damaged."""
     shapes, dtypes = {}, {}
-    with _unspoilt(path), safe_open(path, framework="np") as file:
+    with _damage_as_user_error(path), safe_open(path, framework="np") as file:
         metadata = dict(file.metadata() or {})
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
             tensor = file.get_slice(name)
@@ -338,42 +310,43 @@ def _header(path: Path) -> _Header:
             raise UserError(
                 f"{path}: {name} is stored as {dtype}; expected one of {', '.join(_DTYPES)}"
             )
-    with _unspoilt(path), path.open("rb") as file:
+    with _damage_as_user_error(path), path.open("rb") as file:
         size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         entries = json.loads(file.read(size))
         data = _LENGTH_BYTES + size
-        places = {
-            name: Place(path, name, data + entries[name]["data_offsets"][0]) for name in shapes
+        stored = {
+            name: StoredTensor(
+                path, name, data + entries[name]["data_offsets"][0], shape, _DTYPES[dtypes[name]]
+            )
+            for name, shape in shapes.items()
         }
-    return _Header(places, shapes, {n: _DTYPES[d] for n, d in dtypes.items()}, metadata)
+    return TensorFiles(str(path), stored, [], metadata)
 
 
-def _read(
-    place: Place, bounds: Sequence[tuple[int, int]], shape: Shape, dtype: np.dtype
-) -> np.ndarray:
+def _read(stored: StoredTensor, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
     """The part of a tensor between the bounds of its first axes."""
-    # Neither mapped nor through the library: pages of a mapped file count as this process's memory,
-    # and its arrays are copies of copies.
+    shape, dtype = stored.shape, stored.dtype
+    # Memory-mapped pages would count as this process's memory, and the library copies arrays twice.
     sizes = [max(stop - first, 0) for first, stop in bounds]
     made = np.empty((*sizes, *shape[len(bounds) :]), dtype)
     *outer, (first, _) = bounds or [(0, 0)]
     runs = [range(start, start + size) for (start, _), size in zip(outer, sizes, strict=False)]
-    with _unspoilt(place.path), place.path.open("rb") as file:
+    with _damage_as_user_error(stored.path), stored.path.open("rb") as file:
         for index in itertools.product(*runs):
-            place_in = (i - start for i, (start, _) in zip(index, outer, strict=True))
-            run = made[(*place_in, ...)]
-            at = 0
+            target = (i - start for i, (start, _) in zip(index, outer, strict=True))
+            run = made[(*target, ...)]
+            offset = 0
             for i, size in zip((*index, first), shape, strict=False):
-                at = at * size + i
-            at *= math.prod(shape[len(bounds) :]) if bounds else 0
-            file.seek(place.start + at * dtype.itemsize)
+                offset = offset * size + i
+            offset *= math.prod(shape[len(bounds) :]) if bounds else 0
+            file.seek(stored.start + offset * dtype.itemsize)
             if file.readinto(run.reshape(-1).view(np.uint8).data) != run.nbytes:
                 raise OSError("it ended early")
     return made
 
 
 @contextlib.contextmanager
-def _unspoilt(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:

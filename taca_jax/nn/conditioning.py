@@ -1,4 +1,4 @@
-"""What an MM-DiT is told beside its latents and the time."""
+"""The inputs of an MM-DiT besides its latents and the time."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer is told: token embeddings `[b, t, k]`, pooled `[b, p]`, guidance `[b]`.
+    """Embeddings of the text tokens and of the whole prompt, and the guidance scale.
 
-    `guidance` is the embedded guidance scale, None for models without one.
+    `guidance` is None for models without a guidance embedding.
     """
 
     txt: Float[Array, "b t k"]

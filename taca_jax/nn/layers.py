@@ -1,11 +1,13 @@
-"""The small parts that the MM-DiTs share."""
+"""Layers that the MM-DiTs share."""
 
 import math
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.nn.low_bit import low_bit_matmul
@@ -15,15 +17,23 @@ TIMESTEP_CHANNELS = 256
 
 
 class LoRAParam(nnx.Param):
-    """A low-rank factor: what LoRA training differentiates and saves, and nothing else is."""
+    """A low-rank factor. LoRA training differentiates and saves these and nothing else."""
 
 
 class Fixed(nnx.Variable):
-    """What is stored and placed as a parameter is and never trained: a table of positions."""
+    """An array that is stored and sharded like a parameter but never trained."""
 
 
 class Quantized(Fixed):
-    """The codes of a quantised kernel, or their scales; their dtypes are their own."""
+    """The codes of a quantised kernel, or their scales; casts of the parameters skip them."""
+
+
+class LayerOptions(TypedDict):
+    """How layers are created: random keys, and the dtypes of parameters and of computation."""
+
+    rngs: nnx.Rngs
+    param_dtype: DTypeLike
+    dtype: DTypeLike
 
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -43,15 +53,15 @@ def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
 def _matmul_backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
 
-    # Contracting over several leading axes makes the CPU backend copy and transpose dy, which
-    # takes longer than the product. Elsewhere the axes stay apart: they may be sharded apart.
+    # Contracting over several leading axes makes the CPU backend copy and transpose dy, which takes
+    # longer than the product. Other backends keep the axes, which may be sharded differently.
     def flat(x: jax.Array, dy: jax.Array) -> jax.Array:
         return x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
 
-    def apart(x: jax.Array, dy: jax.Array) -> jax.Array:
+    def unflattened(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jnp.einsum("...i,...o->io", x, dy)
 
-    d_kernel = jax.lax.platform_dependent(x, dy, cpu=flat, default=apart)
+    d_kernel = jax.lax.platform_dependent(x, dy, cpu=flat, default=unflattened)
     return dy @ kernel.T, d_kernel.astype(kernel.dtype)
 
 
@@ -61,12 +71,12 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 class Linear(nnx.Module):
     """y = x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where factors are attached.
 
-    kernel `[in, out]`, bias `[out]` or None, lora_a `[in, r]`, lora_b `[r, out]`, whose strength
-    alpha / r is `lora_alpha_over_rank`; parameters in `param_dtype`, computation in `dtype`. A
-    stack of layers carries a leading layer axis on each. The kernel starts as `kernel_init` says
-    (adaptive-norm layers and output heads at zero), the bias at zero.
+    kernel `[in, out]`, bias `[out]` or None, lora_a `[in, r]`, lora_b `[r, out]`, scaled by
+    `lora_alpha_over_rank` = alpha / r; parameters in `param_dtype`, computation in `dtype`. In a
+    stack of layers each has a leading layer axis. `kernel_init` initialises the kernel
+    (adaptive-norm layers and output heads use zeros); the bias starts at zero.
 
-    Of a quantised kernel (`quantize.py`), `kernel` holds the codes and `kernel_scale` their scales.
+    When the kernel is quantised (`nn.quantization`), `kernel` holds codes, `kernel_scale` scales.
     """
 
     def __init__(
@@ -74,20 +84,19 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        rngs: nnx.Rngs,
-        param_dtype: jnp.dtype,
-        dtype: jnp.dtype,
         bias: bool = True,
         kernel_init: nnx.Initializer = XAVIER,
+        **options: Unpack[LayerOptions],
     ):
-        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        param_dtype = options["param_dtype"]
+        kernel = kernel_init(options["rngs"].params(), (in_features, out_features), param_dtype)
         self.kernel: nnx.Variable[jax.Array] = nnx.Param(kernel)
         self.kernel_scale: Quantized | None = nnx.data(None)
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if bias else nnx.data(None)
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_alpha_over_rank = 1.0
-        self.dtype = dtype
+        self.dtype = options["dtype"]
 
     def __call__(
         self, x: Float[Array, "b *s i"], lora_scale: Float[Array, " b"] | None = None
@@ -109,7 +118,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, computed in float32."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, epsilon: float):
+    def __init__(self, features: int, *, rngs: nnx.Rngs, param_dtype: DTypeLike, epsilon: float):
         self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
         self.epsilon = epsilon
 
@@ -120,14 +129,14 @@ class RMSNorm(nnx.Module):
 
 
 SUBLANES = 8
-"""Rows of a TPU's registers, which have 128 lanes."""
+"""Rows of a TPU vector register; each row has 128 lanes."""
 
 
 def to_tiles(x: Float[Array, "b s h d"]) -> Float[Array, "b n h r d"]:
-    """Heads as stacks of SUBLANES tokens' channels, the last stack filled up with zeros.
+    """Groups SUBLANES tokens of each head, `r` = SUBLANES; the last group is padded with zeros.
 
-    That is how a TPU holds the [b, s, h * d] that projections leave and attention takes: what is
-    done per head in this form needs no copy on the way, which would cost more than attention does.
+    This matches a TPU's layout of the [b, s, h * d] arrays that projections produce and attention
+    reads. Per-head operations in this form need no relayout, which would cost more than attention.
     """
     b, s, h, d = x.shape
     x = jnp.pad(x, ((0, 0), (0, -s % SUBLANES), (0, 0), (0, 0)))
@@ -161,8 +170,8 @@ def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:
     Always float32: in bfloat16 the phase near 1000 would be off by radians, where TACA works.
     """
     half = TIMESTEP_CHANNELS // 2
-    # As the originals round it: exponents in float32, their exponential to the nearest float32. A
-    # guidance of 3.5 is 3500 here, and each last bit of a frequency is 3500 times that in phase.
+    # Rounded as in the originals: float32 exponents, their exponential rounded to float32. A
+    # guidance of 3.5 arrives here as 3500, so an error in a frequency grows 3500-fold in the phase.
     exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     phase = value.astype(jnp.float32)[:, None] * frequency
@@ -170,20 +179,11 @@ def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:
 
 
 class MLPEmbedder(nnx.Module):
-    """Linear, SiLU, Linear: how times, guidance and pooled text enter the modulation vector."""
+    """Linear, SiLU, Linear: embeds the time, guidance and pooled text for the modulation vector."""
 
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: jnp.dtype,
-        dtype: jnp.dtype,
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.linear_1 = Linear(in_features, features, **types)
-        self.linear_2 = Linear(features, features, **types)
+    def __init__(self, in_features: int, features: int, **options: Unpack[LayerOptions]):
+        self.linear_1 = Linear(in_features, features, **options)
+        self.linear_2 = Linear(features, features, **options)
 
     def __call__(
         self, x: Float[Array, "b i"], lora_scale: Float[Array, " b"] | None = None

@@ -1,8 +1,8 @@
 """Low-rank adapters on a model's linear layers: kernel + alpha / rank * A B.
 
-The factors sit in the layers themselves (`models.layers.Linear`) as `LoRAParam`, so that one
-compiled model runs with and without them: the traced `lora_scale` argument is their strength, and
-TACA turns it on exactly while it acts. The base's own parameters never change.
+The factors are `LoRAParam`s of the layers themselves (`nn.layers.Linear`), so that one compiled
+model runs with and without them: the traced `lora_scale` argument is their strength, which is
+nonzero exactly while TACA is on. The base's own parameters never change.
 """
 
 import math
@@ -20,12 +20,12 @@ from taca_jax.nn.layers import Linear, LoRAParam
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which layers get factors, and of what size.
+    """Which layers get factors, and their size.
 
     rank: of the factors.
-    alpha: their strength is alpha / rank.
-    targets: regular expressions; a layer whose whole dotted path matches one gets factors. None is
-      the attention's projections, as the model's family says.
+    alpha: the factors' product is multiplied by alpha / rank.
+    targets: regular expressions; a layer whose whole dotted path matches one gets factors. None
+      selects the attention's projections (`LoRANames.targets` of the model's family).
     """
 
     rank: int = 16
@@ -47,9 +47,9 @@ def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def attach(layer: Linear, lora_a: jax.Array, lora_b: jax.Array, alpha_over_rank: float) -> None:
-    """Puts factors `[.., in, r]` and `[.., r, out]` on one layer (or stack of layers).
+    """Attaches factors `[.., in, r]` and `[.., r, out]` to one layer (or stack of layers).
 
-    Raises ValueError when they do not fit the layer's kernel.
+    Raises ValueError if they do not fit the layer's kernel.
     """
     kernel = layer.kernel[...].shape
     rank = lora_a.shape[-1]
@@ -72,10 +72,10 @@ def add_lora(
     rngs: nnx.Rngs,
     dtype: jnp.dtype = jnp.float32,
 ) -> list[str]:
-    """Attaches fresh factors (A uniform as PyTorch's Linear, B zero) and returns the layers' paths.
+    """Attaches new factors (A uniform as in PyTorch's Linear, B zero); returns the layers' paths.
 
-    `targets` are those of the config, or of the family where it has none. With B = 0 the model
-    computes what it did before. Raises UserError for a target that matches no layer.
+    `targets` are those of the config, or the family's if the config has none. With B = 0 the
+    model's outputs are unchanged. Raises UserError for a target that matches no layer.
     """
     unused = set(targets)
     adapted = []
@@ -96,7 +96,7 @@ def add_lora(
 
 
 def remove_lora(model: nnx.Module) -> None:
-    """Takes every factor off again."""
+    """Removes all factors."""
     for _, layer in linears(model):
         layer.lora_a = layer.lora_b = None
         layer.lora_alpha_over_rank = 1.0

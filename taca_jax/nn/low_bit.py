@@ -1,17 +1,17 @@
-"""Products with kernels that are kept in 8 or 4 bits and decoded where they are used.
+"""Products with kernels that are stored in 8 or 4 bits and decoded where they are used.
 
 `int8`: codes -127..127 and a float32 scale for each output. The scale is applied to the product's
-outputs, so that no wider copy of the kernel is made: the TPU's compiler converts the codes on their
+outputs, so that no wider copy of the kernel is made: the TPU compiler converts the codes on their
 way into the matrix unit, at the cost of a bfloat16 product.
 
-`nf4`: codes of 4 bits, which a TPU keeps two to a byte, and a bfloat16 scale for each block of
+`nf4`: 4-bit codes, which a TPU packs two to a byte, and a bfloat16 scale for each block of
 consecutive inputs of an output. A code stands for one of 16 levels, quantiles of a normal
-distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E). Choosing among them by the code's
-bits is arithmetic, which the TPU's compiler fuses with unpacking and scaling: one pass over the
-kernel, no slower than evenly spaced levels.
+distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E). The levels are selected by the
+bits of the code, which the TPU compiler fuses with unpacking and scaling: one pass over the kernel,
+no slower than evenly spaced levels.
 
-Gradients are of the inputs alone. What the backward pass keeps is codes and scales: it decodes them
-anew.
+There are gradients for the inputs only. The backward pass keeps codes and scales, and decodes them
+again.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 Quantization = Literal["none", "int8", "nf4"]
-"""What kernels are kept in."""
+"""The number format of stored kernels."""
 
 INT8_MAX = 127
 
@@ -48,7 +48,7 @@ NF4_LEVELS = (
 """Source: bitsandbytes, functional.py (`create_normal_map`, and the table of `get_4bit_type`)."""
 
 Codes = Int[Array, "*layers i o"]
-"""int8, or uint4; int8 has one block of inputs."""
+"""int8, or uint4 for nf4. int8 has one block, of all inputs."""
 Scales = Float[Array, "*layers blocks o"]
 
 
@@ -56,7 +56,7 @@ Scales = Float[Array, "*layers blocks o"]
 def low_bit_matmul(
     x: Float[Array, "*s i"], codes: Int[Array, "i o"], scales: Float[Array, "blocks o"]
 ) -> Float[Array, "*s o"]:
-    """x @ kernel in x's dtype, the kernel given by codes (int8, or uint4 of nf4) and scales."""
+    """x @ kernel in x's dtype, the kernel given by its codes and scales."""
     if codes.dtype == jnp.int8:
         y = jnp.matmul(x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
         return (y * scales[0]).astype(x.dtype)
@@ -74,7 +74,7 @@ def _backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, np.ndarray, jax.A
         dx = scaled @ codes.astype(dy.dtype).T
     else:
         dx = dy @ decode(codes, scales, dy.dtype).T
-    # The kernel is frozen: integers have no gradient, and nobody asks for the scales'.
+    # The kernel is frozen: integer codes have no gradient, and that of the scales is not used.
     return dx, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(scales)
 
 
@@ -82,7 +82,7 @@ low_bit_matmul.defvjp(_forward, _backward)
 
 
 def decode(codes: Codes, scales: Scales, dtype: DTypeLike) -> Float[Array, "*layers i o"]:
-    """The kernel that codes and scales stand for; values are rounded to `dtype` once, at last."""
+    """The kernel of these codes and scales, computed in float32, then rounded to `dtype`."""
     *layers, inputs, outputs = codes.shape
     blocks = scales.shape[-2]
     values = codes.astype(jnp.float32) if codes.dtype == jnp.int8 else _levels(codes)
@@ -92,7 +92,7 @@ def decode(codes: Codes, scales: Scales, dtype: DTypeLike) -> Float[Array, "*lay
 
 
 def _levels(codes: Codes) -> Float[Array, "*layers i o"]:
-    """Each code's level, chosen by its bits, the lowest first: a gather would be slow on a TPU."""
+    """The level of each code, selected by its bits, lowest first: gathers are slow on a TPU."""
     number = codes.astype(jnp.int32)
     choices = [jnp.float32(level) for level in NF4_LEVELS]
     while len(choices) > 1:

@@ -1,10 +1,11 @@
-"""What transformers have around their blocks: embeddings on the way in, the output head.
+"""The parts of a transformer around its blocks: input embeddings and the output head.
 
 Sources: black-forest-labs/flux, model.py; Stability-AI/sd3.5, mmditx.py.
 """
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation
@@ -12,6 +13,7 @@ from taca_jax.nn.kinds import TransformerConfig
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
     ZEROS,
+    LayerOptions,
     Linear,
     MLPEmbedder,
     modulate,
@@ -24,11 +26,11 @@ from taca_jax.parallel.mesh import constrain_vectors
 
 
 class MMDiT(nnx.Module):
-    """The ends of a multimodal diffusion transformer; a family's own class adds the blocks.
+    """Embeddings and output head of a multimodal diffusion transformer; subclasses add the blocks.
 
-    Parameters are created in `param_dtype` and computed with in `dtype`; norms, softmax and the
-    time embedding are float32 always. `remat` says what the backward pass recomputes, `attention`
-    which implementation of the joint attention runs where a call names none.
+    Parameters are created in `param_dtype`, computation is in `dtype`; norms, softmax and the time
+    embedding are always float32. `remat` says what the backward pass recomputes, `attention` is the
+    implementation of the joint attention unless a call names another.
     """
 
     def __init__(
@@ -36,22 +38,22 @@ class MMDiT(nnx.Module):
         config: TransformerConfig,
         *,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):
         self.dtype = dtype
         self.remat: Remat = remat
         self.attention: Implementation = attention
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        options: LayerOptions = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
         hidden, features = config.hidden, config.latent_channels * config.patch_size**2
-        self.img_in = Linear(features, hidden, **types)
-        self.txt_in = Linear(config.txt_dim, hidden, **types)
-        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, **types)
-        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **types)
-        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **types)
-        self.final_out = Linear(hidden, features, kernel_init=ZEROS, **types)
+        self.img_in = Linear(features, hidden, **options)
+        self.txt_in = Linear(config.txt_dim, hidden, **options)
+        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, **options)
+        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **options)
+        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **options)
+        self.final_out = Linear(hidden, features, kernel_init=ZEROS, **options)
 
     def embed(
         self,
@@ -62,9 +64,9 @@ class MMDiT(nnx.Module):
         pooled: Float[Array, "b p"],
         lora_scale: Float[Array, " b"] | None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"], Float[Array, "b d"]]:
-        """Tokens of the image and of the text, and the sum of what modulates them.
+        """Embedded image and text tokens, and the vector that modulates them.
 
-        Raises ValueError for inputs of other widths than the model expects.
+        Raises ValueError for inputs whose widths are not the model's.
         """
         for name, given, expected in (
             ("latents", latents.shape[-1], config.latent_channels),
@@ -86,7 +88,7 @@ class MMDiT(nnx.Module):
         lora_scale: Float[Array, " b"] | None,
         size: tuple[int, int],
     ) -> Float[Array, "b H W c"]:
-        """The output of image tokens as latents of `size`, float32. `vec` is after its SiLU."""
+        """The output of the image tokens as latents of `size`, float32; `vec` is after its SiLU."""
         vectors = constrain_vectors(self.final_mod(vec, lora_scale))
         shift, scale = jnp.split(vectors, 2, axis=-1)
         out = self.final_out(modulate(img, shift, scale), lora_scale)

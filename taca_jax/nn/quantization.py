@@ -1,15 +1,15 @@
-"""A frozen base in 8 or 4 bits: which kernels are quantised, and how their codes are found.
+"""A frozen base in 8 or 4 bits: which kernels are quantised, and how they are encoded.
 
-All linear layers of a model's blocks are, modulations among them, which are a quarter of FLUX.1's
-parameters: together 99 % of it. What stands outside of the blocks (embeddings, the output head),
-biases, norms and LoRA factors stay as they are. A quantised layer keeps its codes where its kernel
-was, in the kernel's shape, and scales beside them; `models.low_bit` computes with them, one block
-of the scan at a time.
+All linear layers of a model's blocks are quantised, including the modulations, which are a quarter
+of FLUX.1's parameters: together 99 % of them. Layers outside the blocks (embeddings, the output
+head), biases, norms and LoRA factors are not. A quantised layer has its codes in place of its
+kernel, in the kernel's shape, and scales beside them; `nn.low_bit` computes with them, one block of
+the scan at a time.
 
-This is our own, and small, because qwix (0.1.8, tried) finds parameters by intercepting operations
-while the model is called, and replaces them in the layers there. Our layers exist within a scan
-only, merged from a slice of the stacked parameters, where flax rightly forbids that; and what is
-loaded would have to be there in full before it is quantised.
+This does not use qwix (0.1.8 was tried): qwix finds parameters by intercepting operations while the
+model is called, and replaces them in the layers there. Our layers exist only within a scan, merged
+from a slice of the stacked parameters, where flax rightly forbids that; and a model would have to
+be loaded in full before it could be quantised.
 """
 
 import itertools
@@ -29,8 +29,8 @@ from taca_jax.nn.lora import linears
 from taca_jax.nn.low_bit import INT8_MAX, NF4_LEVELS, Codes, Quantization, Scales
 
 NF4_BLOCK = 64
-"""Weights that share a scale, as in QLoRA: consecutive inputs of an output. So many divide the
-inputs of every published model's layers; elsewhere it is the largest power of 2 that does."""
+"""Consecutive inputs of an output that share a scale, as in QLoRA. It divides the inputs of every
+layer of the published models; other layers use the largest power of 2 that divides theirs."""
 NF4_SMALLEST_BLOCK = 16
 
 _CODES = {"int8": jnp.int8, "nf4": jnp.uint4}
@@ -38,9 +38,9 @@ _SCALES = {"int8": jnp.float32, "nf4": jnp.bfloat16}
 
 
 def quantized_layers(model: nnx.Module, kind: ModelKind) -> Iterator[tuple[str, Linear]]:
-    """The layers of a model that are quantised, with their dotted paths.
+    """The layers of a model that can be quantised, with their dotted paths.
 
-    Raises UserError for a kind of model of which none are.
+    Raises UserError for a kind of model that has none.
     """
     if kind.quantized is None:
         known = ", ".join(name for name, each in known_kinds().items() if each.quantized)
@@ -53,8 +53,8 @@ def quantized_layers(model: nnx.Module, kind: ModelKind) -> Iterator[tuple[str, 
 def quantize(model: nnx.Module, kind: ModelKind, to: Quantization) -> None:
     """Quantises the kernels of a model in place: arrays, or the shapes of an abstract model.
 
-    Raises UserError for a kind of model that is not quantised, and for layers whose inputs no
-    block of nf4 divides.
+    Raises UserError for a kind of model that cannot be quantised, and for layers whose number of
+    inputs no nf4 block size divides.
     """
     if to == "none":
         return
@@ -67,8 +67,7 @@ def quantize(model: nnx.Module, kind: ModelKind, to: Quantization) -> None:
 
 
 def quantized_parts(model: nnx.State) -> dict[str, str]:
-    """What the kernels of each part of a model are in, by the part's name; not of those that are
-    in none."""
+    """The number format of each quantised part (top-level attribute) of a model, by its name."""
     names = {jnp.dtype(dtype): name for name, dtype in _CODES.items()}
     return {
         str(path[0]): names[param.dtype]
@@ -80,9 +79,9 @@ def quantized_parts(model: nnx.State) -> dict[str, str]:
 def shapes(
     to: Quantization, path: str, kernel: tuple[int, ...]
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """What the codes and the scales of a kernel of this shape are.
+    """Shapes and dtypes of the codes and the scales of a kernel of this shape.
 
-    Raises UserError where no block of nf4 divides its inputs.
+    Raises UserError if no nf4 block size divides its inputs.
     """
     *layers, inputs, outputs = kernel
     blocks = 1
@@ -101,14 +100,14 @@ def shapes(
 
 
 def encode(kernel: Float[Array, "*layers i o"], to: Quantization) -> tuple[Codes, Scales]:
-    """The nearest codes, with scales that take the largest weight of each block to the end."""
+    """The nearest codes, and scales that map the largest weight of a block to the largest code."""
     *layers, inputs, outputs = kernel.shape
     _, like = shapes(to, "a kernel", kernel.shape)
     blocks = like.shape[-2]
     by_block = kernel.astype(jnp.float32).reshape(*layers, blocks, inputs // blocks, outputs)
     largest = jnp.abs(by_block).max(-2)
     scales = (largest / INT8_MAX if to == "int8" else largest).astype(like.dtype)
-    # As it will be multiplied with: rounded. A block of zeros has a scale of zero.
+    # Divide by the rounded scale, which is what decoding multiplies by; it is zero for zero blocks.
     divisor = jnp.where(scales == 0, 1, scales).astype(jnp.float32)[..., None, :]
     ratio = by_block / divisor
     if to == "int8":

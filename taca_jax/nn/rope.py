@@ -13,7 +13,8 @@ from taca_jax.nn.layers import from_tiles, to_tiles
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and signed sines of each token's angles, `[s, d]` float32, both of a pair alike."""
+    """Cosines and signed sines of each token's angles, float32; each pair of channels has one
+    angle."""
 
     cos: Float[Array, "s d"]
     sin: Float[Array, "s d"]
@@ -22,9 +23,9 @@ class Rotation:
 def joint_rotation(
     text_len: int, rows: int, columns: int, *, axes_dim: tuple[int, int, int], theta: float
 ) -> Rotation:
-    """The rotation of `text_len` text tokens, all at the origin, then of a `rows` x `columns` grid.
+    """The rotation of `text_len` text tokens at position zero, then of a `rows` x `columns` grid.
 
-    Axis 0 (the image's index) is always at zero; axes 1 and 2 turn by row and by column.
+    Axis 0 (the image's index) is always zero; axes 1 and 2 are the row and the column.
     Angles are computed in float64, as the originals do. Source: flux/math.py, `rope`.
     """
     index = _table(np.zeros(1), axes_dim[0], theta)
@@ -32,7 +33,7 @@ def joint_rotation(
     column = _table(np.arange(columns), axes_dim[2], theta)
 
     def grid(part: int) -> Float[Array, "s d"]:
-        # Only the small tables are constants of the program; the grid is made on the device.
+        # Only the small tables are constants of the program; the grid is computed on the device.
         pieces = (index[part][:, None], row[part][:, None], column[part][None])
         image = jnp.concatenate(
             [jnp.broadcast_to(p, (rows, columns, p.shape[-1])) for p in pieces], axis=-1
@@ -45,7 +46,8 @@ def joint_rotation(
 
 @jax.custom_vjp
 def rotate(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:
-    """Each pair (2i, 2i + 1) of the last axis turned by its angle, in float32; x has a gradient."""
+    """Rotates each pair (2i, 2i + 1) of the last axis by its angle, in float32; only x has a
+    gradient."""
     return jax.lax.platform_dependent(x, rotation, cpu=_by_rolls, default=_by_product)
 
 
@@ -62,7 +64,7 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _by_rolls(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:
-    """The other element of each pair by two rolls: pairs on an axis of 2 would be slow anywhere."""
+    """Swaps the elements of each pair by rolls; reshaping to an axis of size 2 would be slow."""
     y = x.astype(jnp.float32)
     even = jnp.arange(x.shape[-1]) % 2 == 0
     partner = jnp.where(even, jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
@@ -70,9 +72,9 @@ def _by_rolls(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b
 
 
 def _by_product(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s h d"]:
-    """The other element of each pair by a product with a permutation, exact to the last bit.
+    """Swaps the elements of each pair by a product with a permutation matrix, bit-exactly.
 
-    A TPU's matrix unit does it almost for nothing; rolls along lanes cost more than attention.
+    That is almost free on a TPU's matrix unit; rolls along lanes cost more than attention.
     """
     y = to_tiles(x)
     cos, sin = (to_tiles(table[None, :, None]) for table in (rotation.cos, rotation.sin))
@@ -86,7 +88,7 @@ def _by_product(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, 
 def _table(
     position: np.ndarray, dim: int, theta: float
 ) -> tuple[Float[Array, "p d"], Float[Array, "p d"]]:
-    """cos, and sin with the sign of the pair's rotation: minus on even elements, plus on odd."""
+    """The cosines, and the sines negated on even channels, of each position and channel."""
     frequency = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     angle = np.repeat(position[:, None] * frequency, 2, axis=-1)
     sign = np.where(np.arange(dim) % 2 == 0, -1.0, 1.0)

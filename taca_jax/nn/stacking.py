@@ -1,4 +1,4 @@
-"""Blocks of one kind as one module with a leading layer axis: created by vmap, run by scan."""
+"""Blocks of one class as one module with a leading layer axis: created by vmap, run by scan."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -15,7 +15,7 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 
 def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> Block:
-    """`layers` blocks of `make(rngs)`, each with its own random keys, their parameters stacked."""
+    """`layers` blocks created by `make(rngs)` from different keys, their parameters stacked."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -33,10 +33,10 @@ def run_stack(
     each: Any = None,
     remat: Remat = "none",
 ) -> Any:
-    """`carry = call(block, carry)` through every block, traced once whatever the depth.
+    """Applies `carry = call(block, carry)` for every block; traced once whatever the depth.
 
-    With `each`, arrays with a leading layer axis, it is `call(block, carry, slice of each)`.
-    `carry` is of token arrays [b, s, d], which are kept where `taca_jax.parallel.mesh` wants them.
+    each: arrays with a leading layer axis; then it is `call(block, carry, each[layer])`.
+    carry: token arrays [b, s, d], whose sharding is constrained as `parallel.mesh` says.
     """
     graph, state = nnx.split(stack)
 

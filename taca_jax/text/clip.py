@@ -5,7 +5,7 @@ checked against transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from taca_jax.errors import UserError
 from taca_jax.nn.kinds import ModelKind, register
+from taca_jax.nn.layers import LayerOptions
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
 from taca_jax.parallel.rules import EMBEDDING, IN, OUT
+from taca_jax.text.layers import embedding
 
 NORM_EPSILON = 1e-5
 
@@ -27,10 +29,10 @@ Activation = Literal["quick_gelu", "gelu"]
 class CLIPConfig:
     """Sizes of a CLIP text encoder.
 
-    max_tokens: positions that it has embeddings for. activation: OpenAI's models have
-    x * sigmoid(1.702 x), OpenCLIP's the exact GELU. projection_dim: of the space shared with
-    images, or None without the projection into it. end_token: the id whose first place in a prompt
-    is pooled, or None for the highest id there, which in CLIP's own vocabulary is the same.
+    max_tokens: number of position embeddings. activation: x * sigmoid(1.702 x) in OpenAI's models,
+    the exact GELU in OpenCLIP's. projection_dim: width of the space shared with images; None for a
+    model without the projection. end_token: the pooled embedding is at the first token with this
+    id, or if None at the highest id of the prompt, which in CLIP's own vocabulary is the same.
     """
 
     vocab_size: int
@@ -77,11 +79,11 @@ CLIP_BIGG = CLIPConfig(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CLIPOutput:
-    """What a CLIP text encoder makes of prompts; diffusion models read different parts of it.
+    """The outputs of a CLIP text encoder; different diffusion models use different ones.
 
     last: every token after the last layer and the final norm. penultimate: every token before the
     last layer, not normalised. pooled: `last` at the end token. projected: `pooled` in the space
-    shared with images, or None where the model has no projection.
+    shared with images, or None if the model has no projection.
     """
 
     last: Float[Array, "b t d"]
@@ -91,24 +93,10 @@ class CLIPOutput:
 
 
 def _linear(
-    in_dim: int,
-    out_dim: int,
-    std: float,
-    rngs: nnx.Rngs,
-    param_dtype: DTypeLike,
-    dtype: DTypeLike,
-    *,
-    bias: bool = True,
+    in_dim: int, out_dim: int, std: float, *, bias: bool = True, **options: Unpack[LayerOptions]
 ) -> nnx.Linear:
-    return nnx.Linear(
-        in_dim,
-        out_dim,
-        use_bias=bias,
-        kernel_init=nnx.initializers.normal(std),
-        param_dtype=param_dtype,
-        dtype=dtype,
-        rngs=rngs,
-    )
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(in_dim, out_dim, use_bias=bias, kernel_init=init, **options)
 
 
 def _norm(config: CLIPConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> nnx.LayerNorm:
@@ -122,39 +110,24 @@ def _norm(config: CLIPConfig, rngs: nnx.Rngs, param_dtype: DTypeLike) -> nnx.Lay
     )
 
 
-def _embedding(
-    rows: int, config: CLIPConfig, std: float, rngs: nnx.Rngs, param_dtype: DTypeLike
-) -> nnx.Embed:
-    return nnx.Embed(
-        rows,
-        config.dim,
-        embedding_init=nnx.initializers.normal(std),
-        param_dtype=param_dtype,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
-
-
 class CLIPAttention(nnx.Module):
-    """Causal self-attention: a token sees itself and those before it."""
+    """Causal self-attention."""
 
-    def __init__(
-        self, config: CLIPConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-    ):
+    def __init__(self, config: CLIPConfig, **options: Unpack[LayerOptions]):
         self.num_heads = config.num_heads
         dim, std = config.dim, config.dim**-0.5
-        self.q = _linear(dim, dim, std, rngs, param_dtype, dtype)
-        self.k = _linear(dim, dim, std, rngs, param_dtype, dtype)
-        self.v = _linear(dim, dim, std, rngs, param_dtype, dtype)
+        self.q = _linear(dim, dim, std, **options)
+        self.k = _linear(dim, dim, std, **options)
+        self.v = _linear(dim, dim, std, **options)
         out_std = std * (2 * config.num_layers) ** -0.5
-        self.o = _linear(dim, dim, out_std, rngs, param_dtype, dtype)
+        self.o = _linear(dim, dim, out_std, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         b, t, _ = x.shape
         q, k, v = (
             project(x).reshape(b, t, self.num_heads, -1) for project in (self.q, self.k, self.v)
         )
-        # Its softmax is float32 whatever the inputs are.
+        # Its softmax is float32 whatever the dtype of its inputs.
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
         return self.o(attended.reshape(b, t, -1))
 
@@ -162,14 +135,12 @@ class CLIPAttention(nnx.Module):
 class CLIPFeedForward(nnx.Module):
     """wo(activation(wi(x)))."""
 
-    def __init__(
-        self, config: CLIPConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-    ):
+    def __init__(self, config: CLIPConfig, **options: Unpack[LayerOptions]):
         dim, ff_dim = config.dim, config.ff_dim
         self.activation: Activation = config.activation
-        self.wi = _linear(dim, ff_dim, (2 * dim) ** -0.5, rngs, param_dtype, dtype)
+        self.wi = _linear(dim, ff_dim, (2 * dim) ** -0.5, **options)
         out_std = (2 * dim * config.num_layers) ** -0.5
-        self.wo = _linear(ff_dim, dim, out_std, rngs, param_dtype, dtype)
+        self.wo = _linear(ff_dim, dim, out_std, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         x = self.wi(x)
@@ -181,14 +152,12 @@ class CLIPFeedForward(nnx.Module):
 class CLIPBlock(nnx.Module):
     """Pre-norm attention and feed-forward on a float32 residual stream."""
 
-    def __init__(
-        self, config: CLIPConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-    ):
-        self.dtype = dtype
-        self.attn_norm = _norm(config, rngs, param_dtype)
-        self.attn = CLIPAttention(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
-        self.ff_norm = _norm(config, rngs, param_dtype)
-        self.ff = CLIPFeedForward(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
+    def __init__(self, config: CLIPConfig, **options: Unpack[LayerOptions]):
+        self.dtype = options["dtype"]
+        self.attn_norm = _norm(config, options["rngs"], options["param_dtype"])
+        self.attn = CLIPAttention(config, **options)
+        self.ff_norm = _norm(config, options["rngs"], options["param_dtype"])
+        self.ff = CLIPFeedForward(config, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         x = x + self.attn(self.attn_norm(x).astype(self.dtype))
@@ -196,10 +165,10 @@ class CLIPBlock(nnx.Module):
 
 
 class CLIPTextEncoder(nnx.Module):
-    """A CLIP text encoder. Parameters of all layers are stacked: `blocks` has a layer axis.
+    """A CLIP text encoder; the parameters of `blocks` have a leading layer axis.
 
     Parameters are `param_dtype`; projections compute in `dtype`. Norms, softmax and the residual
-    stream are float32 whatever `dtype` is. Initialised as OpenAI's `model.py` does.
+    stream are always float32. Initialised as OpenAI's `model.py` does.
     """
 
     def __init__(
@@ -212,8 +181,8 @@ class CLIPTextEncoder(nnx.Module):
     ):
         self.config = config
         self.dtype = dtype
-        self.token_embed = _embedding(config.vocab_size, config, 0.02, rngs, param_dtype)
-        self.position_embed = _embedding(config.max_tokens, config, 0.01, rngs, param_dtype)
+        self.token_embed = embedding(config.vocab_size, config.dim, 0.02, rngs, param_dtype)
+        self.position_embed = embedding(config.max_tokens, config.dim, 0.01, rngs, param_dtype)
         self.blocks = make_stack(
             lambda rngs: CLIPBlock(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype),
             config.num_layers,
@@ -222,16 +191,20 @@ class CLIPTextEncoder(nnx.Module):
         self.final_norm = _norm(config, rngs, param_dtype)
         self.projection = nnx.data(None)
         if config.projection_dim is not None:
-            std = config.dim**-0.5
             self.projection = _linear(
-                config.dim, config.projection_dim, std, rngs, param_dtype, dtype, bias=False
+                config.dim,
+                config.projection_dim,
+                config.dim**-0.5,
+                bias=False,
+                rngs=rngs,
+                param_dtype=param_dtype,
+                dtype=dtype,
             )
 
     def __call__(self, tokens: Int[Array, "b t"], *, remat: Remat = "none") -> CLIPOutput:
-        """Embeddings, in `dtype`, of token ids; padding is not masked.
+        """Embeddings of token ids, in `dtype`; padding is not masked.
 
-        `remat` is what the backward pass recomputes. Raises UserError for more tokens than there
-        are positions.
+        remat: what the backward pass recomputes. Raises UserError for more tokens than positions.
         """
         config = self.config
         count = tokens.shape[1]

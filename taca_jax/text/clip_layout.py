@@ -1,4 +1,4 @@
-"""CLIP text encoders as transformers stores them, and in the single files that ComfyUI reads."""
+"""CLIP text encoders as stored by transformers, and in the single files that ComfyUI reads."""
 
 import re
 
@@ -9,9 +9,9 @@ from taca_jax.formats.tensor_files import Tensors, layers_of, shape_of
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L, NORM_EPSILON, Activation, CLIPConfig
 
 PREFIX = "text_model."
-"""Before every name but the projection's; transformers 5 leaves it out without a projection."""
+"""Prefix of all names except the projection's; transformers 5 omits it in models without one."""
 PROJECTION, OPENCLIP_PROJECTION = "text_projection.weight", "text_projection"
-"""As a PyTorch Linear `[out, in]`, and as OpenCLIP has it, a bare parameter `[in, out]`."""
+"""A PyTorch Linear `[out, in]`; OpenCLIP's is a bare parameter `[in, out]`."""
 
 _KNOWN = {(known.dim, known.num_layers): known for known in (CLIP_L, CLIP_BIGG)}
 
@@ -52,7 +52,7 @@ TABLE = _table(PREFIX, _LINEAR)
 
 
 def table_of(tensors: Tensors) -> Table:
-    """The one of the layouts that these tensors are in."""
+    """The key table of the layout that these tensors are in."""
     projection = _BARE if OPENCLIP_PROJECTION in tensors.shapes else _LINEAR
     return _table(_prefix(tensors), projection)
 
@@ -62,9 +62,9 @@ def is_clip(tensors: Tensors) -> bool:
 
 
 def config_of(settings: Settings, tensors: Tensors) -> CLIPConfig:
-    """The config that transformers' config.json stands for, with a projection if there is one.
+    """The config that transformers' config.json describes; the tensors show the projection.
 
-    Raises UserError for other models (a whole CLIP with its image encoder, too).
+    Raises UserError for other models, including a whole CLIP with its image encoder.
     """
     settings.expect("model_type", "clip_text_model")
     settings.expect("layer_norm_eps", NORM_EPSILON)
@@ -79,7 +79,8 @@ def config_of(settings: Settings, tensors: Tensors) -> CLIPConfig:
         "num_layers": settings["num_hidden_layers"],
         "activation": settings.get("hidden_act", "quick_gelu"),
         "projection_dim": _projection_dim(tensors),
-        # Configs from before transformers 4.31 say 2, which no prompt has; the highest id is meant.
+        # Configs from before transformers 4.31 say 2, which occurs in no prompt; there the highest
+        # id is pooled.
         "end_token": None if end_token == 2 else end_token,
     }
     return settings.build(CLIPConfig, values)
@@ -88,10 +89,10 @@ def config_of(settings: Settings, tensors: Tensors) -> CLIPConfig:
 def inferred(
     tensors: Tensors, *, num_heads: int | None = None, activation: Activation | None = None
 ) -> CLIPConfig:
-    """The config that the shapes stand for, where there is no config.json.
+    """The config, inferred from the shapes, for weights without a config.json.
 
-    Shapes say nothing of heads and activation: those are known for CLIP-L and CLIP-bigG, and have
-    to be given for other sizes. Raises UserError, naming what is missing.
+    Shapes do not show heads and activation: they are known for CLIP-L and CLIP-bigG, and must be
+    given for other sizes. Raises UserError if they are not.
     """
     prefix = _prefix(tensors)
     vocab_size, dim = shape_of(tensors, f"{prefix}embeddings.token_embedding.weight", 2)

@@ -1,4 +1,4 @@
-"""How captions are read by a model that is trained from scratch."""
+"""The text configuration of a model that is trained from scratch."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from taca_jax.text.t5 import T5Config
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How captions become the transformer's text.
+    """How captions become the transformer's text input.
 
     tokenizer: `shapes` (the words of the shapes data), `bytes` (UTF-8), or a Hugging Face
       tokenizer: the path of a folder, or a hub id.
     length: tokens per caption; longer captions are cut, shorter ones padded.
-    encoder: the text encoder's shape when it is trained from scratch with the model; none takes
-      the base's `text_encoder/`.
+    encoder: config of a text encoder trained from scratch with the model; none uses the base's
+      `text_encoder/`.
     """
 
     tokenizer: str = "bytes"

@@ -1,4 +1,4 @@
-"""From token ids to what a transformer is told of a prompt: encoders, alone and joined."""
+"""From token ids to a transformer's conditioning: the text encoders of a model as one module."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from taca_jax.text.clip import CLIPConfig, CLIPTextEncoder
 from taca_jax.text.t5 import T5Config, T5Encoder
 
 FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-"""Of a pipeline's text encoders, as diffusers names them: what each is, its config.json says."""
+"""Folders of a pipeline's text encoders, named as in diffusers; their config.json has the kind."""
 
 
 class TextEncoder(nnx.Module):
-    """All text encoders of a model as one: token ids in, conditioning out.
+    """All text encoders of a model as one module: token ids in, conditioning out.
 
-    What a family joins differently it derives from this.
+    Families that combine several encoders derive from this.
     """
 
     @property
     def encoders(self) -> Sequence[nnx.Module]:
-        """The models within, in the order of their folders."""
+        """The encoders, in the order of their folders."""
         raise NotImplementedError
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Conditioning:
-        """float32 embeddings of ids: each encoder's, one encoder's after the other's."""
+        """float32 embeddings; `tokens` are the ids of all encoders, concatenated in their order."""
         raise NotImplementedError
 
 
 class T5Text(TextEncoder):
-    """A T5 alone, as small models read prompts: its embedding of every token, and their mean.
+    """T5 alone, for small models: its embedding of every token, and their mean as pooled embedding.
 
-    The mean is over what is not padding (`pad_id`). As in FLUX, padding is not masked: every text
-    token takes part in the joint attention.
+    The mean is over tokens that are not padding (`pad_id`). As in FLUX, padding is not masked:
+    every text token takes part in the joint attention.
     """
 
     def __init__(self, t5: T5Encoder, *, pad_id: int):
@@ -58,7 +58,7 @@ class T5Text(TextEncoder):
 def split_tokens(
     tokens: Int[Array, "b t"], clips: Sequence[CLIPTextEncoder]
 ) -> list[Int[Array, "b n"]]:
-    """The ids of each CLIP, which are as many as it has positions, and the rest."""
+    """Splits ids into those of each CLIP, as many as it has positions, and the rest."""
     parts, start = [], 0
     for clip in clips:
         parts.append(tokens[:, start : start + clip.config.max_tokens])
@@ -68,10 +68,10 @@ def split_tokens(
 
 @dataclass(frozen=True)
 class TextReading:
-    """How a model reads prompts with the text encoders that its pipeline has.
+    """How a model reads prompts with the text encoders of its pipeline.
 
-    folders: of the encoders that it reads, in the order of their token ids.
-    join: (those encoders, the last tokenizer's padding id) -> one text encoder.
+    folders: of the encoders that it uses, in the order of their token ids.
+    join: (those encoders, the last tokenizer's padding id) -> one TextEncoder.
     tokens: how many text tokens the transformer reads.
     """
 
@@ -81,7 +81,7 @@ class TextReading:
 
 
 class StoredEncoder(Protocol):
-    """A text encoder that has not been read: where it is, in words, and its config."""
+    """A text encoder that is not loaded: where it is, for messages, and its config."""
 
     @property
     def where(self) -> str: ...
@@ -91,9 +91,9 @@ class StoredEncoder(Protocol):
 
 @dataclass(frozen=True)
 class StoredEncoders:
-    """The text encoders of a pipeline by folder, none of them read.
+    """The text encoders of a pipeline by folder, not loaded.
 
-    where: the pipeline, in words. text_length: tokens that T5 reads.
+    where: the pipeline, for messages. text_length: tokens that T5 reads.
     """
 
     where: str
@@ -101,7 +101,7 @@ class StoredEncoders:
     text_length: int
 
     def of_kind(self, config: type, name: str, *, most: int) -> dict[str, StoredEncoder]:
-        """Those whose config is of a class. Raises UserError for more than `most` of them."""
+        """The encoders with this class of config. Raises UserError for more than `most`."""
         found = {}
         for folder, model in self.models.items():
             if not isinstance(model.config, CLIPConfig | T5Config):
@@ -118,7 +118,7 @@ class StoredEncoders:
 
 
 def check_width(encoder: StoredEncoder, expected: int) -> None:
-    """Raises UserError unless an encoder's embeddings are as wide as the transformer reads."""
+    """Raises UserError unless an encoder's embeddings have the width that the transformer reads."""
     if encoder.config.dim != expected:
         raise UserError(
             f"{encoder.where} is {encoder.config.dim} wide, the transformer reads {expected}; it "
@@ -127,5 +127,5 @@ def check_width(encoder: StoredEncoder, expected: int) -> None:
 
 
 def token_count(config: Any, text_length: int) -> int:
-    """How many token ids an encoder takes: all that CLIP has positions for, of T5 `text_length`."""
+    """The token ids that an encoder reads: as many as CLIP has positions, `text_length` for T5."""
     return config.max_tokens if isinstance(config, CLIPConfig) else text_length

@@ -6,6 +6,7 @@ embedding with the head); checked against transformers' `T5EncoderModel`.
 
 import math
 from dataclasses import dataclass
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.nn.kinds import ModelKind, register
-from taca_jax.nn.layers import Linear, RMSNorm
+from taca_jax.nn.layers import LayerOptions, Linear, RMSNorm
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
 from taca_jax.parallel.rules import EMBEDDING, IN, OUT, WHOLE
+from taca_jax.text.layers import embedding
 
 NORM_EPSILON = 1e-6
 
@@ -36,7 +38,7 @@ class T5Config:
     relative_max_distance: int = 128
 
     def __post_init__(self):
-        # Half of the buckets look forward, and half of each half hold one exact distance.
+        # Half of the buckets are for each direction, and half of those hold one distance each.
         exact = self.relative_buckets // 4
         if exact < 1 or self.relative_max_distance <= exact:
             raise ValueError(
@@ -56,9 +58,9 @@ def relative_position_bucket(
 ) -> np.ndarray:
     """Buckets, in 0..num_buckets - 1, of the distances (key position - query position).
 
-    Near distances have a bucket each, far ones share logarithmically wider ones, and all from
-    `max_distance` on share the last. Computed at trace time in float32, as the original does:
-    a distance on the edge of two buckets has to fall to the same side.
+    Near distances have a bucket each, far ones share buckets of logarithmically growing width, and
+    all from `max_distance` on share the last. Computed at trace time in float32, as in the
+    original, so that distances at a bucket's edge get the same bucket.
     """
     per_direction = num_buckets // 2
     num_exact = per_direction // 2
@@ -70,43 +72,31 @@ def relative_position_bucket(
     return (bucket + np.where(distance > 0, per_direction, 0)).astype(np.int32)
 
 
-def _linear(
-    in_dim: int, out_dim: int, std: float, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-) -> Linear:
-    return Linear(
-        in_dim,
-        out_dim,
-        bias=False,
-        kernel_init=nnx.initializers.normal(std),
-        param_dtype=jnp.dtype(param_dtype),
-        dtype=jnp.dtype(dtype),
-        rngs=rngs,
-    )
+def _linear(in_dim: int, out_dim: int, std: float, **options: Unpack[LayerOptions]) -> Linear:
+    init = nnx.initializers.normal(std)
+    return Linear(in_dim, out_dim, bias=False, kernel_init=init, **options)
 
 
 def _norm(config: T5Config, rngs: nnx.Rngs, param_dtype: DTypeLike) -> RMSNorm:
-    dtype = jnp.dtype(param_dtype)
-    return RMSNorm(config.dim, rngs=rngs, param_dtype=dtype, epsilon=NORM_EPSILON)
+    return RMSNorm(config.dim, rngs=rngs, param_dtype=param_dtype, epsilon=NORM_EPSILON)
 
 
 class T5Attention(nnx.Module):
-    """Self-attention with a position bias and without 1/sqrt(d): the initialisation of q has it."""
+    """Self-attention with a position bias, without 1/sqrt(d), which q's initialisation contains."""
 
-    def __init__(
-        self, config: T5Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-    ):
+    def __init__(self, config: T5Config, **options: Unpack[LayerOptions]):
         self.num_heads = config.num_heads
-        self.dtype = dtype
+        self.dtype = options["dtype"]
         dim, inner = config.dim, config.num_heads * config.head_dim
-        self.q = _linear(dim, inner, (dim * config.head_dim) ** -0.5, rngs, param_dtype, dtype)
-        self.k = _linear(dim, inner, dim**-0.5, rngs, param_dtype, dtype)
-        self.v = _linear(dim, inner, dim**-0.5, rngs, param_dtype, dtype)
-        self.o = _linear(inner, dim, inner**-0.5, rngs, param_dtype, dtype)
+        self.q = _linear(dim, inner, (dim * config.head_dim) ** -0.5, **options)
+        self.k = _linear(dim, inner, dim**-0.5, **options)
+        self.v = _linear(dim, inner, dim**-0.5, **options)
+        self.o = _linear(inner, dim, inner**-0.5, **options)
 
     def __call__(
         self, x: Float[Array, "b t d"], bias: Float[Array, "b h t t"]
     ) -> Float[Array, "b t d"]:
-        """`bias` (float32, broadcast over the batch where it is 1) is added to the logits."""
+        """`bias`, float32, is added to the logits; its batch axis may be 1."""
         b, t, _ = x.shape
         q, k, v = (
             project(x).reshape(b, t, self.num_heads, -1) for project in (self.q, self.k, self.v)
@@ -119,13 +109,11 @@ class T5Attention(nnx.Module):
 class T5FeedForward(nnx.Module):
     """wo(gelu(wi_gate(x)) * wi_value(x)), with the tanh form of GELU."""
 
-    def __init__(
-        self, config: T5Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-    ):
+    def __init__(self, config: T5Config, **options: Unpack[LayerOptions]):
         dim, ff_dim = config.dim, config.ff_dim
-        self.wi_gate = _linear(dim, ff_dim, dim**-0.5, rngs, param_dtype, dtype)
-        self.wi_value = _linear(dim, ff_dim, dim**-0.5, rngs, param_dtype, dtype)
-        self.wo = _linear(ff_dim, dim, ff_dim**-0.5, rngs, param_dtype, dtype)
+        self.wi_gate = _linear(dim, ff_dim, dim**-0.5, **options)
+        self.wi_value = _linear(dim, ff_dim, dim**-0.5, **options)
+        self.wo = _linear(ff_dim, dim, ff_dim**-0.5, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.wo(jax.nn.gelu(self.wi_gate(x), approximate=True) * self.wi_value(x))
@@ -134,14 +122,12 @@ class T5FeedForward(nnx.Module):
 class T5Block(nnx.Module):
     """Pre-norm attention and feed-forward on a float32 residual stream."""
 
-    def __init__(
-        self, config: T5Config, *, rngs: nnx.Rngs, param_dtype: DTypeLike, dtype: DTypeLike
-    ):
-        self.dtype = dtype
-        self.attn_norm = _norm(config, rngs, param_dtype)
-        self.attn = T5Attention(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
-        self.ff_norm = _norm(config, rngs, param_dtype)
-        self.ff = T5FeedForward(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
+    def __init__(self, config: T5Config, **options: Unpack[LayerOptions]):
+        self.dtype = options["dtype"]
+        self.attn_norm = _norm(config, options["rngs"], options["param_dtype"])
+        self.attn = T5Attention(config, **options)
+        self.ff_norm = _norm(config, options["rngs"], options["param_dtype"])
+        self.ff = T5FeedForward(config, **options)
 
     def __call__(
         self, x: Float[Array, "b t d"], bias: Float[Array, "b h t t"]
@@ -151,12 +137,11 @@ class T5Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """T5 v1.1 encoder. Parameters of all layers are stacked: `blocks` has a leading layer axis.
+    """A T5 v1.1 encoder; the parameters of `blocks` have a leading layer axis.
 
     Parameters are `param_dtype`; projections compute in `dtype`. Norms, softmax and the residual
-    stream are float32 whatever `dtype` is: XXL's residual stream grows so large that in bfloat16
-    the updates of late layers would be rounded away.
-    Initialised with the factors of mesh-tensorflow, so that it also trains from scratch.
+    stream are always float32: XXL's residual stream grows so large that bfloat16 would round away
+    the updates of late layers. Initialised as in mesh-tensorflow, for training from scratch.
     """
 
     def __init__(
@@ -169,21 +154,9 @@ class T5Encoder(nnx.Module):
     ):
         self.config = config
         self.dtype = dtype
-        self.token_embed = nnx.Embed(
-            config.vocab_size,
-            config.dim,
-            embedding_init=nnx.initializers.normal(1.0),
-            param_dtype=param_dtype,
-            dtype=jnp.float32,
-            rngs=rngs,
-        )
-        self.relative_bias = nnx.Embed(
-            config.relative_buckets,
-            config.num_heads,
-            embedding_init=nnx.initializers.normal(config.dim**-0.5),
-            param_dtype=param_dtype,
-            dtype=jnp.float32,
-            rngs=rngs,
+        self.token_embed = embedding(config.vocab_size, config.dim, 1.0, rngs, param_dtype)
+        self.relative_bias = embedding(
+            config.relative_buckets, config.num_heads, config.dim**-0.5, rngs, param_dtype
         )
         self.blocks = make_stack(
             lambda rngs: T5Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype),
@@ -199,10 +172,10 @@ class T5Encoder(nnx.Module):
         *,
         remat: Remat = "none",
     ) -> Float[Array, "b t d"]:
-        """Embeddings, in `dtype`, of token ids.
+        """Embeddings of token ids, in `dtype`.
 
-        Where `mask` is False nobody attends (the embedding there is still computed, from the
-        others; FLUX and SD3 give no mask). `remat` is what the backward pass recomputes.
+        mask: tokens where it is False are not attended to, though they have outputs; FLUX and SD3
+        use no mask. remat: what the backward pass recomputes.
         """
         bias = self._position_bias(tokens.shape[1])
         if mask is not None:
@@ -212,7 +185,7 @@ class T5Encoder(nnx.Module):
         return self.final_norm(x).astype(self.dtype)
 
     def _position_bias(self, length: int) -> Float[Array, "1 h t t"]:
-        """float32 bias from (key - query); the first layer's, which all layers share."""
+        """The float32 bias for each distance (key - query), which all layers share."""
         distance = np.arange(1 - length, length)
         bucket = relative_position_bucket(
             distance, self.config.relative_buckets, self.config.relative_max_distance

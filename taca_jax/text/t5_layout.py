@@ -34,9 +34,9 @@ def is_t5(tensors: Tensors) -> bool:
 
 
 def config_of(settings: Settings) -> T5Config:
-    """The config that transformers' config.json stands for.
+    """The config that transformers' config.json describes.
 
-    Raises UserError for T5 1.0, whose feed-forward is another, and for other models.
+    Raises UserError for T5 1.0, whose feed-forward layers differ, and for other models.
     """
     settings.expect("model_type", "t5")
     settings.expect("feed_forward_proj", "gated-gelu")
@@ -54,9 +54,9 @@ def config_of(settings: Settings) -> T5Config:
 
 
 def inferred(tensors: Tensors) -> T5Config:
-    """The config that the shapes stand for, where there is no config.json.
+    """The config, inferred from the shapes, for weights without a config.json.
 
-    They say nothing of the distance beyond which all share a bucket: it is 128 in every T5 v1.1.
+    Shapes do not show relative_max_distance, which is 128 in every T5 v1.1.
     Raises UserError for T5 1.0 and for other models.
     """
     first = "encoder.block.0.layer"

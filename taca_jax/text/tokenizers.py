@@ -1,4 +1,4 @@
-"""Captions to token ids."""
+"""Tokenizers: captions to token ids."""
 
 import logging
 import re
@@ -16,9 +16,9 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
-    """Captions to int32 ids `[n, length]`: cut or padded with `pad_id`, ended by the end token.
+    """Captions to int32 ids `[n, length]`: truncated or padded with `pad_id`, with an end token.
 
-    `cuts` says, a line for each caption that is cut, what of it is not among the ids.
+    cuts: one message for each caption that is truncated, with the text that is lost.
     """
 
     @property
@@ -31,9 +31,9 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class WordTokenizer:
-    """One token per word of the shapes data; a caption that does not fit is an error.
+    """One token per word of the shapes data.
 
-    Raises UserError naming a word that the vocabulary lacks.
+    Raises UserError for a caption that is too long, and for a word that the vocabulary lacks.
     """
 
     length: int
@@ -100,14 +100,14 @@ _SAYS_ITS_CLASS = ("tokenizer.json", "tokenizer_config.json")
 class FolderTokenizer:
     """A Hugging Face tokenizer from a local folder, or by its hub id (`google/t5-v1_1-xxl`).
 
-    CLIP's vocab.json and merges.txt alone are enough. Raises UserError where there is none, it
-    cannot be read, or the hub does not answer.
+    For CLIP, vocab.json and merges.txt are enough. Raises UserError if there is no tokenizer, it
+    cannot be read, or the hub cannot be reached.
     """
 
     def __init__(self, path: str | Path, length: int):
         self._tokenizer = _read_tokenizer(path)
         if self._tokenizer.pad_token_id is None and _PAD in self._tokenizer.get_vocab():
-            self._tokenizer.pad_token = _PAD  # a tokenizer.json alone does not say what pads
+            self._tokenizer.pad_token = _PAD  # a tokenizer.json alone does not say which token pads
         if self._tokenizer.pad_token_id is None:
             raise UserError(f"the tokenizer in {path} has no padding token; T5's has one")
         self.where = f"the tokenizer in {path}"
@@ -128,27 +128,24 @@ class FolderTokenizer:
     def cuts(self, captions: Sequence[str]) -> list[str]:
         valid = [_valid(caption) for caption in captions]
         lines = []
-        # All of a caption at once is longer than some tokenizers find right, and say.
+        # verbose=False: some tokenizers warn about texts longer than their model reads.
         for caption, ids in zip(
             valid, self._tokenizer(valid, verbose=False).input_ids, strict=True
         ):
             if len(ids) > self.length:
-                rest = ids[self.length - 1 : -1]  # the end token takes the last place
+                rest = ids[self.length - 1 : -1]  # the last id is the end token
                 text = self._tokenizer.decode(rest, skip_special_tokens=True)
                 lines.append(_cut_line(self.where, self.length, caption, text, len(rest)))
         return lines
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer's files, so that the folder can be read as this one was."""
+        """Writes the tokenizer's files to a folder that FolderTokenizer can read."""
         self._tokenizer.save_pretrained(str(folder))
 
 
 @dataclass(frozen=True)
 class JoinedTokenizer:
-    """Several tokenizers' ids of the same captions, one after the other.
-
-    `pad_id` is the last one's.
-    """
+    """Several tokenizers' ids of the same captions, concatenated; `pad_id` is the last one's."""
 
     parts: tuple[Tokenizer, ...]
 
@@ -170,7 +167,7 @@ class JoinedTokenizer:
 def load_tokenizer(name: str, length: int) -> WordTokenizer | ByteTokenizer | FolderTokenizer:
     """The tokenizer called `shapes` or `bytes`, or that of a local folder or a hub id.
 
-    Raises UserError when there is none to be had.
+    Raises UserError if there is none.
     """
     if name == "shapes":
         return WordTokenizer(length)
@@ -180,7 +177,7 @@ def load_tokenizer(name: str, length: int) -> WordTokenizer | ByteTokenizer | Fo
 
 
 def announce_cuts(tokenizer: Tokenizer, captions: Sequence[str]) -> None:
-    """Logs a warning, one line, for each caption that does not fit, saying what is not read."""
+    """Logs a one-line warning for each caption that is truncated, with the text that is lost."""
     for line in tokenizer.cuts(captions):
         LOGGER.warning("warning: %s", line)
 
@@ -211,12 +208,12 @@ def _read_tokenizer(path: str | Path) -> Any:
 
 
 def _valid(caption: str) -> str:
-    """The caption as UTF-8 can hold it: a terminal may pass on undecodable bytes."""
+    """The caption without characters that UTF-8 cannot encode, which a terminal may pass on."""
     return caption.encode(errors="replace").decode()
 
 
 _SHOWN = 40, 400
-"""Characters of a caption, and of what was cut from it, in one line of warning."""
+"""The most characters of a caption, and of the text cut from it, in a warning."""
 
 
 def _cut_line(where: str, length: int, caption: str, cut: str, tokens: int) -> str:

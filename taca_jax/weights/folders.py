@@ -1,9 +1,8 @@
-"""Model folders: `config.json` beside `model.safetensors`, or alone where a model has no
-parameters.
+"""Model folders: `config.json` and, if the model has parameters, `model.safetensors`.
 
-`config.json` holds the fields of the model's config and its `kind`. Parameters go by their dotted
-path ("double_blocks.img.qkv.q.kernel"; stacked blocks are one array with a leading layer axis).
-LoRA factors are never part of a model folder.
+`config.json` holds the fields of the model's config and its `kind`. Parameters are named by their
+dotted path ("double_blocks.img.qkv.q.kernel"; stacked blocks are one array with a leading layer
+axis). LoRA factors are never part of a model folder.
 """
 
 import json
@@ -39,19 +38,18 @@ from taca_jax.weights.loading import AT_ONCE, LoadOptions, StoredParameters, loa
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PIPELINE_FILE = "pipeline.json"
-"""Beside the model folders of a pipeline."""
+"""In the folder that contains the model folders of a pipeline."""
 
 _ORBAX = "params"
-"""Where versions before this one kept parameters."""
+"""The folder of the parameters in model folders of earlier versions."""
 
 
 def save_model(path: Path | str, model: Any, *, dtype: DTypeLike | None = None) -> None:
-    """Writes a model folder, whole or not at all; a model folder that was there is replaced.
+    """Writes a model folder atomically; an existing model folder is replaced.
 
-    Parameters are stored in `dtype`, or as they are. They come to the host a layer at a time. Of
-    several processes all must call this: each gives what its devices hold, and the first writes.
-    Raises UserError when `path` holds something else, or cannot be written, and for a quantised
-    model.
+    Parameters are stored in `dtype`, or in their own if None, and moved to the host one layer at a
+    time. With several processes all must call this: the first one writes. Raises UserError if
+    `path` holds something else or cannot be written, and for a quantised model.
     """
     path = Path(path)
     if path.exists() and not (path / CONFIG).is_file() and (path.is_file() or any(path.iterdir())):
@@ -73,7 +71,7 @@ def save_model(path: Path | str, model: Any, *, dtype: DTypeLike | None = None) 
 
 
 def save_streamed(path: Path, config: Any, tensors: Mapping[str, LazyTensor]) -> None:
-    """A model folder of parameters, by path, that need not fit into memory."""
+    """Writes a model folder of parameters, by path, that need not fit into memory."""
     with whole_folder(path) as folder:
         if tensors:
             write_streamed(folder / WEIGHTS, tensors)
@@ -81,9 +79,9 @@ def save_streamed(path: Path, config: Any, tensors: Mapping[str, LazyTensor]) ->
 
 
 def load_config(path: Path | str) -> Any:
-    """The config of a model folder; its class says what model it is.
+    """The config of a model folder; its class is that of the model's kind.
 
-    Raises UserError where config.json is missing, of an unknown kind, or not what the kind needs.
+    Raises UserError if config.json is missing, of an unknown kind, or does not fit its kind.
     """
     file = Path(path) / CONFIG
     try:
@@ -104,14 +102,14 @@ def load_config(path: Path | str) -> Any:
 
 
 def load_model(path: Path | str, options: LoadOptions) -> Any:
-    """The model of a folder.
+    """Loads the model of a folder.
 
-    Raises UserError that names everything missing, left over or mis-shaped, for files that are
+    Raises UserError that lists everything missing, left over or mis-shaped, for files that are
     absent, truncated or damaged, and for a model that cannot be quantised.
     """
     path = Path(path)
     config = load_config(path)
-    if not shapes_of(config):  # pixels: the config is all
+    if not shapes_of(config):  # pixels have no parameters
         return abstract_model(config, dtype=options.dtype)
     tensors = open_parameters(path)
     if problems := differences(shapes_of(config), tensors.shapes):
@@ -121,8 +119,8 @@ def load_model(path: Path | str, options: LoadOptions) -> Any:
 
 
 def open_parameters(path: Path) -> Tensors:
-    """The parameters of a model folder by dotted path, none of them read; empty where a model has
-    none. Raises UserError where they are absent or damaged."""
+    """The parameters of a model folder by dotted path, not yet read; empty if the model has none.
+    Raises UserError if they are absent or damaged."""
     if (path / WEIGHTS).is_file():
         return open_tensors(path / WEIGHTS)
     config = load_config(path)
@@ -137,8 +135,8 @@ def open_parameters(path: Path) -> Tensors:
 
 
 def _read(tensors: Tensors, name: str, part: tuple[slice, ...]) -> np.ndarray:
-    """Whole rows are read, which lie together in the file, and then cut: of a stack's layers, or of
-    the first axis."""
+    """Reads whole rows, which are contiguous in the file, and slices them in memory: rows of each
+    layer in a stack, of the first axis otherwise."""
     rows = min(len(part), 2 if len(part) > 2 else 1)
     return tensors.read(name, *part[:rows])[(slice(None),) * rows + part[rows:]]
 

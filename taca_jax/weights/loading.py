@@ -1,6 +1,6 @@
-"""Parameters from where they are kept onto their devices, a layer and a shard at a time.
+"""Loads parameters onto their devices, one layer and one shard at a time.
 
-Neither a stack of layers nor what other processes' devices hold need fit this host's memory.
+The host's memory need not hold a whole stack of layers, nor the shards of other processes.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +26,8 @@ from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.rules import parameter_sharding
 
 AT_ONCE = 2**27
-"""Bytes of a stack that is put together on the host all the same: a program that fills a stack
-layer by layer has to be compiled for every shape."""
+"""Stacks of up to so many bytes are assembled on the host: filling a stack on the device layer by
+layer needs a program to be compiled for every shape."""
 
 Index = tuple[slice, ...]
 """A part of an array: one slice an axis."""
@@ -38,12 +38,12 @@ class LoadOptions:
     """How a model is loaded.
 
     dtype: of activations.
-    param_dtype: of parameters; None as they are stored.
-    mesh: over which parameters are shared as the sharding table of their kind says; None puts all
-      on the first device.
-    quantize: what the kernels of blocks are kept in, encoded a layer at a time as they are read.
-    remat, attention: of a transformer; what its backward pass recomputes, and the implementation of
-      its joint attention.
+    param_dtype: of parameters; None keeps the stored dtype.
+    mesh: parameters are sharded over it according to the sharding table of their kind; None puts
+      all on the first device.
+    quantize: number format of the kernels of blocks, encoded a layer at a time as they are read.
+    remat, attention: of a transformer: what its backward pass recomputes, and the implementation
+      of its joint attention.
     """
 
     dtype: DTypeLike
@@ -56,11 +56,11 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class StoredParameters:
-    """The parameters of a model where they are kept, by dotted path.
+    """The parameters of a model in storage, by dotted path.
 
-    dtypes: what a model has them in that asks for no other.
-    read: (path, part of it) -> that part, on the host, in that dtype or a more exact one. Stacks of
-    layers are read a layer at a time.
+    dtypes: of the loaded parameters, unless the options name another.
+    read: (path, part of it) -> that part as a host array, in that dtype or a more precise one.
+      Large stacks of layers are read one layer at a time.
     """
 
     dtypes: Mapping[str, np.dtype]
@@ -68,7 +68,7 @@ class StoredParameters:
 
 
 def load_parameters(config: Any, stored: StoredParameters, options: LoadOptions) -> Any:
-    """The model of a config with the parameters that `stored` has, which are of its shapes.
+    """The model of a config with the stored parameters, which must have its shapes.
 
     Raises UserError for a model that cannot be quantised.
     """
@@ -90,8 +90,8 @@ def load_parameters(config: Any, stored: StoredParameters, options: LoadOptions)
                 wanted[layer],
                 options.quantize,
                 path=layer,
-                codes_at=sharding(layer, wanted[layer]),
-                scales_at=sharding(path, param.shape),
+                codes_sharding=sharding(layer, wanted[layer]),
+                scales_sharding=sharding(path, param.shape),
             )
     for path, shape in wanted.items():
         if path not in arrays:
@@ -108,17 +108,17 @@ def load_parameters(config: Any, stored: StoredParameters, options: LoadOptions)
 
 
 def on_devices(
-    read: Callable[[Index], np.ndarray], shape: Shape, dtype: np.dtype, where: Sharding
+    read: Callable[[Index], np.ndarray], shape: Shape, dtype: np.dtype, sharding: Sharding
 ) -> jax.Array:
-    """The array that `read` gives parts of. Of a large stack there is one layer on the host at a
-    time, and of anything only what this process's devices hold."""
+    """The array whose parts `read` returns. The host holds only this process's shards, and of a
+    large stack one layer at a time."""
     if len(shape) < 3 or np.prod(shape) * dtype.itemsize <= AT_ONCE:
-        return _placed(read, shape, where)
-    made = _zeros(shape, dtype, where)
+        return _placed(read, shape, sharding)
+    made = _zeros(shape, dtype, sharding)
     for layer in range(shape[0]):
-        piece = _placed(_of_layer(read, layer), shape[1:], _layer_sharding(where))
-        made = _with_layer(made, piece, layer, where)
-        jax.block_until_ready(made)  # else layers would pile up on the host, on their way
+        piece = _placed(_of_layer(read, layer), shape[1:], _layer_sharding(sharding))
+        made = _with_layer(made, piece, layer, sharding)
+        jax.block_until_ready(made)  # otherwise pending layers would accumulate on the host
     return made
 
 
@@ -126,9 +126,9 @@ def _of_layer(read: Callable[[Index], np.ndarray], layer: int) -> Callable[[Inde
     return lambda part: read((slice(layer, layer + 1), *part))[0]
 
 
-def _placed(read: Callable[[Index], np.ndarray], shape: Shape, where: Sharding) -> jax.Array:
-    """What this process's devices hold is read at once, from the first of it to the last."""
-    held = where.addressable_devices_indices_map(shape).values()
+def _placed(read: Callable[[Index], np.ndarray], shape: Shape, sharding: Sharding) -> jax.Array:
+    """Places an array on devices; one read covers all shards of this process."""
+    held = sharding.addressable_devices_indices_map(shape).values()
     axes = list(zip(*(_ranges(index, shape) for index in held), strict=True))
     first = [min(each.start for each in axis) for axis in axes]
     last = [max(each.stop for each in axis) for axis in axes]
@@ -138,31 +138,31 @@ def _placed(read: Callable[[Index], np.ndarray], shape: Shape, where: Sharding) 
         ranges = zip(_ranges(index, shape), first, strict=True)
         return found[tuple(slice(each.start - at, each.stop - at) for each, at in ranges)]
 
-    return jax.make_array_from_callback(shape, where, part)
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _ranges(index: Index | None, shape: Shape) -> list[range]:
-    """What a part of an array covers of each axis; None is all."""
+    """The range of each axis that a part of an array covers; None is the whole array."""
     slices = (slice(None),) * len(shape) if index is None else index
     return [range(size)[each] for each, size in zip(slices, shape, strict=True)]
 
 
-def _layer_sharding(where: Sharding) -> Sharding:
-    """Where one layer of a stack lies; a stack's first axis is never shared."""
-    if isinstance(where, NamedSharding):
-        return NamedSharding(where.mesh, P(*where.spec[1:]))
-    return where
+def _layer_sharding(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stack, whose first axis is never sharded."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    return sharding
 
 
-@jax.jit(static_argnames=("shape", "dtype", "where"))
-def _zeros(shape: Shape, dtype: np.dtype, where: Sharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), where)
+@jax.jit(static_argnames=("shape", "dtype", "sharding"))
+def _zeros(shape: Shape, dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
-@jax.jit(static_argnames=("where",), donate_argnames=("stack",))
-def _with_layer(stack: jax.Array, piece: jax.Array, layer: int, where: Sharding) -> jax.Array:
+@jax.jit(static_argnames=("sharding",), donate_argnames=("stack",))
+def _with_layer(stack: jax.Array, piece: jax.Array, layer: int, sharding: Sharding) -> jax.Array:
     made = jax.lax.dynamic_update_index_in_dim(stack, piece, layer, 0)
-    return jax.lax.with_sharding_constraint(made, where)
+    return jax.lax.with_sharding_constraint(made, sharding)
 
 
 def _quantized(
@@ -171,33 +171,33 @@ def _quantized(
     to: Quantization,
     *,
     path: str,
-    codes_at: Sharding,
-    scales_at: Sharding,
+    codes_sharding: Sharding,
+    scales_sharding: Sharding,
 ) -> tuple[Codes, Scales]:
-    """A kernel's codes and scales, put together on the devices from what `read` gives.
+    """A kernel's codes and scales, encoded on the devices from the parts that `read` returns.
 
-    Of a stack one layer at a time is read and encoded, so that neither host nor devices ever hold
-    more of the kernel than that.
+    A stack is read and encoded one layer at a time, so that neither host nor devices ever hold more
+    of the kernel than that.
     """
     stack = shape[:-2]
-    write = _writer(to, codes_at, scales_at)
+    write = _writer(to, codes_sharding, scales_sharding)
     codes, scales = shapes(to, path, shape)
     made = (
-        jnp.zeros(codes.shape, codes.dtype, device=codes_at),
-        jnp.zeros(scales.shape, scales.dtype, device=scales_at),
+        jnp.zeros(codes.shape, codes.dtype, device=codes_sharding),
+        jnp.zeros(scales.shape, scales.dtype, device=scales_sharding),
     )
-    at = _layer_sharding(codes_at) if stack else codes_at
+    layer_sharding = _layer_sharding(codes_sharding) if stack else codes_sharding
     for layer in range(stack[0]) if stack else [None]:
         part = read if layer is None else _of_layer(read, layer)
-        kernel = _placed(part, shape[-2:], at)
-        jax.block_until_ready(made)  # one layer is read while the one before is encoded, no more
+        kernel = _placed(part, shape[-2:], layer_sharding)
+        jax.block_until_ready(made)  # at most one layer is encoded while the next is read
         made = write(made, kernel, np.array([] if layer is None else [layer], np.int32))
     return made
 
 
 @cache
-def _writer(to: Quantization, codes_at: Sharding, scales_at: Sharding) -> Any:
-    """Encodes one layer's kernel into its place among the codes and scales of all, in place."""
+def _writer(to: Quantization, codes_sharding: Sharding, scales_sharding: Sharding) -> Any:
+    """A function that encodes one layer's kernel and writes it into the stack, in place."""
 
     def write(
         made: tuple[Codes, Scales], kernel: Float[Array, "i o"], layer: Int[Array, " stack"]
@@ -211,4 +211,4 @@ def _writer(to: Quantization, codes_at: Sharding, scales_at: Sharding) -> Any:
         codes, scales = (put(*pair) for pair in zip(made, encode(kernel, to), strict=True))
         return codes, scales
 
-    return jax.jit(write, donate_argnames="made", out_shardings=(codes_at, scales_at))
+    return jax.jit(write, donate_argnames="made", out_shardings=(codes_sharding, scales_sharding))

@@ -1,4 +1,4 @@
-"""LoRA files on a model: read in any dialect that is known, written in three."""
+"""Reads LoRA files in any known dialect, and writes them in three layouts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,11 @@ Layout = Literal["peft", "kohya", "native"]
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """What was read: the family that it is for, the dialect's name, the factors, and the text
-    encoders' keys, left out. `guessed` where nothing in the file told the family."""
+    """A LoRA file that was read.
+
+    family: of the model that it is for. guessed: whether the file did not determine the family.
+    left_out: keys of text encoders, which are not read.
+    """
 
     family: Family
     dialect: str
@@ -45,11 +48,11 @@ class LoRAFile:
 
 
 def read_lora(path: Path | str, model: Any, mesh: Mesh | None = None) -> LoRASummary:
-    """Attaches the factors of a LoRA file, in any dialect (or PEFT's folder), to a transformer, in
-    place of any other, shared over `mesh`.
+    """Attaches the factors of a LoRA file, in any dialect (or PEFT's folder), to a transformer,
+    sharded over `mesh`; existing factors are replaced.
 
-    Factors become float32, strengths are folded into b. Raises UserError, and changes nothing, for
-    a file that is absent, truncated, or of another model; it names keys and both sizes.
+    Factors become float32, strengths are multiplied into b. Raises UserError, with the model
+    unchanged, for a file that is absent, truncated, or of another model, with keys and both sizes.
     """
     family = family_of(model.config)
     file = load_adapter(Path(path), family, model.config)
@@ -58,17 +61,17 @@ def read_lora(path: Path | str, model: Any, mesh: Mesh | None = None) -> LoRASum
         for name, layer in linears(model):
             for factor in ("lora_a", "lora_b"):
                 if (param := getattr(layer, factor)) is not None:
-                    at = parameter_sharding(
+                    sharding = parameter_sharding(
                         family.kind.sharding, f"{name}.{factor}", param.shape, mesh
                     )
-                    param.set_value(jax.device_put(param.get_value(), at))
+                    param.set_value(jax.device_put(param.get_value(), sharding))
     return file.summary
 
 
 def write_lora(path: Path | str, model: Any, layout: Layout = "peft") -> LoRASummary:
-    """Writes the factors attached to a model, whole or not at all; alpha is the rank in the file.
+    """Writes the factors attached to a model, atomically; in the file alpha is the rank.
 
-    Raises UserError where the model has none, or the file cannot be written.
+    Raises UserError if the model has none, or the file cannot be written.
     """
     adapter = adapter_of(model)
     if not adapter:
@@ -79,12 +82,11 @@ def write_lora(path: Path | str, model: Any, layout: Layout = "peft") -> LoRASum
 
 
 def load_adapter(path: Path, family: Family | None = None, config: Any = None) -> LoRAFile:
-    """The factors of a LoRA file, whichever dialect it is in.
+    """The factors of a LoRA file, in any dialect.
 
-    `family` and `config` are of the model that it is for. Without a config, layers of a family
-    whose names do not say which stack they are in have places of no model, for `save_adapter`
-    alone; without a family it is the likeliest one. Raises as `read_lora` does, bar that no model
-    is there to compare sizes with.
+    family, config: of the model that it is for. Without a family the likeliest one is chosen.
+    Without a config, layers may be in the family's `placeholder_stack`, which only `save_adapter`
+    accepts. Raises as `read_lora` does, except that sizes are not compared with a model's.
     """
     tensors = open_tensors(path)
     if native.is_native(tensors):
@@ -99,14 +101,14 @@ def load_adapter(path: Path, family: Family | None = None, config: Any = None) -
 
 
 def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
-    """The dialect that knows most of the file's keys."""
+    """The dialect that recognises most of the file's keys."""
     return max(dialects, key=lambda dialect: _known(tensors, dialect))
 
 
 def recognise_family(tensors: TensorFiles) -> tuple[Family, bool]:
-    """Which family a file is for, and whether that is a guess.
+    """The family that a file is for, and whether that is a guess.
 
-    Where its layers are in several, the widths of the released models decide.
+    If several families have its layers, the widths of their released models decide.
     """
     counts = {
         family: max(_known(tensors, dialect) for dialect in family.lora.dialects(None))
@@ -129,7 +131,7 @@ def _known(tensors: TensorFiles, dialect: Dialect) -> int:
 
 
 def _family_of_layers(paths: Sequence[str]) -> Family:
-    """The family that has most of these layers, by our names."""
+    """The family that has most of these layers, given by our names."""
     return max(families(), key=lambda family: sum(_has(family, path) for path in paths))
 
 
@@ -148,13 +150,13 @@ def save_adapter(
 ) -> LoRASummary:
     """Writes factors as one safetensors file in a layout.
 
-    `outputs` are the channels that each path's layers give, for `kohya.tensors_of`; `family` and
-    `config` as they were read with. Raises UserError for factors without a name there.
+    outputs: output channels by path, for `kohya.tensors_of`. family, config: those that the file
+    was read with. Raises UserError for factors without a name in the layout.
     """
     in_peft, in_kohya, *_ = family.lora.dialects(config)
-    unplaced = family.lora.unplaced
-    if unplaced is not None and config is None:
-        placed = not any(place.startswith(f"{unplaced}.") for place, _ in adapter)
+    placeholder = family.lora.placeholder_stack
+    if placeholder is not None and config is None:
+        placed = not any(path.startswith(f"{placeholder}.") for path, _ in adapter)
         if placed != (layout == "native"):
             instead = "" if placed else "write peft or kohya, or "
             raise UserError(

@@ -1,6 +1,6 @@
-"""Original weights of a whole pipeline: a diffusers folder, or a single file and what is beside it.
+"""Original weights of a pipeline: a diffusers folder, or a single file and others in its folder.
 
-Nothing is read here but headers and settings.
+Only headers and configs are read here.
 """
 
 import dataclasses
@@ -31,22 +31,22 @@ from taca_jax.weights.originals import (
 )
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-"""As diffusers names them, and we; each is of the text encoder of its number."""
+"""Folders of the tokenizers, in diffusers and here; each is of the text encoder of its number."""
 
 PIPELINE_PARTS = (
     ("transformer", "transformer", transformer),
     ("vae", "autoencoder", vae),
     *((name, name, text_encoder) for name in TEXT_ENCODERS),
 )
-"""diffusers' folder, ours, and what opens it."""
+"""diffusers' folder, ours, and the function that opens it."""
 
 
 @dataclass(frozen=True)
 class OriginalPipeline:
     """Original weights of a pipeline.
 
-    models: by the name of their folder in a pipeline's of ours. schedule: the sampler's noise
-    levels. notes: lines that say what is not there, and what was taken instead.
+    models: by our folder names. schedule: the sampler's noise levels. notes: messages about missing
+    parts and what is used instead.
     """
 
     models: Mapping[str, Original]
@@ -58,19 +58,19 @@ class OriginalPipeline:
         return family_of(self.models["transformer"].config)
 
 
-def open_folder(src: Path, family: Family | None = None, **told: Any) -> OriginalPipeline:
-    """A diffusers pipeline folder, every part of which is checked, bar the tensors themselves.
+def open_folder(src: Path, family: Family | None = None, **fields: Any) -> OriginalPipeline:
+    """A diffusers pipeline folder; all parts are checked, except the tensors themselves.
 
-    Raises UserError for parts that are damaged or of no model that is known, and for a transformer
-    of another family than the one that is given.
+    family, fields: as for `originals.transformer`. Raises UserError for parts that are damaged or
+    of no known model, and for a transformer of another family.
     """
-    models = {"transformer": transformer(src / "transformer", family, **told)}
+    models = {"transformer": transformer(src / "transformer", family, **fields)}
     for name, made, read in PIPELINE_PARTS[1:]:
         if (src / name).is_dir():
             models[made] = read(src / name)
     config = models["transformer"].config
     family = family_of(config)
-    count = family.diffusers.text_encoders
+    count = max(len(model.text_encoders) for model in family.published.values())
     notes = []
     if absent := [
         name for name in (*TEXT_ENCODERS[:count], *TOKENIZERS[:count]) if not (src / name).is_dir()
@@ -88,17 +88,16 @@ def open_folder(src: Path, family: Family | None = None, **told: Any) -> Origina
 
 
 def is_original(path: Path) -> bool:
-    """Whether it may be opened as the original weights of a pipeline."""
+    """Whether `path` looks like the original weights of a pipeline."""
     return path.suffix == ".safetensors" or (path / "transformer" / CONFIG).is_file()
 
 
 def open_original(path: Path) -> OriginalPipeline:
-    """A diffusers pipeline folder, or its authors' (or ComfyUI's) single file with what is beside
-    it.
+    """A diffusers pipeline folder, or a single file of the authors or of ComfyUI.
 
-    What a file has not within is taken from beside it where it is there: the autoencoder (such as
-    FLUX's `ae.safetensors`, or diffusers' `vae/`), and text encoders (`text_encoder/`, ...). Raises
-    UserError for a file without a transformer, and as `open_folder` does.
+    Parts that a file does not contain are taken from its folder if they are there: the autoencoder
+    (such as FLUX's `ae.safetensors`, or diffusers' `vae/`), and text encoders (`text_encoder/`,
+    ...). Raises UserError for a file without a transformer, and as `open_folder` does.
     """
     if path.is_dir():
         return open_folder(path)
@@ -127,12 +126,11 @@ def _beside(folder: Path, parts: Mapping[str, Original], family: Family) -> dict
     return found
 
 
-def parts_in_file(src: Path, family: Family | None = None, **told: Any) -> dict[str, Original]:
-    """Every model in a single file, by the name of its folder in a pipeline's of ours.
-
-    Raises as `originals.transformer` does.
+def parts_in_file(src: Path, family: Family | None = None, **fields: Any) -> dict[str, Original]:
+    """Every model in a single file, by our folder names. Arguments and errors are those of
+    `originals.transformer`.
     """
-    first = transformer(src, family, **told)
+    first = transformer(src, family, **fields)
     tensors = open_tensors(src)
     if (recognised := family_in(tensors)) is None:
         return {"transformer": first}

@@ -1,7 +1,7 @@
-"""Original weights of one model: which layout, which model, and the tensors.
+"""Original weights of one model: opens files in any known layout.
 
-The layout is recognised from the names, and the config from a config.json or from the shapes.
-Nothing is read here but headers.
+The layout is recognised by the names of tensors, and the config is read from a config.json or
+inferred from shapes. Only headers are read here.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ from taca_jax.weights.loading import Index, LoadOptions, StoredParameters, load_
 
 @dataclass(frozen=True)
 class Original:
-    """Original weights of one model: which layout, which model, and the tensors.
+    """Original weights of one model: the key table of their layout, the config, and the tensors.
 
-    `left_out` are the names of other models' tensors in the same file.
+    left_out: names of the other tensors in the same file.
     """
 
     table: Table
@@ -51,13 +51,13 @@ class Original:
 
     @property
     def where(self) -> str:
-        """Its file or folder, in words."""
+        """Its file or folder, for messages."""
         return self.tensors.where
 
     def load(self, options: LoadOptions) -> Any:
-        """The model with these weights, straight onto its devices, a tensor at a time.
+        """Loads the model directly onto its devices, one tensor at a time.
 
-        Raises UserError that names every key that is missing, left over or mis-shaped.
+        Raises UserError that lists every key that is missing, left over or mis-shaped.
         """
         pieces = match(self.table, self.tensors, shapes_of(self.config))
         dtypes = {path: stored_dtype(self.tensors, each) for path, each in pieces.items()}
@@ -69,7 +69,7 @@ class Original:
 
 
 def _part(tensors: Tensors, pieces: Sequence[Piece], part: Index) -> np.ndarray:
-    """Of a stack only the layers that are asked for are read."""
+    """A part of one of our parameters; of a stack only the requested layers are read."""
 
     def whole(piece: Piece) -> np.ndarray:
         array = piece.transform.load(tensors.read(piece.key, piece.rows))
@@ -81,15 +81,15 @@ def _part(tensors: Tensors, pieces: Sequence[Piece], part: Index) -> np.ndarray:
     return np.stack([whole(piece)[tuple(inside)] for piece in pieces[layers]])
 
 
-def transformer(src: Path, family: Family | None = None, **told: Any) -> Original:
-    """A transformer: a folder in diffusers' layout, or a single file in its authors' own.
+def transformer(src: Path, family: Family | None = None, **fields: Any) -> Original:
+    """A transformer: a folder in diffusers' layout, or a single file in its authors' layout.
 
-    Of `family`, or of that which the folder's config.json or the file's names say. A file with an
-    autoencoder alone is recognised too, where the family is given. `told` are fields of the config
-    that a single file's shapes do not tell.
+    family: that of the transformer; by default recognised from config.json or the names. If it is
+    given, a file may also hold an autoencoder only. fields: config fields that a single file's
+    shapes do not determine.
     """
     if (src / CONFIG).is_file():
-        check_not_given(src, **told)
+        check_not_given(src, **fields)
         settings = read_settings(src)
         layout = (family or _family_of_class(settings)).diffusers
         config = layout.config_of(settings)
@@ -108,7 +108,7 @@ def transformer(src: Path, family: Family | None = None, **told: Any) -> Origina
             f"{CONFIG}"
         )
     family, own = found
-    config = family.original.config_of(own, **told)
+    config = family.original.config_of(own, **fields)
     return Original(family.original.table_of(config), config, unscaled(own), others(tensors, own))
 
 
@@ -121,7 +121,7 @@ def _family_of_class(settings: Settings) -> Family:
 def family_in(
     tensors: TensorFiles, among: Sequence[Family] | None = None
 ) -> tuple[Family, TensorFiles] | None:
-    """The family whose transformer is in a single file, and its tensors without their prefix."""
+    """The family whose transformer is in a single file, and its tensors without prefix, or None."""
     for family in among or families():
         for prefix in family.original.prefixes:
             if family.original.recognises(own := under(tensors, prefix)):
@@ -130,7 +130,7 @@ def family_in(
 
 
 def t5(src: Path) -> Original:
-    """A T5 encoder in transformers' layout: its folder, or the weights alone."""
+    """A T5 encoder in transformers' layout: its folder, or a file of weights only."""
     tensors = open_tensors(src)
     if (src / CONFIG).is_file():
         return Original(t5_layout.TABLE, t5_layout.config_of(read_settings(src)), tensors)
@@ -144,9 +144,9 @@ def bare_t5(tensors: TensorFiles) -> Original:
 def clip(
     src: Path, *, num_heads: int | None = None, activation: Activation | None = None
 ) -> Original:
-    """A CLIP text encoder in transformers' layout: its folder, or the weights alone.
+    """A CLIP text encoder in transformers' layout: its folder, or a file of weights only.
 
-    What the shapes do not tell may be given; a config.json tells it.
+    num_heads, activation: of weights without a config.json, whose shapes do not show them.
     """
     tensors = open_tensors(src)
     if not (src / CONFIG).is_file():
@@ -169,31 +169,31 @@ def bare_clip(
 
 
 def bare_encoder(tensors: TensorFiles) -> Original:
-    """A CLIP or a T5 without a config.json, as the names say."""
+    """A CLIP or a T5 without a config.json, recognised by the names of its tensors."""
     return bare_t5(tensors) if t5_layout.is_t5(tensors) else bare_clip(tensors)
 
 
 def text_encoder(src: Path) -> Original:
-    """A CLIP or a T5 in transformers' layout, whichever the folder's config.json says it is."""
+    """A CLIP or a T5 in transformers' layout, according to the folder's config.json."""
     settings = read_settings(src)
     settings.expect("model_type", "clip_text_model", "t5")
     return t5(src) if settings["model_type"] == "t5" else clip(src)
 
 
 def autoencoder_prefixes() -> Iterator[tuple[str, Family | None]]:
-    """What may stand before the names of an autoencoder in a single file, and whose it then is."""
+    """Possible prefixes of an autoencoder in a single file, with the family that each implies."""
     for family in families():
         if family.original.autoencoder_prefix is not None:
             yield family.original.autoencoder_prefix, family
-    yield "vae.", None  # within ComfyUI's
+    yield "vae.", None  # in ComfyUI's files
     yield "", None
 
 
 def vae(src: Path, latents: str | None = None) -> Original:
-    """An autoencoder: a folder in diffusers' layout, or a file in the original's.
+    """An autoencoder: a folder in diffusers' layout, or a file in the original layout.
 
-    `latents` names the family whose scale and shift theirs have, which is asked for where nothing
-    tells it.
+    latents: name of the family whose scale and shift the latents have. Raises UserError if the file
+    does not determine it and it is not given.
     """
     if (src / CONFIG).is_file():
         check_not_given(src, latents=latents)
@@ -212,7 +212,7 @@ def vae(src: Path, latents: str | None = None) -> Original:
 
 
 def original_vae(tensors: TensorFiles, family: Family | None) -> Original:
-    """An autoencoder in the original's names, whose latents are scaled as the family's are."""
+    """An autoencoder in the original layout, with the family's scale and shift of latents."""
     if family is None:
         known = ", ".join(each.name for each in families())
         raise UserError(
@@ -223,14 +223,14 @@ def original_vae(tensors: TensorFiles, family: Family | None) -> Original:
 
 
 def tiny_vae(src: Path) -> Original:
-    """The two files of a TAESD-style autoencoder; all published ones are of one size."""
+    """The two files of a TAESD-style autoencoder; all published ones have the same sizes."""
     return Original(tiny_vae_layout.TABLE, TAEF1, tiny_vae_layout.open_taesd(src))
 
 
 def others(tensors: TensorFiles, *found: TensorFiles) -> tuple[str, ...]:
-    """The names of a file's tensors that are in none of those that were found in it."""
-    used = {place for each in found for place in each.places.values()}
-    return tuple(name for name, place in tensors.places.items() if place not in used)
+    """The names of a file's tensors that are in none of `found`."""
+    used = {stored for each in found for stored in each.stored.values()}
+    return tuple(name for name, stored in tensors.stored.items() if stored not in used)
 
 
 def _names(tensors: TensorFiles) -> str:
@@ -238,7 +238,7 @@ def _names(tensors: TensorFiles) -> str:
 
 
 def check_not_given(src: Path, **options: Any) -> None:
-    """Raises UserError where something is given that a config.json tells."""
+    """Raises UserError if an option is given that config.json determines."""
     for name, value in options.items():
         if value is not None:
             raise UserError(f"{src / CONFIG} tells {name}; leave {name} out")

@@ -1,4 +1,4 @@
-"""The models of a pipeline, converted or original, and what is said beside their weights."""
+"""Pipelines on disk, converted or original: their models, not yet loaded, and their settings."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -26,13 +26,13 @@ TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """What a pipeline folder says beside its weights.
+    """The contents of pipeline.json.
 
-    tokenizer: T5's, as in TextConfig, or None where the pipeline's folder has it, as `tokenizer/`
-      beside `text_encoder/`, `tokenizer_2/` beside `text_encoder_2/`, and so on.
+    tokenizer: T5's, as in TextConfig, or None if tokenizers are in the pipeline's folder: that of
+      `text_encoder/` in `tokenizer/`, that of `text_encoder_2/` in `tokenizer_2/`, and so on.
     text_length: tokens that T5 reads.
     resolution: pixels per side that the model was trained at.
-    steps, guidance: what a call takes that names none.
+    steps, guidance: defaults of a call.
     schedule: the sampler's noise levels.
     """
 
@@ -44,9 +44,15 @@ class PipelineSettings:
     schedule: FlowSchedule
 
 
+def default_settings(transformer: Any, schedule: FlowSchedule) -> PipelineSettings:
+    """The settings of a transformer's config: its family's defaults, tokenizers in the folder."""
+    defaults = family_of(transformer).defaults_of(transformer)
+    return PipelineSettings(tokenizer=None, **asdict(defaults), schedule=schedule)
+
+
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that has not been read: where it is, in words, its config, and what loads it."""
+    """A model that is not loaded: where it is, its config, and the function that loads it."""
 
     where: str
     config: Any
@@ -55,8 +61,8 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class StoredPipeline:
-    """The models of a pipeline by the name of their folder, none of them read, and the folder of
-    its tokenizers."""
+    """A pipeline that is not loaded: its models by folder name, its settings, and the folder of its
+    tokenizers."""
 
     where: Path
     models: Mapping[str, StoredModel]
@@ -69,12 +75,12 @@ class StoredPipeline:
 
     @property
     def family(self) -> Family:
-        """Of the transformer. Raises UserError where it is none."""
+        """Of the transformer. Raises UserError if that is another kind of model."""
         return family_of(self.transformer.config, self.transformer.where)
 
     @property
     def reading(self) -> TextReading | None:
-        """How prompts are read; None where a text encoder is left out. Raises UserError for text
+        """How prompts are read; None if a text encoder is missing. Raises UserError for text
         encoders that do not fit the transformer."""
         encoders = {name: self.models[name] for name in TEXT_ENCODERS if name in self.models}
         stored = StoredEncoders(str(self.where), encoders, self.settings.text_length)
@@ -82,16 +88,16 @@ class StoredPipeline:
 
 
 def open_pipeline(path: str | Path) -> StoredPipeline:
-    """The pipeline at `path`: a folder of ours, the name of one that comes with the package, a
-    diffusers folder, or an original's single file.
+    """The pipeline at `path`: a converted folder, the name of one that comes with the package, a
+    diffusers folder, or a single file in an original layout.
 
-    Reads configs alone. Raises UserError where there is none, or a part of it is no model's.
+    Reads configs only. Raises UserError if there is none, or if a part of it is not a known model.
     """
     path = find_weights(path)
     settings_file = path / PIPELINE_FILE
     if settings_file.is_file():
         settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
-        load_config(path / TRANSFORMER)  # says what is wrong where it is not there
+        load_config(path / TRANSFORMER)  # raises UserError if it is missing
         return converted_pipeline(path, settings)
     if not path.exists():
         raise UserError(
@@ -106,22 +112,21 @@ def open_pipeline(path: str | Path) -> StoredPipeline:
     original = open_original(path)
     for note in original.notes:
         _LOG.warning("%s", note)
-    defaults = original.family.defaults_of(original.models[TRANSFORMER].config)
     return StoredPipeline(
         where=path,
         models={
             name: StoredModel(model.where, model.config, model.load)
             for name, model in original.models.items()
         },
-        settings=PipelineSettings(tokenizer=None, **asdict(defaults), schedule=original.schedule),
+        settings=default_settings(original.models[TRANSFORMER].config, original.schedule),
         tokenizers=path if path.is_dir() else path.parent,
     )
 
 
 def converted_pipeline(folder: Path, settings: PipelineSettings) -> StoredPipeline:
-    """The models in a folder of ours, those that are there.
+    """The pipeline in a converted folder, with the models that are present.
 
-    Raises UserError for a folder of a model that is none.
+    Raises UserError for a folder that is not of a known model.
     """
     names = [
         name for name in (TRANSFORMER, AUTOENCODER, *TEXT_ENCODERS) if (folder / name).is_dir()
@@ -132,14 +137,14 @@ def converted_pipeline(folder: Path, settings: PipelineSettings) -> StoredPipeli
 
 
 def stored_model(folder: Path) -> StoredModel:
-    """A model folder of ours. Raises UserError as `load_config` does."""
+    """The model of a model folder. Raises UserError as `load_config` does."""
     return StoredModel(str(folder), load_config(folder), partial(load_model, folder))
 
 
 def published_pipeline(base: str) -> StoredPipeline:
-    """A released model by the name of its folder, which need not be here: configs to plan with.
+    """The configs of a released model, by its folder name; the folder need not exist. For planning.
 
-    Raises UserError for a name that is none.
+    Raises UserError for an unknown name.
     """
     known = published_models()
     name = Path(base).name
@@ -152,23 +157,14 @@ def published_pipeline(base: str) -> StoredPipeline:
         AUTOENCODER: family.autoencoder,
     }
 
-    def missing(options: LoadOptions) -> Any:
-        del options
+    def missing(_: LoadOptions) -> Any:
         raise UserError(f"base={base} is not there")
 
-    defaults = family.defaults_of(model.transformer)
     return StoredPipeline(
         where=Path(base),
         models={
             part: StoredModel(f"{base}/{part}", each, missing) for part, each in configs.items()
         },
-        settings=PipelineSettings(
-            tokenizer=None,
-            text_length=model.text_length,
-            resolution=defaults.resolution,
-            steps=defaults.steps,
-            guidance=defaults.guidance,
-            schedule=family.schedule_of(model.transformer),
-        ),
+        settings=default_settings(model.transformer, family.schedule_of(model.transformer)),
         tokenizers=Path(base),
     )

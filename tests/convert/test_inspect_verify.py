@@ -122,7 +122,7 @@ def test_a_checkpoint_that_is_not_its_source(tmp_path, capsys):
     tensors, kernel = open_tensors(file), "blocks.attn.q.kernel"
     layers, *_ = tensors.shapes[kernel]
     stored = bytearray(file.read_bytes())
-    second = tensors.places[kernel].start + tensors.read(kernel).nbytes // layers
+    second = tensors.stored[kernel].start + tensors.read(kernel).nbytes // layers
     stored[second + 3] ^= 0x80  # the sign of its first number
     file.write_bytes(stored)
     line = refused(capsys, "verify", *where)

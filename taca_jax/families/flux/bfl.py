@@ -1,7 +1,7 @@
 """FLUX transformers in Black Forest Labs' own single files (`flux1-dev.safetensors`).
 
-The layout is that of black-forest-labs/flux, model.py: projections for q, k and v are one tensor,
-in the single blocks together with the MLP's. ComfyUI's files prefix every name.
+The layout is that of black-forest-labs/flux, model.py: projections to q, k and v are one tensor, in
+single blocks together with the MLP's. ComfyUI's files prefix every name.
 """
 
 from taca_jax.errors import UserError
@@ -62,16 +62,16 @@ TABLE = Table(
 
 
 def is_flux(tensors: Tensors) -> bool:
-    """Whether the names are these, without a prefix."""
+    """Whether the names, without a prefix, are of this layout."""
     return {"double_blocks.0.img_attn.qkv.weight", "img_in.weight"} <= tensors.shapes.keys()
 
 
 def inferred(tensors: Tensors, axes_dim: tuple[int, int, int] | None = None) -> FluxConfig:
-    """The config that the shapes stand for; theta is the original's.
+    """The config, inferred from the shapes; theta is the original's.
 
-    `axes_dim`, how (index, row, column) share the rotary channels, shows in no shape: without
-    it heads must be as wide as in the released models, whose share is known. Raises UserError where
-    it must be given, and for variants whose inputs differ (Fill, Canny, Depth, ...).
+    axes_dim: the rotary channels of (index, row, column), which no shape shows; by default those of
+    the released models, if heads are as wide as theirs. Raises UserError if it must be given, and
+    for variants whose inputs differ (Fill, Canny, Depth, ...).
     """
     hidden, in_channels = shape_of(tensors, "img_in.weight", 2)
     out_channels, _ = shape_of(tensors, "final_layer.linear.weight", 2)

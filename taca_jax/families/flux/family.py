@@ -36,9 +36,11 @@ FLUX_VAE = VAEConfig(
     shift_factor=0.1159,
 )
 
+TEXT_ENCODERS = {"text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
+
 DEV_CALL = CallDefaults(text_length=512, resolution=1024, steps=28, guidance=3.5)
 SCHNELL_CALL = CallDefaults(text_length=256, resolution=1024, steps=4, guidance=1.0)
-"""What the original's examples call the models with."""
+"""As in the original's examples."""
 
 
 def _defaults_of(config: FluxConfig) -> CallDefaults:
@@ -46,13 +48,8 @@ def _defaults_of(config: FluxConfig) -> CallDefaults:
 
 
 def _schedule_of(config: FluxConfig) -> FlowSchedule:
-    """dev's noise levels where guidance is embedded, else schnell's."""
+    """dev's noise levels if guidance is embedded, else schnell's."""
     return FlowSchedule() if config.guidance_embed else FlowSchedule(shift=1.0)
-
-
-def _published(name: str, config: FluxConfig) -> Published:
-    encoders = {"text_encoder": CLIP_L, "text_encoder_2": T5_XXL}
-    return Published(name, config, encoders, _defaults_of(config).text_length)
 
 
 def _attention_pairs(config: FluxConfig, image: int, text: int) -> int:
@@ -66,9 +63,9 @@ FLUX = Family(
     tiny_autoencoder="TAEF1",
     read_text=read_text,
     published={
-        "flux1-dev": _published("flux.1-dev", FLUX_DEV),
-        "flux1-krea-dev": _published("flux.1-krea-dev", FLUX_KREA),
-        "flux1-schnell": _published("flux.1-schnell", FLUX_SCHNELL),
+        "flux1-dev": Published("flux.1-dev", FLUX_DEV, TEXT_ENCODERS),
+        "flux1-krea-dev": Published("flux.1-krea-dev", FLUX_KREA, TEXT_ENCODERS),
+        "flux1-schnell": Published("flux.1-schnell", FLUX_SCHNELL, TEXT_ENCODERS),
     },
     autoencoder=FLUX_VAE,
     defaults_of=_defaults_of,
@@ -79,7 +76,6 @@ FLUX = Family(
         settings_of=diffusers.settings_of,
         table_of=lambda _: diffusers.TABLE,
         schedule_of=schedule_of,
-        text_encoders=2,
     ),
     original=OriginalLayout(
         author="Black Forest Labs",
@@ -91,13 +87,15 @@ FLUX = Family(
             "text_encoders.clip_l.transformer.": "text_encoder",
             "text_encoders.t5xxl.transformer.": "text_encoder_2",
         },
-        untold={
+        unknown_fields={
             "axes_dim": "Rotary channels of (index, row, column), for a single file whose heads "
             "are not 128 wide."
         },
         autoencoder_file="ae.safetensors",
     ),
-    lora=LoRANames(targets=lora.ATTENTION_TARGETS, dialects=lora.dialects, model_of=lora.model_of),
+    lora=LoRANames(
+        targets=lora.ATTENTION_TARGETS, dialects=lambda _: lora.DIALECTS, model_of=lora.model_of
+    ),
     attention_pairs=_attention_pairs,
     layer_tokens=partial(layer_tokens, joint=re.compile(r"single_blocks\..*")),
     embeds_guidance=lambda config: config.guidance_embed,

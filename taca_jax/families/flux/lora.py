@@ -1,8 +1,8 @@
-"""LoRA files of FLUX.1: which layers they are of, and what those who write them call the layers.
+"""LoRA files of FLUX.1: the adapted layers, and their names in each dialect.
 
-XLabs-AI/x-flux names the attention's processors: `double_blocks.0.processor.qkv_lora1.down.weight`
-is the image's, 2 the text's; those of the single blocks have no number. q, k and v are one layer,
-the single blocks' without the MLP.
+XLabs-AI/x-flux names the attention processors: `double_blocks.0.processor.qkv_lora1.down.weight`
+is of the image stream, `qkv_lora2` of the text stream; those of single blocks have no number. q, k
+and v are one layer, which in single blocks does not include the MLP.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ ATTENTION_TARGETS = (
     r"single_blocks\.qkv\.[qkv]",
     r"single_blocks\.out",
 )
-"""Attention's projections: q, k, v and out of both streams and of the single blocks (whose out
-projection takes attention and MLP together)."""
+"""The attention's projections: q, k, v and out of both streams and of the single blocks (whose out
+projection has the outputs of attention and MLP as its inputs)."""
 
 _DOUBLE, _SINGLE = "double_blocks.{layer}.processor", "single_blocks.{layer}.processor"
 
@@ -54,13 +54,7 @@ DIALECTS = (
 )
 
 
-def dialects(config: Any) -> tuple[Dialect, ...]:
-    """What a file may be in; the same for every config."""
-    del config
-    return DIALECTS
-
-
 def model_of(tensors: Tensors) -> Any:
-    """The released config, where a width in the file is its; names alone place all layers."""
+    """The released config if one of its widths occurs in the file."""
     sizes = {size for shape in tensors.shapes.values() for size in shape}
     return FLUX_DEV if FLUX_DEV.hidden in sizes else None

@@ -1,14 +1,16 @@
 """FLUX.1's multimodal diffusion transformer, with TACA in its joint attention.
 
-Source: black-forest-labs/flux, model.py and modules/layers.py. What differs: projections for q, k
-and v are apart (as in diffusers, which LoRA files follow), blocks are stacked and scanned, and
-latents go in and out as NHWC images: packing into tokens happens here and nowhere else.
+Source: black-forest-labs/flux, model.py and modules/layers.py. Differences: q, k
+and v have separate projections (as in diffusers, whose names LoRA files use), blocks are stacked
+and scanned, and inputs and outputs are NHWC latents: packing into tokens happens in here only.
 """
 
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation, joint_attention
@@ -18,6 +20,7 @@ from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
     ZEROS,
+    LayerOptions,
     Linear,
     MLPEmbedder,
     modulate,
@@ -35,18 +38,16 @@ class FluxConfig(TransformerConfig):
     """The shape of a FLUX transformer.
 
     axes_dim: rotary channels for (index, row, column); they sum to head_dim.
-    theta: the base of their wavelengths.
+    theta: base of the rotary wavelengths.
     guidance_embed: whether the guidance scale is an input (dev, Krea) or not (schnell).
 
     Raises UserError when axes_dim does not sum to head_dim or is odd.
     """
 
-    head_dim: int
     axes_dim: tuple[int, int, int]
     theta: float
     num_double_blocks: int
     num_single_blocks: int
-    mlp_ratio: float
     guidance_embed: bool
 
     def __post_init__(self):
@@ -56,14 +57,6 @@ class FluxConfig(TransformerConfig):
             )
         if self.num_double_blocks < 1 or self.num_single_blocks < 1:
             raise UserError("FLUX needs at least one double and one single block")
-
-    @property
-    def hidden(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.hidden * self.mlp_ratio)
 
 
 FLUX_DEV = FluxConfig(
@@ -92,16 +85,16 @@ class FluxTransformer(MMDiT):
         config: FluxConfig,
         *,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        super().__init__(config, remat=remat, attention=attention, **types)
+        options: LayerOptions = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
+        super().__init__(config, remat=remat, attention=attention, **options)
         self.config = config
         self.guidance_in = nnx.data(
-            MLPEmbedder(TIMESTEP_CHANNELS, config.hidden, **types)
+            MLPEmbedder(TIMESTEP_CHANNELS, config.hidden, **options)
             if config.guidance_embed
             else None
         )
@@ -130,12 +123,12 @@ class FluxTransformer(MMDiT):
     ) -> Float[Array, "b H W c"]:
         """The velocity, float32, shaped as `latents`.
 
-        timestep: 0 (data) to 1000 (noise). guidance: the guidance scale itself (3.5), exactly where
-        the model has the embedding. gamma: TACA's temperature, None for plain attention.
-        lora_scale: the strength of attached LoRA factors, None to leave them out.
+        timestep: 0 (data) to 1000 (noise). guidance: the guidance scale itself (such as 3.5),
+        required exactly if the model embeds it. gamma: TACA's temperature, None for plain
+        attention. lora_scale: the strength of attached LoRA factors, None to leave them out.
 
-        Raises ValueError when guidance is given to a model without it or missing from one with it,
-        or when sizes do not fit.
+        Raises ValueError if guidance is given to a model that does not embed it or missing for one
+        that does, and for inputs of the wrong size.
         """
         config = self.config
         if (guidance is not None) != config.guidance_embed:
@@ -150,7 +143,7 @@ class FluxTransformer(MMDiT):
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance * 1000), lora_scale)
         inputs = FluxInputs(
-            vec=nnx.silu(vec),  # every modulation starts with it
+            vec=nnx.silu(vec),  # the first step of every modulation
             rotation=joint_rotation(
                 text_len,
                 height // config.patch_size,
@@ -186,14 +179,11 @@ class FluxInputs(BlockInputs):
 
 
 class DoubleBlock(nnx.Module):
-    """Text and image each with its own weights, meeting in one attention."""
+    """Text and image with separate weights and one joint attention."""
 
-    def __init__(
-        self, config: FluxConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.img = Stream(config, **types)
-        self.txt = Stream(config, **types)
+    def __init__(self, config: FluxConfig, **options: Unpack[LayerOptions]):
+        self.img = Stream(config, **options)
+        self.txt = Stream(config, **options)
 
     def __call__(
         self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: FluxInputs
@@ -210,16 +200,13 @@ class DoubleBlock(nnx.Module):
 
 
 class SingleBlock(nnx.Module):
-    """One set of weights for the joint sequence; attention and MLP side by side."""
+    """One set of weights for the joint sequence; attention and MLP in parallel."""
 
-    def __init__(
-        self, config: FluxConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.mod = Linear(config.hidden, 3 * config.hidden, kernel_init=ZEROS, **types)
-        self.qkv = QKV(config, **types)
-        self.mlp_in = Linear(config.hidden, config.mlp_hidden, **types)
-        self.out = Linear(config.hidden + config.mlp_hidden, config.hidden, **types)
+    def __init__(self, config: FluxConfig, **options: Unpack[LayerOptions]):
+        self.mod = Linear(config.hidden, 3 * config.hidden, kernel_init=ZEROS, **options)
+        self.qkv = QKV(config, **options)
+        self.mlp_in = Linear(config.hidden, config.mlp_hidden, **options)
+        self.out = Linear(config.hidden + config.mlp_hidden, config.hidden, **options)
 
     def __call__(self, x: Float[Array, "b s d"], inputs: FluxInputs) -> Float[Array, "b s d"]:
         scale_by = inputs.lora_scale
@@ -238,7 +225,7 @@ def attend(
     v: Float[Array, "b s h d"],
     inputs: FluxInputs,
 ) -> Float[Array, "b s k"]:
-    """TACA joint attention on rotated queries and keys, heads merged."""
+    """TACA joint attention of rotated queries and keys, heads merged."""
     out = joint_attention(
         rotate(q, inputs.rotation),
         rotate(k, inputs.rotation),
@@ -266,8 +253,8 @@ FLUX_KIND = register(
             r"double_blocks\.(img|txt)\.(out|mlp_out)": OUT,
             r"single_blocks\.mod": IN,
             r"single_blocks\.(qkv\.[qkv]|mlp_in)": IN,
-            # Its inputs are heads and MLP side by side: a device's pieces of them would not be
-            # neighbours.
+            # Its inputs are attention heads and MLP channels concatenated, so a device's shards of
+            # the two would not be contiguous.
             r"single_blocks\.out": IN,
             r"final_mod": IN,
         },

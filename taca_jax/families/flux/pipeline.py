@@ -6,11 +6,11 @@ from taca_jax.pipelines.pipeline import Pipeline
 
 
 class FluxPipeline(Pipeline):
-    """A FLUX.1 transformer with what it needs around it; parts may be absent where embeddings or
-    latents are given instead.
+    """A FLUX.1 transformer with text encoders and autoencoder. Text encoders may be absent if calls
+    give embeddings, the autoencoder if they ask for latents.
 
-    Its text encoders are CLIP in `text_encoder/` and T5 in `text_encoder_2/`, or in small models a
-    T5 alone.
+    The text encoders are CLIP in `text_encoder/` and T5 in `text_encoder_2/`, or in small models T5
+    alone.
     """
 
     reads = FLUX

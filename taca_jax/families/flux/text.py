@@ -1,7 +1,6 @@
-"""How FLUX.1 reads prompts: CLIP and T5, or in small models a T5 alone."""
+"""How FLUX.1 reads prompts: with CLIP and T5, or in small models with T5 alone."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,10 +21,10 @@ from taca_jax.text.t5 import T5Config, T5Encoder
 
 
 class FluxText(TextEncoder):
-    """T5's embedding of every token, CLIP's of the whole.
+    """T5's embedding of every token, CLIP's embedding of the whole prompt.
 
-    Source: diffusers' `FluxPipeline.encode_prompt`. T5's padding is not masked; CLIP's pooled
-    embedding is that before any projection.
+    T5's padding is not masked; CLIP's pooled embedding is taken before any projection. Source:
+    diffusers' `FluxPipeline.encode_prompt`.
     """
 
     def __init__(self, clip: CLIPTextEncoder, t5: T5Encoder):
@@ -37,7 +36,7 @@ class FluxText(TextEncoder):
         return (self.clip, self.t5)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Conditioning:
-        """float32 embeddings of ids: first all that CLIP has positions for, then T5's."""
+        """float32 embeddings. The ids are CLIP's, as many as it has positions, then T5's."""
         clip_ids, t5_ids = split_tokens(tokens, (self.clip,))
         return Conditioning(
             txt=self.t5(t5_ids).astype(jnp.float32),
@@ -46,33 +45,24 @@ class FluxText(TextEncoder):
 
 
 def read_text(config: FluxConfig, stored: StoredEncoders) -> TextReading | None:
-    """How a transformer's prompts are read; None where an encoder is left out.
+    """How a transformer reads prompts; None if an encoder that it needs is not present.
 
-    That is with CLIP and T5, or with a T5 alone where the transformer's pooled embedding is as wide
-    as T5: only small models trained that way are. Raises UserError for encoders of another width
-    than the transformer reads, and for too many.
+    Prompts are read with CLIP and T5, or with T5 alone if the transformer's pooled embedding is as
+    wide as T5's, which is so only in small models trained that way. Raises UserError for encoders
+    of another width than the transformer's inputs, and for too many encoders.
     """
     clips = stored.of_kind(CLIPConfig, "CLIP", most=1)
     t5s = stored.of_kind(T5Config, "T5", most=1)
     if not t5s:
         return None
-    ((t5_folder, t5),) = t5s.items()
+    ((t5_folder, t5),), length = t5s.items(), stored.text_length
     if not clips and t5.config.dim != config.pooled_dim:
         return None
     check_width(t5, config.txt_dim)
     if not clips:
-        return TextReading((t5_folder,), _t5_alone, stored.text_length)
+        return TextReading(
+            (t5_folder,), lambda encoders, pad_id: T5Text(*encoders, pad_id=pad_id), length
+        )
     ((clip_folder, clip),) = clips.items()
     check_width(clip, config.pooled_dim)
-    return TextReading((clip_folder, t5_folder), _both, stored.text_length)
-
-
-def _t5_alone(encoders: Sequence[Any], pad_id: int) -> TextEncoder:
-    (t5,) = encoders
-    return T5Text(t5, pad_id=pad_id)
-
-
-def _both(encoders: Sequence[Any], pad_id: int) -> TextEncoder:
-    del pad_id  # padding is not masked
-    clip, t5 = encoders
-    return FluxText(clip, t5)
+    return TextReading((clip_folder, t5_folder), lambda encoders, _: FluxText(*encoders), length)

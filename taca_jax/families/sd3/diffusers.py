@@ -6,15 +6,9 @@ from typing import Any
 import numpy as np
 
 from taca_jax.errors import UserError
+from taca_jax.families import diffusers_names
 from taca_jax.families.sd3.model import SD3Config
-from taca_jax.formats.key_table import (
-    SWAP_HALVES,
-    TRANSPOSE_SWAPPED,
-    Rule,
-    Table,
-    Transform,
-    linear,
-)
+from taca_jax.formats.key_table import Rule, Table, Transform, linear
 from taca_jax.formats.scheduler import schedule_of as flow_schedule_of
 from taca_jax.formats.settings import Settings
 from taca_jax.sampling.schedule import FlowSchedule
@@ -23,17 +17,17 @@ MLP_RATIO = 4.0
 """Fixed in diffusers' code."""
 
 SHIFT = 3.0
-"""Of the noise levels, in every released model."""
+"""The time shift of the noise levels in every released model."""
 
 CLASS = "SD3Transformer2DModel"
 BLOCK = "transformer_blocks.{layer}"
 
 
 def patch_rules(embed: str, out: str, config: SD3Config, *, positions: str) -> tuple[Rule, ...]:
-    """What turns patches into tokens and back, in both layouts of SD3; `positions` is the table.
+    """The rules of patch embedding, output layer and position table, in both layouts of SD3.
 
-    Theirs is a convolution on the way in, and gives (row, column, channel) on the way out; our
-    tokens are (channel, row, column) on both.
+    Their input layer is a convolution, and their output tokens hold (row, column, channel); our
+    input and output tokens both hold (channel, row, column). `positions` names the position table.
     """
     patch = config.patch_size
 
@@ -60,106 +54,47 @@ def patch_rules(embed: str, out: str, config: SD3Config, *, positions: str) -> t
     )
 
 
-def _qkv(
-    block: str, attn: str, ours: str, *, names: tuple[str, str, str], norms: tuple[str, str]
-) -> tuple[Rule, ...]:
-    theirs = f"{block}.{attn}"
-    return (
-        *(
-            rule
-            for name, x in zip(names, "qkv", strict=True)
-            for rule in linear(f"{theirs}.{name}", f"{ours}.qkv.{x}")
-        ),
-        Rule(f"{theirs}.{norms[0]}.weight", f"{ours}.qkv.q_norm.scale"),
-        Rule(f"{theirs}.{norms[1]}.weight", f"{ours}.qkv.k_norm.scale"),
-    )
-
-
-_IMG = {"names": ("to_q", "to_k", "to_v"), "norms": ("norm_q", "norm_k")}
-_TXT = {
-    "names": ("add_q_proj", "add_k_proj", "add_v_proj"),
-    "norms": ("norm_added_q", "norm_added_k"),
-}
-
-
-def _stream(block: str, ours: str, *, mod: str, out: str, mlp: str) -> tuple[Rule, ...]:
-    return (
-        *linear(f"{block}.{mod}.linear", f"{ours}.mod"),
-        *linear(f"{block}.attn.{out}", f"{ours}.out"),
-        *linear(f"{block}.{mlp}.net.0.proj", f"{ours}.mlp_in"),
-        *linear(f"{block}.{mlp}.net.2", f"{ours}.mlp_out"),
-    )
-
-
-def _image(block: str, ours: str) -> tuple[Rule, ...]:
-    return (
-        *_stream(block, f"{ours}.img", mod="norm1", out="to_out.0", mlp="ff"),
-        *_qkv(block, "attn", f"{ours}.img", **_IMG),
-    )
-
-
 def joint_block(block: str, ours: str, *, dual: bool) -> tuple[Rule, ...]:
-    """A block whose text goes on, by the names of the whole block there and here."""
-    own = (
-        (
-            *_qkv(block, "attn2", f"{ours}.img_attn", **_IMG),
-            *linear(f"{block}.attn2.to_out.0", f"{ours}.img_attn.out"),
-        )
-        if dual
-        else ()
-    )
+    """The rules of a block other than the last, by its prefix in their names and in ours."""
+    if not dual:
+        return diffusers_names.joint_block(block, ours)
     return (
-        *_image(block, ours),
-        *_stream(block, f"{ours}.txt", mod="norm1_context", out="to_add_out", mlp="ff_context"),
-        *_qkv(block, "attn", f"{ours}.txt", **_TXT),
-        *own,
-    )
-
-
-def _last_block(block: str, ours: str) -> tuple[Rule, ...]:
-    mod = f"{block}.norm1_context.linear"
-    return (
-        *_image(block, ours),
-        *_qkv(block, "attn", f"{ours}.txt", **_TXT),
-        # Theirs is (scale, shift); the original's and ours (shift, scale).
-        Rule(f"{mod}.weight", f"{ours}.txt.mod.kernel", TRANSPOSE_SWAPPED),
-        Rule(f"{mod}.bias", f"{ours}.txt.mod.bias", SWAP_HALVES),
+        *diffusers_names.joint_block(block, ours),
+        *diffusers_names.qkv(f"{block}.attn2", f"{ours}.img_attn"),
+        *linear(f"{block}.attn2.to_out.0", f"{ours}.img_attn.out"),
     )
 
 
 def only(layers: range, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Rules of a stack, for those of their layers that it holds."""
+    """The rules of a stack that holds these layers of theirs."""
     return tuple(replace(rule, layers=layers) for rule in rules)
 
 
 def table_of(config: SD3Config) -> Table:
-    """The table of a transformer, whose layers are of the kinds that the config says."""
+    """The key table of a transformer of this config."""
     dual, last = config.num_dual_layers, config.num_layers - 1
-    embedders = {"timestep_embedder": "time_in", "text_embedder": "vector_in"}
+    last_block = BLOCK.format(layer=last)
     return Table(
         "a Stable Diffusion 3 transformer in diffusers' layout",
         (
             *patch_rules("pos_embed.proj", "proj_out", config, positions="pos_embed.pos_embed"),
             *linear("context_embedder", "txt_in"),
-            *(
-                rule
-                for theirs, ours in embedders.items()
-                for n in (1, 2)
-                for rule in linear(f"time_text_embed.{theirs}.linear_{n}", f"{ours}.linear_{n}")
-            ),
+            *diffusers_names.embedder("timestep_embedder", "time_in"),
+            *diffusers_names.embedder("text_embedder", "vector_in"),
             *only(range(dual), joint_block(BLOCK, "dual_blocks", dual=True)),
             *only(range(dual, last), joint_block(BLOCK, "joint_blocks", dual=False)),
-            *_last_block(BLOCK.format(layer=last), "last_block"),
-            Rule("norm_out.linear.weight", "final_mod.kernel", TRANSPOSE_SWAPPED),
-            Rule("norm_out.linear.bias", "final_mod.bias", SWAP_HALVES),
+            *diffusers_names.img_stream(last_block, "last_block"),
+            *diffusers_names.txt_qkv(last_block, "last_block"),
+            *diffusers_names.output_modulation(f"{last_block}.norm1_context", "last_block.txt.mod"),
+            *diffusers_names.output_modulation("norm_out", "final_mod"),
         ),
     )
 
 
 def config_of(settings: Settings) -> SD3Config:
-    """The config that diffusers' config.json stands for.
+    """The config that diffusers' config.json describes.
 
-    Raises UserError for another class, and for what no Stable Diffusion 3 has.
+    Raises UserError for another class, and for options that no Stable Diffusion 3 uses.
     """
     settings.expect("_class_name", CLASS)
     settings.expect("qk_norm", "rms_norm")
@@ -212,11 +147,11 @@ def settings_of(config: SD3Config) -> dict[str, Any]:
 
 
 def schedule_of(settings: Settings) -> FlowSchedule:
-    """The noise levels that diffusers' scheduler_config.json stands for.
+    """The noise levels that diffusers' scheduler_config.json describes.
 
-    Raises UserError as `formats.scheduler` does, and for shifts by the picture's size. In this
-    pipeline the scheduler says which levels are visited: the last step starts from the least level
-    that the model was trained at.
+    diffusers' SD3 pipeline takes its levels from the scheduler, so that the last step starts from
+    the lowest level that the model was trained at. Raises UserError as `formats.scheduler` does,
+    and for a shift that depends on the picture's size.
     """
     schedule = flow_schedule_of(settings)
     if schedule.shift is None:
@@ -225,10 +160,10 @@ def schedule_of(settings: Settings) -> FlowSchedule:
 
 
 def constant_schedule(shift: float) -> FlowSchedule:
-    """The scheduler's levels at a constant shift: the least is shifted here, and again with all."""
-    least = 1 / 1000
-    return FlowSchedule(shift=shift, last_sigma=shift * least / (1 + (shift - 1) * least))
+    """diffusers' levels at a constant shift, which it applies to the lowest level twice."""
+    lowest = 1 / 1000
+    return FlowSchedule(shift=shift, last_sigma=shift * lowest / (1 + (shift - 1) * lowest))
 
 
 SCHEDULE = constant_schedule(SHIFT)
-"""Of every released model."""
+"""The noise levels of every released model."""

@@ -32,23 +32,22 @@ SD3_VAE = VAEConfig(
     shift_factor=0.0609,
 )
 
-TEXT_LENGTH = 256
+TEXT_ENCODERS = {
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_BIGG,
+    "text_encoder_3": T5_XXL,
+}
 
 
 def _defaults_of(config: SD3Config) -> CallDefaults:
-    """What the original's examples call a model with: 3.5-Medium, 3.5-Large, 3-Medium."""
+    """As in the original's examples: 3.5-Medium, 3.5-Large, 3-Medium."""
     if config.num_dual_layers:
         steps, guidance = 40, 4.5
     elif config.qk_norm == "rms":
         steps, guidance = 28, 3.5
     else:
         steps, guidance = 28, 7.0
-    return CallDefaults(text_length=TEXT_LENGTH, resolution=1024, steps=steps, guidance=guidance)
-
-
-def _published(name: str, config: SD3Config) -> Published:
-    encoders = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_BIGG, "text_encoder_3": T5_XXL}
-    return Published(name, config, encoders, TEXT_LENGTH)
+    return CallDefaults(text_length=256, resolution=1024, steps=steps, guidance=guidance)
 
 
 def _attention_pairs(config: SD3Config, image: int, text: int) -> int:
@@ -71,9 +70,9 @@ SD3 = Family(
     tiny_autoencoder="TAESD3",
     read_text=read_text,
     published={
-        "sd35-medium": _published("sd3.5-medium", SD35_MEDIUM),
-        "sd35-large": _published("sd3.5-large", SD35_LARGE),
-        "sd3-medium": _published("sd3-medium", SD3_MEDIUM),
+        "sd35-medium": Published("sd3.5-medium", SD35_MEDIUM, TEXT_ENCODERS),
+        "sd35-large": Published("sd3.5-large", SD35_LARGE, TEXT_ENCODERS),
+        "sd3-medium": Published("sd3-medium", SD3_MEDIUM, TEXT_ENCODERS),
     },
     autoencoder=SD3_VAE,
     defaults_of=_defaults_of,
@@ -84,7 +83,6 @@ SD3 = Family(
         settings_of=diffusers.settings_of,
         table_of=diffusers.table_of,
         schedule_of=diffusers.schedule_of,
-        text_encoders=3,
     ),
     original=OriginalLayout(
         author="Stability AI",
@@ -104,7 +102,7 @@ SD3 = Family(
         targets=lora.ATTENTION_TARGETS,
         dialects=lora.dialects,
         model_of=lora.model_of,
-        unplaced=lora.UNPLACED,
+        placeholder_stack=lora.PLACEHOLDER_STACK,
     ),
     attention_pairs=_attention_pairs,
     layer_tokens=layer_tokens,

@@ -1,7 +1,7 @@
 """The dialects of LoRA files of Stable Diffusion 3.
 
-A model's own layers decide which of its stacks a layer is in, so each config has its own names.
-Without a model, all are taken for layers of one stack that no model has: enough to rename them.
+Which of our stacks a layer belongs to depends on the config, so each config has its own key tables.
+Without a config, all layers go into one placeholder stack, which suffices to rename them.
 """
 
 from functools import cache
@@ -19,30 +19,30 @@ ATTENTION_TARGETS = (
     r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.qkv\.[qkv]",
     r"(dual_blocks|joint_blocks|last_block)\.(img|txt)\.out",
 )
-"""q, k, v and out of both streams in the joint attention, as published; the second attention of
-dual blocks has none."""
+"""q, k, v and out of both streams in the joint attention, as published; not the second attention of
+dual blocks."""
 
-UNPLACED = "any_blocks"
-"""A stack that no model has, for layers of which no model has said in which stack they are."""
+PLACEHOLDER_STACK = "any_blocks"
+"""A stack that no model has, for layers whose stack is not known."""
 
 _DIFFUSERS = Table(
     "a Stable Diffusion 3 transformer in diffusers' layout",
     tuple(
         rule
-        for rule in sd3_diffusers.joint_block(sd3_diffusers.BLOCK, UNPLACED, dual=True)
-        # Of the last block diffusers swaps the halves; which is the last, no LoRA says.
-        if not rule.ours.startswith(f"{UNPLACED}.txt.mod")
+        for rule in sd3_diffusers.joint_block(sd3_diffusers.BLOCK, PLACEHOLDER_STACK, dual=True)
+        # diffusers swaps its halves in the last block, and a LoRA does not say which is the last.
+        if not rule.ours.startswith(f"{PLACEHOLDER_STACK}.txt.mod")
     ),
 )
 _NATIVE = Table(
     "a Stable Diffusion 3 transformer in Stability AI's layout",
-    sd3_native.joint_block(sd3_native.BLOCK, UNPLACED, dual=True),
+    sd3_native.joint_block(sd3_native.BLOCK, PLACEHOLDER_STACK, dual=True),
 )
 
 
 @cache
 def dialects(config: SD3Config | None) -> tuple[Dialect, ...]:
-    """What a file may be in, PEFT's first, then kohya's; None where the model is not known."""
+    """The dialects of a model's files, PEFT's first, then kohya's; None if the model is unknown."""
     if config is None:
         diffusers, native = _DIFFUSERS, _NATIVE
     else:
@@ -57,7 +57,7 @@ def dialects(config: SD3Config | None) -> tuple[Dialect, ...]:
 
 
 def model_of(tensors: Tensors) -> SD3Config | None:
-    """The only released model that a file can be for; None where there are none or several."""
+    """The only released model that a file can be for; None if there are none or several."""
     sizes = {size for shape in tensors.shapes.values() for size in shape}
     dual = any("attn2" in name or name.startswith("dual_blocks.") for name in tensors.shapes)
     fitting = [

@@ -1,16 +1,17 @@
 """Stable Diffusion 3's multimodal diffusion transformer (MM-DiT), with TACA in its joint attention.
 
-Source: Esser et al. 2024 (arXiv:2403.03206); Stability-AI/sd3.5, mmditx.py. What differs: text is
-first in the joint sequence, projections for q, k and v are apart, blocks of a kind are stacked and
-scanned, and latents go in and out as NHWC images.
+Source: Esser et al. 2024 (arXiv:2403.03206); Stability-AI/sd3.5, mmditx.py. Differences: text
+is first in the joint sequence, q, k and v have separate projections, blocks of a kind are stacked
+and scanned, and inputs and outputs are NHWC latents.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from taca_jax.attention import Implementation, joint_attention
@@ -18,7 +19,7 @@ from taca_jax.errors import UserError
 from taca_jax.families.sd3.positions import PositionTable
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
-from taca_jax.nn.layers import ZEROS, Linear, modulate
+from taca_jax.nn.layers import ZEROS, LayerOptions, Linear, modulate
 from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.stacking import Remat, make_stack, run_stack
 from taca_jax.parallel.mesh import constrain_vectors
@@ -31,20 +32,18 @@ QKNorm = Literal["none", "rms"]
 class SD3Config(TransformerConfig):
     """The shape of a Stable Diffusion 3 transformer.
 
-    num_layers: all blocks; of the last one the text's part ends at its attention.
-    num_dual_layers: the first blocks, which have a second attention among image tokens alone.
-    qk_norm: what queries and keys pass through, per head.
-    position_size: rows and columns of the position table, of which the middle is used.
+    num_layers: all blocks. In the last one the text stream ends at the attention.
+    num_dual_layers: the first blocks, which have a second attention among image tokens only.
+    qk_norm: normalisation of queries and keys, per head.
+    position_size: rows and columns of the position table; the middle of the table is used.
 
-    Raises UserError for too many dual layers, and a width that is no multiple of 4.
+    Raises UserError for too many dual layers, and for a width that is not a multiple of 4.
     """
 
-    head_dim: int
     num_layers: int
     num_dual_layers: int
     qk_norm: QKNorm
     position_size: int
-    mlp_ratio: float
 
     def __post_init__(self):
         if not 0 <= self.num_dual_layers < self.num_layers:
@@ -54,14 +53,6 @@ class SD3Config(TransformerConfig):
             )
         if self.hidden % 4:
             raise UserError(f"num_heads * head_dim is {self.hidden}; it must be a multiple of 4")
-
-    @property
-    def hidden(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        return int(self.hidden * self.mlp_ratio)
 
     @property
     def has_qk_norm(self) -> bool:
@@ -98,8 +89,8 @@ class SD3Transformer(MMDiT):
         config: SD3Config,
         *,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):
@@ -137,9 +128,9 @@ class SD3Transformer(MMDiT):
 
         timestep: 0 (data) to 1000 (noise). gamma: TACA's temperature, None for plain attention.
         lora_scale: the strength of attached LoRA factors, None to leave them out. skip: which
-        blocks to leave out, traced, for skip-layer guidance; None runs all.
+        blocks to leave out (skip-layer guidance), a traced array; None runs all.
 
-        Raises ValueError when sizes do not fit, or are more tokens than the position table has.
+        Raises ValueError for inputs of the wrong size, or larger than the position table.
         """
         config = self.config
         if skip is not None and skip.shape != (config.num_layers,):
@@ -147,7 +138,7 @@ class SD3Transformer(MMDiT):
         height, width = latents.shape[1:3]
         img, txt, vec = self.embed(config, latents, timestep, txt, pooled, lora_scale)
         inputs = BlockInputs(
-            vec=nnx.silu(vec),  # every modulation starts with it
+            vec=nnx.silu(vec),  # the first step of every modulation
             text_len=txt.shape[1],
             gamma=gamma,
             lora_scale=lora_scale,
@@ -178,14 +169,11 @@ class SD3Transformer(MMDiT):
 
 
 class ImageAttention(nnx.Module):
-    """Dual blocks' second attention: image tokens among themselves, never scaled by TACA."""
+    """The second attention of dual blocks: among image tokens only, never scaled by TACA."""
 
-    def __init__(
-        self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.qkv = QKV(config, norms=config.has_qk_norm, **types)
-        self.out = Linear(config.hidden, config.hidden, **types)
+    def __init__(self, config: SD3Config, **options: Unpack[LayerOptions]):
+        self.qkv = QKV(config, norms=config.has_qk_norm, **options)
+        self.out = Linear(config.hidden, config.hidden, **options)
 
     def __call__(self, x: Float[Array, "b s d"], inputs: BlockInputs) -> Float[Array, "b s d"]:
         qkv = self.qkv(x, inputs.lora_scale)
@@ -194,21 +182,12 @@ class ImageAttention(nnx.Module):
 
 
 class JointBlock(nnx.Module):
-    """Text and image each with its own weights, in one attention; `dual` as in SD3Config."""
+    """Text and image with separate weights, one joint attention and, if `dual`, ImageAttention."""
 
-    def __init__(
-        self,
-        config: SD3Config,
-        *,
-        dual: bool,
-        rngs: nnx.Rngs,
-        param_dtype: jnp.dtype,
-        dtype: jnp.dtype,
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.img = Stream(config, mods=9 if dual else 6, norms=config.has_qk_norm, **types)
-        self.txt = Stream(config, norms=config.has_qk_norm, **types)
-        self.img_attn = nnx.data(ImageAttention(config, **types) if dual else None)
+    def __init__(self, config: SD3Config, *, dual: bool, **options: Unpack[LayerOptions]):
+        self.img = Stream(config, mods=9 if dual else 6, norms=config.has_qk_norm, **options)
+        self.txt = Stream(config, norms=config.has_qk_norm, **options)
+        self.img_attn = nnx.data(ImageAttention(config, **options) if dual else None)
 
     def __call__(
         self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: BlockInputs
@@ -219,34 +198,28 @@ class JointBlock(nnx.Module):
             self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale),
             inputs,
         )
-        own = None
+        extra = None
         if self.img_attn is not None:
-            own = img_mod[8][:, None] * self.img_attn(modulate(img, *img_mod[6:8]), inputs)
-        img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale, own)
+            extra = img_mod[8][:, None] * self.img_attn(modulate(img, *img_mod[6:8]), inputs)
+        img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale, extra)
         txt = self.txt.finish(txt, txt_attended, txt_mod, inputs.lora_scale)
         return img, txt
 
 
 class TextEnd(nnx.Module):
-    """The text's part of the last block: nothing of it goes on after the attention."""
+    """The text stream of the last block, which ends at the attention."""
 
-    def __init__(
-        self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.mod = Linear(config.hidden, 2 * config.hidden, kernel_init=ZEROS, **types)
-        self.qkv = QKV(config, norms=config.has_qk_norm, **types)
+    def __init__(self, config: SD3Config, **options: Unpack[LayerOptions]):
+        self.mod = Linear(config.hidden, 2 * config.hidden, kernel_init=ZEROS, **options)
+        self.qkv = QKV(config, norms=config.has_qk_norm, **options)
 
 
 class LastBlock(nnx.Module):
-    """The last block, which gives the image only."""
+    """The last block, which returns image tokens only."""
 
-    def __init__(
-        self, config: SD3Config, *, rngs: nnx.Rngs, param_dtype: jnp.dtype, dtype: jnp.dtype
-    ):
-        types = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        self.img = Stream(config, norms=config.has_qk_norm, **types)
-        self.txt = TextEnd(config, **types)
+    def __init__(self, config: SD3Config, **options: Unpack[LayerOptions]):
+        self.img = Stream(config, norms=config.has_qk_norm, **options)
+        self.txt = TextEnd(config, **options)
 
     def __call__(
         self, img: Float[Array, "b s d"], txt: Float[Array, "b t d"], inputs: BlockInputs
@@ -268,7 +241,7 @@ def attend(
     img_qkv: tuple[jax.Array, jax.Array, jax.Array],
     inputs: BlockInputs,
 ) -> tuple[Float[Array, "b t k"], Float[Array, "b s k"]]:
-    """TACA joint attention, text first, heads merged: what text and image get of it."""
+    """TACA joint attention, heads merged: its outputs for the text and for the image."""
     q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
     out = joint_attention(
         *(q, k, v),
@@ -281,7 +254,7 @@ def attend(
 
 
 def _unless(skipped: Bool[Array, ""] | None, call: Any, x: Any) -> Any:
-    """`call(x)`, or x where it is skipped; only what is chosen runs."""
+    """`call(x)`, or x if `skipped`; only the chosen branch runs."""
     if skipped is None:
         return call(x)
     return jax.lax.cond(skipped, lambda x: x, call, x)

@@ -6,11 +6,11 @@ from taca_jax.pipelines.pipeline import Pipeline
 
 
 class SD3Pipeline(Pipeline):
-    """A Stable Diffusion 3 transformer with what it needs around it; parts may be absent where
-    embeddings or latents are given instead.
+    """A Stable Diffusion 3 transformer with text encoders and autoencoder. Text encoders may be
+    absent if calls give embeddings, the autoencoder if they ask for latents.
 
-    Its text encoders are CLIP-L in `text_encoder/`, CLIP-bigG in `text_encoder_2/` and, if it is
-    there, T5 in `text_encoder_3/`.
+    The text encoders are CLIP-L in `text_encoder/`, CLIP-bigG in `text_encoder_2/` and optionally
+    T5 in `text_encoder_3/`.
     """
 
     reads = SD3

@@ -1,28 +1,29 @@
-"""Stable Diffusion 3's table of positions: one vector per place, of which the middle is used."""
+"""Stable Diffusion 3's position table: one vector per row and column; the middle is used."""
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.nn.layers import Fixed
 
 BASE = 64
-"""Tokens a side at 1024 px: a fresh table spreads 0..64 over its whole width."""
+"""Tokens per side at 1024 px: a new table spreads the positions 0..64 over its whole width."""
 
 
 class PositionTable(nnx.Module):
-    """`embedding` `[size * size, features]`, row by row, in `param_dtype`; never trained.
+    """`embedding` `[size * size, features]`, row-major, in `param_dtype`; never trained.
 
-    Converted models keep the table of their file.
+    Converted models use the table stored in their file.
     """
 
-    def __init__(self, size: int, features: int, *, param_dtype: jnp.dtype):
+    def __init__(self, size: int, features: int, *, param_dtype: DTypeLike):
         self.size = size
         self.embedding = Fixed(sinusoids(size, features).astype(param_dtype))
 
     def __call__(self, rows: int, columns: int) -> Float[Array, "1 s d"]:
-        """The middle of the table, float32. Raises ValueError where it has fewer places."""
+        """The middle of the table, float32. Raises ValueError if the table is smaller."""
         if max(rows, columns) > self.size:
             raise ValueError(
                 f"latents are {rows} x {columns} tokens; this model has positions for {self.size} "
@@ -35,13 +36,13 @@ class PositionTable(nnx.Module):
 
 
 def sinusoids(size: int, features: int) -> Float[Array, "s d"]:
-    """Sinusoids of each place's column and row, float32 `[size * size, features]`.
+    """Sinusoids of the column and row of each position, float32.
 
-    The first half of the features is the column's, the second the row's: sines, then cosines.
+    The first half of the features encodes the column, the second the row: sines, then cosines.
     Source: diffusers' `get_2d_sincos_pos_embed`.
     """
     half = features // 2
-    # Stored once for the whole table, so its last bits are those of float64.
+    # Computed in float64 as in the original, so that the float32 table is the same to the last bit.
     phase = np.outer(
         np.arange(size) * (BASE / size), 10_000.0 ** (-np.arange(half // 2) * 4 / features)
     )

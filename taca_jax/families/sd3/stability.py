@@ -1,7 +1,7 @@
 """Stable Diffusion 3 transformers in Stability AI's single files (`sd3.5_medium.safetensors`).
 
-The layout is that of Stability-AI/sd3.5, mmditx.py: q, k and v are one tensor, and the modulation
-before the output is (shift, scale), as ours. In the files every name has a prefix.
+The layout is that of Stability-AI/sd3.5, mmditx.py: q, k and v are one tensor, and the output
+modulation is (shift, scale), as ours. In the files every name has a prefix.
 """
 
 from taca_jax.errors import UserError
@@ -12,7 +12,7 @@ from taca_jax.formats.tensor_files import Tensors, layers_of, shape_of
 
 PREFIX = "model.diffusion_model."
 HEAD_DIM = 64
-"""Fixed in the original's code, and in no shape where queries and keys have no norm."""
+"""Fixed in the original's code; no shape shows it in models without a norm of queries and keys."""
 
 BLOCK = "joint_blocks.{layer}"
 
@@ -36,8 +36,8 @@ def _stream(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 
 def joint_block(block: str, ours: str, *, dual: bool) -> tuple[Rule, ...]:
-    """A block whose text goes on, by the names of the whole block there and here."""
-    own = (
+    """The rules of a block other than the last, by its prefix in their names and in ours."""
+    image_attention = (
         (
             *_attention(f"{block}.x_block.attn2", f"{ours}.img_attn"),
             *linear(f"{block}.x_block.attn2.proj", f"{ours}.img_attn.out"),
@@ -48,7 +48,7 @@ def joint_block(block: str, ours: str, *, dual: bool) -> tuple[Rule, ...]:
     return (
         *_stream(f"{block}.x_block", f"{ours}.img"),
         *_stream(f"{block}.context_block", f"{ours}.txt"),
-        *own,
+        *image_attention,
     )
 
 
@@ -62,7 +62,7 @@ def _last_block(block: str, ours: str) -> tuple[Rule, ...]:
 
 
 def table_of(config: SD3Config) -> Table:
-    """The table of a transformer, whose layers are of the kinds that the config says."""
+    """The key table of a transformer of this config."""
     dual, last = config.num_dual_layers, config.num_layers - 1
     embedders = {"t_embedder": "time_in", "y_embedder": "vector_in"}
     return Table(
@@ -85,7 +85,7 @@ def table_of(config: SD3Config) -> Table:
 
 
 def is_sd3(tensors: Tensors) -> bool:
-    """Whether the names are these, without a prefix."""
+    """Whether the names, without a prefix, are of this layout."""
     return {
         "joint_blocks.0.x_block.attn.qkv.weight",
         "x_embedder.proj.weight",
@@ -93,24 +93,24 @@ def is_sd3(tensors: Tensors) -> bool:
 
 
 def inferred(tensors: Tensors) -> SD3Config:
-    """The config that the shapes stand for.
+    """The config, inferred from the shapes.
 
-    Raises UserError where a tensor that tells is missing or of a shape that no model has.
+    Raises UserError if a tensor that determines it is missing or has an impossible shape.
     """
     hidden, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
-    _, places, _ = shape_of(tensors, "pos_embed", 3)
+    _, positions, _ = shape_of(tensors, "pos_embed", 3)
     _, txt_dim = shape_of(tensors, "context_embedder.weight", 2)
     _, pooled_dim = shape_of(tensors, "y_embedder.mlp.0.weight", 2)
     mlp_hidden, _ = shape_of(tensors, "joint_blocks.0.x_block.mlp.fc1.weight", 2)
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
     (head_dim,) = shape_of(tensors, norm, 1) if norm in tensors.shapes else (HEAD_DIM,)
-    size = round(places**0.5)
+    size = round(positions**0.5)
     if not hidden or not head_dim or hidden % head_dim:
         raise UserError(
             f"{tensors.where} has {hidden} channels in heads of {head_dim}, which must divide them"
         )
-    if size * size != places:
-        raise UserError(f"{tensors.where} has {places} positions; expected a square number")
+    if size * size != positions:
+        raise UserError(f"{tensors.where} has {positions} positions; expected a square number")
     return SD3Config(
         patch_size=patch,
         latent_channels=channels,

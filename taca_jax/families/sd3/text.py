@@ -1,4 +1,4 @@
-"""How Stable Diffusion 3 reads prompts: two CLIPs, and T5 or zeros in its place."""
+"""How Stable Diffusion 3 reads prompts: with two CLIPs and, if it is present, T5."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +24,9 @@ from taca_jax.text.t5 import T5Config, T5Encoder
 class SD3Text(TextEncoder):
     """CLIP-L, CLIP-bigG and T5.
 
-    The two CLIPs' penultimate hidden states side by side, with zeros up to T5's width, then T5's
-    embeddings as further tokens; pooled are both projected embeddings side by side. Nothing is
-    masked. Without a T5, `t5_length` tokens of zeros of `width` stand for its embeddings.
+    Text tokens are the penultimate hidden states of the two CLIPs, concatenated along channels and
+    zero-padded to `width`, followed by T5's embeddings; without T5, by `t5_length` tokens of zeros.
+    The pooled embedding concatenates both projected embeddings. Padding tokens are not masked.
     Source: diffusers' `StableDiffusion3Pipeline.encode_prompt`.
     """
 
@@ -51,7 +51,7 @@ class SD3Text(TextEncoder):
         return clips if self.t5 is None else (*clips, self.t5)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Conditioning:
-        """float32 embeddings of ids: all that each CLIP has positions for, then T5's if any."""
+        """float32 embeddings. The ids are each CLIP's, as many as it has positions, then T5's."""
         first_ids, second_ids, t5_ids = split_tokens(tokens, (self.clip_l, self.clip_g))
         first, second = self.clip_l(first_ids), self.clip_g(second_ids)
         if first.projected is None or second.projected is None:
@@ -69,12 +69,12 @@ class SD3Text(TextEncoder):
 
 
 def read_text(config: SD3Config, stored: StoredEncoders) -> TextReading | None:
-    """How a transformer's prompts are read; None without both CLIPs. A T5 may be left out.
+    """How a transformer reads prompts; None without both CLIPs. T5 is optional.
 
-    CLIP-L is the first CLIP and CLIP-bigG the second, whose tokenizer pads with "!", which the
-    files of its `tokenizer_2/` say; a vocabulary and merges alone would pad with the end token, as
-    they do in transformers. Raises UserError for encoders whose embeddings are of other widths than
-    the transformer reads, and for too many.
+    CLIP-L is the first CLIP and CLIP-bigG the second. The latter's tokenizer pads with "!", as the
+    files in `tokenizer_2/` say; with only a vocabulary and merges it would pad with the end token,
+    as transformers does. Raises UserError for encoders whose widths are not those of the
+    transformer's inputs, and for too many encoders.
     """
     clips = stored.of_kind(CLIPConfig, "CLIP", most=2)
     t5s = stored.of_kind(T5Config, "T5", most=1)
@@ -102,13 +102,9 @@ def read_text(config: SD3Config, stored: StoredEncoders) -> TextReading | None:
             f"{config.txt_dim}: they are of another model"
         )
 
-    def join(encoders: Sequence[Any], pad_id: int) -> TextEncoder:
-        del pad_id  # nothing is masked
+    def join(encoders: Sequence[Any], _: int) -> TextEncoder:
         clip_l, clip_g, *rest = encoders
-        return SD3Text(
-            *(clip_l, clip_g, rest[0] if rest else None),
-            width=config.txt_dim,
-            t5_length=stored.text_length,
-        )
+        t5 = rest[0] if rest else None
+        return SD3Text(clip_l, clip_g, t5, width=config.txt_dim, t5_length=stored.text_length)
 
     return TextReading((*clips, *t5s), join, first.config.max_tokens + stored.text_length)

@@ -1,6 +1,6 @@
-"""What is said about the strengths of a LoRA: PEFT's LoraConfig, if there is one with the file.
+"""The alphas of a LoRA file that are not among its tensors: those of PEFT's LoraConfig, if any.
 
-diffusers has it in the file's metadata, PEFT in `adapter_config.json` beside its
+diffusers stores the LoraConfig in the file's metadata, PEFT in `adapter_config.json` beside its
 `adapter_model.safetensors`.
 """
 
@@ -15,9 +15,9 @@ METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
 
 
 class Alphas:
-    """alpha of layers that have no tensor for it, and what alpha is divided by.
+    """The alpha of layers that have no tensor for it, and its divisor.
 
-    Raises UserError where the LoraConfig is unreadable.
+    Raises UserError if the LoraConfig is unreadable.
     """
 
     def __init__(self, tensors: TensorFiles):
@@ -34,23 +34,23 @@ class Alphas:
             raise UserError(f"{where} cannot be read ({error}); write it again") from None
 
     def alpha(self, module: str, rank: int) -> float:
-        """alpha of a layer; patterns are matched as PEFT does, at the end of the name."""
+        """The alpha of a layer; patterns match the end of its name, as in PEFT."""
         for pattern, alpha in self._patterns.items():
             if pattern.match(module):
                 return alpha
         return float(rank) if self._alpha is None else self._alpha
 
     def divisor(self, rank: int) -> float:
-        """What alpha is divided by: the rank, or its root for rank-stabilised LoRA."""
+        """The divisor of alpha: the rank, or its square root for rank-stabilised LoRA."""
         return rank**0.5 if self._stabilised else float(rank)
 
 
 def _config_text(tensors: TensorFiles) -> tuple[str, str]:
-    """Where the JSON of a LoraConfig is, in words, and that JSON; an empty one where it is not."""
+    """The source of the LoraConfig, for messages, and its JSON; `{}` if there is none."""
     if METADATA in tensors.metadata:
         return f"{tensors.where}: its metadata {METADATA}", tensors.metadata[METADATA]
-    for name, place in tensors.places.items():
-        beside = place.path.with_name(PEFT_CONFIG)
+    for name, stored in tensors.stored.items():
+        beside = stored.path.with_name(PEFT_CONFIG)
         if name.startswith(PEFT_PREFIX) and beside.is_file():
             return str(beside), beside.read_text(errors="replace")
     return tensors.where, "{}"

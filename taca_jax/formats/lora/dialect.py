@@ -1,4 +1,4 @@
-"""LoRA files whose layers go by another layout's names: what a dialect is, and how one is read."""
+"""LoRA files that name layers as in another layout: what a dialect is, and how files are read."""
 
 import math
 import re
@@ -11,7 +11,7 @@ import numpy as np
 from taca_jax.errors import UserError
 from taca_jax.formats.key_table import Piece, Table, Target
 from taca_jax.formats.lora.alphas import Alphas
-from taca_jax.formats.lora.factors import Adapter, Factors, Place, depths_of
+from taca_jax.formats.lora.factors import Adapter, Factors, LayerId, depths_of
 from taca_jax.formats.tensor_files import Shape, TensorFiles, summary
 
 _KEY = re.compile(
@@ -30,22 +30,22 @@ _REASONS = (
     (r".*\.(diff|diff_b|set_weight)", "a whole difference, no pair of factors"),
     (r".*norm.*\.(scale|weight)", "a whole norm, no pair of factors"),
 )
-"""What other adapters have in their files, and what each is."""
+"""Keys in files of unsupported adapters, and a description of each."""
 
 _TEXT_ENCODERS = re.compile(r"(lora_te\d?_|(base_model\.model\.)?text_encoders?(_\d)?[._]).*")
-"""Names of the text encoders' part of a file, in every dialect."""
+"""Keys of text encoders, in all dialects."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a kind of LoRA file names a model's layers: as `table` does, after one of `prefixes`."""
+    """A naming of layers in LoRA files: the names of `table`, with one of `prefixes`."""
 
     name: str
     table: Table
     prefixes: tuple[str, ...]
 
     def find(self, key: str) -> "Key | None":
-        """What a key of such a file is; None where it is nothing known."""
+        """The meaning of a key in such a file; None if it is not of this dialect."""
         match = _KEY.fullmatch(key)
         if match is None:
             return None
@@ -64,7 +64,7 @@ _KERNEL = ".kernel"
 
 @dataclass(frozen=True)
 class Key:
-    """A factor or the alpha of one of their layers, which is one or several of ours."""
+    """A factor or the alpha of one of their layers, which may be several of ours."""
 
     module: str
     kind: str
@@ -72,7 +72,7 @@ class Key:
 
 
 def underscored(table: Table) -> Table:
-    """The table's layers, dots in their names replaced by underscores."""
+    """The table's linear layers, with underscores instead of dots in their names."""
     rules = tuple(
         replace(rule, theirs=f"{rule.theirs.removesuffix('.weight').replace('.', '_')}.weight")
         for rule in table.rules
@@ -82,9 +82,9 @@ def underscored(table: Table) -> Table:
 
 
 def pieces_of(adapter: Adapter, table: Table) -> list[Piece]:
-    """The kernels of their layout that the factors are about, and others of the same stacks.
+    """The kernels of the adapter's layers in the table's layout, with all layers of their stacks.
 
-    Raises UserError for a layer that is no matrix there, or is not in the table.
+    Raises UserError for a layer that is a convolution there, or is not in the table.
     """
     depths = depths_of(adapter)
     shapes = {
@@ -109,23 +109,22 @@ def pieces_of(adapter: Adapter, table: Table) -> list[Piece]:
 
 
 def is_text_encoders(key: str) -> bool:
-    """Whether a key is of the text encoders, whatever the dialect."""
+    """Whether a key is of a text encoder, in any dialect."""
     return _TEXT_ENCODERS.fullmatch(key) is not None
 
 
-def place_of(target: Target) -> Place:
-    """The layer whose kernel the target is."""
+def layer_of(target: Target) -> LayerId:
+    """The layer that has this kernel."""
     return target.path.removesuffix(_KERNEL), target.layer
 
 
-def parse(tensors: TensorFiles, dialect: Dialect) -> dict[Place, Factors]:
-    """The file's factors, text encoders' left out.
+def parse(tensors: TensorFiles, dialect: Dialect) -> dict[LayerId, Factors]:
+    """The file's factors, without those of text encoders.
 
-    A layer's strength is alpha / rank, of the factors as the file has them; alpha is the layer's
-    `.alpha` tensor, else what a LoraConfig with the file says, else the rank. A layer of theirs
-    that is several of ours is cut into them, each without the ranks that do nothing there. Every
-    key is used: raises one UserError that names those that are not, and factors whose shapes do not
-    fit each other.
+    A layer's strength is alpha / rank, with the rank in the file; alpha is the layer's `.alpha`
+    tensor, else that of a LoraConfig, else the rank. A layer of theirs that is several of ours is
+    split, and each part drops the ranks in which its b is zero. Raises one UserError that lists all
+    keys that are not used, and factors whose shapes do not fit each other.
     """
     modules: dict[str, dict[str, str]] = {}
     targets: dict[str, tuple[Target, ...]] = {}
@@ -155,7 +154,7 @@ def parse(tensors: TensorFiles, dialect: Dialect) -> dict[Place, Factors]:
             "give a file that was trained for this kind of model"
         )
     alphas = Alphas(tensors)
-    adapter: dict[Place, Factors] = {}
+    adapter: dict[LayerId, Factors] = {}
     for module, keys in modules.items():
         a, b = (tensors.read(keys[kind]).astype(np.float32) for kind in (_A, _B))
         rank = a.shape[0]
@@ -168,19 +167,19 @@ def parse(tensors: TensorFiles, dialect: Dialect) -> dict[Place, Factors]:
     return adapter
 
 
-def _cut(whole: Factors, targets: Sequence[Target]) -> Iterator[tuple[Place, Factors]]:
-    """The factors of each of our layers; `whole.b` is still as the file has it, `[out, r]`."""
+def _cut(whole: Factors, targets: Sequence[Target]) -> Iterator[tuple[LayerId, Factors]]:
+    """The factors of each of our layers; `whole.b` is `[out, r]`, as in the file."""
     if len(targets) == 1:
-        yield place_of(targets[0]), replace(whole, b=targets[0].transform.load(whole.b))
+        yield layer_of(targets[0]), replace(whole, b=targets[0].transform.load(whole.b))
         return
-    # All but the last map a model's width onto itself, in every layout that fuses layers.
+    # In every layout that fuses layers, all parts but the last have as many outputs as inputs.
     width = whole.a.shape[0]
     cuts = [width * part for part in range(1, len(targets))]
     for target, rows in zip(targets, np.split(whole.b, cuts), strict=True):
         b = target.transform.load(rows)
-        acts: np.ndarray = np.any(b, axis=1, keepdims=True)[:, 0]
-        acts[0] |= not acts.any()  # something must stay
-        yield place_of(target), replace(whole, a=whole.a[:, acts], b=b[acts])
+        used: np.ndarray = np.any(b, axis=1, keepdims=True)[:, 0]
+        used[0] |= not used.any()  # at least rank 1 remains
+        yield layer_of(target), replace(whole, a=whole.a[:, used], b=b[used])
 
 
 def _unknown(key: str) -> str:

@@ -1,4 +1,4 @@
-"""What a LoRA file holds, whatever it calls things: two factors for some layers of a model."""
+"""The contents of a LoRA file, in any dialect: two factors for each adapted layer of a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import Shape, summary
 from taca_jax.nn.lora import attach, linears, remove_lora
 
-Place = tuple[str, int | None]
-"""A linear layer: its dotted path, and which of a stack it is (None: not stacked)."""
+LayerId = tuple[str, int | None]
+"""A linear layer: its dotted path, and its index in a stack of layers (None: not stacked)."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """kernel + strength * a b, with a `[in, r]` and b `[r, out]`. `name` is the file's own."""
+    """Factors of kernel + strength * a b: a `[in, r]`, b `[r, out]`; `name` is as in the file."""
 
     name: str
     a: np.ndarray
@@ -29,14 +29,14 @@ class Factors:
         return self.a.shape[1]
 
 
-Adapter = Mapping[Place, Factors]
+Adapter = Mapping[LayerId, Factors]
 
 
 @dataclass(frozen=True)
 class LoRASummary:
-    """What was attached, for people: `str()` is one line.
+    """A summary of an adapter; `str()` is one line.
 
-    `targets` are the paths of the layers; `left_out` keys of the file that are of text encoders.
+    targets: paths of the layers. left_out: keys in the file that are of text encoders.
     """
 
     dialect: str
@@ -58,7 +58,7 @@ class LoRASummary:
 
 
 def summarise(adapter: Adapter, dialect: str, left_out: tuple[str, ...] = ()) -> LoRASummary:
-    """Ranks and strengths that occur, ascending, and which layers there are."""
+    """The summary of an adapter; ranks and strengths are sorted and distinct."""
     return LoRASummary(
         dialect,
         tuple(sorted({factors.rank for factors in adapter.values()})),
@@ -70,11 +70,10 @@ def summarise(adapter: Adapter, dialect: str, left_out: tuple[str, ...] = ()) ->
 
 
 def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
-    """Puts the factors on the model's layers, in float32, in place of all that it had.
+    """Attaches the factors to the model's layers, in float32, replacing all existing factors.
 
-    Strengths go into the b factors, so that a stack is one pair of arrays of strength 1 whatever
-    its layers had. Changes nothing unless all fits: raises UserError that names what is of no layer
-    here or of another size, with both sizes.
+    Strengths are multiplied into b, so that all layers of a stack have strength 1. Raises UserError
+    as `check_fits` does, with the model unchanged.
     """
     layers = dict(linears(model))
     check_fits(adapter, {path: layer.kernel.shape for path, layer in layers.items()}, where)
@@ -85,11 +84,11 @@ def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
 
 
 def check_fits(adapter: Adapter, kernels: Mapping[str, Shape], where: str) -> None:
-    """Raises UserError that names the factors of no layer with these kernels, with both sizes."""
+    """Raises UserError, with both sizes, for factors that fit none of these kernel shapes."""
     problems = [
         problem
-        for place, factors in adapter.items()
-        if (problem := _misfit(place, factors, kernels.get(place[0])))
+        for (path, index), factors in adapter.items()
+        if (problem := _misfit(index, factors, kernels.get(path)))
     ]
     if problems:
         raise UserError(
@@ -99,7 +98,7 @@ def check_fits(adapter: Adapter, kernels: Mapping[str, Shape], where: str) -> No
 
 
 def depths_of(adapter: Adapter) -> dict[str, int]:
-    """How many layers of each stacked path the adapter reaches."""
+    """For each stacked path, one more than the highest layer that the adapter has."""
     depths: dict[str, int] = {}
     for path, layer in adapter:
         if layer is not None:
@@ -110,9 +109,9 @@ def depths_of(adapter: Adapter) -> dict[str, int]:
 def stacked(
     adapter: Adapter, depths: Mapping[str, int]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """float32 a and b by path, strengths in b; `depths` are the layers of each stacked path.
+    """float32 a and b by path, strengths multiplied into b; layers of a path are stacked.
 
-    Missing layers and lower ranks are filled with zeros.
+    depths: number of layers of each stacked path. Missing layers and ranks are filled with zeros.
     """
     members: dict[str, dict[int | None, Factors]] = {}
     for (path, index), factors in adapter.items():
@@ -132,12 +131,12 @@ def stacked(
     return arrays
 
 
-def adapter_of(model: nnx.Module) -> dict[Place, Factors]:
-    """The factors attached to a model, each layer's strength in its b; empty without any.
+def adapter_of(model: nnx.Module) -> dict[LayerId, Factors]:
+    """The factors attached to a model, strengths multiplied into b; empty if there are none.
 
-    Layers of a stack whose factors are all zero, as those that a file did not have, are left out.
+    Layers of a stack whose factors are all zero, such as those missing in a file, are left out.
     """
-    adapter: dict[Place, Factors] = {}
+    adapter: dict[LayerId, Factors] = {}
     for path, layer in linears(model):
         if layer.lora_a is None or layer.lora_b is None:
             continue
@@ -149,8 +148,8 @@ def adapter_of(model: nnx.Module) -> dict[Place, Factors]:
     return adapter
 
 
-def unstacked(path: str, a: np.ndarray, b: np.ndarray) -> dict[Place, Factors]:
-    """The factors `[in, r]`, `[r, out]`, or of a stack with a leading axis, layer by layer."""
+def unstacked(path: str, a: np.ndarray, b: np.ndarray) -> dict[LayerId, Factors]:
+    """The factors of each layer, from `[in, r]`, `[r, out]`, or with a leading layer axis."""
     if a.ndim == 2:
         return {(path, None): Factors(path, a, b)}
     return {
@@ -160,9 +159,8 @@ def unstacked(path: str, a: np.ndarray, b: np.ndarray) -> dict[Place, Factors]:
     }
 
 
-def _misfit(place: Place, factors: Factors, kernel: Shape | None) -> str | None:
-    """Why these factors are not of the layer with that kernel, in words; None when they fit."""
-    _, index = place
+def _misfit(index: int | None, factors: Factors, kernel: Shape | None) -> str | None:
+    """The reason why these factors do not fit the kernel, as a message; None if they do."""
     if kernel is None:
         return f"{factors.name} is no layer of this model"
     *stack, inputs, outputs = kernel
@@ -177,7 +175,7 @@ def _misfit(place: Place, factors: Factors, kernel: Shape | None) -> str | None:
 
 
 def _grouped(paths: Sequence[str]) -> str:
-    """`double_blocks (img.out img.qkv.q), img_in`."""
+    """The paths, grouped as in `double_blocks (img.out img.qkv.q), img_in`."""
     groups: dict[str, list[str]] = {}
     for path in paths:
         first, _, rest = path.partition(".")

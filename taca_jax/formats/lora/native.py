@@ -1,13 +1,13 @@
 """LoRA files in our own names: `double_blocks.img.qkv.q.lora_a` `[layers, in, r]`, `.lora_b`.
 
-Strengths are in the b factors. A stack may have fewer layers than the model: those that follow
+Strengths are multiplied into b. A stack may have fewer layers than the model: the remaining layers
 have no factors.
 """
 
 import numpy as np
 
 from taca_jax.errors import UserError
-from taca_jax.formats.lora.factors import Adapter, Factors, Place, depths_of, stacked, unstacked
+from taca_jax.formats.lora.factors import Adapter, Factors, LayerId, depths_of, stacked, unstacked
 from taca_jax.formats.tensor_files import Tensors, summary
 
 A, B = ".lora_a", ".lora_b"
@@ -17,10 +17,10 @@ def is_native(tensors: Tensors) -> bool:
     return any(name.endswith((A, B)) for name in tensors.shapes)
 
 
-def parse(tensors: Tensors) -> dict[Place, Factors]:
-    """The file's factors. Raises UserError for names and shapes that are no factors."""
+def parse(tensors: Tensors) -> dict[LayerId, Factors]:
+    """The file's factors. Raises UserError for other names, and for shapes that do not fit."""
     problems = []
-    adapter: dict[Place, Factors] = {}
+    adapter: dict[LayerId, Factors] = {}
     for name, shape in tensors.shapes.items():
         path, dot, kind = name.rpartition(".")
         pair = (path + A, path + B)
@@ -40,7 +40,7 @@ def parse(tensors: Tensors) -> dict[Place, Factors]:
 
 
 def tensors_of(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The adapter's arrays under our names."""
+    """The adapter's arrays by our names."""
     tensors = {}
     for path, (a, b) in stacked(adapter, depths_of(adapter)).items():
         tensors[path + A], tensors[path + B] = a, b

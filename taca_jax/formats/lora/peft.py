@@ -1,4 +1,4 @@
-"""LoRA files in PEFT's layout: those that diffusers writes and reads, and PEFT's own."""
+"""LoRA files in PEFT's layout, as diffusers and PEFT read and write them."""
 
 import json
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ def tensors_of(adapter: Adapter, table: Table) -> tuple[dict[str, np.ndarray], d
     }
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for place, factors in adapter.items():
-        module, transform = modules[place]
+    for layer, factors in adapter.items():
+        module, transform = modules[layer]
         tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.a.T
         tensors[f"{PREFIX}{module}.lora_B.weight"] = transform.store(
             factors.b * np.float32(factors.strength)
@@ -34,7 +34,7 @@ def tensors_of(adapter: Adapter, table: Table) -> tuple[dict[str, np.ndarray], d
 
 
 def _metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What PEFT's LoraConfig needs to know, under diffusers' prefix."""
+    """The fields of PEFT's LoraConfig, with diffusers' prefix."""
     rank = max(ranks.values())
     others = {f"^{module}": other for module, other in ranks.items() if other != rank}
     return {

@@ -30,6 +30,7 @@ TINY = MiniConfig(
     head_dim=16,
     axes_dim=(4, 6, 6),
     num_blocks=2,
+    mlp_ratio=2.0,
     txt_dim=32,
     pooled_dim=32,
 )
@@ -108,6 +109,7 @@ def inferred(tensors, axes_dim=TINY.axes_dim) -> MiniConfig:
         head_dim=head_dim,
         axes_dim=tuple(axes_dim),
         num_blocks=layers_of(tensors, r"blocks\.(\d+)\..*"),
+        mlp_ratio=2.0,
         txt_dim=shape_of(tensors, "context_embedder.weight", 2)[1],
         pooled_dim=shape_of(tensors, "emb.vector_in.linear_1.weight", 2)[1],
     )
@@ -137,7 +139,7 @@ MINI = Family(
     text_encoders="Mini has T5",
     tiny_autoencoder="none",
     read_text=read_text,
-    published={"mini-tiny": Published("mini-tiny", TINY, {}, 16)},
+    published={"mini-tiny": Published("mini-tiny", TINY, {})},
     autoencoder=VAEConfig(
         channels=(8, 16),
         layers_per_block=1,
@@ -154,7 +156,6 @@ MINI = Family(
         settings_of=settings_of,
         table_of=lambda _: DIFFUSERS,
         schedule_of=schedule_of,
-        text_encoders=1,
     ),
     original=OriginalLayout(
         author="Mini's authors",
@@ -163,7 +164,7 @@ MINI = Family(
         config_of=inferred,
         table_of=lambda _: ORIGINAL,
         text_encoders={},
-        untold={"axes_dim": "Rotary channels of (index, row, column)."},
+        unknown_fields={"axes_dim": "Rotary channels of (index, row, column)."},
         written_prefix="model.",
     ),
     lora=LoRANames(

@@ -20,17 +20,8 @@ from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 class MiniConfig(TransformerConfig):
     """The shape of the transformer. axes_dim: rotary channels for (index, row, column)."""
 
-    head_dim: int
     axes_dim: tuple[int, int, int]
     num_blocks: int
-
-    @property
-    def hidden(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        return 2 * self.hidden
 
 
 @dataclass(frozen=True)
