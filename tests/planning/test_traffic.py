@@ -3,18 +3,21 @@ makes."""
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from taca_jax.parallel.chips import CHIPS
 from taca_jax.planning.hlo import Program
-from taca_jax.planning.slices import Chip
+from taca_jax.planning.slices import CHIPS
 from taca_jax.planning.traffic import Moved, read_traffic
 from tests.processes import last_line, run_python
 
 TEXT = (Path(__file__).parent / "small_program.hlo").read_text()
-CHIP = Chip(memory=1e9, flops=1e12, memory_bandwidth=1e9, wire_bandwidth=100.0, clock=1.0)
+CHIP = replace(
+    CHIPS["v5e"], memory=1e9, flops=1e12, memory_bandwidth=1e9, wire_bandwidth=100.0, clock=1.0
+)
 
 
 def test_loops_count_as_often_as_they_run():
