@@ -10,7 +10,6 @@ import pytest
 
 from taca_jax.parallel.chips import CHIPS
 from taca_jax.planning.hlo import Program
-from taca_jax.planning.slices import CHIPS
 from taca_jax.planning.traffic import Moved, read_traffic
 from tests.processes import last_line, run_python
 
