@@ -172,7 +172,7 @@ def test_a_flux_folder_without_one_of_its_parts(flux, tmp_path):
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(
-        UserError, match=r"tokenizer is not there, which text_encoder reads prompts"
+        UserError, match=r"tokenizer is not there; it is the tokenizer of text_encoder"
     ):
         FluxPipeline.from_pretrained(copy)
 

@@ -11,15 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import TensorFiles
-from taca_jax.nn.kinds import flat_params
-from taca_jax.nn.quantization import encode, quantize
+from taca_jax.nn.kinds import flat_params, kind_of
+from taca_jax.nn.quantization import quantize
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.rules import parameter_sharding
-from taca_jax.text.t5 import T5_KIND
 from taca_jax.weights import loading
 from taca_jax.weights.folders import load_model, save_model
 from taca_jax.weights.loading import LoadOptions, on_devices
-from tests.models import T5
+from tests.models import SD3, T5
 from tests.random_models import random_model
 
 WIDE = replace(T5, dim=32, ff_dim=32, head_dim=16)
@@ -51,19 +50,20 @@ def test_a_stack_is_its_layers_wherever_it_lies(monkeypatch, at_once, mesh):
     assert read == ([expected.shape] if at_once else [(1, 4, 6)] * 5)
 
 
+@pytest.mark.parametrize("config", [WIDE, SD3], ids=["all in stacks", "one block in none"])
 @pytest.mark.parametrize("to", ["int8", "nf4"])
-def test_a_model_is_quantised_as_it_is_loaded(tmp_path, to):
+def test_a_model_is_quantised_as_it_is_loaded(tmp_path, config, to):
     """As whole models are; what is stored in bfloat16 too, and each part where it belongs."""
-    save_model(tmp_path / "m", random_model(WIDE), dtype=jnp.bfloat16)
-    mesh = one_device_mesh()
+    save_model(tmp_path / "m", random_model(config), dtype=jnp.bfloat16)
+    mesh, kind = one_device_mesh(), kind_of(config)
     options = LoadOptions(dtype=jnp.bfloat16, quantize=to, mesh=mesh)
     ours = flat_params(load_model(tmp_path / "m", options))
     expected = load_model(tmp_path / "m", LoadOptions(dtype=jnp.bfloat16))
-    quantize(expected, T5_KIND, to)
+    quantize(expected, kind, to)
     theirs = flat_params(expected)
     assert ours.keys() == theirs.keys()
     for path, param in ours.items():
-        where = parameter_sharding(T5_KIND.sharding, path, param.shape, mesh)
+        where = parameter_sharding(kind.sharding, path, param.shape, mesh)
         assert param.get_value().sharding.is_equivalent_to(where, len(param.shape)), path
         assert param.dtype == theirs[path].dtype, path
         assert np.array_equal(param.get_value(), theirs[path].get_value()), path
@@ -83,17 +83,6 @@ def test_kernels_are_quantised_a_layer_at_a_time(tmp_path, monkeypatch):
     load_model(tmp_path / "m", LoadOptions(dtype=jnp.float32, quantize="int8"))
     assert read["blocks.attn.q.kernel"] == [(1, 32, 32)] * 2
     assert read["blocks.attn_norm.scale"] == [(2, 32)]
-
-
-def test_a_layer_that_is_in_no_stack_is_quantised_too():
-    weights = np.random.default_rng(0).standard_normal((64, 8), np.float32)
-    one = SingleDeviceSharding(jax.devices()[0])
-    found = loading._quantized(
-        weights.__getitem__, weights.shape, "int8", path="q", codes_at=one, scales_at=one
-    )
-    expected = jax.jit(encode, static_argnames="to")(weights, to="int8")
-    for ours, theirs in zip(found, expected, strict=True):
-        assert np.array_equal(ours, theirs)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_said(tmp_path, monkeypatch):
