@@ -205,8 +205,7 @@ def write_streamed(
     with whole_file(path) as made, made.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for name in names:
-            for piece in tensors[name].pieces():
-                file.write(_bytes(piece))
+            file.writelines(map(_bytes, tensors[name].pieces()))  # which keeps no piece alive
 
 
 def _bytes(array: np.ndarray) -> memoryview:
