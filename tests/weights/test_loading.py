@@ -89,7 +89,12 @@ def test_a_layer_that_is_in_no_stack_is_quantised_too():
     weights = np.random.default_rng(0).standard_normal((64, 8), np.float32)
     one = SingleDeviceSharding(jax.devices()[0])
     found = loading._quantized(
-        weights.__getitem__, weights.shape, "int8", path="q", codes_at=one, scales_at=one
+        weights.__getitem__,
+        weights.shape,
+        "int8",
+        path="q",
+        codes_sharding=one,
+        scales_sharding=one,
     )
     expected = jax.jit(encode, static_argnames="to")(weights, to="int8")
     for ours, theirs in zip(found, expected, strict=True):
