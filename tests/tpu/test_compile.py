@@ -96,8 +96,8 @@ def test_the_longest_sequences_that_are_said_to_fit_compile(topology, head_dim):
     longest = compile_in_a_process("compile_longest", topology, head_dim)
     print(topology, head_dim, longest)
     for direction in ("forward", "backward"):
-        assert longest[f"{direction}, any blocks"] > longest[f"{direction}, fastest blocks"]
-        assert longest[f"{direction}, any blocks"] > 512 + 4096
+        assert longest[f"{direction}, any blocks"] > longest[f"{direction}, one copy of keys"]
+        assert longest[f"{direction}, one copy of keys"] >= 512 + 4096
 
 
 @pytest.mark.slow
