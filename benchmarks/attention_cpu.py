@@ -2,11 +2,11 @@
 
     python -m benchmarks.attention_cpu [--rounds N] [--threads N] [--json FILE]
 
-FLUX's heads (24 of 128 channels), 512 text and 1024 image tokens, float32, forward and forward +
-backward. Both run in this process, on as many threads; the outputs and gradients are compared (at
-gamma 1, which is what PyTorch computes) before anything is timed. Rounds alternate between the two.
-Then how much memory XLA plans for our forward + backward beside inputs and results, as the sequence
-doubles.
+FLUX's heads (24 of 128 channels), 512 text and 1024 image tokens, float32; forward, and forward +
+backward. Both run in this process with the same number of threads, in alternating rounds. Before
+anything is timed, outputs and gradients are compared, at gamma 1, which is what PyTorch computes.
+Last comes how much memory XLA plans for our forward + backward, besides inputs and results, as the
+sequence doubles.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from taca_jax.attention import joint_attention
 HEADS, HEAD_DIM, TEXT, IMAGE = 24, 128, 512, 1024
 MAX_RELATIVE_ERROR = 1e-5
 SPINNING = 0.3
-"""Seconds for which OpenMP's threads, PyTorch's, may look for work after a call (0.2 by default),
-on cores that the other's call needs."""
+"""Seconds to wait before a call: PyTorch's OpenMP threads go on looking for work after theirs (for
+0.2 by default), on cores that ours needs."""
 MEMORY_LENGTHS = (1536, 3072, 6144)
 
 

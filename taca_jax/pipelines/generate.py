@@ -17,7 +17,7 @@ from taca_jax.formats.tensor_files import open_tensors
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline, Variant
-from taca_jax.pipelines.previews import check_previewer
+from taca_jax.pipelines.previews import open_previewer
 from taca_jax.taca import TacaConfig, describe_steps
 from taca_jax.weights.shipped import find_weights
 
@@ -39,7 +39,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     if config.lora is not None:
         _check_lora(config.lora)  # before the model loads
     if config.preview not in (None, OWN):
-        check_previewer(Path(config.preview))
+        open_previewer(Path(config.preview))  # also before the model loads
     pipeline = Pipeline.from_pretrained(
         config.base,
         dtype=config.dtype,

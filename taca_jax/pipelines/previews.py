@@ -14,9 +14,10 @@ from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
 from taca_jax.pipelines.decoding import decode, to_pil
 from taca_jax.sampling.loop import Sampled
-from taca_jax.weights.folders import CONFIG, load_config, load_model
+from taca_jax.weights.folders import CONFIG
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.originals import tiny_vae
+from taca_jax.weights.originals import Original, tiny_vae
+from taca_jax.weights.pipeline_folders import StoredModel, stored_model
 
 Previewer = Pixels | TinyVAE
 Callback = Callable[[int, jax.Array], None]
@@ -66,28 +67,27 @@ def drawer(
     return lambda step, now: preview(step, to_pil(decode(previewer, now.x0, None)))
 
 
-def check_previewer(path: Path) -> TinyVAEConfig:
-    """The config of a TAESD-style autoencoder: a converted folder, or its two published files.
+def open_previewer(path: Path) -> StoredModel | Original:
+    """A TAESD-style autoencoder, not loaded yet: a converted folder, or its two published files.
 
     Raises UserError if it is missing, damaged or of another kind.
     """
-    config = load_config(path) if (path / CONFIG).is_file() else tiny_vae(path).config
-    if not isinstance(config, TinyVAEConfig):
-        raise UserError(f"{path} is of a {kind_of(config).name}; previews take a tiny_vae")
-    return config
+    stored = stored_model(path) if (path / CONFIG).is_file() else tiny_vae(path)
+    if not isinstance(stored.config, TinyVAEConfig):
+        raise UserError(f"{path} is of a {kind_of(stored.config).name}; previews take a tiny_vae")
+    return stored
 
 
 def read_previewer(path: Path, latent_channels: int) -> TinyVAE:
     """Loads a TAESD-style autoencoder in float32.
 
-    Raises UserError as `check_previewer` does, and for another number of latent channels.
+    Raises UserError as `open_previewer` does, and for another number of latent channels.
     """
-    given = check_previewer(path).latent_channels
+    stored = open_previewer(path)
+    given = stored.config.latent_channels
     if given != latent_channels:
         raise UserError(
             f"{path} has {given} latent channels, the transformer expects {latent_channels}; it is "
             "of another model"
         )
-    options = LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32)
-    is_ours = (path / CONFIG).is_file()
-    return load_model(path, options) if is_ours else tiny_vae(path).load(options)
+    return stored.load(LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32))

@@ -34,7 +34,7 @@ def problem(chip: str, direction: str, keys: int, head_dim: int = 128, dtype=BF1
         head_dim=head_dim,
         group=128 // head_dim,
         dtype=dtype,
-        vmem=CHIPS[chip].kernel_vmem,
+        chip=CHIPS[chip],
         blocks=getattr(default_blocks(CHIPS[chip], head_dim), direction),
     )
 

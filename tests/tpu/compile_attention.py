@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from taca_jax.attention import joint_attention
 
-# What the devices of a topology do, by their number: one chip, or samples and heads apart.
+# How the devices of a topology share samples, heads and queries, by the number of devices.
 MESHES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
 
 
@@ -32,7 +32,7 @@ def main(topology: str, *shapes: str) -> None:
 
 
 def compiled(mesh: Mesh, heads: int, head_dim: int, text: int, image: int) -> dict[str, int]:
-    """Forward and backward, two samples, gamma's gradient too."""
+    """The kernels in the program, and its memory: two samples, forward and all gradients."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     size = (2, text + image, heads, head_dim)
     tensor = jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=sharding)

@@ -1,5 +1,6 @@
-"""Compiles a double and a single FLUX.1 block at full width and 1024 px, forward and backward, over
-the chips of a topology (samples and heads shared); prints what surrounds the kernels as JSON.
+"""Compiles a double and a single FLUX.1 block at full width and 1024 px, forward and backward, for
+the chips of a topology, which share samples and heads. Prints JSON: how many kernels there are, and
+how many copies into another layout.
 
 python -m tests.tpu.compile_flux_blocks TOPOLOGY
 """

@@ -96,8 +96,8 @@ def test_the_longest_sequences_that_are_said_to_fit_compile(topology, head_dim):
     longest = compile_in_a_process("compile_longest", topology, head_dim)
     print(topology, head_dim, longest)
     for direction in ("forward", "backward"):
-        assert longest[f"{direction}, any blocks"] > longest[f"{direction}, fastest blocks"]
-        assert longest[f"{direction}, any blocks"] > 512 + 4096
+        assert longest[f"{direction}, any blocks"] > longest[f"{direction}, one copy of keys"]
+        assert longest[f"{direction}, one copy of keys"] >= 512 + 4096
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_full_size_blocks_hand_tensors_to_the_kernels_as_they_lie(topology):
 
 
 def test_the_kernels_keep_their_cycles():
-    """For FLUX's 24 heads at 1024 px on v6e: schedules are fragile, and these were had."""
+    """For FLUX's 24 heads at 1024 px on v6e. Small changes can spoil the compiler's schedule."""
     found = compile_in_a_process("count_cycles", "v6e:1x1", "1,128,512,4096")
     assert 0 < 24 * found["forward"] <= 0.87e6
     assert 0 < 24 * found["backward"] <= 2.0e6

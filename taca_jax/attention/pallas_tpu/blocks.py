@@ -24,9 +24,9 @@ _SMALL_MATRIX_UNIT = BlockSizes(
 """For matrix units of 128 x 128: v5e, v5p, and what is not known."""
 
 _SMALL_MATRIX_UNIT_V4 = BlockSizes(
-    Blocks(384, 128, per_step=4, unroll=36), Blocks(384, 256, per_step=2)
+    Blocks(384, 128, per_step=4, unroll=36), Blocks(384, 128, per_step=2, unroll=36)
 )
-"""On v4, larger tiles would spill several times as many registers."""
+"""For v4, where larger tiles spill more registers."""
 
 _LARGE_MATRIX_UNIT = BlockSizes(
     Blocks(768, 256, per_step=2), Blocks(256, 256, per_step=3, prefetch=2, transposed=True)

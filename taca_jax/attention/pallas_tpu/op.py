@@ -12,7 +12,7 @@ from taca_jax.attention.log_sums import LogSums
 from taca_jax.attention.pallas_tpu.backward import backward
 from taca_jax.attention.pallas_tpu.blocks import BlockSizes, default_blocks
 from taca_jax.attention.pallas_tpu.forward import Sums, forward
-from taca_jax.attention.pallas_tpu.target import kernel_vmem, this_chip
+from taca_jax.attention.pallas_tpu.target import this_chip
 from taca_jax.attention.pallas_tpu.tiles import LOG2_E, Problem, heads_per_column
 from taca_jax.attention.pallas_tpu.vmem import Direction, fitted
 
@@ -101,7 +101,8 @@ class _Static(NamedTuple):
     ) -> "_Static":
         """For queries of a shape `[b, q, h, d]`, with `blocks` exactly, or (None) the chip's."""
         _, queries, heads, head_dim = shape
-        sizes = blocks or default_blocks(this_chip(), head_dim)
+        chip = this_chip()
+        sizes = blocks or default_blocks(chip, head_dim)
         forward, backward = (
             Problem(
                 queries=queries,
@@ -110,7 +111,7 @@ class _Static(NamedTuple):
                 head_dim=head_dim,
                 group=heads_per_column(heads, head_dim) or 1,
                 dtype=jnp.dtype(dtype),
-                vmem=kernel_vmem(),
+                chip=chip,
                 blocks=each,
             )
             for each in (sizes.forward, sizes.backward)

@@ -20,7 +20,6 @@ def this_chip() -> Chip | None:
     return chip_of(device_kind())
 
 
-def kernel_vmem() -> int:
-    """Bytes of VMEM that one kernel may take on the chip that is compiled for."""
-    chip = this_chip()
+def kernel_vmem(chip: Chip | None) -> int:
+    """Bytes of VMEM that one kernel may take on a chip, or (None) on one that is not known."""
     return UNKNOWN_KERNEL_VMEM if chip is None else chip.kernel_vmem

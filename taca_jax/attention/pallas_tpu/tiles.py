@@ -21,6 +21,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from taca_jax.attention.pallas_tpu.target import kernel_vmem
+from taca_jax.parallel.chips import Chip
+
 LANES, SUBLANES = 128, 8
 KEY_ALIGNMENT = 16
 """Rows of one register of bfloat16. Tiles of keys begin at multiples of it."""
@@ -95,7 +98,7 @@ class Problem:
     """What a kernel is compiled for. Gamma is not part of it: that is data.
 
     dtype: of queries, keys, values and the output. group: heads that share one column of lanes.
-    vmem: bytes of VMEM that a kernel may take.
+    chip: None where it is not known.
     """
 
     queries: int
@@ -104,8 +107,13 @@ class Problem:
     head_dim: int
     group: int
     dtype: np.dtype
-    vmem: int
+    chip: Chip | None
     blocks: Blocks
+
+    @property
+    def vmem(self) -> int:
+        """Bytes of VMEM that the kernel may take."""
+        return kernel_vmem(self.chip)
 
     @property
     def column(self) -> int:
