@@ -18,6 +18,7 @@ from taca_jax.nn.conditioning import Conditioning
 from taca_jax.sampling.loop import denoise, make_plan
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
+from taca_jax.text.encoders import T5Text
 from taca_jax.text.t5 import T5Encoder
 from taca_jax.training.models import TextToImage
 from taca_jax.training.step import Batch, make_trainer
@@ -49,7 +50,7 @@ def main() -> None:
 
 def compile_training(compiled: Any) -> dict[str, int]:
     types = {"rngs": nnx.Rngs(0), "dtype": jnp.dtype("bfloat16")}
-    model = TextToImage(FluxTransformer(MODEL, **types), T5Encoder(T5, **types))
+    model = TextToImage(FluxTransformer(MODEL, **types), T5Text(T5Encoder(T5, **types), pad_id=0))
     config = tiny_config("unused", model=MODEL, dtype="bfloat16", taca=TacaConfig())
     trainer, trained = make_trainer(config, model, Pixels())
     state = trainer.begin(trained)
