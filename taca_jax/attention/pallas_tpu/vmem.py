@@ -6,6 +6,7 @@ there whole, `Blocks.key_buffers` times. To that come the kernel's own arrays, a
 that the compiler spills: how many, only the compiler knows, but there is a bound.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -30,11 +31,13 @@ ROW_ARRAYS = 3
 """Arrays of one float32 per query and head, at most: forward, the softmax's three sums; backward,
 two of them and gamma's gradient."""
 
-SPILLED_TILES = {"v5e": 10, "v5p": 10, "v6e": 10}
-MOST_SPILLED_TILES = 16
-"""Bounds on what the compiler spills in bfloat16, in tiles of scores, by chip and for others (v4).
-In float32 each unrolled tile may add one, and all of it counts `prefetch` times. These were found
-by compiling at many lengths."""
+SPILLED_TILES = 10
+SPILL_LITTLE = ("v5e", "v5p", "v6e")
+SPILLED_PER_TILE = 0.25
+SPILLED_PER_FLOAT32_TILE = 1.0
+"""Bounds on what the compiler spills, in tiles of scores: SPILLED_TILES in bfloat16 on chips that
+spill little. On others (v4), and in float32 on any, each tile that is unrolled adds to that; in
+float32 all of it counts `prefetch` times. They were found by compiling at many lengths."""
 
 LEAST_UNROLL = 4
 
@@ -92,15 +95,15 @@ def needed_vmem(problem: Problem, direction: Direction) -> int:
         QUERY_BUFFERS * (queries + per_row)
         + problem.blocks.key_buffers * keys
         + accumulators
-        + _spilled_tiles(problem) * tile
+        + math.ceil(_spilled_tiles(problem) * tile)
     )
 
 
-def _spilled_tiles(problem: Problem) -> int:
-    chip = problem.chip
-    bound = MOST_SPILLED_TILES if chip is None else SPILLED_TILES.get(chip.name, MOST_SPILLED_TILES)
-    if problem.dtype.itemsize < FLOAT32_BYTES:
-        return bound
+def _spilled_tiles(problem: Problem) -> float:
     before, repeated, _, after = problem.schedule()
     unrolled = problem.group * len([*before, *repeated, *after])
-    return problem.blocks.prefetch * (bound + unrolled)
+    if problem.dtype.itemsize == FLOAT32_BYTES:
+        return problem.blocks.prefetch * (SPILLED_TILES + SPILLED_PER_FLOAT32_TILE * unrolled)
+    if problem.chip is not None and problem.chip.name in SPILL_LITTLE:
+        return SPILLED_TILES
+    return SPILLED_TILES + SPILLED_PER_TILE * unrolled
