@@ -2,8 +2,8 @@
 
 A kernel's blocks of queries are double-buffered: while one is worked on, the next one arrives and
 the one before leaves. Keys and values of a head, and in the backward pass their gradients, are
-there whole, `Blocks.key_buffers` times. To that come the kernel's own arrays, and the registers
-that the compiler spills: how many, only the compiler knows, but there is a bound.
+there whole, `Blocks.key_buffers` times. The rest is the kernel's own arrays, and registers that the
+compiler spills. How many it will spill cannot be known here, but there is a bound.
 """
 
 import math
@@ -22,14 +22,14 @@ MIB = 2**20
 QUERY_BUFFERS = 2
 
 QUERY_ARRAYS: dict[Direction, int] = {"forward": 2, "backward": 4}
-"""Arrays of the size of the queries: q and the output, then q, the output and both's gradients."""
+"""Arrays of the size of the queries: q and the output; backward, their gradients as well."""
 
 KEY_ARRAYS: dict[Direction, int] = {"forward": 2, "backward": 4}
-"""Arrays of the size of the keys: keys and values, then these and their gradients."""
+"""Arrays of the size of the keys: keys and values; backward, their gradients as well."""
 
 ROW_ARRAYS = 3
-"""Arrays of one float32 per query and head, at most: forward, the softmax's three sums; backward,
-two of them and gamma's gradient."""
+"""Arrays with one float32 per query and head, at most: the softmax's three sums; backward, two of
+them and gamma's gradient."""
 
 SPILLED_TILES = 10
 SPILL_LITTLE = ("v5e", "v5p", "v6e")
@@ -43,7 +43,7 @@ LEAST_UNROLL = 4
 
 
 class NoRoomError(ValueError):
-    """No blocks of a kernel fit into VMEM. lack: both numbers, in a sentence without its stop."""
+    """No blocks of a kernel fit into VMEM. lack: which numbers do not fit, without what to do."""
 
     def __init__(self, lack: str):
         super().__init__(f"{lack}; take implementation='auto' or 'chunked'")
