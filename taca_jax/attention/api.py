@@ -67,7 +67,7 @@ def joint_attention(
     chosen = _chosen(implementation)
     attend = _IMPLEMENTATIONS[chosen]
     if implementation == "auto" and chosen == "pallas":
-        attend = _as_vmem_allows(q)
+        attend = _as_vmem_allows(q, text_len)
     return attend(q, k, v, text_len=text_len, gamma=gamma)
 
 
@@ -88,7 +88,7 @@ def joint_attention_with_log_sums(
     gamma = _checked(q, k, v, text_len, gamma)
     chosen = _chosen(implementation)
     if implementation == "auto" and chosen == "pallas":
-        lack = _lack_of_room("forward", q, q.shape)
+        lack = _lack_of_room("forward", q, q.shape, text_len)
         if lack is not None:
             _warn_of_chunks(lack)
             chosen = "chunked"
@@ -151,28 +151,31 @@ _chunked_over_mesh = over_mesh(chunked.joint_attention, whole_sequences=True)
 """Left to itself on a mesh, XLA would gather everything on every device for the loops."""
 
 
-def _as_vmem_allows(q: Float[Array, "b s h d"]) -> Attend:
+def _as_vmem_allows(q: Float[Array, "b s h d"], text_len: int) -> Attend:
     """For the TPU that is compiled for: the kernel, or `chunked` where it has no room in VMEM."""
     shape = local_shape(q.shape)
-    lack = _lack_of_room("forward", q, shape)
+    lack = _lack_of_room("forward", q, shape, text_len)
     if lack is not None:
         _warn_of_chunks(lack)
         return _chunked_over_mesh
-    lack = _lack_of_room("backward", q, shape)
+    lack = _lack_of_room("backward", q, shape, text_len)
     if lack is not None:
         return partial(_kernel_unless_differentiated, lack)
     return _IMPLEMENTATIONS["pallas"]
 
 
 def _lack_of_room(
-    direction: pallas_tpu.Direction, q: Float[Array, "b s h d"], shape: tuple[int, ...]
+    direction: pallas_tpu.Direction,
+    q: Float[Array, "b s h d"],
+    shape: tuple[int, ...],
+    text_len: int,
 ) -> str | None:
     """Which numbers do not fit, in a sentence; None where that pass of the kernel has room.
 
     shape: of the queries that one device works on.
     """
     try:
-        pallas_tpu.planned(direction, shape, keys=q.shape[1], dtype=q.dtype)
+        pallas_tpu.planned(direction, shape, keys=q.shape[1], text_len=text_len, dtype=q.dtype)
     except pallas_tpu.NoRoomError as error:
         return error.lack
     return None

@@ -1,13 +1,13 @@
-"""Joint attention on a mesh: samples and heads apart, and queries apart where images are large.
+"""Joint attention on a mesh: devices share samples and heads and, where images are large, queries.
 
-XLA cannot see into a kernel, so what each device computes is said here, by the names of the mesh's
-axes (`parallel.mesh`): samples over `data` and `fsdp`, heads over `tensor`, the joint sequence's
-queries over `context`. Devices along any other axis repeat the work of their neighbours.
+XLA cannot look into a kernel, so it is said here what each device computes, by the names of the
+mesh's axes (`parallel.mesh`): `data` and `fsdp` share the samples, `tensor` the heads, `context`
+the queries of the joint sequence. Devices along any other axis repeat their neighbours' work.
 
-With `context`, keys and values are gathered rather than passed around a ring. A head's keys and
-values are 2.4 MB at FLUX's 4608 tokens, which VMEM holds whole (the kernel wants them so: no
-rescaling between pieces of a ring), and XLA runs the gathering beside the projections before it; in
-the backward pass, the sum of keys' gradients becomes a reduce-scatter.
+With `context`, every device gathers all keys and values instead of passing them around a ring. One
+head's are 2.4 MB at FLUX's 4608 tokens and stay in VMEM, where the kernel wants them whole so that
+nothing has to be rescaled. XLA overlaps the gathering with the projections before it, and in the
+backward pass the sum of the keys' gradients becomes a reduce-scatter.
 """
 
 import math
@@ -51,7 +51,7 @@ def _layout(shape: tuple[int, ...]) -> _Layout | None:
     Raises ValueError where the heads do not divide over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # Within somebody's shard_map the axes are spent: this is one device's part already.
+    # Within somebody's shard_map this is one device's part already.
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return None
     batch, _, heads, _ = shape
@@ -118,7 +118,7 @@ def over_mesh(
             first = 0 if context is None else jax.lax.axis_index(context) * q.shape[1]
             return attend(q, k, v, text_len=text_len, gamma=gamma, first_query=first)
 
-        # Pallas calls do not say over which axes their results vary: nothing could be checked.
+        # check_vma needs to know over which axes results vary, which Pallas calls do not say.
         return jax.shard_map(
             local,
             mesh=layout.mesh,

@@ -56,7 +56,13 @@ def longest(direction: Direction, head_dim: int, blocks: list[Blocks] | None) ->
 
     def fits(length: int) -> bool:
         try:
-            found = planned(direction, shape(length, head_dim), keys=length, dtype=jnp.bfloat16)
+            found = planned(
+                direction,
+                shape(length, head_dim),
+                keys=length,
+                text_len=TEXT,
+                dtype=jnp.bfloat16,
+            )
         except NoRoomError:
             return False
         return blocks is None or found.blocks in blocks

@@ -37,7 +37,7 @@ def joint_attention(
     Raises NoRoomError, a ValueError, where no blocks, or not those given, fit into VMEM: those of
     the backward pass where a gradient is taken.
     """
-    static = _Static.of(q.shape, k.shape[1], q.dtype, text_len, blocks, interpret)
+    static = _Static.of(q.shape, k.shape[1], text_len, q.dtype, blocks, interpret)
     merged = _merge(static, q, k, v, gamma)
     first = jnp.asarray(first_query, jnp.int32).reshape(1)
     return _split(static, _attention(*merged, first, static))
@@ -56,7 +56,7 @@ def joint_attention_with_log_sums(
 
     Neither has a gradient. Raises NoRoomError where no blocks fit into VMEM.
     """
-    static = _Static.of(q.shape, k.shape[1], q.dtype, text_len, interpret=interpret)
+    static = _Static.of(q.shape, k.shape[1], text_len, q.dtype, interpret=interpret)
     q, k, v, gamma = _merge(static, q, k, v, gamma)
     first = jnp.zeros(1, jnp.int32)
     out, high, *logs = _forward(q, k, v, gamma, first, static, "all and text")
@@ -67,13 +67,18 @@ def joint_attention_with_log_sums(
 
 
 def planned(
-    direction: Direction, shape: tuple[int, ...], *, keys: int, dtype: jax.typing.DTypeLike
+    direction: Direction,
+    shape: tuple[int, ...],
+    *,
+    keys: int,
+    text_len: int,
+    dtype: jax.typing.DTypeLike,
 ) -> Problem:
     """What a kernel is compiled for, its blocks chosen, for queries of a shape `[b, q, h, d]`.
 
     Raises NoRoomError where no blocks fit into VMEM.
     """
-    return _Static.of(shape, keys, dtype).problem(direction)
+    return _Static.of(shape, keys, text_len, dtype).problem(direction)
 
 
 class _Static(NamedTuple):
@@ -94,8 +99,8 @@ class _Static(NamedTuple):
         cls,
         shape: tuple[int, ...],
         keys: int,
+        text_len: int,
         dtype: jax.typing.DTypeLike,
-        text_len: int = 0,
         blocks: BlockSizes | None = None,
         interpret: bool = False,
     ) -> "_Static":

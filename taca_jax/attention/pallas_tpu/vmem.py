@@ -2,10 +2,11 @@
 
 A kernel's blocks of queries are double-buffered: while one is worked on, the next one arrives and
 the one before leaves. Keys and values of a head, and in the backward pass their gradients, are
-there whole, `Blocks.key_buffers` times. To that come the kernel's own arrays, and the registers
-that the compiler spills: how many, only the compiler knows, but there is a bound.
+there whole, `Blocks.key_buffers` times. The rest is the kernel's own arrays, and registers that the
+compiler spills. How many it will spill cannot be known here, but there is a bound.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -21,26 +22,28 @@ MIB = 2**20
 QUERY_BUFFERS = 2
 
 QUERY_ARRAYS: dict[Direction, int] = {"forward": 2, "backward": 4}
-"""Arrays of the size of the queries: q and the output, then q, the output and both's gradients."""
+"""Arrays of the size of the queries: q and the output; backward, their gradients as well."""
 
 KEY_ARRAYS: dict[Direction, int] = {"forward": 2, "backward": 4}
-"""Arrays of the size of the keys: keys and values, then these and their gradients."""
+"""Arrays of the size of the keys: keys and values; backward, their gradients as well."""
 
 ROW_ARRAYS = 3
-"""Arrays of one float32 per query and head, at most: forward, the softmax's three sums; backward,
-two of them and gamma's gradient."""
+"""Arrays with one float32 per query and head, at most: the softmax's three sums; backward, two of
+them and gamma's gradient."""
 
-SPILLED_TILES = {"v5e": 10, "v5p": 10, "v6e": 10}
-MOST_SPILLED_TILES = 16
-"""Bounds on what the compiler spills in bfloat16, in tiles of scores, by chip and for others (v4).
-In float32 each unrolled tile may add one, and all of it counts `prefetch` times. These were found
-by compiling at many lengths."""
+SPILLED_TILES = 10
+SPILL_LITTLE = ("v5e", "v5p", "v6e")
+SPILLED_PER_TILE = 0.25
+SPILLED_PER_FLOAT32_TILE = 1.0
+"""Bounds on what the compiler spills, in tiles of scores: SPILLED_TILES in bfloat16 on chips that
+spill little. On others (v4), and in float32 on any, each tile that is unrolled adds to that; in
+float32 all of it counts `prefetch` times. They were found by compiling at many lengths."""
 
 LEAST_UNROLL = 4
 
 
 class NoRoomError(ValueError):
-    """No blocks of a kernel fit into VMEM. lack: both numbers, in a sentence without its stop."""
+    """No blocks of a kernel fit into VMEM. lack: which numbers do not fit, without what to do."""
 
     def __init__(self, lack: str):
         super().__init__(f"{lack}; take implementation='auto' or 'chunked'")
@@ -92,15 +95,15 @@ def needed_vmem(problem: Problem, direction: Direction) -> int:
         QUERY_BUFFERS * (queries + per_row)
         + problem.blocks.key_buffers * keys
         + accumulators
-        + _spilled_tiles(problem) * tile
+        + math.ceil(_spilled_tiles(problem) * tile)
     )
 
 
-def _spilled_tiles(problem: Problem) -> int:
-    chip = problem.chip
-    bound = MOST_SPILLED_TILES if chip is None else SPILLED_TILES.get(chip.name, MOST_SPILLED_TILES)
-    if problem.dtype.itemsize < FLOAT32_BYTES:
-        return bound
+def _spilled_tiles(problem: Problem) -> float:
     before, repeated, _, after = problem.schedule()
     unrolled = problem.group * len([*before, *repeated, *after])
-    return problem.blocks.prefetch * (bound + unrolled)
+    if problem.dtype.itemsize == FLOAT32_BYTES:
+        return problem.blocks.prefetch * (SPILLED_TILES + SPILLED_PER_FLOAT32_TILE * unrolled)
+    if problem.chip is not None and problem.chip.name in SPILL_LITTLE:
+        return SPILLED_TILES
+    return SPILLED_TILES + SPILLED_PER_TILE * unrolled
