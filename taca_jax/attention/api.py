@@ -1,4 +1,4 @@
-"""One entry point to TACA joint attention, whatever runs beneath it."""
+"""The one entry point to TACA joint attention: checks arguments, chooses what runs."""
 
 import logging
 from collections.abc import Callable
@@ -49,11 +49,11 @@ def joint_attention(
     gamma: Gamma | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b s h d"]:
-    """Attention over [text, image] tokens with image-query x text-key logits times gamma.
+    """Attention over text and image tokens; gamma multiplies logits of image queries and text keys.
 
-    The first `text_len` tokens (0 to s) are text. `gamma` is the temperature, a number or an array
-    of shape `[]` or `[b]`, one per sample; it may be traced. None is 1, the same path to the last
-    bit. The softmax is in float32; the result has q's dtype.
+    The first `text_len` tokens (0 to s) are text. `gamma` is the temperature: a number or an array
+    of shape `[]`, or of shape `[b]`, one per sample; it may be traced. None is 1, with the same
+    result to the last bit. The softmax is in float32; the result has q's dtype.
 
     `auto` takes `pallas` on TPUs (over the mesh that is set, see `sharded`), `split` (cuDNN) on
     GPUs and `chunked` elsewhere. On a TPU whose VMEM is too small for the kernel's forward pass,
@@ -80,10 +80,10 @@ def joint_attention_with_log_sums(
     gamma: Gamma | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "b s h d"], LogSums]:
-    """`joint_attention` and how much of it each query pays to text; for analysis, not training.
+    """`joint_attention`, and how much of its attention each query pays to text; for analysis.
 
-    On TPU both come from one pass of the kernel, on one device; elsewhere the sums take one more.
-    No gradient flows through either. Raises as `joint_attention` does.
+    The TPU kernel computes both in one pass, on one device (not over a mesh); other implementations
+    take a second pass for the sums. Neither has a gradient. Raises as `joint_attention` does.
     """
     gamma = _checked(q, k, v, text_len, gamma)
     chosen = _chosen(implementation)

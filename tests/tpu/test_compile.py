@@ -90,6 +90,15 @@ def test_attention_compiles_at_every_size(topology):
 
 
 @pytest.mark.slow
+def test_training_compiles_in_chunks_where_the_backward_kernel_has_no_room():
+    """8192 tokens on v4, over a mesh: without a kernel, and without whole score matrices."""
+    shape = "4,128,512,7680"
+    program = compile_in_a_process("compile_attention", "v4:2x2x1", shape)[shape]
+    assert program["forward_kernels"] == program["backward_kernels"] == 0
+    assert program["temporaries"] < 4 * 8192**2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", ["64", "128"])
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
 def test_the_longest_sequences_that_are_said_to_fit_compile(topology, head_dim):

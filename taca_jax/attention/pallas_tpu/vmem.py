@@ -36,8 +36,9 @@ SPILL_LITTLE = ("v5e", "v5p", "v6e")
 SPILLED_PER_TILE = 0.25
 SPILLED_PER_FLOAT32_TILE = 1.0
 """Bounds on what the compiler spills, in tiles of scores: SPILLED_TILES in bfloat16 on chips that
-spill little. On others (v4), and in float32 on any, each tile that is unrolled adds to that; in
-float32 all of it counts `prefetch` times. They were found by compiling at many lengths."""
+spill little. On others (v4) each tile of a block that is unrolled adds to that. In float32 those of
+all blocks of a step do, on any chip, and all of it counts `prefetch` times. These bounds were found
+by compiling at many lengths."""
 
 LEAST_UNROLL = 4
 
@@ -103,6 +104,7 @@ def _spilled_tiles(problem: Problem) -> float:
     before, repeated, _, after = problem.schedule()
     unrolled = problem.group * len([*before, *repeated, *after])
     if problem.dtype.itemsize == FLOAT32_BYTES:
+        unrolled *= len(problem.step_blocks)
         return problem.blocks.prefetch * (SPILLED_TILES + SPILLED_PER_FLOAT32_TILE * unrolled)
     if problem.chip is not None and problem.chip.name in SPILL_LITTLE:
         return SPILLED_TILES
