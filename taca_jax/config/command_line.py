@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 import textwrap
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,18 +18,27 @@ _WIDTH = 100
 
 
 def parse_cli(
-    argv: Sequence[str], kind: type[C], *, package: str = "configs", attribute: str = "CONFIG"
+    argv: Sequence[str],
+    kind: type[C],
+    *,
+    package: str = "configs",
+    attribute: str = "CONFIG",
+    preset_kind: type | None = None,
+    program: str | None = None,
 ) -> C:
     """The configuration that the command line `argv` (without the program's name) asks for.
 
-    `--config NAME` takes the preset: the value `attribute`, of class `kind`, in the module
-    `package.NAME`. Each `key=value` then replaces a field (`lora.rank=64`, `resume=true`,
-    `lora=none`). `--help` prints the presets and every key, `--config` without a name the presets;
-    both exit with status 0. Bad input prints one line, `error: ...`, on stderr and exits with
-    status 2.
+    `--config NAME` takes the preset: the value `attribute` in the module `package.NAME`, of class
+    `kind`; or of class `preset_kind`, whose values are then taken for the fields that both have.
+    Each `key=value` then replaces a field (`lora.rank=64`, `resume=true`, `lora=none`). `--help`
+    prints the presets and every key, `--config` without a name the presets; both exit with status
+    0. Bad input prints one line, `error: ...`, on stderr and exits with status 2.
+
+    program: how the program is called, for the help; by default the file that runs.
     """
+    presets = _Presets(package, attribute, preset_kind or kind)
     try:
-        return _parse(list(argv), kind, package, attribute)
+        return _parse(list(argv), kind, presets, program or sys.argv[0])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -43,7 +53,7 @@ def say(lines: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
+def _parse(argv: list[str], kind: type[C], presets: "_Presets", program: str) -> C:
     preset, values = None, {}
     wants_help = False
     rest = iter(argv)
@@ -54,7 +64,7 @@ def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
         elif key == "--config":
             preset = value if equals else next(rest, "")
             if not preset or preset.startswith("-"):
-                say(_presets(package, kind, attribute))
+                say(presets.names())
                 raise SystemExit(0)
         elif not equals:
             raise UserError(f"{argument}: expected key=value{_as_assignment(argument)}")
@@ -64,14 +74,22 @@ def _parse(argv: list[str], kind: type[C], package: str, attribute: str) -> C:
             raise UserError(f"{key} is given twice ({values[key]} and {value}); keep one")
         else:
             values[key] = value
-    config = None if preset is None else _load(preset, package, kind, attribute)
+    config = None if preset is None else _as_kind(presets.load(preset), kind)
     if wants_help:
-        say([_help(kind, config, preset, _presets(package, kind, attribute))])
+        say([_help(kind, config, preset, presets.names(), program)])
         raise SystemExit(0)
     if config is None:
-        names = ", ".join(_presets(package, kind, attribute))
-        raise UserError(f"no --config NAME given; the presets are {names}")
+        raise UserError(f"no --config NAME given; the presets are {', '.join(presets.names())}")
     return update(config, values)
+
+
+def _as_kind(preset: Any, kind: type[C]) -> C:
+    """The preset, or a `kind` with the preset's values of the fields that both have."""
+    if isinstance(preset, kind):
+        return preset
+    names = {field.name for field in dataclasses.fields(preset)}
+    shared = [field.name for field in dataclasses.fields(kind) if field.name in names]
+    return kind(**{name: getattr(preset, name) for name in shared})
 
 
 def _as_assignment(argument: str) -> str:
@@ -84,47 +102,52 @@ PURPOSES = {"CONFIG": "trains", "GENERATE": "draws"}
 """What presets are for in this repository's modules, by the attribute that holds them."""
 
 
-def _modules(package: str) -> list[str]:
-    return [
-        module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
-    ]
+@dataclasses.dataclass(frozen=True)
+class _Presets:
+    """The values called `attribute`, of class `kind`, in the modules of a package."""
+
+    package: str
+    attribute: str
+    kind: type
+
+    def names(self) -> list[str]:
+        """The names of the modules that have one."""
+        return [name for name in self._modules() if isinstance(self._value(name), self.kind)]
+
+    def load(self, name: str) -> Any:
+        """The preset of that name. Raises UserError that names the others where there is none."""
+        presets = self.names()
+        if name in presets:
+            return self._value(name)
+        problem = f"unknown preset {name}"
+        if name in self._modules():
+            purposes = [
+                purpose
+                for each, purpose in PURPOSES.items()
+                if getattr(self._module(name), each, None) is not None
+            ]
+            problem = f"the preset {name} only {' and '.join(purposes)}" if purposes else problem
+        raise UserError(f"{problem}; there are {', '.join(nearest(name, presets))}")
+
+    def _modules(self) -> list[str]:
+        path = importlib.import_module(self.package).__path__
+        return [module.name for module in pkgutil.iter_modules(path)]
+
+    def _module(self, name: str) -> types.ModuleType:
+        return importlib.import_module(f"{self.package}.{name}")
+
+    def _value(self, name: str) -> Any:
+        return getattr(self._module(name), self.attribute, None)
 
 
-def _presets(package: str, kind: type, attribute: str) -> list[str]:
-    """The names of the package's modules that have a preset of this kind."""
-    return [
-        name for name in _modules(package) if isinstance(_preset(name, package, attribute), kind)
-    ]
-
-
-def _preset(name: str, package: str, attribute: str) -> Any:
-    return getattr(importlib.import_module(f"{package}.{name}"), attribute, None)
-
-
-def _load(name: str, package: str, kind: type[C], attribute: str) -> C:
-    """The preset `name`. Raises UserError that names the others where there is none."""
-    presets = _presets(package, kind, attribute)
-    if name in presets:
-        return _preset(name, package, attribute)
-    problem = f"unknown preset {name}"
-    if name in _modules(package):
-        purposes = [
-            purpose
-            for each, purpose in PURPOSES.items()
-            if _preset(name, package, each) is not None
-        ]
-        problem = f"the preset {name} only {' and '.join(purposes)}" if purposes else problem
-    raise UserError(f"{problem}; there are {', '.join(nearest(name, presets))}")
-
-
-def _help(kind: type, config: Any, preset: str | None, presets: list[str]) -> str:
+def _help(kind: type, config: Any, preset: str | None, presets: list[str], program: str) -> str:
     """The help: usage, presets, and each key with its value, its type and its documentation.
 
     config: the preset whose values are shown; None for the defaults of the class `kind`.
     """
     whose = f"values of {preset}" if preset else "default values; add --config NAME for a preset's"
     lines = [
-        f"usage: python {sys.argv[0]} --config NAME [key=value ...]",
+        f"usage: python {program} --config NAME [key=value ...]",
         "",
         f"presets: {', '.join(presets)}",
         "",

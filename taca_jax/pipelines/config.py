@@ -1,4 +1,4 @@
-"""The configuration of `generate.py`."""
+"""The configurations of sampling, and of `generate.py`."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,66 +14,78 @@ from taca_jax.taca import TacaConfig
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """One call of generate.py; steps, guidance, height and width default to the model's own.
+class SamplingConfig:
+    """How a model draws; steps, guidance, height and width default to the model's own.
 
     base: the model folder, or the name of a model that comes with the package.
-    prompt: what to draw.
-    negative_prompt: what to avoid, with classifier-free guidance.
     lora: a LoRA file; none for the base alone.
     taca: TACA's strength and schedule; none is plain attention, and turns the LoRA off too.
     steps: sampling steps.
     guidance: strength of guidance.
     height: of the picture, in pixels.
     width: of the picture, in pixels.
-    num_images: number of pictures; their seeds are seed, seed + 1, ... .
     seed: of the noise.
-    compare: draw the same noise plainly, with TACA, and with TACA and the LoRA, side by side.
     dtype: of parameters and activations.
-    tiling: how large pictures are decoded in overlapping tiles, to save memory; none decodes at
-      once.
-    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws the
-      predicted picture after each step, into a file beside `out`; `own` is the model's own
-      autoencoder, if that is small; none draws no previews.
-    progress: a progress bar of the steps; none shows it on a terminal only.
     quantize: the format of the transformer's kernels: `int8`, `nf4` (4 bits), or none, which is
       dtype.
     quantize_text: the same for T5's kernels.
     attention: the implementation of the joint attention: `auto` takes the fastest for the device.
-    out: the PNG to write (numbered for several pictures); its settings go into its metadata.
+
+    Raises UserError for values out of range.
     """
 
     base: str
-    prompt: str = ""
-    negative_prompt: str | None = None
     lora: str | None = None
     taca: TacaConfig | None = field(default_factory=TacaConfig)
     steps: int | None = None
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
-    num_images: int = 1
     seed: int = 0
-    compare: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    tiling: Tiling | None = field(default_factory=Tiling)
-    preview: str | None = None
-    progress: bool | None = None
     quantize: Quantization = "none"
     quantize_text: Quantization = "none"
     attention: Implementation = "auto"
-    out: str = "out.png"
 
     def __post_init__(self):
-        counts = {"steps": self.steps, "num_images": self.num_images}
-        for name, value in counts.items():
-            check(value is None or value >= 1, name, value, "1 or more")
+        steps, guidance = self.steps, self.guidance
+        check(steps is None or steps >= 1, "steps", steps, "1 or more")
         for name, value in {"height": self.height, "width": self.width}.items():
             check(value is None or value >= 8, name, value, "8 or more pixels")
-        guidance = self.guidance
         right = guidance is None or 0 <= guidance < math.inf
         check(right, "guidance", guidance, "0 or more, or none")
         check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(SamplingConfig):
+    """One call of generate.py.
+
+    prompt: what to draw.
+    negative_prompt: what to avoid, with classifier-free guidance.
+    num_images: number of pictures; their seeds are seed, seed + 1, ... .
+    compare: draw the same noise plainly, with TACA, and with TACA and the LoRA, side by side.
+    tiling: how large pictures are decoded in overlapping tiles, to save memory; none decodes at
+      once.
+    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws the
+      predicted picture after each step, into a file beside `out`; `own` is the model's own
+      autoencoder, if that is small; none draws no previews.
+    progress: a progress bar of the steps; none shows it on a terminal only.
+    out: the PNG to write (numbered for several pictures); its settings go into its metadata.
+    """
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    num_images: int = 1
+    compare: bool = False
+    tiling: Tiling | None = field(default_factory=Tiling)
+    preview: str | None = None
+    progress: bool | None = None
+    out: str = "out.png"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
         check(self.out.endswith(".png"), "out", self.out or "empty", "the name of a .png file")
         if self.compare and self.taca is None:
             raise UserError("compare=true compares plain with TACA; leave taca on (not taca=none)")

@@ -1,0 +1,65 @@
+"""The commands of `python -m taca_jax.evaluation`."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+
+from taca_jax.config.command_line import parse_cli, say
+from taca_jax.config.fields import nearest
+from taca_jax.pipelines.config import GenerateConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: the class of its configuration and the function that takes it, each as
+    `module:name`, and a line for the help.
+
+    Its presets are those of generate.py: the configuration has the values of the fields that both
+    have.
+    """
+
+    config: str
+    run: str
+    purpose: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command line `COMMAND --config NAME [key=value ...]`.
+
+    Raises UserError for problems that the user can fix; a line that cannot be parsed is reported
+    and ends the program with status 2.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        say([_help()])
+        raise SystemExit(0)
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1  # "compbench score" is one command
+    name, rest = " ".join(argv[:words]), argv[words:]
+    if name not in COMMANDS:
+        there = ", ".join(nearest(name, list(COMMANDS)))
+        print(f"error: unknown command {name}; there are {there}", file=sys.stderr)
+        raise SystemExit(2)
+    command = COMMANDS[name]
+    config = parse_cli(
+        rest,
+        _named(command.config),
+        attribute="GENERATE",
+        preset_kind=GenerateConfig,
+        program=f"-m taca_jax.evaluation {name}",
+    )
+    _named(command.run)(config)  # imported only now: it takes seconds, as in train.py
+
+
+def _help() -> str:
+    lines = ["usage: python -m taca_jax.evaluation COMMAND --config NAME [key=value ...]", ""]
+    width = max(map(len, COMMANDS), default=0)
+    lines += [f"  {name:<{width}}  {command.purpose}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "COMMAND --help lists a command's presets and keys"])
+
+
+def _named(name: str):
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
