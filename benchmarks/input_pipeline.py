@@ -34,15 +34,10 @@ from PIL import Image
 
 from taca_jax.autoencoders.vae import AutoencoderKL, VAEConfig
 from taca_jax.data.buckets import make_buckets
-from taca_jax.data.cache import (
-    Cache,
-    CacheWriter,
-    Caption,
-    Manifest,
-    make_cached_loader,
-    write_empty_caption,
-    write_sizes,
-)
+from taca_jax.data.cache.files import write_sizes
+from taca_jax.data.cache.manifest import Manifest
+from taca_jax.data.cache.reader import Cache, make_cached_loader
+from taca_jax.data.cache.writer import CacheWriter, Caption, write_empty_caption
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import one_bucket
 from taca_jax.data.sources.factory import open_source

@@ -3,6 +3,8 @@
 Sources: black-forest-labs/flux, model.py; Stability-AI/sd3.5, mmditx.py.
 """
 
+from typing import Unpack
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -26,7 +28,8 @@ from taca_jax.parallel.mesh import constrain_vectors
 
 
 class MMDiT(nnx.Module):
-    """Embeddings and output head of a multimodal diffusion transformer; subclasses add the blocks.
+    """Embeddings and output head of a multimodal diffusion transformer; subclasses add the rest in
+    `add_layers`.
 
     Parameters are created in `param_dtype`, computation is in `dtype`; norms, softmax and the time
     embedding are always float32. `remat` says what the backward pass recomputes, `attention` is the
@@ -43,6 +46,7 @@ class MMDiT(nnx.Module):
         remat: Remat = "none",
         attention: Implementation = "auto",
     ):
+        self.config = config
         self.dtype = dtype
         self.remat: Remat = remat
         self.attention: Implementation = attention
@@ -54,10 +58,14 @@ class MMDiT(nnx.Module):
         self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **options)
         self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **options)
         self.final_out = Linear(hidden, features, kernel_init=ZEROS, **options)
+        self.add_layers(**options)
+
+    def add_layers(self, **options: Unpack[LayerOptions]) -> None:
+        """Creates the blocks, and what else a family has, by `self.config`."""
+        raise NotImplementedError
 
     def embed(
         self,
-        config: TransformerConfig,
         latents: Float[Array, "b H W c"],
         timestep: Float[Array, " b"],
         txt: Float[Array, "b t k"],
@@ -68,6 +76,7 @@ class MMDiT(nnx.Module):
 
         Raises ValueError for inputs whose widths are not the model's.
         """
+        config = self.config
         for name, given, expected in (
             ("latents", latents.shape[-1], config.latent_channels),
             ("txt", txt.shape[-1], config.txt_dim),
@@ -82,7 +91,6 @@ class MMDiT(nnx.Module):
 
     def velocity(
         self,
-        config: TransformerConfig,
         img: Float[Array, "b s d"],
         vec: Float[Array, "b d"],
         lora_scale: Float[Array, " b"] | None,
@@ -92,4 +100,4 @@ class MMDiT(nnx.Module):
         vectors = constrain_vectors(self.final_mod(vec, lora_scale))
         shift, scale = jnp.split(vectors, 2, axis=-1)
         out = self.final_out(modulate(img, shift, scale), lora_scale)
-        return unpatchify(out.astype(jnp.float32), config.patch_size, *size)
+        return unpatchify(out.astype(jnp.float32), self.config.patch_size, *size)

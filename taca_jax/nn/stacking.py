@@ -14,13 +14,14 @@ Remat = Literal["none", "full"]
 Block = TypeVar("Block", bound=nnx.Module)
 
 
-def make_stack(make: Callable[[nnx.Rngs], Block], layers: int, rngs: nnx.Rngs) -> Block:
-    """`layers` blocks created by `make(rngs)` from different keys, their parameters stacked."""
+def make_stack(make: Callable[..., Block], layers: int, *, rngs: nnx.Rngs, **options: Any) -> Block:
+    """`layers` blocks created by `make(rngs=, **options)` from different keys, their parameters
+    stacked."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs: nnx.Rngs) -> Block:
-        return make(rngs)
+        return make(rngs=rngs, **options)
 
     return create(rngs)
 

@@ -5,6 +5,7 @@ checked against transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Unpack
 
 import jax
@@ -184,9 +185,11 @@ class CLIPTextEncoder(nnx.Module):
         self.token_embed = embedding(config.vocab_size, config.dim, 0.02, rngs, param_dtype)
         self.position_embed = embedding(config.max_tokens, config.dim, 0.01, rngs, param_dtype)
         self.blocks = make_stack(
-            lambda rngs: CLIPBlock(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype),
+            partial(CLIPBlock, config),
             config.num_layers,
-            rngs,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            dtype=dtype,
         )
         self.final_norm = _norm(config, rngs, param_dtype)
         self.projection = nnx.data(None)

@@ -6,6 +6,7 @@ embedding with the head); checked against transformers' `T5EncoderModel`.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Unpack
 
 import jax
@@ -159,9 +160,11 @@ class T5Encoder(nnx.Module):
             config.relative_buckets, config.num_heads, config.dim**-0.5, rngs, param_dtype
         )
         self.blocks = make_stack(
-            lambda rngs: T5Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype),
+            partial(T5Block, config),
             config.num_layers,
-            rngs,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            dtype=dtype,
         )
         self.final_norm = _norm(config, rngs, param_dtype)
 

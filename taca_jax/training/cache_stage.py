@@ -16,18 +16,10 @@ from flax import nnx
 
 from taca_jax.config.fields import to_json
 from taca_jax.data.buckets import make_buckets
-from taca_jax.data.cache import (
-    Cache,
-    CacheWriter,
-    Manifest,
-    differences,
-    encoded,
-    picture_fields,
-    read_buckets,
-    read_manifest,
-    write_empty_caption,
-    write_sizes,
-)
+from taca_jax.data.cache.files import encoded, write_sizes
+from taca_jax.data.cache.manifest import Manifest, differences, picture_fields, read_manifest
+from taca_jax.data.cache.reader import Cache, read_buckets
+from taca_jax.data.cache.writer import CacheWriter, write_empty_caption
 from taca_jax.data.sources.factory import open_source
 from taca_jax.data.sources.mixing import parts_of, summaries
 from taca_jax.data.sources.stored_scans import stamp_of

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from taca_jax.autoencoders.vae import AutoencoderKL
-from taca_jax.data.cache import CacheWriter, Caption
+from taca_jax.data.cache.writer import CacheWriter, Caption
 from taca_jax.data.loader import BATCHES_AHEAD, FILES_PER_CHUNK, MAX_THREADS, captions_of
 from taca_jax.data.order import Bucket
 from taca_jax.data.sources.bad_examples import BadExampleError

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from taca_jax.data.buckets import make_buckets
-from taca_jax.data.cache import Cache, make_cached_loader
+from taca_jax.data.cache.reader import Cache, make_cached_loader
 from taca_jax.data.loader import Loader, make_loader
 from taca_jax.data.order import Bucket
 from taca_jax.data.sources.factory import open_source

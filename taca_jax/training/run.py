@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from taca_jax.config.fields import difference, from_json, to_json
-from taca_jax.data.cache import Cache
+from taca_jax.data.cache.reader import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes

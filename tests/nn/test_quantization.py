@@ -105,7 +105,7 @@ class Layers(nnx.Module):
 
     def __init__(self):
         types = {"param_dtype": jnp.float32, "dtype": jnp.float32}
-        self.blocks = make_stack(lambda rngs: Linear(32, 32, rngs=rngs, **types), 3, nnx.Rngs(0))
+        self.blocks = make_stack(partial(Linear, 32, 32), 3, rngs=nnx.Rngs(0), **types)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -15,8 +15,10 @@ from PIL import Image
 
 from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.config.fields import to_json
-from taca_jax.data import cache as cache_module
-from taca_jax.data.cache import CacheWriter, encoded, read_manifest
+from taca_jax.data.cache import reader as cache_reader
+from taca_jax.data.cache.files import encoded
+from taca_jax.data.cache.manifest import read_manifest
+from taca_jax.data.cache.writer import CacheWriter
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.families.flux.family import FLUX as FLUX_FAMILY
@@ -310,7 +312,7 @@ def test_more_shards_than_files_that_may_be_open(made, tmp_path, monkeypatch):
     shards = config.cache_dir / "shards"
     for number in range(1, 4):
         shutil.copytree(shards / "000000", shards / f"{number:06}")
-    monkeypatch.setattr(cache_module, "_MOST_OPEN", 2)
+    monkeypatch.setattr(cache_reader, "_MOST_OPEN", 2)
     cache = ready(config)
     for _ in range(2):
         for shard in range(4):
@@ -387,7 +389,7 @@ import os, signal, sys, time
 from pathlib import Path
 import jax
 from taca_jax.config.fields import from_json
-from taca_jax.data.cache import CacheWriter
+from taca_jax.data.cache.writer import CacheWriter
 from taca_jax.errors import StoppedError
 from taca_jax.parallel.mesh import make_mesh
 from taca_jax.parallel.processes import join_processes

@@ -6,11 +6,11 @@ and scanned, and inputs and outputs are NHWC latents: packing into tokens happen
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation, joint_attention
@@ -28,7 +28,7 @@ from taca_jax.nn.layers import (
 )
 from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.rope import Rotation, joint_rotation, rotate
-from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.nn.stacking import make_stack, run_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
@@ -80,34 +80,18 @@ FLUX_SCHNELL = replace(FLUX_DEV, guidance_embed=False)
 class FluxTransformer(MMDiT):
     """Predicts the flow-matching velocity noise - x0 of latents, given text."""
 
-    def __init__(
-        self,
-        config: FluxConfig,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike = jnp.float32,
-        dtype: DTypeLike = jnp.float32,
-        remat: Remat = "none",
-        attention: Implementation = "auto",
-    ):
-        options: LayerOptions = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
-        super().__init__(config, remat=remat, attention=attention, **options)
-        self.config = config
+    config: FluxConfig
+
+    def add_layers(self, **options: Unpack[LayerOptions]) -> None:
+        config = self.config
         self.guidance_in = nnx.data(
             MLPEmbedder(TIMESTEP_CHANNELS, config.hidden, **options)
             if config.guidance_embed
             else None
         )
-        self.double_blocks = make_stack(
-            lambda r: DoubleBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
-            config.num_double_blocks,
-            rngs,
-        )
-        self.single_blocks = make_stack(
-            lambda r: SingleBlock(config, rngs=r, param_dtype=param_dtype, dtype=dtype),
-            config.num_single_blocks,
-            rngs,
-        )
+        double, single = partial(DoubleBlock, config), partial(SingleBlock, config)
+        self.double_blocks = make_stack(double, config.num_double_blocks, **options)
+        self.single_blocks = make_stack(single, config.num_single_blocks, **options)
 
     def __call__(
         self,
@@ -139,7 +123,7 @@ class FluxTransformer(MMDiT):
             )
         height, width = latents.shape[1:3]
         text_len = txt.shape[1]
-        img, txt, vec = self.embed(config, latents, timestep, txt, pooled, lora_scale)
+        img, txt, vec = self.embed(latents, timestep, txt, pooled, lora_scale)
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance * 1000), lora_scale)
         inputs = FluxInputs(
@@ -168,7 +152,7 @@ class FluxTransformer(MMDiT):
             jnp.concatenate([txt, img], axis=1),
             remat=self.remat,
         )
-        return self.velocity(config, joint[:, text_len:], inputs.vec, lora_scale, (height, width))
+        return self.velocity(joint[:, text_len:], inputs.vec, lora_scale, (height, width))
 
 
 @dataclass(frozen=True)

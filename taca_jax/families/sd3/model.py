@@ -6,12 +6,12 @@ and scanned, and inputs and outputs are NHWC latents.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from taca_jax.attention import Implementation, joint_attention
@@ -21,7 +21,7 @@ from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import ZEROS, LayerOptions, Linear, modulate
 from taca_jax.nn.mmdit import MMDiT
-from taca_jax.nn.stacking import Remat, make_stack, run_stack
+from taca_jax.nn.stacking import make_stack, run_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import EMBEDDING, FSDP, IN, OUT, WHOLE
 
@@ -84,33 +84,22 @@ SD3_MEDIUM = replace(SD35_MEDIUM, num_dual_layers=0, qk_norm="none", position_si
 class SD3Transformer(MMDiT):
     """Predicts the flow-matching velocity noise - x0 of latents, given text."""
 
-    def __init__(
-        self,
-        config: SD3Config,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype: DTypeLike = jnp.float32,
-        dtype: DTypeLike = jnp.float32,
-        remat: Remat = "none",
-        attention: Implementation = "auto",
-    ):
-        types: dict[str, Any] = {"param_dtype": param_dtype, "dtype": dtype}
-        super().__init__(config, rngs=rngs, remat=remat, attention=attention, **types)
-        self.config = config
+    config: SD3Config
+
+    def add_layers(self, **options: Unpack[LayerOptions]) -> None:
+        config = self.config
         self.position_embed = PositionTable(
-            config.position_size, config.hidden, param_dtype=param_dtype
+            config.position_size, config.hidden, param_dtype=options["param_dtype"]
         )
 
         def stack(layers: int, *, dual: bool) -> JointBlock | None:
             if not layers:
                 return nnx.data(None)
-            return make_stack(
-                lambda r: JointBlock(config, dual=dual, rngs=r, **types), layers, rngs
-            )
+            return make_stack(partial(JointBlock, config, dual=dual), layers, **options)
 
         self.dual_blocks = stack(config.num_dual_layers, dual=True)
         self.joint_blocks = stack(config.num_joint_layers, dual=False)
-        self.last_block = LastBlock(config, rngs=rngs, **types)
+        self.last_block = LastBlock(config, **options)
 
     def __call__(
         self,
@@ -136,7 +125,7 @@ class SD3Transformer(MMDiT):
         if skip is not None and skip.shape != (config.num_layers,):
             raise ValueError(f"skip is {skip.shape}; this model has {config.num_layers} layers")
         height, width = latents.shape[1:3]
-        img, txt, vec = self.embed(config, latents, timestep, txt, pooled, lora_scale)
+        img, txt, vec = self.embed(latents, timestep, txt, pooled, lora_scale)
         inputs = BlockInputs(
             vec=nnx.silu(vec),  # the first step of every modulation
             text_len=txt.shape[1],
@@ -165,7 +154,7 @@ class SD3Transformer(MMDiT):
         img = _unless(
             None if skip is None else skip[-1], lambda x: self.last_block(x, txt, inputs), img
         )
-        return self.velocity(config, img, inputs.vec, lora_scale, (height, width))
+        return self.velocity(img, inputs.vec, lora_scale, (height, width))
 
 
 class ImageAttention(nnx.Module):

@@ -1,6 +1,7 @@
 """A third MM-DiT, as small as one can be: joint blocks alone, rotary positions, text from a T5."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,19 +61,16 @@ class MiniBlock(nnx.Module):
 class MiniTransformer(MMDiT):
     """Predicts the velocity of latents, called as every family's transformer is."""
 
-    def __init__(self, config: MiniConfig, *, rngs: nnx.Rngs, **options):
-        super().__init__(config, rngs=rngs, **options)
-        self.config = config
-        types = {name: options.get(name, jnp.float32) for name in ("param_dtype", "dtype")}
-        self.blocks = make_stack(
-            lambda r: MiniBlock(config, rngs=r, **types), config.num_blocks, rngs
-        )
+    config: MiniConfig
+
+    def add_layers(self, **options):
+        self.blocks = make_stack(partial(MiniBlock, self.config), self.config.num_blocks, **options)
 
     def __call__(
         self, latents, timestep, txt, pooled, *, gamma=None, lora_scale=None, attention=None
     ):
         config, (height, width) = self.config, latents.shape[1:3]
-        img, txt, vec = self.embed(config, latents, timestep, txt, pooled, lora_scale)
+        img, txt, vec = self.embed(latents, timestep, txt, pooled, lora_scale)
         inputs = MiniInputs(
             vec=nnx.silu(vec),
             rotation=joint_rotation(
@@ -90,7 +88,7 @@ class MiniTransformer(MMDiT):
         img, _ = run_stack(
             self.blocks, lambda block, x: block(x[0], x[1], inputs), (img, txt), remat=self.remat
         )
-        return self.velocity(config, img, inputs.vec, lora_scale, (height, width))
+        return self.velocity(img, inputs.vec, lora_scale, (height, width))
 
 
 MINI_KIND = register(
