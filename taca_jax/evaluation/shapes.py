@@ -9,6 +9,7 @@ wrong, but a `Verdict` counts them. "a red circle" holds if there is at least on
 if there are exactly two.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -91,7 +92,12 @@ def check(description: str | Description, image: np.ndarray) -> Verdict:
     """
     if isinstance(description, str):
         description = parse_caption(description)
-    found = tuple(read_scene(image))
+    return judge(description, read_scene(image))
+
+
+def judge(description: Description, objects: Sequence[FoundObject]) -> Verdict:
+    """Checks which claims of a description hold for the objects of a picture."""
+    found = tuple(objects)
     return Verdict(
         tuple((claim, _holds(claim, found)) for claim in description.claims),
         found,

@@ -1,0 +1,280 @@
+"""How often the recogniser of shapes (`shapes.py`) errs, on pictures whose contents are known.
+
+True pictures are drawn, then damaged: by noise, by blur, or by erasing half of an object. Each is
+judged by its own caption and by that of another picture of the same category, and the verdict is
+compared with what the drawn scene truly shows; of half an object the truth is that it is not there.
+Every object that was drawn is also looked up, to see with what each attribute is confused.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy import ndimage
+
+from taca_jax.config.fields import check
+from taca_jax.data.shapes.captions import COLORS, PLAIN, SAID_TEXTURES, SHAPES, Description
+from taca_jax.data.shapes.drawing import BACKGROUND, Placed, draw
+from taca_jax.data.shapes.examples import Scene, random_scene
+from taca_jax.errors import UserError
+from taca_jax.evaluation.shapes import FoundObject, judge, read_scene
+from taca_jax.evaluation.statistics import share_interval
+from taca_jax.formats.atomic import whole_file
+
+ATTRIBUTES = {"color": COLORS, "shape": SHAPES, "texture": (PLAIN, *SAID_TEXTURES)}
+"""What an object has, and the values that each may take."""
+
+NOTHING = "nothing"
+"""Read where no object is found, or none whose attribute is recognised."""
+
+_NEAR = 4  # pixels between the centres of a drawn object and the one that is found for it
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """The measurement of the recogniser's own error.
+
+    scenes: pictures for each kind of damage, half of the training split's compositions and half
+      held-out ones.
+    noise: standard deviations of Gaussian noise, of 255.
+    blur: standard deviations of a Gaussian blur, in pixels of the 40 x 40.
+    seed: of the scenes and the damage.
+    out: a JSON file for all counts; none writes no file.
+
+    Raises UserError for values out of range.
+    """
+
+    scenes: int = 2000
+    noise: tuple[float, ...] = (8.0, 16.0, 32.0, 48.0, 64.0)
+    blur: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5)
+    seed: int = 0
+    out: str | None = None
+
+    def __post_init__(self):
+        check(self.scenes >= 2, "scenes", self.scenes, "2 or more")
+        for name in ("noise", "blur"):
+            values = getattr(self, name)
+            check(all(v > 0 for v in values), name, values, "positive numbers")
+        check(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One way to damage a picture: `none`, `noise` or `blur` of a strength, or `half` an object."""
+
+    kind: str
+    strength: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.strength:g}" if self.strength else self.kind
+
+    def apply(
+        self, scene: Scene, rng: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[Placed, ...]]:
+        """The damaged picture, uint8 [40, 40, 3], and the objects that are still whole."""
+        image = draw(scene.placed)
+        if self.kind == "half":
+            lost = scene.placed[rng.integers(len(scene.placed))]
+            _erase_half(image, lost, rng)
+            return image, tuple(item for item in scene.placed if item is not lost)
+        pixels = image.astype(np.float64)
+        if self.kind == "noise":
+            pixels += rng.normal(0, self.strength, pixels.shape)
+        elif self.kind == "blur":
+            pixels = ndimage.gaussian_filter(pixels, self.strength, axes=(0, 1), mode="nearest")
+        return np.clip(np.round(pixels), 0, 255).astype(np.uint8), scene.placed
+
+
+def _erase_half(image: np.ndarray, item: Placed, rng: np.random.Generator) -> None:
+    """Paints the background over the left, right, upper or lower half of an object."""
+    first, along_rows = rng.integers(2), rng.integers(2)
+    rows, columns = [item.y, item.y + item.size], [item.x, item.x + item.size]
+    side = rows if along_rows else columns
+    side[int(first)] = side[0] + item.size // 2
+    image[slice(*rows), slice(*columns)] = BACKGROUND
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The verdicts and readings of all pictures with one kind of damage.
+
+    verdicts: for each judged caption, whether a picture truly shows it, and whether the recogniser
+    says so. confusions: by attribute, how often a drawn value (first) was read as another (second).
+    """
+
+    verdicts: list[tuple[bool, bool]]
+    confusions: dict[str, Counter[tuple[str, str]]]
+
+
+def measure(config: ScorerConfig) -> dict[Damage, Counts]:
+    """Judges `config.scenes` pictures for each kind of damage; the same scenes for all."""
+    kinds = [
+        Damage("none"),
+        *(Damage("noise", strength) for strength in config.noise),
+        *(Damage("blur", strength) for strength in config.blur),
+        Damage("half"),
+    ]
+    scenes = list(_scenes(config))
+    others = _captions_of_others(scenes)
+    return {
+        damage: _count(damage, scenes, others, config.seed)
+        for damage in track(kinds, "judging pictures")
+    }
+
+
+def _scenes(config: ScorerConfig) -> Iterator[Scene]:
+    for i in range(config.scenes):
+        yield random_scene(("train", "test")[i % 2], config.seed, i // 2)
+
+
+def _captions_of_others(scenes: Sequence[Scene]) -> list[Description]:
+    """For each scene the description of the next one of its category, its own for the only one."""
+    last: dict[str, int] = {}
+    first: dict[str, int] = {}
+    following = list(range(len(scenes)))
+    for i, scene in enumerate(scenes):
+        if scene.category in last:
+            following[last[scene.category]] = i
+        first.setdefault(scene.category, i)
+        last[scene.category] = i
+    for category, i in last.items():
+        following[i] = first[category]
+    return [scenes[i].description for i in following]
+
+
+def _count(
+    damage: Damage, scenes: Sequence[Scene], others: Sequence[Description], seed: int
+) -> Counts:
+    counts = Counts([], {attribute: Counter() for attribute in ATTRIBUTES})
+    for number, (scene, other) in enumerate(zip(scenes, others, strict=True)):
+        image, placed = damage.apply(scene, np.random.default_rng([seed, number]))
+        found = read_scene(image)
+        truth = [_truly(item) for item in placed]
+        for description in (scene.description, other):
+            counts.verdicts.append((_shows(description, truth), _shows(description, found)))
+        for item in truth:
+            read = _nearest(item, found)
+            for attribute, confusions in counts.confusions.items():
+                confusions[getattr(item, attribute), _value(read, attribute)] += 1
+    return counts
+
+
+def _shows(description: Description, objects: Sequence[FoundObject]) -> bool:
+    return judge(description, objects).correct
+
+
+def _truly(item: Placed) -> FoundObject:
+    """A drawn object as the recogniser should find it."""
+    thing, size = item.object, item.size
+    assert thing.color is not None
+    center = item.x + size / 2, item.y + size / 2
+    return FoundObject(
+        thing.color, thing.shape, thing.texture, center, (item.x, item.y, size, size), 1.0
+    )
+
+
+def _nearest(item: FoundObject, found: Sequence[FoundObject]) -> FoundObject | None:
+    """The object found where `item` is; of several the one whose colour is right, then nearest."""
+
+    def rank(other: FoundObject) -> tuple[bool, float]:
+        return other.color != item.color, _distance(item, other)
+
+    near = [other for other in found if _distance(item, other) <= _NEAR]
+    return min(near, key=rank, default=None)
+
+
+def _distance(a: FoundObject, b: FoundObject) -> float:
+    return float(np.hypot(a.center[0] - b.center[0], a.center[1] - b.center[1]))
+
+
+def _value(read: FoundObject | None, attribute: str) -> str:
+    return (getattr(read, attribute) if read is not None else None) or NOTHING
+
+
+def summary(counts: dict[Damage, Counts]) -> dict[str, dict[str, Any]]:
+    """For JSON, by damage: the shares of `accepted` (true captions said to be right), `refused`
+    (false ones said to be wrong) and of each attribute read right, and the confusions."""
+    rows = {}
+    for damage, each in counts.items():
+        truth, said = np.array(each.verdicts, bool).T
+        rows[damage.name] = {
+            "accepted": _share(said[truth]),
+            "refused": _share(~said[~truth]),
+            **{
+                attribute: _share(np.repeat([a == b for a, b in pairs], list(pairs.values())))
+                for attribute, pairs in each.confusions.items()
+            },
+            "confusions": {
+                attribute: {f"{drawn} as {read}": n for (drawn, read), n in sorted(pairs.items())}
+                for attribute, pairs in each.confusions.items()
+            },
+        }
+    return rows
+
+
+def _share(right: np.ndarray) -> dict[str, Any] | None:
+    """The share with its interval; None where nothing was judged."""
+    return asdict(share_interval(right, range(len(right)))) if len(right) else None
+
+
+def table(rows: dict[str, dict[str, Any]]) -> Table:
+    """The shares by damage, in %, with 95 % intervals of the verdicts."""
+    out = Table(title="What the recogniser says of pictures whose contents are known, %")
+    out.add_column("damage (noise of 255, blur in pixels)")
+    for title in ("true captions accepted", "false ones refused", *ATTRIBUTES):
+        out.add_column(title, justify="right")
+    for name, row in rows.items():
+        cells = [
+            f"{100 * s['value']:.2f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})" if s else "-"
+            for s in (row["accepted"], row["refused"])
+        ]
+        cells += [f"{100 * row[attribute]['value']:.2f}" for attribute in ATTRIBUTES]
+        out.add_row(name, *cells)
+    return out
+
+
+def confusion_table(counts: dict[Damage, Counts], attribute: str) -> Table:
+    """How often each drawn value of an attribute was read as each, in %, over all damage but half
+    objects, which are not to be read."""
+    pairs: Counter[tuple[str, str]] = Counter()
+    for damage, each in counts.items():
+        if damage.kind != "half":
+            pairs += each.confusions[attribute]
+    values = ATTRIBUTES[attribute]
+    out = Table(title=f"{attribute}: drawn (row) and read (column), %, all damage together")
+    out.add_column("")
+    for read in (*values, NOTHING):
+        out.add_column(read, justify="right")
+    for drawn in values:
+        total = max(1, sum(n for (value, _), n in pairs.items() if value == drawn))
+        out.add_row(
+            drawn, *(f"{100 * pairs[drawn, read] / total:.1f}" for read in (*values, NOTHING))
+        )
+    return out
+
+
+def measure_scorer(config: ScorerConfig) -> None:
+    """Measures, prints the tables, and writes `config.out`.
+
+    Raises UserError where that cannot be written.
+    """
+    if config.out is not None and not Path(config.out).parent.is_dir():
+        raise UserError(f"out={config.out}: its folder does not exist")
+    counts = measure(config)
+    rows = summary(counts)
+    console = Console(width=max(110, Console().width))
+    console.print(table(rows))
+    for attribute in ATTRIBUTES:
+        console.print(confusion_table(counts, attribute))
+    if config.out is not None:
+        with whole_file(Path(config.out)) as file:
+            file.write_text(json.dumps(rows, indent=2) + "\n")
+        print(f"wrote {config.out}")

@@ -1,0 +1,52 @@
+"""The recogniser's error is measured against what was drawn."""
+
+import json
+
+import pytest
+
+from taca_jax.errors import UserError
+from taca_jax.evaluation import scorer_error
+from taca_jax.evaluation.scorer_error import (
+    NOTHING,
+    Damage,
+    ScorerConfig,
+    measure,
+    measure_scorer,
+    summary,
+)
+
+SMALL = ScorerConfig(scenes=120, noise=(8.0, 100.0), blur=(0.5, 3.0))
+
+
+def test_true_pictures_are_read_without_an_error_and_damaged_ones_less_well(tmp_path, capsys):
+    out = tmp_path / "scorer.json"
+    measure_scorer(ScorerConfig(**{**vars(SMALL), "out": str(out)}))
+    rows = json.loads(out.read_text())
+    assert rows["none"]["accepted"]["value"] == rows["none"]["refused"]["value"] == 1
+    assert rows["none"]["color"]["value"] == rows["none"]["texture"]["value"] == 1
+    assert rows["noise 8"]["accepted"]["value"] == 1
+    assert rows["noise 100"]["accepted"]["value"] < 0.9
+    assert rows["blur 3"]["shape"]["value"] < rows["blur 0.5"]["shape"]["value"] == 1
+    # Nearly all captions are false without the half object, and are refused.
+    assert rows["half"]["refused"]["total"] > 2 * 110
+    assert rows["half"]["refused"]["value"] > 0.97
+    assert "half" in capsys.readouterr().out
+    # Every object is counted once for each attribute.
+    drawn = {name: sum(row["confusions"]["color"].values()) for name, row in rows.items()}
+    assert drawn["none"] == drawn["noise 100"] == drawn["half"] + SMALL.scenes
+
+
+def test_a_blind_recogniser_accepts_nothing_and_reads_nothing(monkeypatch):
+    monkeypatch.setattr(scorer_error, "read_scene", lambda image: [])
+    counts = measure(ScorerConfig(scenes=60, noise=(), blur=()))
+    rows = summary(counts)
+    assert rows["none"]["accepted"]["value"] == 0
+    assert rows["none"]["refused"]["value"] == 1
+    assert all(read == NOTHING for _, read in counts[Damage("none")].confusions["shape"])
+
+
+def test_mistakes_are_reported_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match=r"noise is \(0.0,\); it must be positive"):
+        ScorerConfig(noise=(0.0,))
+    with pytest.raises(UserError, match="its folder does not exist"):
+        measure_scorer(ScorerConfig(out=str(tmp_path / "absent" / "x.json")))
