@@ -37,9 +37,12 @@ class TacaConfig:
       gamma (the authors' pipelines: 3). Of sampling only: training has no steps, and refuses it.
     cond_only: in sampling under classifier-free guidance, leave the unconditional half plain
       (published: both).
+    knots: gamma at equally spaced timesteps from the threshold to 1000, joined by straight lines,
+      in place of gamma and schedule: such as training learns them. At least two.
 
     Raises UserError for a gamma that is not positive and finite, first_steps below 0, a threshold
-    outside 0..1000, and one in (0, 1], which is meant as a share of 1000.
+    outside 0..1000, one in (0, 1], which is meant as a share of 1000, fewer than two knots, and
+    knots with first_steps, which has no times.
     """
 
     gamma: float = 1.2
@@ -47,11 +50,18 @@ class TacaConfig:
     schedule: Schedule = "step"
     first_steps: int | None = None
     cond_only: bool = False
+    knots: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if not 0 < self.gamma < math.inf:
+        for gamma in (self.gamma, *(self.knots or ())):
+            if not 0 < gamma < math.inf:
+                raise UserError(
+                    f"taca.gamma is {gamma}; it must be positive and finite (1 is plain attention)"
+                )
+        if self.knots is not None and (len(self.knots) < 2 or self.first_steps is not None):
             raise UserError(
-                f"taca.gamma is {self.gamma}; it must be positive and finite (1 is plain attention)"
+                f"taca.knots is {self.knots}; it must be two or more values of gamma over times, "
+                "without first_steps"
             )
         if not 0 <= self.threshold <= MAX_TIMESTEP:
             raise UserError(f"taca.threshold is {self.threshold}; timesteps are in 0..1000")
@@ -85,12 +95,36 @@ def gamma_at(
 ) -> Float[Array, "*b"]:
     """The temperature of each sample, float32; exactly 1 where TACA is not `active`."""
     timestep = jnp.asarray(timestep, jnp.float32)
-    rise = jnp.float32(1.0)
+    gamma = jnp.float32(config.gamma)
     if config.first_steps is None or step is None:
-        span = max(MAX_TIMESTEP - config.threshold, 1e-6)
-        x = jnp.clip((timestep - config.threshold) / span, 0.0, 1.0)
-        rise = _SHAPES[config.schedule](x)
-    return jnp.where(active(config, timestep, step), 1.0 + (config.gamma - 1.0) * rise, 1.0)
+        if config.knots is not None:
+            gamma = between_knots(jnp.array(config.knots), config.threshold, timestep)
+        else:
+            rise = _SHAPES[config.schedule](_progress(config.threshold, timestep))
+            gamma = 1.0 + (config.gamma - 1.0) * rise
+    return jnp.where(active(config, timestep, step), gamma, 1.0)
+
+
+def between_knots(
+    knots: Float[Array, " n"], threshold: float, timestep: Float[Array, "*b"]
+) -> Float[Array, "*b"]:
+    """Values between `knots`, equally spaced from the threshold to 1000, joined by straight lines;
+    differentiable in the knots."""
+    return jnp.interp(_progress(threshold, timestep), jnp.linspace(0, 1, len(knots)), knots)
+
+
+def _progress(threshold: float, timestep: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """0 at the threshold and below it, 1 at timestep 1000."""
+    return jnp.clip((timestep - threshold) / max(MAX_TIMESTEP - threshold, 1e-6), 0.0, 1.0)
+
+
+def describe_gamma(config: TacaConfig) -> str:
+    """Its gamma in a few words: `gamma 1.2`, `gamma up to 1.2 (linear)`, `gamma by 6 knots`."""
+    if config.knots is not None:
+        return f"gamma by {len(config.knots)} knots"
+    if config.schedule == "step":
+        return f"gamma {config.gamma:g}"
+    return f"gamma up to {config.gamma:g} ({config.schedule})"
 
 
 def describe_steps(config: TacaConfig, timesteps: Sequence[float] | np.ndarray) -> str:
@@ -111,10 +145,11 @@ def describe_steps(config: TacaConfig, timesteps: Sequence[float] | np.ndarray) 
     if config.first_steps is not None:
         return f"TACA acts on {where} (first_steps={config.first_steps})"
     line = f"TACA acts on {where} (t >= {config.threshold:g})"
-    if config.schedule == "step" or not which:
+    if (config.schedule == "step" and config.knots is None) or not which:
         return line
     gamma = np.asarray(gamma_at(config, times, steps))[acts]
-    return f"{line}, gamma {gamma.min():.4g} to {gamma.max():.4g} ({config.schedule})"
+    shape = config.schedule if config.knots is None else f"{len(config.knots)} knots"
+    return f"{line}, gamma {gamma.min():.4g} to {gamma.max():.4g} ({shape})"
 
 
 def _ranges(numbers: Iterable[int]) -> list[str]:

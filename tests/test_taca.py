@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taca_jax.errors import UserError
-from taca_jax.taca import TacaConfig, active, describe_steps, gamma_at
+from taca_jax.taca import TacaConfig, active, describe_gamma, describe_steps, gamma_at
 
 SCHEDULES = ("step", "linear", "cosine", "sigmoid")
 SMOOTH = SCHEDULES[1:]
@@ -121,6 +121,17 @@ def test_a_threshold_of_1000_leaves_only_pure_noise(schedule):
     assert gamma[1] == 1
 
 
+def test_knots_are_joined_by_straight_lines_and_replace_gamma_and_schedule():
+    config = TacaConfig(gamma=9, threshold=800, schedule="cosine", knots=(1.1, 1.5, 0.9))
+    times = jnp.array([799.0, 800.0, 850.0, 900.0, 975.0, 1000.0])
+    expected = np.float32([1, 1.1, 1.3, 1.5, 1.05, 0.9])
+    np.testing.assert_allclose(gamma_at(config, times), expected, rtol=1e-6)
+    line = describe_steps(config, [1000, 900, 700])
+    assert line == "TACA acts on steps 1 to 2 of 3 (t >= 800), gamma 0.9 to 1.5 (3 knots)"
+    assert describe_gamma(config) == "gamma by 3 knots"
+    assert describe_gamma(TacaConfig(schedule="linear")) == "gamma up to 1.2 (linear)"
+
+
 def test_a_scalar_timestep_gives_a_scalar():
     assert gamma_at(TacaConfig(), 990.0).shape == ()
 
@@ -137,6 +148,9 @@ def test_a_scalar_timestep_gives_a_scalar():
         ({"threshold": 0.97}, r"threshold is 0\.97; timesteps .* to 1000: did you mean 970\?"),
         ({"threshold": 1.0}, r"threshold is 1\.0; .* did you mean 1000\?"),
         ({"first_steps": -1}, r"taca\.first_steps is -1"),
+        ({"knots": (1.2,)}, r"taca\.knots is \(1\.2,\); it must be two or more"),
+        ({"knots": (1.2, -1.0)}, r"taca\.gamma is -1\.0"),
+        ({"knots": (1.2, 1.0), "first_steps": 3}, r"without first_steps"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, message):

@@ -37,7 +37,7 @@ def variants(taca: TacaConfig | None, *, lora: bool) -> list[Variant]:
         base,
         Variant("base + TACA", taca, 0.0),
         Variant("TACA + LoRA", taca, 1.0),
-        Variant("LoRA alone", replace(taca, gamma=1.0), 1.0),
+        Variant("LoRA alone", replace(taca, gamma=1.0, knots=None), 1.0),
     ]
 
 

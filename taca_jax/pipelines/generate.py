@@ -18,7 +18,7 @@ from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.pipelines.previews import open_previewer
-from taca_jax.taca import TacaConfig, describe_steps
+from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
 from taca_jax.weights.shipped import find_weights
 
 
@@ -132,7 +132,7 @@ def _write_preview(path: Path, step: int, pictures: list[Image.Image]) -> None:
 
 
 def _describe(taca: TacaConfig | None) -> str:
-    return "plain" if taca is None else f"TACA, gamma {taca.gamma:g}"
+    return "plain" if taca is None else f"TACA, {describe_gamma(taca)}"
 
 
 def _numbered(out: Path, count: int) -> list[Path]:

@@ -30,6 +30,7 @@ from taca_jax.parallel.processes import (
 )
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.taca import describe_gamma
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.config import TrainConfig
@@ -97,8 +98,8 @@ def _run(models: RunModels, notice: Notice) -> None:
     transformer = models.load_transformer()
     if config.taca is not None:
         print_once(
-            f"training under TACA: gamma {config.taca.gamma:g} ({config.taca.schedule}) at times "
-            f"above {config.taca.threshold:g}, from which all are drawn"
+            f"training under TACA: {describe_gamma(config.taca)} at times above "
+            f"{config.taca.threshold:g}, from which all are drawn"
         )
     if config.sample_every and isinstance(inputs, InputModels):
         # Prompts that cannot be tokenized fail now, and not at the first grid of samples.
