@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from taca_jax.data.shapes.captions import CATEGORIES
-from taca_jax.data.shapes.examples import held_out_prompts
+from taca_jax.data.shapes.examples import random_prompts
 from taca_jax.evaluation.config import EvalConfig
 from taca_jax.evaluation.shapes import check
 from taca_jax.evaluation.statistics import paired_difference, share_interval
@@ -57,7 +57,7 @@ def measure(
 
     Also returns a grid of the first prompts of each category, with a column for each variant.
     """
-    categories, prompts = zip(*held_out_prompts(evaluate.prompts, PROMPT_SEED), strict=True)
+    categories, prompts = zip(*random_prompts("test", evaluate.prompts, PROMPT_SEED), strict=True)
     shown = [
         i for c in CATEGORIES for i in [j for j, x in enumerate(categories) if x == c][:_SHOWN]
     ]

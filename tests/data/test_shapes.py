@@ -42,7 +42,7 @@ from taca_jax.data.shapes.drawing import BACKGROUND, GAP, IMAGE_SIZE, MARGIN, PA
 from taca_jax.data.shapes.examples import (
     SPLITS,
     GeneratedShapes,
-    held_out_prompts,
+    random_prompts,
     random_scene,
 )
 from taca_jax.errors import UserError
@@ -253,14 +253,23 @@ def test_examples_stay_what_the_committed_weights_were_trained_on():
     assert digest.hexdigest()[:16] == "bdffc8bc2ed131ca"
 
 
-def test_unknown_splits_are_refused():
+def test_unknown_splits_and_categories_are_refused():
     with pytest.raises(ValueError, match="'dev' is not one of train, validation, test"):
         GeneratedShapes("dev", 1)
+    with pytest.raises(ValueError, match="'size' is not one of color, shape"):
+        GeneratedShapes("train", 1, category="size")
+
+
+def test_prompts_of_training_show_nothing_held_out():
+    prompts = random_prompts("train", 30, seed=0)
+    assert [category for category, _ in prompts] == [c for c in CATEGORIES for _ in range(30)]
+    assert not [prompt for _, prompt in prompts if held_out(parse_caption(prompt))]
+    assert len({prompt for _, prompt in prompts}) == len(prompts)
 
 
 def test_prompts_are_held_out_and_distinct_where_there_are_enough():
-    prompts = held_out_prompts(60, seed=0)
-    assert prompts == held_out_prompts(60, seed=0) != held_out_prompts(60, seed=1)
+    prompts = random_prompts("test", 60, seed=0)
+    assert prompts == random_prompts("test", 60, seed=0) != random_prompts("test", 60, seed=1)
     by_category = {c: [p for category, p in prompts if category == c] for c in CATEGORIES}
     for category, captions in by_category.items():
         assert len(captions) == 60
