@@ -2,19 +2,16 @@
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from taca_jax.config.fields import difference, from_json, to_json
 from taca_jax.data.cache import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.alignment import evaluate_shapes
-from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.batches import put_rows
 from taca_jax.parallel.chips import chip_of
@@ -42,28 +39,10 @@ from taca_jax.training.models import (
     TextToImage,
     open_models,
 )
+from taca_jax.training.record import check_record, write_record
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.weights.lora_files import write_lora
-
-# Fields that a resumed run may change.
-FREE_FIELDS = (
-    "resume",
-    "out_dir",
-    "plan",
-    "mesh",
-    "log_every",
-    "save_every",
-    "keep_checkpoints",
-    "sample_every",
-    "sample_prompts",
-    "evaluate",
-    "data.cache",
-    "data.max_bad_share",
-)
-
-RECORD = "config.json"
-"""The run's configuration, in its folder."""
 
 
 def train(config: TrainConfig) -> None:
@@ -77,7 +56,7 @@ def train(config: TrainConfig) -> None:
     """
     join_processes()
     try:
-        _check_free(config, config.run_dir)
+        check_record(config)
         models = open_models(config)
         mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
         models = models.on_mesh(None if mesh.size == 1 else mesh)
@@ -108,8 +87,7 @@ def _run(models: RunModels, notice: Notice) -> None:
             # Only now, so that a run that cannot start leaves no record behind.
             wait_for_all("a run that can begin")
             if is_first():
-                with whole_file(config.run_dir / RECORD) as record:
-                    record.write_text(to_json(config))
+                write_record(config)
             trained = _train(models, transformer, inputs, loader, notice)
             for line in loader.skipped():
                 print(line, file=sys.stderr)
@@ -119,31 +97,6 @@ def _run(models: RunModels, notice: Notice) -> None:
             f"{error.filename or config.run_dir}: {error.strerror or error}; mend that and go on "
             "with resume=true"
         ) from error
-
-
-def _check_free(config: TrainConfig, run_dir: Path) -> None:
-    """Raises UserError unless the folder is new, or holds this run and the run is to be resumed."""
-    record = run_dir / RECORD
-    if not record.is_file():
-        # Allowed, so that the same command can start a run and restart it.
-        if config.resume:
-            print_once(f"{run_dir} holds no run yet: starting one", sys.stderr)
-        return
-    if not config.resume:
-        raise UserError(
-            f"{run_dir} holds a run already; resume=true goes on with it, out_dir=... starts "
-            "another"
-        )
-    changed = [
-        name
-        for name in difference(from_json(TrainConfig, record.read_text(), str(record)), config)
-        if name not in FREE_FIELDS and name.split(".")[0] not in FREE_FIELDS
-    ]
-    if changed:
-        raise UserError(
-            f"{run_dir} was started with other values of {', '.join(changed)}; resume with the "
-            "same, or start another run with out_dir=..."
-        )
 
 
 def _train(
@@ -158,7 +111,8 @@ def _train(
     if isinstance(inputs, Cache):
         model, autoencoder = TextToImage(transformer, None), models.autoencoder
     else:
-        model, autoencoder = TextToImage(transformer, inputs.text_encoder), inputs.autoencoder
+        model = TextToImage(transformer, inputs.text_encoder, models.new_readout())
+        autoencoder = inputs.autoencoder
     trainer, trained = make_trainer(config, model, autoencoder, models.mesh)
     state = trainer.begin(trained)
     with Checkpoints(
