@@ -46,8 +46,8 @@ from taca_jax.weights.pipeline_folders import (
 )
 from taca_jax.weights.shipped import find_weights
 
-DEFAULT_STEPS = 20
-"""Sampling steps of a new model, unless an evaluation sets them."""
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.0
+"""Of a new model's calls: sampling steps, and no guidance unless an evaluation finds it better."""
 
 OPTIMIZER_COPIES = 4
 """Arrays of the trained parameters' size, at most: gradient, two moments, moving average."""
@@ -287,7 +287,6 @@ def _new_pipeline(config: TrainConfig) -> StoredPipeline:
             f"text.encoder.dim is {encoder.dim}; model.txt_dim {config.model.txt_dim} and "
             f"model.pooled_dim {config.model.pooled_dim} must equal it"
         )
-    evaluate = config.evaluate
     models = {TRANSFORMER: config.model, "text_encoder": encoder, AUTOENCODER: config.pixels}
     return StoredPipeline(
         where=Path(config.name),
@@ -299,8 +298,8 @@ def _new_pipeline(config: TrainConfig) -> StoredPipeline:
             tokenizer=config.text.tokenizer,
             text_length=config.text.length,
             resolution=config.data.resolution,
-            steps=DEFAULT_STEPS if evaluate is None else evaluate.steps,
-            guidance=1.0 if evaluate is None else evaluate.guidance,
+            steps=DEFAULT_STEPS,
+            guidance=DEFAULT_GUIDANCE,
             schedule=FlowSchedule(),
         ),
         tokenizers=Path(config.name),

@@ -2,6 +2,8 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from jax.sharding import Mesh
 from taca_jax.data.cache import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
-from taca_jax.evaluation.alignment import evaluate_shapes
+from taca_jax.evaluation.evaluate import evaluate_shapes
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.batches import put_rows
 from taca_jax.parallel.chips import chip_of
@@ -43,6 +45,7 @@ from taca_jax.training.record import check_record, write_record
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.weights.lora_files import write_lora
+from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
 
 def train(config: TrainConfig) -> None:
@@ -235,13 +238,22 @@ def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache
         pipeline.save(config.run_dir / "model", dtype="bfloat16")
         print_once(f"model written to {config.run_dir / 'model'}")
     if config.evaluate is not None:
-        evaluate_shapes(
+        best = evaluate_shapes(
             pipeline,
             config.evaluate,
             config.run_dir,
             taca=config.taca,
             lora=config.lora is not None,
         )
+        if config.lora is None and best is not None and is_first():
+            _keep_guidance(config.run_dir / "model", best)
+
+
+def _keep_guidance(model: Path, guidance: float) -> None:
+    """Makes a strength of guidance the default of the model in this folder."""
+    settings = open_pipeline(model).settings
+    write_settings(model, replace(settings, guidance=guidance))
+    print(f"best on seen compositions, and now the model's default: guidance {guidance:g}")
 
 
 def _write_lora(config: TrainConfig, transformer: nnx.Module) -> None:

@@ -17,7 +17,7 @@ from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import difference, fields_of, from_json, to_json, update
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
-from taca_jax.evaluation.config import EvalConfig
+from taca_jax.evaluation.config import EvalConfig, ShapesConfig
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
@@ -36,6 +36,7 @@ ADAPT = TrainConfig(name="adapt", steps=100, base="base", lora=LoRAConfig(), tac
 SCRATCH = TrainConfig("scratch", 100, model=FLUX_DEV, text=TextConfig(encoder=T5_XXL))
 MUON = {"optimizer.kind": "muon"}
 DRAW = GenerateConfig(base="base", prompt="a red circle")
+MEASURE = ShapesConfig(base="base")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,8 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (ADAPT, {"text.tokenizer": ""}, "text.tokenizer is empty; it must be shapes, bytes or"),
         (ADAPT, {"evaluate.prompts": "0"}, "evaluate.prompts is 0; it must be 1 or more"),
         (ADAPT, {"evaluate.steps": "0"}, "evaluate.steps is 0; it must be 1 or more"),
-        (ADAPT, {"evaluate.guidance": "-1"}, "evaluate.guidance is -1.0; it must be 0 or more"),
+        (ADAPT, {"evaluate.guidances": "1,-1"}, "evaluate.guidances is -1.0; it must be 0 or"),
+        (ADAPT, {"evaluate.guidances": "2,2"}, "is (2.0, 2.0); it must be all different"),
         (ADAPT, {"evaluate.batch_size": "0"}, "evaluate.batch_size is 0; it must be 1 or more"),
         (ADAPT, {"taca.gamma": "-1"}, "taca.gamma"),
         (ADAPT, {"taca.threshold": "1000"}, "taca.threshold is 1000.0; it must be below 1000"),
@@ -121,6 +123,12 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (DRAW, {"seed": "-2"}, "seed is -2; it must be 0 to"),
         (DRAW, {"out": "a.jpg"}, "out is a.jpg; it must be the name of a .png file"),
         (DRAW, {"compare": "true", "taca": "none"}, "compare=true compares plain with TACA"),
+        (MEASURE, {"prompts": "0"}, "prompts is 0; it must be 1 or more per category"),
+        (MEASURE, {"pictures": "0"}, "pictures is 0; it must be 1 or more"),
+        (MEASURE, {"out": ""}, "out is empty; it must be the name of a folder"),
+        (MEASURE, {"guidances": "nan"}, "guidances is nan; it must be 0 or more each"),
+        (MEASURE, {"guidance": "2", "guidances": "1,3"}, "guidance is 2 and guidances are given"),
+        (MEASURE, {"steps": "0"}, "steps is 0; it must be 1 or more"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(config, values, message):
@@ -244,17 +252,17 @@ def _by_name(tree) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig, ShapesConfig])
 def test_every_field_is_documented(kind):
     own = (TrainConfig, GenerateConfig, TextConfig, DataConfig, OptimizerConfig, EvalConfig)
-    own += (PixelsConfig, FeaturesConfig)
+    own += (PixelsConfig, FeaturesConfig, ShapesConfig)
     fields = fields_of(kind)
     for name, field in fields.items():
         parent = fields[name.rpartition(".")[0]].group if "." in name else kind
         assert field.doc or parent not in own, f"{name} has no line in its class's docstring"
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig, ShapesConfig])
 def test_every_field_is_read(kind):
     """A field that nothing reads is a setting that does nothing.
 
@@ -305,7 +313,7 @@ def _last_name(node: ast.expr) -> str:
 
 def test_annotations_are_types_that_the_command_line_can_read():
     plain = {int, float, bool, str, type(None), Ellipsis}
-    for kind in (TrainConfig, GenerateConfig):
+    for kind in (TrainConfig, GenerateConfig, ShapesConfig):
         for name, field in fields_of(kind).items():
             if field.group is None and typing.get_origin(field.annotation) is not typing.Literal:
                 inner = typing.get_args(field.annotation) or (field.annotation,)

@@ -260,25 +260,20 @@ def test_unknown_splits_and_categories_are_refused():
         GeneratedShapes("train", 1, category="size")
 
 
-def test_prompts_of_training_show_nothing_held_out():
-    prompts = random_prompts("train", 30, seed=0)
-    assert [category for category, _ in prompts] == [c for c in CATEGORIES for _ in range(30)]
-    assert not [prompt for _, prompt in prompts if held_out(parse_caption(prompt))]
-    assert len({prompt for _, prompt in prompts}) == len(prompts)
-
-
-def test_prompts_are_held_out_and_distinct_where_there_are_enough():
-    prompts = random_prompts("test", 60, seed=0)
-    assert prompts == random_prompts("test", 60, seed=0) != random_prompts("test", 60, seed=1)
-    by_category = {c: [p for category, p in prompts if category == c] for c in CATEGORIES}
-    for category, captions in by_category.items():
-        assert len(captions) == 60
-        for caption in captions:
-            kinds = held_out(parse_caption(caption))
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_prompts_are_of_their_split_distinct_and_as_many_as_there_are(split):
+    prompts = random_prompts(split, 60, seed=0)
+    assert prompts == random_prompts(split, 60, seed=0) != random_prompts(split, 60, seed=1)
+    assert len(set(prompts)) == len(prompts)
+    assert list(dict.fromkeys(category for category, _ in prompts)) == list(CATEGORIES)
+    for category, prompt in prompts:
+        kinds = held_out(parse_caption(prompt))
+        if split == "train":
+            assert not kinds
+        else:
             assert kinds if category == "complex" else kinds == {category}
-        few = category in ("shape", "texture")
-        assert len(set(captions)) == 60 or (few and len(set(captions)) >= 40)
-        assert max(Counter(captions).values()) <= 2
+    few = {"train": {"shape": 45}, "test": {"shape": 40, "texture": 50}}[split]
+    assert Counter(c for c, _ in prompts) == {c: few.get(c, 60) for c in CATEGORIES}
 
 
 def test_the_builder_stores_what_is_drawn(tmp_path, capfd):

@@ -121,10 +121,9 @@ def random_description(category: str, split: str, random: Random) -> Description
 
 
 def random_prompts(split: str, n_per_category: int, seed: int) -> list[tuple[str, str]]:
-    """(category, caption) pairs of a split, `n_per_category` of each category in turn.
-
-    The captions of a category are distinct as long as there are others, then all repeat in the same
-    order: in the test split `shape` has 40 distinct ones, `texture` 50 and `color` 144.
+    """(category, caption) pairs of a split, all distinct: `n_per_category` of each category in
+    turn, or all that there are. The test split has 40 of `shape`, 50 of `texture`, 144 of `color`;
+    the train split 45 of `shape`.
     """
     prompts = []
     for number, category in enumerate(CATEGORIES):
@@ -135,8 +134,7 @@ def random_prompts(split: str, n_per_category: int, seed: int) -> list[tuple[str
             before = len(distinct)
             distinct[random_description(category, split, random).caption] = None
             misses = 0 if len(distinct) > before else misses + 1
-        captions = list(distinct)
-        prompts += [(category, captions[i % len(captions)]) for i in range(n_per_category)]
+        prompts += [(category, caption) for caption in distinct]
     return prompts
 
 
