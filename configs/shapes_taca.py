@@ -1,5 +1,5 @@
 """TACA on compositional shapes: trains the LoRA on the base that comes with the package, then
-measures base, TACA, TACA + LoRA and the LoRA alone on held-out prompts.
+measures base, TACA, TACA + LoRA and the LoRA alone on seen and on held-out compositions.
 
 The threshold is the paper's 970 carried over to 100 image tokens. With fewer tokens the same noise
 hides more of the composition; equal signal-to-noise per picture shifts sigma / (1 - sigma) by the
@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
     timestep_sampling="uniform",
     log_every=10,
     save_every=100,
-    evaluate=EvalConfig(prompts=100, steps=20, guidance=1.0, batch_size=60),
+    evaluate=EvalConfig(prompts=50, batch_size=60),
 )
 
 GENERATE = GenerateConfig(

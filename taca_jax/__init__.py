@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from taca_jax.taca import TacaConfig as TacaConfig
     from taca_jax.text.config import TextConfig as TextConfig
     from taca_jax.training.config import TrainConfig as TrainConfig
+    from taca_jax.training.features import FeaturesConfig as FeaturesConfig
     from taca_jax.training.optimizer import OptimizerConfig as OptimizerConfig
 
 _HOMES = {
     "DataConfig": "taca_jax.data.config",
     "EvalConfig": "taca_jax.evaluation.config",
+    "FeaturesConfig": "taca_jax.training.features",
     "GenerateConfig": "taca_jax.pipelines.config",
     "LoRAConfig": "taca_jax.nn.lora",
     "MeshConfig": "taca_jax.parallel.mesh",

@@ -19,8 +19,9 @@ class DataConfig:
       folder of that program, `tfds:NAME` of a data set with captions that TFDS has prepared as
       array_record, or the folder of one (`tfds:coco_captions#train[:10%]`; `#SPLIT` is `train` if
       not given), `tfds:shapes/small` (or `large`, `tiny`; built on first use) or
-      `generated:shapes/SIZE`, the same drawn while training (SIZE is a million if not given).
-      Several in a comma list (a JSON list where names hold commas) are mixed.
+      `generated:shapes/SIZE`, the same drawn while training (SIZE is a million if not given; with
+      `#spatial` after it only that category is drawn). Several in a comma list (a JSON list where
+      names hold commas) are mixed.
     batch_size: samples per forward pass, over all devices.
     resolution: pixels per side of the square that each picture is cropped and resized to, or whose
       area buckets have; shapes have 40.

@@ -233,7 +233,8 @@ def make_loader(
 ) -> Loader:
     """Endless, full batches of `data.batch_size` examples of `source`.
 
-    A batch has `image`, uint8 [b, height, width, 3], `tokens`, int32 [b, length], and `id`.
+    A batch has `image`, uint8 [b, height, width, 3], `tokens`, int32 [b, length], `id`, and where
+    the source has them `labels`, uint8 [b, rows, columns, 3].
 
     tokenize: called with several captions at a time, by one thread at a time.
     rows: which rows of a batch this process reads, rising (`parallel.batches.local_rows`); by
@@ -256,7 +257,9 @@ def make_loader(
         ]
         with lock:
             tokens = np.asarray(tokenize(texts), np.int32)
-        return {"image": np.stack([example["image"] for example in examples]), "tokens": tokens}
+        arrays = {"image": np.stack([example["image"] for example in examples]), "tokens": tokens}
+        labels = [example["labels"] for example in examples if "labels" in example]
+        return {**arrays, "labels": np.stack(labels)} if labels else arrays
 
     if any(isinstance(part, PictureSource) for part in parts_of(source)):
         # Decoding runs outside of Python: small chunks spread it over the cores.

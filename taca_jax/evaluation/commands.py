@@ -24,7 +24,13 @@ class Command:
     purpose: str
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "shapes": Command(
+        "taca_jax.evaluation.config:ShapesConfig",
+        "taca_jax.evaluation.evaluate:evaluate_command",
+        "how often a model draws shapes as prompts say, at one or several strengths of guidance",
+    ),
+}
 
 
 def run(argv: Sequence[str]) -> None:

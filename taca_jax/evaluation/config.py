@@ -1,30 +1,74 @@
-"""The configuration of the evaluation of a run on shapes."""
+"""The configurations of the evaluations on shapes."""
 
+import math
 from dataclasses import dataclass
 
 from taca_jax.config.fields import check
+from taca_jax.errors import UserError
+from taca_jax.pipelines.config import SamplingConfig
+
+
+def _check(name: str, prompts: int, guidances: tuple[float, ...], batch_size: int) -> None:
+    check(prompts >= 1, f"{name}prompts", prompts, "1 or more per category")
+    for guidance in guidances:
+        check(0 <= guidance < math.inf, f"{name}guidances", guidance, "0 or more each")
+    check(len(set(guidances)) == len(guidances), f"{name}guidances", guidances, "all different")
+    check(batch_size >= 1, f"{name}batch_size", batch_size, "1 or more")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """The evaluation at the end of a training run on shapes.
 
-    prompts: held-out prompts per category, with a picture of each; if a category has fewer distinct
-      ones (shape has 40, texture 50), they repeat with other noise.
-    steps: sampling steps per picture.
-    guidance: strength of classifier-free guidance; 1 is none.
+    prompts: per category, of compositions that training shows and of held-out ones each; of a
+      category with fewer distinct ones all (held out, shape has 40 and texture 50).
+    steps: sampling steps per picture; none is the model's own number.
+    guidances: strengths of guidance to compare; empty is the model's own alone. A model trained
+      from scratch then keeps the one that is best on seen compositions as its own.
     batch_size: pictures sampled at a time.
 
     Raises UserError for values out of range.
     """
 
-    prompts: int = 100
-    steps: int = 20
-    guidance: float = 1.0
+    prompts: int = 50
+    steps: int | None = None
+    guidances: tuple[float, ...] = ()
     batch_size: int = 50
 
     def __post_init__(self):
-        check(self.prompts >= 1, "evaluate.prompts", self.prompts, "1 or more per category")
-        check(self.steps >= 1, "evaluate.steps", self.steps, "1 or more")
-        check(self.guidance >= 0, "evaluate.guidance", self.guidance, "0 or more")
-        check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "1 or more")
+        _check("evaluate.", self.prompts, self.guidances, self.batch_size)
+        check(self.steps is None or self.steps >= 1, "evaluate.steps", self.steps, "1 or more")
+
+
+@dataclass(frozen=True)
+class ShapesConfig(SamplingConfig):
+    """How often a model draws shapes as prompts say.
+
+    With a LoRA the base, the base with TACA, both and the LoRA alone are compared; without one the
+    first two, and with taca=none the base is measured alone.
+
+    guidances: strengths of guidance to compare, instead of one `guidance`.
+    prompts: per category, of compositions that training shows and of held-out ones each; of a
+      category with fewer distinct ones all (held out, shape has 40 and texture 50).
+    pictures: of each prompt; with several, the prompts that are drawn right most often are listed.
+    batch_size: pictures sampled at a time.
+    out: the folder for the results; an interrupted evaluation goes on where it was.
+
+    Raises UserError for values out of range.
+    """
+
+    guidances: tuple[float, ...] = ()
+    prompts: int = 50
+    pictures: int = 1
+    batch_size: int = 50
+    out: str = "shapes_evaluation"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check("", self.prompts, self.guidances, self.batch_size)
+        check(self.pictures >= 1, "pictures", self.pictures, "1 or more")
+        check(bool(self.out), "out", "empty", "the name of a folder")
+        if self.guidance is not None and self.guidances:
+            raise UserError(
+                f"guidance is {self.guidance:g} and guidances are given too; give one of the two"
+            )

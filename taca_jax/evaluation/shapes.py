@@ -84,6 +84,11 @@ class Verdict:
         """Whether all claims hold."""
         return all(holds for _, holds in self.claims)
 
+    @property
+    def exact(self) -> bool:
+        """Whether all claims hold and there are no other objects."""
+        return self.correct and not self.extras
+
 
 def check(description: str | Description, image: np.ndarray) -> Verdict:
     """Checks which claims of a caption hold in an image, uint8 [height, width, 3].

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.lora.dialect import Dialect
@@ -125,6 +127,9 @@ class Family:
     supported.
     check_grid: (config, rows, columns) of tokens; raises UserError for a grid larger than the
     model's position table.
+    with_features: called as the transformer is, with the transformer first; returns the velocity
+    and the image tokens, [b, s, hidden], whose features a training run can supervise. None if the
+    family has no such call.
     """
 
     kind: ModelKind
@@ -144,6 +149,7 @@ class Family:
     embeds_guidance: Callable[[Config], bool] = lambda _: False
     skippable_layers: Callable[[Config], int] = lambda _: 0
     check_grid: Callable[[Config, int, int], None] = lambda *_: None
+    with_features: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
     @property
     def name(self) -> str:

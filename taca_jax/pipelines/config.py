@@ -71,7 +71,8 @@ class GenerateConfig(SamplingConfig):
       predicted picture after each step, into a file beside `out`; `own` is the model's own
       autoencoder, if that is small; none draws no previews.
     progress: a progress bar of the steps; none shows it on a terminal only.
-    out: the PNG to write (numbered for several pictures); its settings go into its metadata.
+    out: the PNG to write (numbered for several pictures); small ones are enlarged in it, and its
+      settings are its metadata.
     """
 
     prompt: str = ""

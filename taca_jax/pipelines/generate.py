@@ -15,7 +15,7 @@ from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.grids import caption_grid
+from taca_jax.pipelines.grids import caption_grid, enlarged
 from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.pipelines.previews import open_previewer
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
@@ -23,7 +23,7 @@ from taca_jax.weights.shipped import find_weights
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Draws as configured and returns the files written.
+    """Draws as configured and returns the files written, in which small pictures are enlarged.
 
     Raises UserError for problems that the user can fix.
     """
@@ -37,7 +37,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
     if config.lora is not None:
-        _check_lora(config.lora)  # before the model loads
+        check_lora(config.lora)  # before the model loads
     if config.preview not in (None, OWN):
         open_previewer(Path(config.preview))  # also before the model loads
     pipeline = Pipeline.from_pretrained(
@@ -80,7 +80,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     return [out]
 
 
-def _check_lora(lora: str) -> None:
+def check_lora(lora: str) -> None:
+    """Raises UserError if there is no such LoRA file, or if it is damaged; reads no factors."""
     found = find_weights(lora)
     if not found.exists():
         raise UserError(
@@ -123,6 +124,7 @@ def preview_path(config: GenerateConfig) -> Path:
 def _write_preview(path: Path, step: int, pictures: list[Image.Image]) -> None:
     """Writes all pictures of the run side by side."""
     del step
+    pictures = [enlarged(picture) for picture in pictures]
     width, height = pictures[0].size
     row = Image.new("RGB", (width * len(pictures), height))
     for i, picture in enumerate(pictures):
@@ -143,6 +145,9 @@ def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
     info = PngInfo()
     settings = {"taca_jax": version("taca-jax"), **json.loads(to_json(config))}
     info.add_itxt("taca_jax", json.dumps(settings))
+    shown = enlarged(picture)
     with whole_file(path) as file:
-        picture.save(file, format="PNG", pnginfo=info)
-    print(f"wrote {path}")
+        shown.save(file, format="PNG", pnginfo=info)
+    factor = shown.width // picture.width
+    times = "" if factor == 1 else f" ({picture.width} x {picture.height} pixels, {factor} times)"
+    print(f"wrote {path}{times}")

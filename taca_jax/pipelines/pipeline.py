@@ -17,7 +17,6 @@ from PIL import Image
 from taca_jax.attention import Implementation
 from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.autoencoders.tiling import TILING, Tiling
-from taca_jax.config.fields import to_json
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import family_of
@@ -61,6 +60,7 @@ from taca_jax.weights.pipeline_folders import (
     TRANSFORMER,
     PipelineSettings,
     open_pipeline,
+    write_settings,
 )
 from taca_jax.weights.shipped import find_weights
 
@@ -85,11 +85,13 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of sampling a model: TACA's settings (None: plain attention), the LoRA's strength."""
+    """One way of sampling a model: TACA's settings (None: plain attention), the LoRA's strength,
+    the strength of guidance (None: the model's own)."""
 
     name: str
     taca: TacaConfig | None
     lora_strength: float
+    guidance: float | None = None
 
 
 class Pipeline:
@@ -212,7 +214,7 @@ class Pipeline:
                 settings = self.settings
                 if save_tokenizers(folder, self.tokenizer):
                     settings = replace(settings, tokenizer=None)
-                (folder / PIPELINE_FILE).write_text(to_json(settings) + "\n")
+                write_settings(folder, settings)
 
     def load_lora(self, path: str | Path) -> str:
         """Attaches a LoRA file, replacing any other, and returns a one-line summary of it.

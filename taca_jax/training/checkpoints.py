@@ -19,6 +19,9 @@ from taca_jax.nn.quantization import quantized_parts
 from taca_jax.parallel.processes import all_of, is_first, wait_for_all
 from taca_jax.training.step import TrainState
 
+FOLDER = "checkpoints"
+"""In a run's folder."""
+
 _OVERHEAD_BYTES = 2**20  # names, shapes and indices beside the arrays
 
 
@@ -36,7 +39,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
         self._quantized = quantized_parts(frozen)
         self._frozen = sum_of(frozen)
-        self._dir = (run_dir / "checkpoints").absolute()
+        self._dir = (run_dir / FOLDER).absolute()
         self._manager = _Manager(
             self._dir,
             options=ocp.CheckpointManagerOptions(
@@ -211,6 +214,11 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or repr(error)
     said = re.search(r"([^:\[\]]+) \[os_error_code=", text)
     return said[1].strip() if said else text.splitlines()[0][:200]
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of a run's newest checkpoint, by the folders' names alone; 0 without any."""
+    return max((int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdigit()), default=0)
 
 
 def sum_of(parameters: nnx.State) -> int:

@@ -5,6 +5,7 @@ A preset (`configs/NAME.py`) is an instance, and the command line overrides sing
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.sampling.loop import MAX_SEED
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
+from taca_jax.training.features import FeaturesConfig
 from taca_jax.training.losses import TimestepSampling
 from taca_jax.training.optimizer import OptimizerConfig
 
@@ -48,6 +50,8 @@ class TrainConfig:
     taca: draws the timesteps at which TACA is active, and applies it (the paper's equations 11-13);
       none trains over all timesteps with plain attention.
     data: pictures and captions.
+    features: what a new model's image tokens are to say of the picture; none trains it to denoise
+      only.
     mesh: how several devices share the work.
     optimizer: the optimizer and its learning rate.
     grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
@@ -82,6 +86,7 @@ class TrainConfig:
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
     taca: TacaConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    features: FeaturesConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grad_accumulation: int = 1
@@ -124,11 +129,21 @@ class TrainConfig:
         warmup = self.optimizer.warmup_steps
         below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
         check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
+        decay = self.optimizer.decay_steps
+        check(decay <= self.steps, "optimizer.decay_steps", decay, f"at most steps={self.steps}")
+        if self.features is not None and self.lora is not None:
+            raise UserError("lora trains a model with its features as they are; set features=none")
         for source in self.data.source:
-            shapes = source.partition(":")[2].partition("/")[0] == "shapes"
+            kind, _, place = source.partition(":")
+            shapes = re.split("[/#]", place)[0] == "shapes"
             if self.evaluate is not None and not shapes:
                 raise UserError(
                     f"evaluate reads shapes back, and data.source is {source}; set evaluate=none"
+                )
+            if self.features is not None and not (shapes and kind == "generated"):
+                raise UserError(
+                    "features are supervised by the labels of generated:shapes, and data.source "
+                    f"is {source}; set features=none"
                 )
         if self.taca is not None:
             threshold = self.taca.threshold

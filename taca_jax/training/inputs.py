@@ -26,7 +26,7 @@ def open_loader(models: RunModels, inputs: InputModels | Cache) -> Loader:
         _check_grids(inputs.buckets(), models)
         return make_cached_loader(inputs, data=data, rows=rows, together=parts)
     with first_before_others("data that is made on first use"):
-        source = open_source(data)
+        source = open_source(data, None if models.config.features is None else models.multiple)
     least = parts * data.batch_size
     buckets = make_buckets(source, data, multiple=models.multiple, least=least)
     _check_grids(buckets, models)

@@ -32,6 +32,7 @@ from taca_jax.text.encoders import TextEncoder, TextReading, token_count
 from taca_jax.text.tokenizers import Tokenizer, load_tokenizer
 from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
+from taca_jax.training.features import Readout
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.pipeline_folders import (
     AUTOENCODER,
@@ -45,8 +46,8 @@ from taca_jax.weights.pipeline_folders import (
 )
 from taca_jax.weights.shipped import find_weights
 
-DEFAULT_STEPS = 20
-"""Sampling steps of a new model, unless an evaluation sets them."""
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.0
+"""Of a new model's calls: sampling steps, and no guidance unless an evaluation finds it better."""
 
 OPTIMIZER_COPIES = 4
 """Arrays of the trained parameters' size, at most: gradient, two moments, moving average."""
@@ -56,12 +57,19 @@ PIXELS = "pixels"
 
 
 class TextToImage(nnx.Module):
-    """The models that training may change: the transformer and, from scratch, the text encoder."""
+    """The models that training may change: the transformer and, from scratch, the text encoder and
+    the read-out of supervised features."""
 
-    def __init__(self, transformer: Any, text_encoder: TextEncoder | None):
-        """`text_encoder` is None if batches come encoded."""
+    def __init__(
+        self,
+        transformer: Any,
+        text_encoder: TextEncoder | None,
+        readout: Readout | None = None,
+    ):
+        """`text_encoder` is None if batches come encoded, `readout` without config.features."""
         self.transformer = transformer
         self.text_encoder = text_encoder
+        self.readout = readout
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,12 @@ class RunModels:
         autoencoder = self.stored.models[AUTOENCODER].load(self._options(trained=False))
         return InputModels(text_encoder, tokenizer, autoencoder)
 
+    def new_readout(self) -> Readout | None:
+        """The read-out of supervised features, untrained; None if the run supervises none."""
+        if self.config.features is None:
+            return None
+        return Readout(self.transformer.hidden, rngs=nnx.Rngs(self.config.seed))
+
     def pipeline(self, model: TextToImage, inputs: InputModels) -> Pipeline:
         """A pipeline that samples with `model`, whose text encoder may be that of `inputs`."""
         own = model.text_encoder
@@ -179,7 +193,8 @@ class RunModels:
             for config in configs
         ]
         autoencoder = abstract_on_mesh(self.autoencoder, self._options(trained=False))
-        return TextToImage(transformer, self.reading.join(encoders, 0)), autoencoder
+        readout = nnx.eval_shape(self.new_readout)
+        return TextToImage(transformer, self.reading.join(encoders, 0), readout), autoencoder
 
     def parameter_bytes(self, device: Any) -> int:
         """The most bytes that parameters, gradients and optimizer state need on a single `device`
@@ -247,6 +262,8 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
         given = stored_model(Path(config.autoencoder))
         stored = replace(stored, models={**stored.models, AUTOENCODER: given})
     family, reading = stored.family, stored.reading
+    if config.features is not None and family.with_features is None:
+        raise UserError(f"features of {family.title} cannot be supervised; set features=none")
     autoencoder = stored.models.get(AUTOENCODER)
     lacking = []
     if reading is None:
@@ -270,7 +287,6 @@ def _new_pipeline(config: TrainConfig) -> StoredPipeline:
             f"text.encoder.dim is {encoder.dim}; model.txt_dim {config.model.txt_dim} and "
             f"model.pooled_dim {config.model.pooled_dim} must equal it"
         )
-    evaluate = config.evaluate
     models = {TRANSFORMER: config.model, "text_encoder": encoder, AUTOENCODER: config.pixels}
     return StoredPipeline(
         where=Path(config.name),
@@ -282,8 +298,8 @@ def _new_pipeline(config: TrainConfig) -> StoredPipeline:
             tokenizer=config.text.tokenizer,
             text_length=config.text.length,
             resolution=config.data.resolution,
-            steps=DEFAULT_STEPS if evaluate is None else evaluate.steps,
-            guidance=1.0 if evaluate is None else evaluate.guidance,
+            steps=DEFAULT_STEPS,
+            guidance=DEFAULT_GUIDANCE,
             schedule=FlowSchedule(),
         ),
         tokenizers=Path(config.name),

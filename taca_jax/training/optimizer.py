@@ -26,6 +26,8 @@ class OptimizerConfig:
     learning_rate: the maximum, reached after warm-up.
     warmup_steps: optimizer steps of linear warm-up.
     schedule: after warm-up, `constant`, or `cosine` down to 0 at the last step.
+    decay_steps: optimizer steps at the end of a constant schedule in which the rate falls linearly
+      to 0.
     weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only; with kind=muon on
       the kernels that it orthogonalises only.
     b1, b2: decay of Adam's first and second moment.
@@ -39,6 +41,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    decay_steps: int = 0
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
@@ -50,6 +53,12 @@ class OptimizerConfig:
         rate, decay, clip = self.learning_rate, self.weight_decay, self.clip_norm
         check(0 < rate < math.inf, "optimizer.learning_rate", rate, "positive")
         check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        check(self.decay_steps >= 0, "optimizer.decay_steps", self.decay_steps, "0 or more")
+        if self.decay_steps and self.schedule != "constant":
+            raise UserError(
+                f"optimizer.decay_steps is {self.decay_steps}, which optimizer.schedule="
+                f"{self.schedule} does not read; leave it out, or set optimizer.schedule=constant"
+            )
         check(0 <= decay < math.inf, "optimizer.weight_decay", decay, "0 or more")
         decays = {
             "b1": self.b1,
@@ -93,15 +102,17 @@ class OptimizerConfig:
             )
         return optax.chain(clip, update)
 
-    def learning_rate_at(self, count: ArrayLike, total_steps: int) -> Float[Array, ""]:
+    def learning_rate_at(self, count: ArrayLike, total_steps: int) -> Float[Array, "*n"]:
         """The learning rate of the update that follows `count` updates, float32, traceable.
 
-        Warm-up starts above 0, so that the first step has an effect.
+        Warm-up starts and a decline ends above 0, so that every step has an effect.
         """
         count = jnp.asarray(count, jnp.float32)
         warm = jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1))
         if self.schedule == "constant":
-            return self.learning_rate * warm
+            declining = (total_steps - count) / max(self.decay_steps, 1)
+            left = jnp.clip(declining, 0, 1) if self.decay_steps else 1.0
+            return self.learning_rate * warm * left
         progress = (count - self.warmup_steps) / max(total_steps - self.warmup_steps, 1)
         return self.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
 
@@ -112,7 +123,7 @@ def _muon_axes(params: Any) -> Any:
     Muon is for matrices between hidden states. Its author leaves a model's first and last layer to
     Adam; so do we, and also the layers that compute modulations from one vector per picture.
     """
-    not_hidden = {"img_in", "mod", "final_mod", "final_out"}
+    not_hidden = {"img_in", "mod", "final_mod", "final_out", "readout"}
 
     def axes(path: tuple[Any, ...], param: jax.Array) -> MuonDimensionNumbers | None:
         names = {jax.tree_util.keystr((key,), simple=True) for key in path}

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,12 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from taca_jax.config.fields import difference, from_json, to_json
 from taca_jax.data.cache.reader import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
-from taca_jax.evaluation.alignment import evaluate_shapes
-from taca_jax.formats.atomic import whole_file
+from taca_jax.evaluation.evaluate import evaluate_shapes
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.batches import put_rows
 from taca_jax.parallel.chips import chip_of
@@ -43,28 +42,11 @@ from taca_jax.training.models import (
     TextToImage,
     open_models,
 )
+from taca_jax.training.record import check_record, write_record
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.weights.lora_files import write_lora
-
-# Fields that a resumed run may change.
-FREE_FIELDS = (
-    "resume",
-    "out_dir",
-    "plan",
-    "mesh",
-    "log_every",
-    "save_every",
-    "keep_checkpoints",
-    "sample_every",
-    "sample_prompts",
-    "evaluate",
-    "data.cache",
-    "data.max_bad_share",
-)
-
-RECORD = "config.json"
-"""The run's configuration, in its folder."""
+from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
 
 def train(config: TrainConfig) -> None:
@@ -78,7 +60,7 @@ def train(config: TrainConfig) -> None:
     """
     join_processes()
     try:
-        _check_free(config, config.run_dir)
+        check_record(config)
         models = open_models(config)
         mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
         models = models.on_mesh(None if mesh.size == 1 else mesh)
@@ -109,8 +91,7 @@ def _run(models: RunModels, notice: Notice) -> None:
             # Only now, so that a run that cannot start leaves no record behind.
             wait_for_all("a run that can begin")
             if is_first():
-                with whole_file(config.run_dir / RECORD) as record:
-                    record.write_text(to_json(config))
+                write_record(config)
             trained = _train(models, transformer, inputs, loader, notice)
             for line in loader.skipped():
                 print(line, file=sys.stderr)
@@ -120,31 +101,6 @@ def _run(models: RunModels, notice: Notice) -> None:
             f"{error.filename or config.run_dir}: {error.strerror or error}; mend that and go on "
             "with resume=true"
         ) from error
-
-
-def _check_free(config: TrainConfig, run_dir: Path) -> None:
-    """Raises UserError unless the folder is new, or holds this run and the run is to be resumed."""
-    record = run_dir / RECORD
-    if not record.is_file():
-        # Allowed, so that the same command can start a run and restart it.
-        if config.resume:
-            print_once(f"{run_dir} holds no run yet: starting one", sys.stderr)
-        return
-    if not config.resume:
-        raise UserError(
-            f"{run_dir} holds a run already; resume=true goes on with it, out_dir=... starts "
-            "another"
-        )
-    changed = [
-        name
-        for name in difference(from_json(TrainConfig, record.read_text(), str(record)), config)
-        if name not in FREE_FIELDS and name.split(".")[0] not in FREE_FIELDS
-    ]
-    if changed:
-        raise UserError(
-            f"{run_dir} was started with other values of {', '.join(changed)}; resume with the "
-            "same, or start another run with out_dir=..."
-        )
 
 
 def _train(
@@ -159,7 +115,8 @@ def _train(
     if isinstance(inputs, Cache):
         model, autoencoder = TextToImage(transformer, None), models.autoencoder
     else:
-        model, autoencoder = TextToImage(transformer, inputs.text_encoder), inputs.autoencoder
+        model = TextToImage(transformer, inputs.text_encoder, models.new_readout())
+        autoencoder = inputs.autoencoder
     trainer, trained = make_trainer(config, model, autoencoder, models.mesh)
     state = trainer.begin(trained)
     with Checkpoints(
@@ -282,13 +239,22 @@ def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache
         pipeline.save(config.run_dir / "model", dtype="bfloat16")
         print_once(f"model written to {config.run_dir / 'model'}")
     if config.evaluate is not None:
-        evaluate_shapes(
+        best = evaluate_shapes(
             pipeline,
             config.evaluate,
             config.run_dir,
             taca=config.taca,
             lora=config.lora is not None,
         )
+        if config.lora is None and best is not None and is_first():
+            _keep_guidance(config.run_dir / "model", best)
+
+
+def _keep_guidance(model: Path, guidance: float) -> None:
+    """Makes a strength of guidance the default of the model in this folder."""
+    settings = open_pipeline(model).settings
+    write_settings(model, replace(settings, guidance=guidance))
+    print(f"best on seen compositions, and now the model's default: guidance {guidance:g}")
 
 
 def _write_lora(config: TrainConfig, transformer: nnx.Module) -> None:

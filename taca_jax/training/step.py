@@ -21,6 +21,7 @@ from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.rules import ShardingTable, parameter_spec
 from taca_jax.taca import active, gamma_at
 from taca_jax.training.config import TrainConfig
+from taca_jax.training.features import readout_loss
 from taca_jax.training.losses import flow_matching_loss, interpolate, sample_timesteps
 from taca_jax.training.models import TextToImage
 
@@ -31,10 +32,14 @@ _LATENTS = 2**31 - 1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Pictures and captions, leading axis grad_accumulation."""
+    """Pictures and captions, leading axis grad_accumulation.
+
+    labels: what the patches of the pictures show (`label_patches`), with config.features.
+    """
 
     image: UInt8[Array, "a b R R 3"]
     tokens: Int[Array, "a b t"]
+    labels: UInt8[Array, "a b rows columns 3"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -125,15 +130,16 @@ def train_step(
     """One optimizer step; the parts of the batch (its leading axis) run one after another.
 
     The random key is the state's with the step's number folded in. Returns the next state and
-    scalar metrics: loss, gradient_norm, learning_rate.
+    scalar metrics: loss, gradient_norm, learning_rate, and those of `batch_loss`.
     """
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    value, gradient = _mean_gradient(config, state.trained, frozen, batch, rng)
+    (value, terms), gradient = _mean_gradient(config, state.trained, frozen, batch, rng)
     optimizer = config.optimizer.make(config.steps)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
     trained = jax.tree.map(jnp.add, state.trained, updates)
     metrics = {
         "loss": value,
+        **terms,
         "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": config.optimizer.learning_rate_at(state.step, config.steps),
     }
@@ -147,19 +153,20 @@ def _mean_gradient(
     frozen: Frozen,
     batch: Batch | EncodedBatch,
     rng: jax.Array,
-) -> tuple[jax.Array, nnx.State]:
-    """The loss and its gradient, averaged over the parts of the batch."""
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
+    """What `batch_loss` returns, and the gradient, averaged over the parts of the batch."""
     parts = len(jax.tree.leaves(batch)[0])
-    loss = partial(batch_loss, config)
+    gradient = jax.value_and_grad(partial(batch_loss, config), has_aux=True)
+    first = jax.tree.map(lambda x: x[0], batch)
     if parts == 1:
-        first = jax.tree.map(lambda x: x[0], batch)
-        return jax.value_and_grad(loss)(trained, frozen, first, rng)
+        return gradient(trained, frozen, first, rng)
 
     def accumulate(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        value = jax.value_and_grad(loss)(trained, frozen, *part)
+        value = gradient(trained, frozen, *part)
         return jax.tree.map(lambda t, v: t + v / parts, total, value), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+    shapes = jax.eval_shape(gradient, trained, frozen, first, rng)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(accumulate, zero, (batch, jax.random.split(rng, parts)))
     return total
 
@@ -178,15 +185,15 @@ def batch_loss(
     frozen: Frozen,
     batch: Batch | EncodedBatch,
     rng: jax.Array,
-) -> Float[Array, ""]:
-    """The loss on one part of a batch, without its leading axis."""
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The `objective` on one part of a batch, without its leading axis."""
     model = frozen.merge(trained)
     sampled = config.data.latents == "sample"
     latents_rng = jax.random.fold_in(rng, _LATENTS) if sampled else None
     if isinstance(batch, EncodedBatch):
         x0 = _stored_latents(frozen.autoencoder_config, batch, latents_rng)
         text = Conditioning(txt=batch.txt.astype(jnp.float32), pooled=batch.pooled)
-        return objective(config, model.transformer, x0, text, rng)
+        return objective(config, model, x0, text, rng)
     if model.text_encoder is None or frozen.autoencoder_graph is None:
         raise ValueError("pictures and captions need an autoencoder and a text encoder")
     images = batch.image.astype(jnp.float32) / 127.5 - 1
@@ -195,25 +202,27 @@ def batch_loss(
         x0 = autoencoder.encode(images, latents_rng)
     else:
         x0 = autoencoder.encode(images)
-    return objective(
-        config, model.transformer, x0.astype(jnp.float32), model.text_encoder(batch.tokens), rng
-    )
+    text = model.text_encoder(batch.tokens)
+    return objective(config, model, x0.astype(jnp.float32), text, rng, batch.labels)
 
 
 def objective(
     config: TrainConfig,
-    transformer: Any,
+    model: TextToImage,
     x0: Float[Array, "b h w c"],
     text: Conditioning,
     rng: jax.Array,
-) -> Float[Array, ""]:
-    """The flow-matching loss on x0 at random times.
+    labels: UInt8[Array, "b rows columns 3"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The flow-matching loss on x0 at random times and, with config.features, that of the read-out.
 
     With config.taca, times are drawn above its threshold, the attention has TACA's gamma, and LoRA
     factors are on; without it, times are drawn over all of (0, 1000] and attention is plain.
-    Source: equations 11-13 of arXiv 2506.07986.
+    Source: equations 11-13 of arXiv 2506.07986. If there are two losses, both are returned by name
+    with their weighted sum.
     """
-    taca = config.taca
+    taca, transformer = config.taca, model.transformer
+    family = family_of(transformer.config)
     time_rng, noise_rng = jax.random.split(rng)
     timestep = sample_timesteps(
         time_rng,
@@ -223,19 +232,25 @@ def objective(
         above=0.0 if taca is None else taca.threshold,
     )
     noise = jax.random.normal(noise_rng, x0.shape)
-    options = {}
-    if family_of(transformer.config).embeds_guidance(transformer.config):
+    inputs = interpolate(x0, noise, timestep), timestep, text.txt, text.pooled
+    options = {
+        "gamma": None if taca is None else gamma_at(taca, timestep),
+        "lora_scale": jnp.ones(len(x0))
+        if taca is None
+        else active(taca, timestep) * jnp.float32(1),
+    }
+    if family.embeds_guidance(transformer.config):
         options["guidance"] = jnp.full(len(x0), config.guidance)
-    velocity = transformer(
-        interpolate(x0, noise, timestep),
-        timestep,
-        text.txt,
-        text.pooled,
-        gamma=None if taca is None else gamma_at(taca, timestep),
-        lora_scale=jnp.ones(len(x0)) if taca is None else active(taca, timestep) * jnp.float32(1),
-        **options,
-    )
-    return flow_matching_loss(velocity, x0, noise)
+    if config.features is None:
+        return flow_matching_loss(transformer(*inputs, **options), x0, noise), {}
+    if family.with_features is None or model.readout is None or labels is None:
+        raise ValueError("supervised features need a family with them, a read-out and labels")
+    velocity, tokens = family.with_features(transformer, *inputs, **options)
+    terms = {
+        "velocity_loss": flow_matching_loss(velocity, x0, noise),
+        "features_loss": readout_loss(model.readout(tokens), labels),
+    }
+    return terms["velocity_loss"] + config.features.weight * terms["features_loss"], terms
 
 
 def _stored_latents(

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from taca_jax.config.fields import from_json
+from taca_jax.config.fields import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import family_of, published_models
+from taca_jax.formats.atomic import whole_file
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.text.encoders import StoredEncoders, TextReading
@@ -48,6 +49,12 @@ def default_settings(transformer: Any, schedule: FlowSchedule) -> PipelineSettin
     """The settings of a transformer's config: its family's defaults, tokenizers in the folder."""
     defaults = family_of(transformer).defaults_of(transformer)
     return PipelineSettings(tokenizer=None, **asdict(defaults), schedule=schedule)
+
+
+def write_settings(folder: Path, settings: PipelineSettings) -> None:
+    """Writes a pipeline folder's settings, or replaces them."""
+    with whole_file(folder / PIPELINE_FILE) as file:
+        file.write_text(to_json(settings))
 
 
 @dataclass(frozen=True)

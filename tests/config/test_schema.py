@@ -17,7 +17,7 @@ from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import difference, fields_of, from_json, to_json, update
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
-from taca_jax.evaluation.config import EvalConfig
+from taca_jax.evaluation.config import EvalConfig, ShapesConfig
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
@@ -25,6 +25,7 @@ from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.t5 import T5_XXL
 from taca_jax.training.config import TrainConfig
+from taca_jax.training.features import FeaturesConfig, Readout
 from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.step import TextToImage
 from tests.training.tiny import tiny_pipeline
@@ -35,6 +36,7 @@ ADAPT = TrainConfig(name="adapt", steps=100, base="base", lora=LoRAConfig(), tac
 SCRATCH = TrainConfig("scratch", 100, model=FLUX_DEV, text=TextConfig(encoder=T5_XXL))
 MUON = {"optimizer.kind": "muon"}
 DRAW = GenerateConfig(base="base", prompt="a red circle")
+MEASURE = ShapesConfig(base="base")
 
 
 @pytest.mark.parametrize(
@@ -96,12 +98,23 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (ADAPT, {"text.tokenizer": ""}, "text.tokenizer is empty; it must be shapes, bytes or"),
         (ADAPT, {"evaluate.prompts": "0"}, "evaluate.prompts is 0; it must be 1 or more"),
         (ADAPT, {"evaluate.steps": "0"}, "evaluate.steps is 0; it must be 1 or more"),
-        (ADAPT, {"evaluate.guidance": "-1"}, "evaluate.guidance is -1.0; it must be 0 or more"),
+        (ADAPT, {"evaluate.guidances": "1,-1"}, "evaluate.guidances is -1.0; it must be 0 or"),
+        (ADAPT, {"evaluate.guidances": "2,2"}, "is (2.0, 2.0); it must be all different"),
         (ADAPT, {"evaluate.batch_size": "0"}, "evaluate.batch_size is 0; it must be 1 or more"),
         (ADAPT, {"taca.gamma": "-1"}, "taca.gamma"),
         (ADAPT, {"taca.threshold": "1000"}, "taca.threshold is 1000.0; it must be below 1000"),
         (ADAPT, {"taca.first_steps": "3"}, "taca.first_steps is 3, and training has no steps"),
         (ADAPT, {"lora.rank": "0"}, "rank"),
+        (ADAPT, {"optimizer.decay_steps": "-1"}, "optimizer.decay_steps is -1; it must be 0 or"),
+        (ADAPT, {"optimizer.decay_steps": "101"}, "decay_steps is 101; it must be at most steps"),
+        (
+            ADAPT,
+            {"optimizer.decay_steps": "3", "optimizer.schedule": "cosine"},
+            "optimizer.decay_steps is 3, which optimizer.schedule=cosine does not read",
+        ),
+        (ADAPT, {"features.weight": "0.2"}, "lora trains a model with its features as they are"),
+        (SCRATCH, {"features.weight": "0"}, "features.weight is 0.0; it must be positive"),
+        (SCRATCH, {"features.weight": "1"}, "labels of generated:shapes, and data.source is tfds"),
         (DRAW, {"steps": "0"}, "steps is 0; it must be 1 or more"),
         (DRAW, {"num_images": "0"}, "num_images is 0; it must be 1 or more"),
         (DRAW, {"height": "7"}, "height is 7; it must be 8 or more pixels"),
@@ -110,6 +123,12 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (DRAW, {"seed": "-2"}, "seed is -2; it must be 0 to"),
         (DRAW, {"out": "a.jpg"}, "out is a.jpg; it must be the name of a .png file"),
         (DRAW, {"compare": "true", "taca": "none"}, "compare=true compares plain with TACA"),
+        (MEASURE, {"prompts": "0"}, "prompts is 0; it must be 1 or more per category"),
+        (MEASURE, {"pictures": "0"}, "pictures is 0; it must be 1 or more"),
+        (MEASURE, {"out": ""}, "out is empty; it must be the name of a folder"),
+        (MEASURE, {"guidances": "nan"}, "guidances is nan; it must be 0 or more each"),
+        (MEASURE, {"guidance": "2", "guidances": "1,3"}, "guidance is 2 and guidances are given"),
+        (MEASURE, {"steps": "0"}, "steps is 0; it must be 1 or more"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(config, values, message):
@@ -141,6 +160,14 @@ def test_the_learning_rate_warms_up_and_falls():
     np.testing.assert_allclose(rates[20], 0.0, atol=1e-6)
     constant = dataclasses.replace(config, schedule="constant")
     assert constant.learning_rate_at(19, 20) == 2.0
+
+
+def test_a_constant_learning_rate_may_decline_at_the_end_of_a_run():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, decay_steps=4)
+    rates = config.learning_rate_at(jnp.array([3, 15, 16, 17, 18, 19]), 20)
+    np.testing.assert_allclose(rates, [2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
+    # A longer run is the same up to there.
+    assert config.learning_rate_at(15, 20) == config.learning_rate_at(15, 1000)
 
 
 def _first_update(config: OptimizerConfig, params, grads):
@@ -193,7 +220,8 @@ def test_muon_turns_hidden_kernels_and_leaves_the_rest_to_adam():
     rate, decay = 0.01, 0.5
     muon = OptimizerConfig("muon", learning_rate=rate, weight_decay=decay, clip_norm=None)
     pipeline = tiny_pipeline()
-    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    readout = Readout(pipeline.transformer.config.hidden, rngs=nnx.Rngs(0))
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder, readout)
     params = nnx.state(model, nnx.Param)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
@@ -224,17 +252,17 @@ def _by_name(tree) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig, ShapesConfig])
 def test_every_field_is_documented(kind):
     own = (TrainConfig, GenerateConfig, TextConfig, DataConfig, OptimizerConfig, EvalConfig)
-    own += (PixelsConfig,)
+    own += (PixelsConfig, FeaturesConfig, ShapesConfig)
     fields = fields_of(kind)
     for name, field in fields.items():
         parent = fields[name.rpartition(".")[0]].group if "." in name else kind
         assert field.doc or parent not in own, f"{name} has no line in its class's docstring"
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig, ShapesConfig])
 def test_every_field_is_read(kind):
     """A field that nothing reads is a setting that does nothing.
 
@@ -285,7 +313,7 @@ def _last_name(node: ast.expr) -> str:
 
 def test_annotations_are_types_that_the_command_line_can_read():
     plain = {int, float, bool, str, type(None), Ellipsis}
-    for kind in (TrainConfig, GenerateConfig):
+    for kind in (TrainConfig, GenerateConfig, ShapesConfig):
         for name, field in fields_of(kind).items():
             if field.group is None and typing.get_origin(field.annotation) is not typing.Literal:
                 inner = typing.get_args(field.annotation) or (field.annotation,)

@@ -42,7 +42,7 @@ from taca_jax.data.shapes.drawing import BACKGROUND, GAP, IMAGE_SIZE, MARGIN, PA
 from taca_jax.data.shapes.examples import (
     SPLITS,
     GeneratedShapes,
-    held_out_prompts,
+    random_prompts,
     random_scene,
 )
 from taca_jax.errors import UserError
@@ -253,23 +253,27 @@ def test_examples_stay_what_the_committed_weights_were_trained_on():
     assert digest.hexdigest()[:16] == "bdffc8bc2ed131ca"
 
 
-def test_unknown_splits_are_refused():
+def test_unknown_splits_and_categories_are_refused():
     with pytest.raises(ValueError, match="'dev' is not one of train, validation, test"):
         GeneratedShapes("dev", 1)
+    with pytest.raises(ValueError, match="'size' is not one of color, shape"):
+        GeneratedShapes("train", 1, category="size")
 
 
-def test_prompts_are_held_out_and_distinct_where_there_are_enough():
-    prompts = held_out_prompts(60, seed=0)
-    assert prompts == held_out_prompts(60, seed=0) != held_out_prompts(60, seed=1)
-    by_category = {c: [p for category, p in prompts if category == c] for c in CATEGORIES}
-    for category, captions in by_category.items():
-        assert len(captions) == 60
-        for caption in captions:
-            kinds = held_out(parse_caption(caption))
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_prompts_are_of_their_split_distinct_and_as_many_as_there_are(split):
+    prompts = random_prompts(split, 60, seed=0)
+    assert prompts == random_prompts(split, 60, seed=0) != random_prompts(split, 60, seed=1)
+    assert len(set(prompts)) == len(prompts)
+    assert list(dict.fromkeys(category for category, _ in prompts)) == list(CATEGORIES)
+    for category, prompt in prompts:
+        kinds = held_out(parse_caption(prompt))
+        if split == "train":
+            assert not kinds
+        else:
             assert kinds if category == "complex" else kinds == {category}
-        few = category in ("shape", "texture")
-        assert len(set(captions)) == 60 or (few and len(set(captions)) >= 40)
-        assert max(Counter(captions).values()) <= 2
+    few = {"train": {"shape": 45}, "test": {"shape": 40, "texture": 50}}[split]
+    assert Counter(c for c, _ in prompts) == {c: few.get(c, 60) for c in CATEGORIES}
 
 
 def test_the_builder_stores_what_is_drawn(tmp_path, capfd):

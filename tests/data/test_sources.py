@@ -12,6 +12,7 @@ from PIL import Image
 
 from taca_jax.data.config import DataConfig
 from taca_jax.data.shapes import dataset
+from taca_jax.data.shapes.captions import parse_caption
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.sources.decoding import read_picture
 from taca_jax.data.sources.factory import GENERATED_SIZE, open_source
@@ -72,12 +73,23 @@ def test_sizes_of_generated_shapes():
         ("generated:shapes", 64, "data.resolution is 64, but shapes are drawn at 40 pixels"),
         ("tfds:shapes/huge", 40, "'huge' is not one of small, large, tiny"),
         ("generated:circles", 40, "generated:circles; only shapes are generated"),
+        ("generated:shapes/9#size", 40, "after # comes one of color, shape, texture"),
+        ("tfds:shapes/tiny#color", 40, "only generated:shapes has categories after #"),
     ],
 )
 def test_shapes_that_are_not_there(source, resolution, message):
     with pytest.raises(UserError, match=re.escape(message)) as raised:
         open_source(DataConfig(source, resolution=resolution))
     assert "\n" not in str(raised.value)
+
+
+def test_a_category_of_shapes_alone():
+    source = open_source(DataConfig(("generated:shapes/20#spatial", "generated:shapes#color")))
+    captions = [source[i]["caption"] for i in range(40)]
+    related = [parse_caption(caption).relation is not None for caption in captions]
+    assert related == [True] * 20 + [False] * 20
+    assert len(source) == 20 + GENERATED_SIZE
+    assert source[3]["id"] == "train-spatial-0-000003"
 
 
 # Folders that are right

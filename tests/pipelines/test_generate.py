@@ -41,7 +41,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_a_picture_carries_its_settings(tmp_path):
     [path] = generate(config(tmp_path / "one.png", seed=7))
     with Image.open(path) as picture:
-        assert picture.size == (40, 40)
+        assert picture.size == (520, 520)  # 40 x 40 pixels, each a square of 13 x 13
         settings = json.loads(picture.text["taca_jax"])
     assert settings["prompt"] == PROMPT
     assert settings["seed"] == 7

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taca_jax.data.shapes.captions import VOCABULARY
-from taca_jax.data.shapes.examples import GeneratedShapes, held_out_prompts
+from taca_jax.data.shapes.examples import GeneratedShapes, random_prompts
 from taca_jax.errors import UserError
 from taca_jax.pipelines.text import save_tokenizers
 from taca_jax.text.tokenizers import (
@@ -40,7 +40,7 @@ def test_words_end_and_are_padded():
 def test_every_caption_of_the_shapes_data_fits_16_tokens():
     tokenizer = WordTokenizer(16)
     captions = [example["caption"] for example in GeneratedShapes("train", 300)]
-    captions += [caption for _, caption in held_out_prompts(60, 0)]
+    captions += [caption for _, caption in random_prompts("test", 60, 0)]
     tokens = tokenizer(captions)
     assert ((tokens == END).sum(axis=1) == 1).all()
     assert len(np.unique(tokens, axis=0)) == len(set(captions))

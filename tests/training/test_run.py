@@ -133,7 +133,7 @@ def test_a_run_leaves_its_record_metrics_checkpoints_and_samples(finished):
     ]
     assert [p.name for p in (run_dir / "samples").iterdir()] == ["0000004.png"]
     with Image.open(run_dir / "samples" / "0000004.png") as grid:
-        assert grid.width > 2 * 160
+        assert grid.width > 2 * 520
         assert len(grid.convert("RGB").getcolors(100_000)) > 100
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -261,10 +261,19 @@ def test_the_measurement_at_the_end(base, tmp_path):
     config = lora_config(base, tmp_path, steps=1, evaluate=evaluate)
     train(config)
     rows = json.loads((tmp_path / "evaluation.json").read_text())
-    assert list(rows) == ["base", "base + TACA", "TACA + LoRA", "LoRA alone"]
-    assert all(set(CATEGORIES) <= set(row) for row in rows.values())
+    assert list(rows) == ["seen", "held out"]
+    for half in rows.values():
+        assert list(half) == ["base", "base + TACA", "TACA + LoRA", "LoRA alone"]
+        assert all(set(CATEGORIES) <= set(row["correct"]) for row in half.values())
     with Image.open(tmp_path / "evaluation.png") as grid:
-        assert grid.width > 4 * 160
+        assert grid.width > 4 * 520
+
+
+def test_a_base_keeps_the_guidance_that_is_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "evaluate_shapes", lambda *_, **__: 2.5)
+    config = base_config(tmp_path, steps=1, evaluate=EvalConfig(guidances=(1.0, 2.5)))
+    train(config)
+    assert FluxPipeline.from_pretrained(tmp_path / "model").settings.guidance == 2.5
 
 
 # Going on.

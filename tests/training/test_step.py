@@ -68,7 +68,7 @@ def adapter():
 
 @nnx.jit(static_argnames="config")
 def loss_of(model, x0, tokens, rng, *, config):
-    return objective(config, model.transformer, x0, model.text_encoder(tokens), rng)
+    return objective(config, model, x0, model.text_encoder(tokens), rng)[0]
 
 
 def own(state):
@@ -205,7 +205,7 @@ def test_two_parts_are_the_mean_of_each_with_its_key():
         x0 = batch.image[i].astype(jnp.float32) / 127.5 - 1
         model = nnx.merge(graph, trained)
         text = model.text_encoder(batch.tokens[i])
-        return objective(config, model.transformer, x0, text, keys[i])
+        return objective(config, model, x0, text, keys[i])[0]
 
     losses, gradients = zip(*(part_loss(trained, i) for i in range(2)), strict=True)
     leaves = zip(*map(jax.tree.leaves, gradients), strict=True)
@@ -276,7 +276,7 @@ def test_a_model_that_reads_with_clip_and_t5_trains():
     def loss(state, x0, tokens):
         model = nnx.merge(graph, state)
         text = model.text_encoder(tokens)
-        return objective(config_for(), model.transformer, x0, text, jax.random.key(0))
+        return objective(config_for(), model, x0, text, jax.random.key(0))[0]
 
     x0, tokens = jnp.zeros((2, 40, 40, 3)), jnp.zeros((2, 4 + 16), int)
     assert jax.eval_shape(jax.grad(loss), state, x0, tokens) == jax.eval_shape(lambda: state)

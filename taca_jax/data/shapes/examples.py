@@ -8,7 +8,7 @@ another kind, so that a category measures one thing; captions of `complex` have 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from taca_jax.data.shapes.captions import (
     held_out,
 )
 from taca_jax.data.shapes.drawing import Placed, draw, pick, place
+from taca_jax.data.shapes.labels import label_patches
 
 SPLITS = ("train", "validation", "test")
 MAX_OBJECTS = 4
@@ -38,6 +39,7 @@ class Example(TypedDict):
     caption: str
     category: str
     id: str
+    labels: NotRequired[np.ndarray]  # as from `label_patches`, with GeneratedShapes.patch
 
 
 _SEEN_COLORS = {
@@ -59,16 +61,22 @@ class Scene:
 class GeneratedShapes:
     """`size` examples of a split, by index; the seed and the index decide each.
 
-    Raises ValueError for an unknown split.
+    category: of every example; None draws all categories equally often. patch: pixels per side of
+    the patches whose labels each example has; None leaves labels out. Raises ValueError for an
+    unknown split or category.
     """
 
     split: str
     size: int
     seed: int = 0
+    category: str | None = None
+    patch: int | None = None
 
     def __post_init__(self):
         if self.split not in SPLITS:
             raise ValueError(f"split {self.split!r} is not one of {', '.join(SPLITS)}")
+        if self.category not in (None, *CATEGORIES):
+            raise ValueError(f"category {self.category!r} is not one of {', '.join(CATEGORIES)}")
 
     def __len__(self) -> int:
         return self.size
@@ -77,22 +85,27 @@ class GeneratedShapes:
         index = int(index)
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is not in 0..{self.size - 1}")
-        scene = random_scene(self.split, self.seed, index)
-        return {
+        scene = random_scene(self.split, self.seed, index, self.category)
+        drawn_from = self.split if self.category is None else f"{self.split}-{self.category}"
+        example: Example = {
             "image": draw(scene.placed),
             "caption": scene.description.caption,
             "category": scene.category,
-            "id": f"{self.split}-{self.seed}-{index:06d}",
+            "id": f"{drawn_from}-{self.seed}-{index:06d}",
         }
+        if self.patch is not None:
+            example["labels"] = label_patches(scene.placed, self.patch)
+        return example
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(self.size))
 
 
-def random_scene(split: str, seed: int, index: int) -> Scene:
-    """The scene that a split, a seed and an index decide; categories are equally frequent."""
+def random_scene(split: str, seed: int, index: int, category: str | None = None) -> Scene:
+    """The scene of a category that a split, a seed and an index decide; without a category all are
+    equally frequent."""
     random = Random((SPLITS.index(split) << 96) + (seed << 48) + index)
-    category = pick(CATEGORIES, random)
+    category = category or pick(CATEGORIES, random)
     description = random_description(category, split, random)
     objects = _complete(description, random)
     return Scene(category, description, tuple(place(objects, description.relation, random)))
@@ -107,11 +120,10 @@ def random_description(category: str, split: str, random: Random) -> Description
             return description
 
 
-def held_out_prompts(n_per_category: int, seed: int) -> list[tuple[str, str]]:
-    """(category, caption) pairs of the test split, `n_per_category` of each category in turn.
-
-    The captions of a category are distinct as long as there are others, then all repeat in the same
-    order: `shape` has 40 distinct ones, `texture` 50 and `color` 144.
+def random_prompts(split: str, n_per_category: int, seed: int) -> list[tuple[str, str]]:
+    """(category, caption) pairs of a split, all distinct: `n_per_category` of each category in
+    turn, or all that there are. The test split has 40 of `shape`, 50 of `texture`, 144 of `color`;
+    the train split 45 of `shape`.
     """
     prompts = []
     for number, category in enumerate(CATEGORIES):
@@ -120,10 +132,9 @@ def held_out_prompts(n_per_category: int, seed: int) -> list[tuple[str, str]]:
         misses = 0
         while len(distinct) < n_per_category and misses < _MISSES:
             before = len(distinct)
-            distinct[random_description(category, "test", random).caption] = None
+            distinct[random_description(category, split, random).caption] = None
             misses = 0 if len(distinct) > before else misses + 1
-        captions = list(distinct)
-        prompts += [(category, captions[i % len(captions)]) for i in range(n_per_category)]
+        prompts += [(category, caption) for caption in distinct]
     return prompts
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import cast
 
 from taca_jax.data.config import DataConfig
+from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.data.shapes.drawing import IMAGE_SIZE
 from taca_jax.data.shapes.examples import GeneratedShapes
 from taca_jax.data.sources.folders import FolderSource
@@ -20,18 +21,18 @@ GENERATED_SIZE = 2**20
 _MAX_SIZE = 2**24  # the order of an epoch is held in memory
 
 
-def open_source(data: DataConfig) -> Source:
+def open_source(data: DataConfig, patch: int | None = None) -> Source:
     """The source that `data.source` names, or where it names several, a MixedSource.
 
-    `[index]` gives pictures as squares of `data.resolution` pixels a side. Raises UserError for a
-    source that is unknown, missing, empty or mostly unusable, and for a resolution that shapes do
-    not have.
+    `[index]` gives pictures as squares of `data.resolution` pixels a side. patch: pixels per side
+    of the patches whose labels generated shapes are to have. Raises UserError for a source that is
+    unknown, missing, empty or mostly unusable, and for a resolution that shapes do not have.
     """
-    parts = [_open(name, data) for name in data.source]
+    parts = [_open(name, data, patch) for name in data.source]
     return parts[0] if len(parts) == 1 else MixedSource(parts)
 
 
-def _open(source: str, data: DataConfig) -> Source:
+def _open(source: str, data: DataConfig, patch: int | None) -> Source:
     kind, _, place = source.partition(":")
     match kind:
         case "folder":
@@ -46,10 +47,11 @@ def _open(source: str, data: DataConfig) -> Source:
 
             return TfdsSource(place, data.resolution, data.max_bad_share)
         case _:
-            return _open_shapes(source, kind, place, data)
+            return _open_shapes(source, kind, place, data, patch)
 
 
-def _open_shapes(source: str, kind: str, place: str, data: DataConfig) -> Source:
+def _open_shapes(source: str, kind: str, place: str, data: DataConfig, patch: int | None) -> Source:
+    place, _, category = place.partition("#")
     name, _, rest = place.partition("/")
     if name != "shapes":
         raise UserError(f"data.source is {source}; only shapes are generated")
@@ -65,7 +67,14 @@ def _open_shapes(source: str, kind: str, place: str, data: DataConfig) -> Source
                 f"data.source is {source}; after generated:shapes/ comes a number of "
                 f"examples, 1 to {_MAX_SIZE}"
             )
-        return cast(Source, GeneratedShapes("train", int(size)))
+        if category and category not in CATEGORIES:
+            raise UserError(
+                f"data.source is {source}; after # comes one of {', '.join(CATEGORIES)}"
+            )
+        drawn = GeneratedShapes("train", int(size), category=category or None, patch=patch)
+        return cast(Source, drawn)
+    if category:
+        raise UserError(f"data.source is {source}; only generated:shapes has categories after #")
     from taca_jax.data.shapes import dataset  # here for the same reason
 
     # `load` refuses an unknown size.

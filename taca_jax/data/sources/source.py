@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -29,11 +29,13 @@ _SIZES_PER_TASK = 256
 
 
 class Example(TypedDict):
-    """A picture, uint8 [height, width, 3], RGB; its caption, or several to draw from; its name."""
+    """A picture, uint8 [height, width, 3], RGB; its caption, or several to draw from; its name;
+    of generated shapes, if asked for, the labels of its patches."""
 
     image: np.ndarray
     caption: str | Sequence[str]
     id: str
+    labels: NotRequired[np.ndarray]
 
 
 class Source(Protocol):

@@ -19,6 +19,7 @@ from taca_jax.families.flux.model import (
     FLUX_KREA,
     FLUX_SCHNELL,
     FluxConfig,
+    FluxTransformer,
 )
 from taca_jax.families.flux.text import read_text
 from taca_jax.formats.scheduler import schedule_of
@@ -99,4 +100,5 @@ FLUX = Family(
     attention_pairs=_attention_pairs,
     layer_tokens=partial(layer_tokens, joint=re.compile(r"single_blocks\..*")),
     embeds_guidance=lambda config: config.guidance_embed,
+    with_features=FluxTransformer.with_features,
 )

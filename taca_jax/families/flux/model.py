@@ -105,7 +105,32 @@ class FluxTransformer(MMDiT):
         lora_scale: Float[Array, " b"] | None = None,
         attention: Implementation | None = None,
     ) -> Float[Array, "b H W c"]:
-        """The velocity, float32, shaped as `latents`.
+        """The velocity, float32, shaped as `latents`; arguments and errors: see `with_features`."""
+        velocity, _ = self.with_features(
+            latents,
+            timestep,
+            txt,
+            pooled,
+            guidance=guidance,
+            gamma=gamma,
+            lora_scale=lora_scale,
+            attention=attention,
+        )
+        return velocity
+
+    def with_features(
+        self,
+        latents: Float[Array, "b H W c"],
+        timestep: Float[Array, " b"],
+        txt: Float[Array, "b t k"],
+        pooled: Float[Array, "b p"],
+        *,
+        guidance: Float[Array, " b"] | None = None,
+        gamma: Float[Array, " b"] | None = None,
+        lora_scale: Float[Array, " b"] | None = None,
+        attention: Implementation | None = None,
+    ) -> tuple[Float[Array, "b H W c"], Float[Array, "b s d"]]:
+        """The velocity, float32, shaped as `latents`, and the image tokens after the double blocks.
 
         timestep: 0 (data) to 1000 (noise). guidance: the guidance scale itself (such as 3.5),
         required exactly if the model embeds it. gamma: TACA's temperature, None for plain
@@ -152,7 +177,8 @@ class FluxTransformer(MMDiT):
             jnp.concatenate([txt, img], axis=1),
             remat=self.remat,
         )
-        return self.velocity(joint[:, text_len:], inputs.vec, lora_scale, (height, width))
+        size = (height, width)
+        return self.velocity(joint[:, text_len:], inputs.vec, lora_scale, size), img
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from taca_jax.families.flux.model import (
     FluxConfig,
     FluxTransformer,
 )
-from taca_jax.nn.layers import LoRAParam
+from taca_jax.nn.layers import LoRAParam, patchify
 from taca_jax.nn.lora import LoRAConfig, add_lora, remove_lora
 from taca_jax.taca import TacaConfig, active, gamma_at
 from tests import models
@@ -175,6 +175,24 @@ class TestInputs:
         latents, *rest = inputs()
         out = run(base, (latents[:, ::-1, ::-1], *rest))[:, ::-1, ::-1]
         assert relative_error(out, run(base, inputs())) > 1e-2
+
+    def test_features_are_the_image_tokens_between_double_and_single_blocks(self):
+        model, args = random_model(TINY), inputs()
+        with_features = nnx.jit(FluxTransformer.with_features)
+        velocity, features = with_features(model, *args)
+        assert features.shape == (BATCH, 6, TINY.hidden)
+        np.testing.assert_array_equal(velocity, run(model, args))
+        kernel = model.single_blocks.out.kernel
+        kernel[...] = kernel[...] * 2
+        other, same = with_features(model, *args)
+        assert relative_error(other, velocity) > 1e-3
+        np.testing.assert_array_equal(features, same)
+        # Without their gates double blocks leave the embedded patches as they are.
+        for param in (model.double_blocks.img.mod.kernel, model.double_blocks.img.mod.bias):
+            param[...] = jnp.zeros_like(param[...])
+        _, embedded = with_features(model, *args)
+        expected = model.img_in(patchify(args[0], TINY.patch_size))
+        assert relative_error(embedded, expected) < 1e-5 < relative_error(features, expected)
 
     def test_gamma_none_is_gamma_one_bit_for_bit(self, base):
         np.testing.assert_array_equal(

@@ -1,0 +1,40 @@
+"""What each patch of a drawn picture shows, for features that are supervised."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from taca_jax.data.shapes.captions import COLORS, PLAIN, SAID_TEXTURES, SHAPES
+from taca_jax.data.shapes.drawing import IMAGE_SIZE, Placed, shape_mask
+
+LABELLED = (COLORS, SHAPES, (PLAIN, *SAID_TEXTURES))
+"""The words that each of a patch's labels chooses from: colours, shapes, textures."""
+
+BACKGROUND_LABEL = 0
+"""The label of a patch without an object; word i of LABELLED is label i + 1."""
+
+CLASSES = tuple(1 + len(words) for words in LABELLED)
+"""How many values each of a patch's labels has."""
+
+
+def label_patches(placed: Sequence[Placed], patch: int) -> np.ndarray:
+    """uint8 [40 / patch, 40 / patch, 3]: colour, shape and texture of the object that covers most
+    of each square of `patch` pixels a side.
+
+    Raises ValueError if the picture's 40 pixels are no multiple of `patch`.
+    """
+    side, rest = divmod(IMAGE_SIZE, patch)
+    if rest:
+        raise ValueError(f"patches of {patch} pixels do not divide {IMAGE_SIZE} pixels")
+    covered = np.zeros((len(placed), IMAGE_SIZE, IMAGE_SIZE), bool)
+    labels = np.empty((len(placed), len(LABELLED)), np.uint8)
+    for number, item in enumerate(placed):
+        thing, size = item.object, item.size
+        box = slice(item.y, item.y + size), slice(item.x, item.x + size)
+        covered[number][box] = shape_mask(thing.shape, size)
+        words = (thing.color, thing.shape, thing.texture)
+        labels[number] = [
+            known.index(word) + 1 for known, word in zip(LABELLED, words, strict=True)
+        ]
+    area = covered.reshape(-1, side, patch, side, patch).sum(axis=(2, 4))
+    return np.where(area.any(axis=0)[..., None], labels[area.argmax(axis=0)], BACKGROUND_LABEL)

@@ -1,0 +1,150 @@
+"""Evaluates a model on shapes: at the end of a training run, and as a command."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from taca_jax.config.fields import to_json
+from taca_jax.data.shapes.drawing import IMAGE_SIZE
+from taca_jax.errors import UserError
+from taca_jax.evaluation.alignment import Alignment, best_guidance, measure, variants
+from taca_jax.evaluation.config import EvalConfig, ShapesConfig
+from taca_jax.evaluation.halves import make_halves
+from taca_jax.evaluation.report import best_prompts, summary, table
+from taca_jax.evaluation.sampler import Sampler
+from taca_jax.formats.atomic import whole_file
+from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.generate import check_lora
+from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.taca import TacaConfig
+from taca_jax.weights.pipeline_folders import open_pipeline
+from taca_jax.weights.shipped import find_weights
+
+RECORD = "config.json"
+"""In the command's folder: what was asked for, and of which files."""
+
+
+def evaluate_shapes(
+    pipeline: Pipeline,
+    evaluate: EvalConfig,
+    run_dir: Path,
+    *,
+    taca: TacaConfig | None,
+    lora: bool,
+) -> float | None:
+    """Measures `pipeline` at the end of a run, prints the tables, and writes evaluation.json and
+    evaluation.png into `run_dir`.
+
+    A base is measured plainly; a LoRA that was trained without TACA, with TACA's defaults. Returns
+    the best of `evaluate.guidances` on seen compositions; None if there are none.
+    """
+    measured = (taca or TacaConfig()) if lora else None
+    which = variants(measured, lora=lora, guidances=evaluate.guidances or (None,))
+    sampler = Sampler(pipeline, evaluate.batch_size, evaluate.steps)
+    alignments, grid = measure(sampler, which, make_halves(evaluate.prompts))
+    if is_first():  # all processes sample together, and the first reports
+        _report(pipeline, alignments, which, run_dir)
+        grid.save(run_dir / "evaluation.png")
+    return best_guidance(alignments, which)
+
+
+def evaluate_command(config: ShapesConfig) -> None:
+    """Measures as configured, and writes all results into `config.out`.
+
+    That folder then contains evaluation.json, evaluation.png and in pictures/ all that was drawn,
+    from which an interrupted evaluation goes on. Raises UserError for problems that the user can
+    fix, and if the folder holds an evaluation of something else.
+    """
+    out = Path(config.out)
+    _check(config, out)
+    pipeline = Pipeline.from_pretrained(
+        config.base,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+        attention=config.attention,
+    )
+    if config.lora is not None and config.taca is not None:
+        print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    which = variants(
+        config.taca, lora=config.lora is not None, guidances=config.guidances or (config.guidance,)
+    )
+    kept = out / "pictures"
+    sampler = Sampler(
+        pipeline, config.batch_size, config.steps, config.height, config.width, config.seed, kept
+    )
+    alignments, grid = measure(sampler, which, make_halves(config.prompts, config.pictures))
+    _report(pipeline, alignments, which, out)
+    grid.save(out / "evaluation.png")
+    if config.pictures > 1:
+        for alignment in alignments:
+            _print(best_prompts(alignment, config.pictures, config.seed))
+
+
+def _check(config: ShapesConfig, out: Path) -> None:
+    """Prepares the folder. Raises UserError if it holds something else than this evaluation or
+    cannot be written, for files that are not there, and for pictures of another size than shapes
+    have."""
+    settings = open_pipeline(config.base).settings
+    for side in (config.height, config.width):
+        pixels = settings.resolution if side is None else side
+        if pixels != IMAGE_SIZE:
+            raise UserError(
+                f"pictures would have {pixels} pixels a side, and shapes are read at {IMAGE_SIZE}; "
+                f"give a base of shapes, or height={IMAGE_SIZE} width={IMAGE_SIZE}"
+            )
+    if config.lora is not None and config.taca is not None:
+        check_lora(config.lora)
+    record = out / RECORD
+    if record.is_file() and record.read_text() != _record(config):
+        raise UserError(
+            f"{out} holds another evaluation, or one of files that have changed since; name "
+            "another out, or remove it"
+        )
+    if not record.is_file() and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists and holds no evaluation; name another out")
+    try:
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        with whole_file(record) as file:
+            file.write_text(_record(config))
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written to ({error.strerror}); name another out"
+        ) from None
+
+
+def _record(config: ShapesConfig) -> str:
+    """The configuration as JSON, with the sizes and times of the model's files."""
+    files = [find_weights(config.base)]
+    files += [] if config.lora is None or config.taca is None else [find_weights(config.lora)]
+    stamps = {
+        str(path): [path.stat().st_size, path.stat().st_mtime_ns]
+        for root in files
+        for path in sorted([root, *root.rglob("*")])
+        if path.is_file()
+    }
+    return json.dumps({"config": json.loads(to_json(config)), "files": stamps}, indent=1) + "\n"
+
+
+def _report(
+    pipeline: Pipeline,
+    alignments: Sequence[Alignment],
+    which: Sequence[Variant],
+    folder: Path,
+) -> None:
+    """Prints a table of each half, and writes both as `folder`/evaluation.json."""
+    own = pipeline.settings.guidance
+    at = {v.name: own if v.guidance is None else v.guidance for v in which}
+    halves = {each.half.name: summary(each, at) for each in alignments}
+    (folder / "evaluation.json").write_text(json.dumps(halves, indent=1) + "\n")
+    for name, rows in halves.items():
+        _print(table(name, rows))
+    if len(set(at.values())) > 1:
+        best = best_guidance(alignments, which)
+        print(f"best on seen compositions: guidance {best:g}; the model's own is {own:g}")
+
+
+def _print(what: object) -> None:
+    Console(width=max(120, Console().width)).print(what)

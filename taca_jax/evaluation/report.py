@@ -1,0 +1,109 @@
+"""The results of an evaluation on shapes as numbers and as tables."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from taca_jax.evaluation.alignment import Alignment
+from taca_jax.evaluation.statistics import paired_difference, share_interval
+
+LISTED = 3
+"""Prompts of each category that `best_prompts` lists."""
+
+MEASURES = {"correct": "all", "exact": "all, and nothing else drawn"}
+"""What is measured, and the table's word for it over all categories."""
+
+
+def summary(alignment: Alignment, guidances: Mapping[str, float]) -> dict[str, Any]:
+    """For JSON: what each variant drew of a half, by the variant's name.
+
+    Of each: its guidance; for `correct` and `exact` the shares with 95 % intervals, by category and
+    of all; and their paired differences from the first variant's. Prompts are the independent
+    units, so that several pictures of a prompt do not count as so many.
+    """
+    half = alignment.half
+    of, prompts = np.array(half.categories), np.array(half.prompts)
+    groups = {category: of == category for category in dict.fromkeys(half.categories)}
+    groups["all"] = np.full(len(of), True)
+    measured = {"correct": alignment.correct, "exact": alignment.exact}
+    first = next(iter(alignment.correct))
+    rows: dict[str, Any] = {}
+    for variant in alignment.correct:
+        rows[variant] = {"guidance": guidances[variant]}
+        for measure, right in measured.items():
+            rows[variant][measure] = {
+                group: asdict(share_interval(right[variant][where], prompts[where].tolist()))
+                for group, where in groups.items()
+            }
+        if variant != first:
+            rows[variant]["difference"] = {
+                measure: asdict(paired_difference(right[first], right[variant], prompts.tolist()))
+                for measure, right in measured.items()
+            }
+    return rows
+
+
+def table(half: str, rows: Mapping[str, Any]) -> Table:
+    """The summary of a half as a table: % of its pictures that are right, with 95 % intervals."""
+    names = list(rows)
+    first = rows[names[0]]
+    out = Table(title=f"{half.capitalize()} compositions drawn right, % (95 % interval)")
+    out.add_column("category")
+    for name in names:
+        out.add_column(name, justify="right")
+    for category in [group for group in first["correct"] if group != "all"]:
+        shares = [rows[name]["correct"][category] for name in names]
+        total, prompts = shares[0]["total"], shares[0]["prompts"]
+        several = "" if prompts == total else f" of {prompts} prompts"
+        out.add_row(f"{category}, n = {total}{several}", *map(_share, shares))
+    for measure, words in MEASURES.items():
+        out.add_section()
+        shares = [rows[name][measure]["all"] for name in names]
+        out.add_row(f"{words}, n = {shares[0]['total']}", *map(_share, shares))
+        if len(names) > 1:
+            differences = [rows[name]["difference"][measure] for name in names[1:]]
+            out.add_row(f"against {names[0]}, paired", "", *map(_difference, differences))
+    guidances = dict.fromkeys(f"{row['guidance']:g}" for row in rows.values())
+    if len(guidances) == 1:
+        out.caption = f"guidance {next(iter(guidances))}"
+    return out
+
+
+def _share(share: Mapping[str, float]) -> str:
+    return f"{100 * share['value']:.1f} ({100 * share['low']:.1f}-{100 * share['high']:.1f})"
+
+
+def _difference(difference: Mapping[str, float]) -> str:
+    value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f}), p = {difference['p_value']:.2g}"
+
+
+def best_prompts(alignment: Alignment, pictures: int, seed: int) -> Table:
+    """The prompts of each category whose pictures are most often exact, in the first variant and
+    then in all.
+
+    pictures: of each prompt, whose noise is that of consecutive seeds; `seed` is the first's.
+    """
+    half, names = alignment.half, list(alignment.exact)
+    # [prompts, variants]: how many of the pictures are exact.
+    counts = np.stack(
+        [exact.reshape(-1, pictures).sum(axis=1) for exact in alignment.exact.values()], axis=1
+    )
+    out = Table(title=f"{half.name.capitalize()} prompts drawn best: pictures exact of {pictures}")
+    for heading in ("category", "prompt", "seeds"):
+        out.add_column(heading)
+    for name in names:
+        out.add_column(name, justify="right")
+    categories, prompts = half.categories[::pictures], half.prompts[::pictures]
+    for category in dict.fromkeys(categories):
+        members = [i for i, each in enumerate(categories) if each == category]
+        members.sort(key=lambda i: (-counts[i, 0], -counts[i].sum()))
+        for i in members[:LISTED]:
+            first = seed + i * pictures
+            seeds = f"{first} to {first + pictures - 1}"
+            out.add_row(category, prompts[i], seeds, *map(str, counts[i]))
+        out.add_section()
+    return out

@@ -1,0 +1,80 @@
+"""Draws the pictures of an evaluation."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from taca_jax.errors import UserError
+from taca_jax.evaluation.halves import Half
+from taca_jax.formats.atomic import whole_file
+from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.pipeline import Pipeline, Variant
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws a picture of each prompt: picture i of a half from the noise of `seed` + i, however
+    large the batches are, and in each variant from the same noise.
+
+    steps, height, width: as in a call of the pipeline. kept: a folder that keeps every batch, as
+    one picture of all its pictures in a column; what it has is not drawn again. None keeps none.
+    """
+
+    pipeline: Pipeline
+    batch_size: int
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    kept: Path | None = None
+
+    def draw(self, half: Half, variant: Variant) -> np.ndarray:
+        """uint8 [n, height, width, 3]: the pictures of a half's prompts.
+
+        Raises UserError for a kept batch that cannot be read.
+        """
+        starts = track(
+            range(0, len(half.prompts), self.batch_size),
+            f"sampling {half.name}: {variant.name}",
+            disable=not is_first(),
+        )
+        return np.concatenate([self._batch(half, variant, start) for start in starts])
+
+    def _batch(self, half: Half, variant: Variant, start: int) -> np.ndarray:
+        prompts = list(half.prompts[start : start + self.batch_size])
+        if self.kept is None:
+            return self._sample(prompts, variant, start)
+        name = re.sub(r"[^\w.]+", "-", f"{half.name} {variant.name} {start}")
+        file = self.kept / f"{name}.png"
+        if not file.is_file():
+            pictures = self._sample(prompts, variant, start)
+            column = Image.fromarray(pictures.reshape(-1, *pictures.shape[2:]))
+            with whole_file(file) as whole:
+                column.save(whole, format="PNG")
+        try:
+            with Image.open(file) as column:
+                pixels = np.asarray(column)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error}); remove it and run again") from None
+        return pixels.reshape(len(prompts), -1, *pixels.shape[1:])
+
+    def _sample(self, prompts: list[str], variant: Variant, start: int) -> np.ndarray:
+        # The last batch is padded, so that all batches run the same compiled program.
+        padded = prompts + prompts[-1:] * (self.batch_size - len(prompts))
+        images = self.pipeline(
+            padded,
+            height=self.height,
+            width=self.width,
+            steps=self.steps,
+            guidance=variant.guidance,
+            seed=self.seed + start,
+            taca=variant.taca,
+            lora_strength=variant.lora_strength,
+            output="array",
+            progress=False,
+        ).images
+        return np.round(np.asarray(images)[: len(prompts)] * 255).astype(np.uint8)

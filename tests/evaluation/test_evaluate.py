@@ -1,0 +1,136 @@
+"""The evaluation at the end of a run, and the command: what they draw, write and refuse."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from taca_jax.errors import UserError
+from taca_jax.evaluation import evaluate
+from taca_jax.evaluation.commands import run
+from taca_jax.evaluation.config import EvalConfig, ShapesConfig
+from taca_jax.evaluation.evaluate import evaluate_command, evaluate_shapes
+from taca_jax.taca import TacaConfig
+from taca_jax.weights.shipped import find_weights
+from tests.evaluation.painter import Painter, grey, right
+
+TACA = TacaConfig(gamma=1.3, threshold=900)
+SMALL = EvalConfig(prompts=2, steps=1, batch_size=5)
+
+
+def only_at_two(prompt, options):
+    return (right if options["guidance"] == 2 else grey)(prompt, options)
+
+
+def test_results_are_written_and_printed(tmp_path, capsys):
+    best = evaluate_shapes(Painter(right), SMALL, tmp_path, taca=TACA, lora=True)
+    assert best is None
+    rows = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(rows) == ["seen", "held out"]
+    for half in rows.values():
+        assert list(half) == ["base", "base + TACA", "TACA + LoRA", "LoRA alone"]
+        assert half["TACA + LoRA"]["correct"]["all"]["value"] == 1.0
+        assert half["base"]["guidance"] == Painter.settings.guidance
+    assert (tmp_path / "evaluation.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "Seen compositions drawn right" in printed
+    assert "Held out compositions drawn right" in printed
+    assert "100.0 (" in printed
+
+
+@pytest.mark.parametrize(("trained", "used"), [(TACA, TACA), (None, TacaConfig())])
+def test_a_lora_is_measured_with_the_taca_of_its_training(tmp_path, trained, used):
+    painter = Painter(grey)
+    evaluate_shapes(painter, SMALL, tmp_path, taca=trained, lora=True)
+    assert used in [options["taca"] for _, options in painter.calls]
+
+
+def test_a_base_is_measured_at_each_guidance_and_the_best_is_returned(tmp_path, capsys):
+    painter = Painter(only_at_two)
+    asked = EvalConfig(prompts=1, guidances=(1.0, 2.0, 3.0), batch_size=6)
+    assert evaluate_shapes(painter, asked, tmp_path, taca=TACA, lora=False) == 2.0
+    assert {options["taca"] for _, options in painter.calls} == {None}
+    printed = capsys.readouterr().out
+    assert "best on seen compositions: guidance 2; the model's own is 1.5" in printed
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["seen"]
+    assert [row["guidance"] for row in rows.values()] == [1.0, 2.0, 3.0]
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    """What the command loads."""
+    painter = Painter(only_at_two)
+    monkeypatch.setattr(evaluate.Pipeline, "from_pretrained", lambda *_, **__: painter)
+    return painter
+
+
+def config_for(out, **changes):
+    usual = {"base": "shapes_base", "taca": None, "prompts": 2, "batch_size": 12, "out": str(out)}
+    return ShapesConfig(**(usual | changes))
+
+
+def test_the_command_compares_strengths_of_guidance(tmp_path, painter, capsys):
+    config = config_for(tmp_path / "out", guidances=(1.0, 2.0), pictures=2, seed=40)
+    evaluate_command(config)
+    rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for half in rows.values():
+        assert [row["correct"]["all"]["value"] for row in half.values()] == [0.0, 1.0]
+        assert half["guidance 2"]["correct"]["all"]["total"] == 24
+    assert painter.calls[0][1]["seed"] == 40
+    printed = capsys.readouterr().out
+    assert "best on seen compositions: guidance 2" in printed
+    assert "Seen prompts drawn best: pictures exact of 2" in printed
+    assert "40 to 41" in printed
+    with Image.open(tmp_path / "out" / "evaluation.png") as grid:
+        assert grid.width > 2 * 520
+
+
+def test_the_command_goes_on_where_it_was_and_with_nothing_else(tmp_path, painter, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(find_weights("shapes_base"), base)
+    config = config_for(tmp_path / "out", base=str(base))
+    real, calls = evaluate.Sampler._sample, []
+
+    def interrupted(sampler, *arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(sampler, *arguments)
+
+    monkeypatch.setattr(evaluate.Sampler, "_sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_command(config)
+    evaluate_command(config)
+    assert len(calls) == 3  # one of each half, and the interrupted one
+    with pytest.raises(UserError, match="holds another evaluation, or one of files that have"):
+        evaluate_command(config_for(tmp_path / "out", base=str(base), seed=1))
+    (base / "transformer" / "model.safetensors").touch()
+    with pytest.raises(UserError, match="holds another evaluation, or one of files that have"):
+        evaluate_command(config)
+    with pytest.raises(UserError, match="exists and holds no evaluation; name another out"):
+        evaluate_command(config_for(base))
+
+
+def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch):
+    loads = "taca_jax.evaluation.evaluate.Pipeline.from_pretrained"
+    monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="nowhere is not there; give base="):
+        evaluate_command(config_for(tmp_path / "out", base="nowhere"))
+    with pytest.raises(UserError, match=r"lora=no\.safetensors is not there"):
+        evaluate_command(config_for(tmp_path / "out", taca=TACA, lora="no.safetensors"))
+    with pytest.raises(UserError, match="would have 64 pixels a side, and shapes are read at 40"):
+        evaluate_command(config_for(tmp_path / "out", width=64))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out cannot be written to \(Not a directory\)"):
+        evaluate_command(config_for(tmp_path / "file" / "out"))
+
+
+def test_the_command_line_takes_the_preset_of_generate(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate_command", asked.append)
+    run(["shapes", "--config", "shapes_taca", "taca=none", "guidances=1,2.5", "pictures=8"])
+    [config] = asked
+    assert (config.base, config.lora) == ("shapes_base", "shapes_taca.safetensors")
+    assert (config.taca, config.guidances, config.pictures) == (None, (1.0, 2.5), 8)
