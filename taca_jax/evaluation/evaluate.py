@@ -37,10 +37,10 @@ def evaluate_shapes(
     """Measures `pipeline` at the end of a run, prints the tables, and writes evaluation.json and
     evaluation.png into `run_dir`.
 
-    A base is measured plainly; a LoRA that was trained without TACA, with TACA's defaults. Returns
-    the best of `evaluate.guidances` on seen compositions; None if there are none.
+    A base is measured plainly (taca=None); a LoRA that was trained without TACA, with TACA's
+    defaults. Returns the best of `evaluate.guidances` on seen compositions; None if there are none.
     """
-    measured = (taca or TacaConfig()) if lora else None
+    measured = (taca or TacaConfig()) if lora else taca
     which = variants(measured, lora=lora, guidances=evaluate.guidances or (None,))
     sampler = Sampler(pipeline, evaluate.batch_size, evaluate.steps)
     alignments, grid = measure(sampler, which, make_halves(evaluate.prompts))

@@ -32,14 +32,14 @@ from taca_jax.training.optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: of all parameters, or with `lora` of the LoRA only.
+    """One training run: of all parameters, or with `lora` or `gamma_knots` of these only.
 
     name: of the run, and of its folder.
     steps: optimizer steps.
     base: the model folder to start from (`transformer/`, `text_encoder/`, ...); none starts with a
       new `model`, randomly initialised.
     model: the config of a new transformer, where there is no base.
-    lora: the LoRA to train; none trains all parameters.
+    lora: the LoRA to train; none trains all parameters, unless gamma_knots are trained.
     quantize: the format of the frozen transformer's kernels under a LoRA: `int8`, `nf4` (4 bits),
       or none, which is dtype.
     quantize_text: the same for T5's kernels.
@@ -49,6 +49,8 @@ class TrainConfig:
     pixels: how a new model on pixels normalises them.
     taca: draws the timesteps at which TACA is active, and applies it (the paper's equations 11-13);
       none trains over all timesteps with plain attention.
+    gamma_knots: learns gamma(t) itself, as that many knots from taca.threshold to 1000 that begin
+      as taca says, with the LoRA or alone; none leaves it as taca says.
     data: pictures and captions.
     features: what a new model's image tokens are to say of the picture; none trains it to denoise
       only.
@@ -85,6 +87,7 @@ class TrainConfig:
     autoencoder: str = "pixels"
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
     taca: TacaConfig | None = None
+    gamma_knots: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
     features: FeaturesConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -131,8 +134,12 @@ class TrainConfig:
         check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
         decay = self.optimizer.decay_steps
         check(decay <= self.steps, "optimizer.decay_steps", decay, f"at most steps={self.steps}")
-        if self.features is not None and self.lora is not None:
+        if self.features is not None and self.adapts:
             raise UserError("lora trains a model with its features as they are; set features=none")
+        if self.gamma_knots is not None:
+            check(self.gamma_knots >= 2, "gamma_knots", self.gamma_knots, "2 or more, or none")
+            if self.taca is None:
+                raise UserError("gamma_knots begin as taca says, and taca is none; set taca.gamma")
         for source in self.data.source:
             kind, _, place = source.partition(":")
             shapes = re.split("[/#]", place)[0] == "shapes"
@@ -161,17 +168,18 @@ class TrainConfig:
             raise UserError(
                 f"base={self.base} says what the model is; leave model out (model=none)"
             )
-        if self.base is None and self.lora is not None:
-            raise UserError("lora adapts a trained model; give base=FOLDER, or lora=none")
+        if self.base is None and self.adapts:
+            key, verb = ("gamma_knots", "adapt") if self.lora is None else ("lora", "adapts")
+            raise UserError(f"{key} {verb} a trained model; give base=FOLDER, or {key}=none")
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
-        if self.lora is not None and self.optimizer.kind != "adamw":
+        if self.adapts and self.optimizer.kind != "adamw":
             raise UserError(
                 f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, of "
                 "which lora trains none; set optimizer.kind=adamw, or lora=none"
             )
         if self.data.encode == "cache":
-            if self.lora is None:
+            if not self.adapts:
                 raise UserError(
                     "data.encode=cache encodes captions once, and without a lora the text encoder "
                     "trains with the model; set lora.*, or data.encode=online"
@@ -182,7 +190,7 @@ class TrainConfig:
                     "what samples are drawn with; set sample_every=0, or data.encode=online"
                 )
         for name, to in {"quantize": self.quantize, "quantize_text": self.quantize_text}.items():
-            if self.lora is None and to != "none":
+            if not self.adapts and to != "none":
                 raise UserError(
                     f"{name}={to} is for a base that stays as it is, and lora=none trains it; give "
                     f"a lora, or {name}=none"
@@ -191,6 +199,11 @@ class TrainConfig:
             raise UserError(
                 f"sample_every is {self.sample_every} without sample_prompts; give some"
             )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the base stays as it is: only a LoRA, a gamma(t) or both are trained."""
+        return self.lora is not None or self.gamma_knots is not None
 
     @property
     def run_dir(self) -> Path:

@@ -27,12 +27,14 @@ from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options, load_text
 from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import TextEncoder, TextReading, token_count
 from taca_jax.text.tokenizers import Tokenizer, load_tokenizer
 from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.features import Readout
+from taca_jax.training.learned_gamma import LearnedGamma
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.pipeline_folders import (
     AUTOENCODER,
@@ -58,18 +60,25 @@ PIXELS = "pixels"
 
 class TextToImage(nnx.Module):
     """The models that training may change: the transformer and, from scratch, the text encoder and
-    the read-out of supervised features."""
+    the read-out of supervised features; or, beside a LoRA, gamma(t)."""
 
     def __init__(
         self,
         transformer: Any,
         text_encoder: TextEncoder | None,
         readout: Readout | None = None,
+        gamma: LearnedGamma | None = None,
     ):
-        """`text_encoder` is None if batches come encoded, `readout` without config.features."""
+        """`text_encoder` is None if batches come encoded, `readout` without config.features and
+        `gamma` without config.gamma_knots."""
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.readout = readout
+        self.gamma = gamma
+
+    def taca(self, config: TrainConfig) -> TacaConfig | None:
+        """TACA as the model was trained: with what it has learnt of gamma."""
+        return config.taca if self.gamma is None else self.gamma.learned()
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ class RunModels:
         gradients of weights take the same number each. Neither rematerialisation nor LoRA factors
         are counted.
         """
-        times = 2 if self.config.lora is not None else 3
+        times = 2 if self.config.adapts else 3
         samples = self.config.data.batch_size * self.config.grad_accumulation
         return forward_flops(self.transformer, **self.tokens) * times * samples
 
@@ -172,6 +181,12 @@ class RunModels:
             return None
         return Readout(self.transformer.hidden, rngs=nnx.Rngs(self.config.seed))
 
+    def new_gamma(self) -> LearnedGamma | None:
+        """gamma(t) as the configuration begins; None if the run does not learn it."""
+        if self.config.gamma_knots is None or self.config.taca is None:
+            return None
+        return LearnedGamma(self.config.taca, self.config.gamma_knots)
+
     def pipeline(self, model: TextToImage, inputs: InputModels) -> Pipeline:
         """A pipeline that samples with `model`, whose text encoder may be that of `inputs`."""
         own = model.text_encoder
@@ -193,8 +208,9 @@ class RunModels:
             for config in configs
         ]
         autoencoder = abstract_on_mesh(self.autoencoder, self._options(trained=False))
-        readout = nnx.eval_shape(self.new_readout)
-        return TextToImage(transformer, self.reading.join(encoders, 0), readout), autoencoder
+        readout, gamma = nnx.eval_shape(self.new_readout), nnx.eval_shape(self.new_gamma)
+        text_encoder = self.reading.join(encoders, 0)
+        return TextToImage(transformer, text_encoder, readout, gamma), autoencoder
 
     def parameter_bytes(self, device: Any) -> int:
         """The most bytes that parameters, gradients and optimizer state need on a single `device`
@@ -202,7 +218,7 @@ class RunModels:
         model, autoencoder = replace(self, mesh=make_mesh(MeshConfig(), [device])).abstract()
         transformer = local_bytes(nnx.state(model.transformer))
         encoders = local_bytes(nnx.state([model.text_encoder, autoencoder]))
-        trained = nnx.state(model, nnx.Param if self.config.lora is None else LoRAParam)
+        trained = nnx.state(model, LoRAParam if self.config.adapts else nnx.Param)
         stepping = transformer + OPTIMIZER_COPIES * local_bytes(trained)
         if self.config.data.encode == "cache":  # all is encoded before the transformer is loaded
             return max(stepping, encoders)
@@ -218,7 +234,7 @@ class RunModels:
     def _transformer_options(self) -> LoadOptions:
         config = self.config
         return replace(
-            self._options(trained=config.lora is None),
+            self._options(trained=not config.adapts),
             quantize=config.quantize,
             remat=config.remat,
             attention=config.attention,
@@ -226,7 +242,7 @@ class RunModels:
 
     @property
     def _text_options(self) -> LoadOptions:
-        options = self._options(trained=self.config.lora is None)
+        options = self._options(trained=not self.config.adapts)
         return replace(options, quantize=self.config.quantize_text)
 
     def _options(self, *, trained: bool) -> LoadOptions:

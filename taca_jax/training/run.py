@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from taca_jax.config.fields import to_json
 from taca_jax.data.cache.reader import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.evaluate import evaluate_shapes
+from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.batches import put_rows
 from taca_jax.parallel.chips import chip_of
@@ -29,7 +31,7 @@ from taca_jax.parallel.processes import (
 )
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.taca import describe_gamma
+from taca_jax.taca import TacaConfig, describe_gamma
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.config import TrainConfig
@@ -113,9 +115,11 @@ def _train(
     """Runs all remaining steps and returns the trained model."""
     config = models.config
     if isinstance(inputs, Cache):
-        model, autoencoder = TextToImage(transformer, None), models.autoencoder
+        model = TextToImage(transformer, None, gamma=models.new_gamma())
+        autoencoder = models.autoencoder
     else:
-        model = TextToImage(transformer, inputs.text_encoder, models.new_readout())
+        readout, gamma = models.new_readout(), models.new_gamma()
+        model = TextToImage(transformer, inputs.text_encoder, readout, gamma)
         autoencoder = inputs.autoencoder
     trainer, trained = make_trainer(config, model, autoencoder, models.mesh)
     state = trainer.begin(trained)
@@ -174,7 +178,9 @@ def _loop(
                 raise notice.stopped(f"saved after step {number} of {config.steps}")
             drawing = config.sample_every and number % config.sample_every == 0
             if drawing and isinstance(inputs, InputModels):
-                _sample(models.pipeline(trainer.merge(state.best), inputs), config, log, number)
+                model = trainer.merge(state.best)
+                pipeline = models.pipeline(model, inputs)
+                _sample(pipeline, config, model.taca(config), log, number)
         if before is not None:
             report(before)
         checkpoints.wait()
@@ -213,9 +219,15 @@ def _next_batch(
     return batch, [name for batch in batches for name in batch["id"]]
 
 
-def _sample(pipeline: Pipeline, config: TrainConfig, log: RunLog | None, step: int) -> None:
+def _sample(
+    pipeline: Pipeline,
+    config: TrainConfig,
+    taca: TacaConfig | None,
+    log: RunLog | None,
+    step: int,
+) -> None:
     prompts = list(config.sample_prompts)
-    pictures = pipeline(prompts, taca=config.taca, seed=config.seed, progress=False).images
+    pictures = pipeline(prompts, taca=taca, seed=config.seed, progress=False).images
     if log is None or not isinstance(pictures, list):
         return  # all processes sample together, and the first writes the pictures
     grid = caption_grid(pictures, prompts)
@@ -226,16 +238,19 @@ def _sample(pipeline: Pipeline, config: TrainConfig, log: RunLog | None, step: i
 
 
 def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache) -> None:
-    """Writes the trained LoRA or model, and evaluates it if configured."""
+    """Writes what was trained, the LoRA and gamma or the model, and evaluates it if configured."""
     config = models.config
+    taca = trained.taca(config)
     if config.lora is not None:
         _write_lora(config, trained.transformer)
-        if config.evaluate is None:
-            return
+    if config.gamma_knots is not None and taca is not None and is_first():
+        _write_gamma(config.run_dir / "taca.json", taca)
+    if config.adapts and config.evaluate is None:
+        return
     if isinstance(inputs, Cache):  # training did not need the encoders
         inputs = models.load_inputs()
     pipeline = models.pipeline(trained, inputs)
-    if config.lora is None:
+    if not config.adapts:
         pipeline.save(config.run_dir / "model", dtype="bfloat16")
         print_once(f"model written to {config.run_dir / 'model'}")
     if config.evaluate is not None:
@@ -243,11 +258,19 @@ def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache
             pipeline,
             config.evaluate,
             config.run_dir,
-            taca=config.taca,
+            taca=taca if config.adapts else None,
             lora=config.lora is not None,
         )
-        if config.lora is None and best is not None and is_first():
+        if not config.adapts and best is not None and is_first():
             _keep_guidance(config.run_dir / "model", best)
+
+
+def _write_gamma(file: Path, taca: TacaConfig) -> None:
+    with whole_file(file) as whole:
+        whole.write_text(to_json(taca))
+    knots = ",".join(f"{knot:g}" for knot in taca.knots or ())
+    settings = f"taca.threshold={taca.threshold:g} taca.knots={knots}"
+    print(f"gamma written to {file}; draw with {settings}")
 
 
 def _keep_guidance(model: Path, guidance: float) -> None:

@@ -101,11 +101,12 @@ class Frozen:
 def split_model(
     config: TrainConfig, model: TextToImage, autoencoder: Autoencoder | AutoencoderConfig
 ) -> tuple[nnx.State, Frozen]:
-    """Splits the parameters that a run trains, with config.lora the LoRA factors, from all others.
+    """Splits the parameters that a run trains from all others: all of the model's, or with
+    config.adapts those of the LoRA and of gamma.
 
     If batches come encoded, the autoencoder's config is enough.
     """
-    kind = nnx.Param if config.lora is None else LoRAParam
+    kind = LoRAParam if config.adapts else nnx.Param
     graph, trained, frozen = nnx.split(model, kind, ...)
     if isinstance(autoencoder, AutoencoderConfig):
         return trained, Frozen(frozen, nnx.State({}), graph, None, autoencoder)
@@ -218,8 +219,8 @@ def objective(
 
     With config.taca, times are drawn above its threshold, the attention has TACA's gamma, and LoRA
     factors are on; without it, times are drawn over all of (0, 1000] and attention is plain.
-    Source: equations 11-13 of arXiv 2506.07986. If there are two losses, both are returned by name
-    with their weighted sum.
+    Source: equations 11-13 of arXiv 2506.07986. Beside the loss, metrics by name: if there are two
+    losses, each of them, and of a gamma that is learnt its mean over the samples.
     """
     taca, transformer = config.taca, model.transformer
     family = family_of(transformer.config)
@@ -232,9 +233,10 @@ def objective(
         above=0.0 if taca is None else taca.threshold,
     )
     noise = jax.random.normal(noise_rng, x0.shape)
+    gamma = None if taca is None else (model.gamma or partial(gamma_at, taca))(timestep)
     inputs = interpolate(x0, noise, timestep), timestep, text.txt, text.pooled
     options = {
-        "gamma": None if taca is None else gamma_at(taca, timestep),
+        "gamma": gamma,
         "lora_scale": jnp.ones(len(x0))
         if taca is None
         else active(taca, timestep) * jnp.float32(1),
@@ -242,7 +244,8 @@ def objective(
     if family.embeds_guidance(transformer.config):
         options["guidance"] = jnp.full(len(x0), config.guidance)
     if config.features is None:
-        return flow_matching_loss(transformer(*inputs, **options), x0, noise), {}
+        terms = {} if model.gamma is None or gamma is None else {"gamma": gamma.mean()}
+        return flow_matching_loss(transformer(*inputs, **options), x0, noise), terms
     if family.with_features is None or model.readout is None or labels is None:
         raise ValueError("supervised features need a family with them, a read-out and labels")
     velocity, tokens = family.with_features(transformer, *inputs, **options)
