@@ -131,8 +131,6 @@ class TrainConfig:
         check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
         decay = self.optimizer.decay_steps
         check(decay <= self.steps, "optimizer.decay_steps", decay, f"at most steps={self.steps}")
-        if self.features is not None and self.lora is not None:
-            raise UserError("lora trains a model with its features as they are; set features=none")
         for source in self.data.source:
             kind, _, place = source.partition(":")
             shapes = re.split("[/#]", place)[0] == "shapes"
@@ -163,6 +161,8 @@ class TrainConfig:
             )
         if self.base is None and self.lora is not None:
             raise UserError("lora adapts a trained model; give base=FOLDER, or lora=none")
+        if self.features is not None and self.lora is not None:
+            raise UserError("lora trains a model with its features as they are; set features=none")
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
         if self.lora is not None and self.optimizer.kind != "adamw":
