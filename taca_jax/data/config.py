@@ -69,7 +69,8 @@ class DataConfig:
         given, sources = len(self.weights), len(self.source)
         if given not in (0, sources):
             raise UserError(
-                f"data.weights has {given} numbers for {sources} sources; give one each"
+                f"data.weights has {given} numbers for {sources} sources; give one each, or none "
+                "(data.weights=)"
             )
         for weight in self.weights:
             if not 0 < weight < math.inf:

@@ -7,23 +7,16 @@ from pathlib import Path
 from rich.console import Console
 
 from taca_jax.config.fields import to_json
-from taca_jax.data.shapes.drawing import IMAGE_SIZE
-from taca_jax.errors import UserError
 from taca_jax.evaluation.alignment import Alignment, best_guidance, measure, variants
 from taca_jax.evaluation.config import EvalConfig, ShapesConfig
 from taca_jax.evaluation.halves import make_halves
 from taca_jax.evaluation.report import best_prompts, summary, table
+from taca_jax.evaluation.results import PICTURES, check_base, prepare
 from taca_jax.evaluation.sampler import Sampler
-from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.generate import check_lora
 from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.taca import TacaConfig
-from taca_jax.weights.pipeline_folders import open_pipeline
-from taca_jax.weights.shipped import find_weights
-
-RECORD = "config.json"
-"""In the command's folder: what was asked for, and of which files."""
 
 
 def evaluate_shapes(
@@ -71,7 +64,7 @@ def evaluate_command(config: ShapesConfig) -> None:
     which = variants(
         config.taca, lora=config.lora is not None, guidances=config.guidances or (config.guidance,)
     )
-    kept = out / "pictures"
+    kept = out / PICTURES
     sampler = Sampler(
         pipeline, config.batch_size, config.steps, config.height, config.width, config.seed, kept
     )
@@ -84,48 +77,14 @@ def evaluate_command(config: ShapesConfig) -> None:
 
 
 def _check(config: ShapesConfig, out: Path) -> None:
-    """Prepares the folder. Raises UserError if it holds something else than this evaluation or
-    cannot be written, for files that are not there, and for pictures of another size than shapes
-    have."""
-    settings = open_pipeline(config.base).settings
-    for side in (config.height, config.width):
-        pixels = settings.resolution if side is None else side
-        if pixels != IMAGE_SIZE:
-            raise UserError(
-                f"pictures would have {pixels} pixels a side, and shapes are read at {IMAGE_SIZE}; "
-                f"give a base of shapes, or height={IMAGE_SIZE} width={IMAGE_SIZE}"
-            )
+    """Prepares the folder. Raises UserError as `prepare` and `check_base` do, and for a LoRA that is
+    not there."""
+    check_base(config)
+    files = [config.base]
     if config.lora is not None and config.taca is not None:
         check_lora(config.lora)
-    record = out / RECORD
-    if record.is_file() and record.read_text() != _record(config):
-        raise UserError(
-            f"{out} holds another evaluation, or one of files that have changed since; name "
-            "another out, or remove it"
-        )
-    if not record.is_file() and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} exists and holds no evaluation; name another out")
-    try:
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-        with whole_file(record) as file:
-            file.write_text(_record(config))
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written to ({error.strerror}); name another out"
-        ) from None
-
-
-def _record(config: ShapesConfig) -> str:
-    """The configuration as JSON, with the sizes and times of the model's files."""
-    files = [find_weights(config.base)]
-    files += [] if config.lora is None or config.taca is None else [find_weights(config.lora)]
-    stamps = {
-        str(path): [path.stat().st_size, path.stat().st_mtime_ns]
-        for root in files
-        for path in sorted([root, *root.rglob("*")])
-        if path.is_file()
-    }
-    return json.dumps({"config": json.loads(to_json(config)), "files": stamps}, indent=1) + "\n"
+        files.append(config.lora)
+    prepare(out, json.loads(to_json(config)), files)
 
 
 def _report(

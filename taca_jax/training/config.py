@@ -134,8 +134,6 @@ class TrainConfig:
         check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
         decay = self.optimizer.decay_steps
         check(decay <= self.steps, "optimizer.decay_steps", decay, f"at most steps={self.steps}")
-        if self.features is not None and self.adapts:
-            raise UserError("lora trains a model with its features as they are; set features=none")
         if self.gamma_knots is not None:
             check(self.gamma_knots >= 2, "gamma_knots", self.gamma_knots, "2 or more, or none")
             if self.taca is None:
@@ -171,6 +169,8 @@ class TrainConfig:
         if self.base is None and self.adapts:
             key, verb = ("gamma_knots", "adapt") if self.lora is None else ("lora", "adapts")
             raise UserError(f"{key} {verb} a trained model; give base=FOLDER, or {key}=none")
+        if self.features is not None and self.adapts:
+            raise UserError("lora trains a model with its features as they are; set features=none")
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
         if self.adapts and self.optimizer.kind != "adamw":

@@ -112,7 +112,11 @@ MEASURE = ShapesConfig(base="base")
             {"optimizer.decay_steps": "3", "optimizer.schedule": "cosine"},
             "optimizer.decay_steps is 3, which optimizer.schedule=cosine does not read",
         ),
-        (ADAPT, {"features.weight": "0.2"}, "lora trains a model with its features as they are"),
+        (
+            ADAPT,
+            {"features.weight": "0.2", "data.source": "generated:shapes"},
+            "lora trains a model with its features as they are; set features=none",
+        ),
         (SCRATCH, {"features.weight": "0"}, "features.weight is 0.0; it must be positive"),
         (SCRATCH, {"features.weight": "1"}, "labels of generated:shapes, and data.source is tfds"),
         (DRAW, {"steps": "0"}, "steps is 0; it must be 1 or more"),
