@@ -30,6 +30,11 @@ COMMANDS: dict[str, Command] = {
         "taca_jax.evaluation.evaluate:evaluate_command",
         "how often a model draws shapes as prompts say, at one or several strengths of guidance",
     ),
+    "sweep": Command(
+        "taca_jax.evaluation.sweep_config:SweepConfig",
+        "taca_jax.evaluation.sweep:sweep",
+        "the same for many settings of TACA: gamma, threshold, schedule, LoRA, guidance",
+    ),
 }
 
 

@@ -77,8 +77,8 @@ def evaluate_command(config: ShapesConfig) -> None:
 
 
 def _check(config: ShapesConfig, out: Path) -> None:
-    """Prepares the folder. Raises UserError as `prepare` and `check_base` do, and for a LoRA that is
-    not there."""
+    """Prepares the folder. Raises UserError as `prepare` and `check_base` do, and for a LoRA that
+    is not there."""
     check_base(config)
     files = [config.base]
     if config.lora is not None and config.taca is not None:

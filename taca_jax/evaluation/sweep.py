@@ -1,10 +1,258 @@
-"""Compares many settings of TACA on shapes: strength, threshold, schedule, LoRA, guided half.
+"""Compares many settings of TACA on shapes, each with the plain base: a table and a figure.
 
-Every setting draws the same prompts from the same noise, so that differences are paired. What was
-drawn is kept, so that an interrupted sweep goes on where it was, and a further setting costs only
-its own pictures.
+What is drawn is kept, so that an interrupted sweep goes on where it was, and a setting that is
+added later costs only its own pictures.
 """
 
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
 
-Half = Literal["both", "conditional"]
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from taca_jax.config.fields import from_json, to_json
+from taca_jax.errors import UserError
+from taca_jax.evaluation.alignment import Alignment, measure
+from taca_jax.evaluation.halves import Half, make_halves
+from taca_jax.evaluation.plots import need_matplotlib
+from taca_jax.evaluation.report import summary
+from taca_jax.evaluation.results import PICTURES, check_base, prepare
+from taca_jax.evaluation.sampler import Sampler
+from taca_jax.evaluation.sweep_config import SweepConfig
+from taca_jax.formats.atomic import whole_file
+from taca_jax.pipelines.generate import check_lora
+from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.taca import TacaConfig
+from taca_jax.weights.shipped import find_weights
+
+AXES = ("gammas", "thresholds", "schedules", "cond_only", "loras", "gammas_learned", "guidances")
+"""The fields of SweepConfig that may change while a sweep's folder goes on, with `vary`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a sweep. taca: None for the plain base, which has no LoRA either."""
+
+    taca: TacaConfig | None
+    lora: str | None
+    guidance: float | None
+
+    @property
+    def name(self) -> str:
+        """All that distinguishes it from others, in words."""
+        taca = self.taca
+        if taca is None:
+            words = ["base"]
+        elif taca.knots is not None:
+            words = [f"gamma {' '.join(f'{knot:g}' for knot in taca.knots)}"]
+        elif taca.gamma == 1:
+            words = ["gamma 1"]
+        else:
+            words = [f"gamma {taca.gamma:g}", taca.schedule]
+        if taca is not None:
+            first = taca.first_steps
+            acts = f"t >= {taca.threshold:g}" if first is None else f"first {first} steps"
+            words += [acts, *(["conditional half"] if taca.cond_only else [])]
+            words.append("no LoRA" if self.lora is None else f"LoRA {self.lora}")
+        words += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        return ", ".join(words)
+
+
+def settings(config: SweepConfig) -> list[Setting]:
+    """The points of a sweep, those of a guidance together, the plain base first in each.
+
+    Settings that are the same attention are drawn once: gamma 1 has no schedule, and with no LoRA
+    it is the base. Raises UserError for a file of gammas_learned that cannot be read.
+    """
+    assert config.taca is not None  # SweepConfig refuses none
+    center = Setting(config.taca, config.lora, config.guidance)
+    axes: list[list[Setting]] = [
+        [replace(center, taca=replace(config.taca, gamma=v)) for v in config.gammas],
+        [replace(center, taca=replace(config.taca, threshold=v)) for v in config.thresholds],
+        [replace(center, taca=replace(config.taca, schedule=v)) for v in config.schedules],
+        [replace(center, taca=replace(config.taca, cond_only=v)) for v in config.cond_only],
+        [replace(center, lora=None if v == "none" else v) for v in config.loras],
+        [replace(center, guidance=v) for v in config.guidances],
+    ]
+    if config.vary == "each":
+        points = [center, *(point for axis in axes for point in axis)]
+    else:
+        points = list(_products(config, center))
+    points += [
+        replace(center, taca=_learned(Path(file)), lora=lora)
+        for file in config.gammas_learned
+        for lora in dict.fromkeys((None, config.lora))
+    ]
+    by_guidance: dict[float | None, dict[Setting, None]] = {}
+    for point in map(_simplest, points):
+        group = by_guidance.setdefault(point.guidance, {})
+        group.setdefault(Setting(None, None, point.guidance))
+        group.setdefault(point)
+    return [point for group in by_guidance.values() for point in group]
+
+
+def _products(config: SweepConfig, center: Setting) -> Iterator[Setting]:
+    """All combinations of the axes' values, an empty axis staying at the center."""
+    taca = center.taca
+    assert taca is not None
+    for gamma, threshold, schedule, cond_only, lora, guidance in product(
+        config.gammas or (taca.gamma,),
+        config.thresholds or (taca.threshold,),
+        config.schedules or (taca.schedule,),
+        config.cond_only or (taca.cond_only,),
+        config.loras or (center.lora or "none",),
+        config.guidances or (center.guidance,),
+    ):
+        changed = replace(
+            taca, gamma=gamma, threshold=threshold, schedule=schedule, cond_only=cond_only
+        )
+        yield Setting(changed, None if lora == "none" else lora, guidance)
+
+
+def _simplest(point: Setting) -> Setting:
+    """The same attention in the fewest words: no schedule of gamma 1, no TACA at gamma 1 alone."""
+    taca = point.taca
+    if taca is None or taca.knots is not None or taca.gamma != 1:
+        return point
+    if point.lora is None:
+        return Setting(None, None, point.guidance)
+    return replace(point, taca=replace(taca, schedule="step", cond_only=False))
+
+
+def _learned(file: Path) -> TacaConfig:
+    try:
+        return from_json(TacaConfig, file.read_text(), str(file))
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); train with gamma_knots"
+        ) from None
+
+
+def sweep(config: SweepConfig) -> None:
+    """Draws and measures all settings, prints the table, and writes `config.out`/sweep.json and
+    sweep.png.
+
+    Raises UserError for problems that the user can fix.
+    """
+    need_matplotlib()
+    from taca_jax.evaluation.sweep_figure import draw_figure
+
+    out = Path(config.out)
+    points = settings(config)
+    check_base(config)
+    for lora in dict.fromkeys(point.lora for point in points if point.lora is not None):
+        check_lora(lora)
+    fixed = {k: v for k, v in json.loads(to_json(config)).items() if k not in (*AXES, "vary")}
+    prepare(out, {name: fixed[name] for name in fixed if name != "out"}, [config.base])
+    pipeline = Pipeline.from_pretrained(
+        config.base,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+        attention=config.attention,
+    )
+    sampler = Sampler(
+        pipeline,
+        config.batch_size,
+        config.steps,
+        config.height,
+        config.width,
+        config.seed,
+        out / PICTURES,
+    )
+    halves = make_halves(config.prompts)
+    print(f"{len(points)} settings, {sum(len(half.prompts) for half in halves)} pictures each")
+    rows = []
+    for guidance in dict.fromkeys(point.guidance for point in points):
+        group = [point for point in points if point.guidance == guidance]
+        rows += _rows(group, _measure(sampler, group, halves), pipeline.settings.guidance)
+    with whole_file(out / "sweep.json") as file:
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+    Console(width=max(140, Console().width)).print(table(rows))
+    draw_figure(rows, out / "sweep.png")
+    print(f"wrote {out / 'sweep.json'} and {out / 'sweep.png'}")
+
+
+def _measure(sampler: Sampler, group: Sequence[Setting], halves: Sequence[Half]) -> list[Alignment]:
+    """What each setting of one guidance drew of each half, one LoRA after the other."""
+    correct: list[dict[str, np.ndarray]] = [{} for _ in halves]
+    exact: list[dict[str, np.ndarray]] = [{} for _ in halves]
+    for lora in dict.fromkeys(point.lora for point in group):
+        mark = ""
+        if lora is None:
+            sampler.pipeline.unload_lora()
+        else:
+            sampler.pipeline.load_lora(lora)
+            # A file of the same name may be another LoRA by the next time.
+            mark = f" {hashlib.sha256(find_weights(lora).read_bytes()).hexdigest()[:8]}"
+        for point in group:
+            if point.lora != lora:
+                continue
+            variant = Variant(
+                point.name + mark, point.taca, 0.0 if lora is None else 1.0, point.guidance
+            )
+            for i, half in enumerate(measure(sampler, [variant], halves)[0]):
+                correct[i][point.name] = half.correct[variant.name]
+                exact[i][point.name] = half.exact[variant.name]
+    # In the settings' order, the plain base first: differences are from it.
+    order = [point.name for point in group]
+    return [
+        Alignment(half, {n: right[n] for n in order}, {n: alone[n] for n in order})
+        for half, right, alone in zip(halves, correct, exact, strict=True)
+    ]
+
+
+def _rows(
+    group: Sequence[Setting], alignments: Sequence[Alignment], own_guidance: float
+) -> list[dict[str, Any]]:
+    """For JSON: each setting with the summary of each half."""
+    guidance = own_guidance if group[0].guidance is None else group[0].guidance
+    at = {point.name: guidance for point in group}
+    halves = {each.half.name: summary(each, at) for each in alignments}
+    return [
+        {
+            "name": point.name,
+            "taca": None if point.taca is None else json.loads(to_json(point.taca)),
+            "lora": point.lora,
+            "guidance": guidance,
+            **{half: rows[point.name] for half, rows in halves.items()},
+        }
+        for point in group
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The settings as a table: % right of each half with 95 % intervals, the paired difference from
+    the plain base in points, and % right with nothing else drawn."""
+    out = Table(title="Drawn right, % (95 % interval), and the difference from the plain base")
+    out.add_column("setting")
+    halves = [
+        name for name, value in rows[0].items() if isinstance(value, dict) and "correct" in value
+    ]
+    for half in halves:
+        for heading in (half, "against base", "exact"):
+            out.add_column(heading, justify="right")
+    for row in rows:
+        cells = []
+        for half in halves:
+            share, exact = (row[half][measure]["all"] for measure in ("correct", "exact"))
+            cells.append(_percent(share))
+            difference = row[half].get("difference")
+            cells.append("" if difference is None else _points(difference["correct"]))
+            cells.append(f"{100 * exact['value']:.1f}")
+        out.add_row(row["name"], *cells)
+    return out
+
+
+def _percent(share: Mapping[str, float]) -> str:
+    return f"{100 * share['value']:.1f} ({100 * share['low']:.1f}-{100 * share['high']:.1f})"
+
+
+def _points(difference: Mapping[str, float]) -> str:
+    return f"{100 * difference['value']:+.1f}, p = {difference['p_value']:.2g}"

@@ -49,7 +49,7 @@ def test_a_lora_is_measured_with_the_taca_of_its_training(tmp_path, trained, use
 def test_a_base_is_measured_at_each_guidance_and_the_best_is_returned(tmp_path, capsys):
     painter = Painter(only_at_two)
     asked = EvalConfig(prompts=1, guidances=(1.0, 2.0, 3.0), batch_size=6)
-    assert evaluate_shapes(painter, asked, tmp_path, taca=TACA, lora=False) == 2.0
+    assert evaluate_shapes(painter, asked, tmp_path, taca=None, lora=False) == 2.0
     assert {options["taca"] for _, options in painter.calls} == {None}
     printed = capsys.readouterr().out
     assert "best on seen compositions: guidance 2; the model's own is 1.5" in printed

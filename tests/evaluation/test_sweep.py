@@ -1,0 +1,124 @@
+"""A sweep: its settings, what it draws and keeps, and its results."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from taca_jax.config.fields import to_json
+from taca_jax.errors import UserError
+from taca_jax.evaluation import sweep as sweep_module
+from taca_jax.evaluation.sweep import settings, sweep
+from taca_jax.evaluation.sweep_config import SweepConfig
+from taca_jax.taca import TacaConfig
+from tests.evaluation.painter import Painter, grey, right
+
+TACA = TacaConfig(gamma=1.2, threshold=835)
+
+
+def config_for(**changes):
+    usual = {"base": "shapes_base", "taca": TACA, "prompts": 1, "batch_size": 6}
+    return SweepConfig(**(usual | changes))
+
+
+def names(**changes):
+    return [point.name for point in settings(config_for(**changes))]
+
+
+def test_each_axis_changes_alone_around_the_center():
+    assert names(gammas=(1.2, 1.5), thresholds=(700,), cond_only=(True,)) == [
+        "base",
+        "gamma 1.2, step, t >= 835, no LoRA",
+        "gamma 1.5, step, t >= 835, no LoRA",
+        "gamma 1.2, step, t >= 700, no LoRA",
+        "gamma 1.2, step, t >= 835, conditional half, no LoRA",
+    ]
+
+
+def test_all_combines_them_and_draws_the_same_attention_once():
+    found = names(
+        vary="all",
+        gammas=(1.0, 1.2),
+        schedules=("step", "linear"),
+        loras=("none", "a.safetensors"),
+        guidances=(1.0, 3.0),
+    )
+    # Gamma 1 has no schedule, and without a LoRA it is the base.
+    first = [
+        "base, guidance 1",
+        "gamma 1, t >= 835, LoRA a.safetensors, guidance 1",
+        "gamma 1.2, step, t >= 835, no LoRA, guidance 1",
+        "gamma 1.2, step, t >= 835, LoRA a.safetensors, guidance 1",
+        "gamma 1.2, linear, t >= 835, no LoRA, guidance 1",
+        "gamma 1.2, linear, t >= 835, LoRA a.safetensors, guidance 1",
+    ]
+    assert found == first + [name.replace("guidance 1", "guidance 3") for name in first]
+
+
+def test_a_learned_gamma_is_one_more_setting(tmp_path):
+    file = tmp_path / "taca.json"
+    file.write_text(to_json(TacaConfig(threshold=800, knots=(1.1, 1.4))))
+    assert names(gammas_learned=(str(file),))[2:] == ["gamma 1.1 1.4, t >= 800, no LoRA"]
+    with pytest.raises(UserError, match=r"taca\.json cannot be read .*; train with gamma_knots"):
+        names(gammas_learned=(str(tmp_path / "absent" / "taca.json"),))
+
+
+class Sketcher(Painter):
+    """Draws rightly where gamma is above 1.2, or with the LoRA, and nothing otherwise."""
+
+    lora = None
+
+    def __init__(self):
+        super().__init__(self.sketch)
+
+    def sketch(self, prompt, options):
+        taca = options["taca"]
+        strong = taca is not None and (taca.gamma > 1.2 or options["lora_strength"] > 0)
+        return (right if strong else grey)(prompt, options)
+
+    def load_lora(self, path):
+        self.lora = path
+
+    def unload_lora(self):
+        self.lora = None
+
+
+def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    painter = Sketcher()
+    monkeypatch.setattr(sweep_module.Pipeline, "from_pretrained", lambda *_, **__: painter)
+    out = tmp_path / "out"
+    sweep(config_for(out=str(out), gammas=(1.5,)))
+    assert len(painter.calls) == 2 * 3  # a batch of each half, for base, center and gamma 1.5
+    sweep(config_for(out=str(out), gammas=(1.5,), loras=("shapes_taca.safetensors",)))
+    assert len(painter.calls) == 2 * 4
+    assert painter.lora == "shapes_taca.safetensors"
+    rows = {row["name"]: row for row in json.loads((out / "sweep.json").read_text())}
+    rights = {name: row["seen"]["correct"]["all"]["value"] for name, row in rows.items()}
+    assert rights == {
+        "base": 0,
+        "gamma 1.2, step, t >= 835, no LoRA": 0,
+        "gamma 1.5, step, t >= 835, no LoRA": 1,
+        "gamma 1.2, step, t >= 835, LoRA shapes_taca.safetensors": 1,
+    }
+    strong = rows["gamma 1.5, step, t >= 835, no LoRA"]
+    assert strong["held out"]["difference"]["exact"]["value"] == 1
+    assert strong["taca"]["gamma"] == 1.5
+    printed = capsys.readouterr().out
+    assert "4 settings, 12 pictures each" in printed
+    assert "+100.0, p = 0.031" in printed
+    with Image.open(out / "sweep.png") as figure:
+        assert figure.width > 1000
+    with pytest.raises(UserError, match="holds another evaluation"):
+        sweep(config_for(out=str(out), seed=5))
+
+
+def test_mistakes_are_refused_before_the_model_loads(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    loads = "taca_jax.evaluation.sweep.Pipeline.from_pretrained"
+    monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="lora=absent is not there"):
+        sweep(config_for(out=str(tmp_path / "out"), loras=("absent",)))
+    with pytest.raises(UserError, match="taca is none; it must be the center"):
+        config_for(taca=None)
+    assert not (tmp_path / "out").exists()
