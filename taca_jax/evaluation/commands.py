@@ -15,8 +15,7 @@ class Command:
     """One command: the class of its configuration and the function that takes it, each as
     `module:name`, and a line for the help.
 
-    Its presets are those of generate.py: the configuration has the values of the fields that both
-    have.
+    Its presets are those of generate.py: the configuration takes what they set of its fields.
     """
 
     config: str
@@ -24,7 +23,15 @@ class Command:
     purpose: str
 
 
-COMMANDS: dict[str, Command] = {}
+_ATTENTION = "taca_jax.evaluation.attention_maps"
+
+COMMANDS: dict[str, Command] = {
+    "attention": Command(
+        f"{_ATTENTION}.config:AttentionConfig",
+        f"{_ATTENTION}.command:run",
+        "draws what TACA does to attention: shares on text, maps, pictures step by step",
+    ),
+}
 
 
 def run(argv: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
     if config.lora is not None:
-        _check_lora(config.lora)  # before the model loads
+        check_lora(config.lora)  # before the model loads
     if config.preview not in (None, OWN):
         open_previewer(Path(config.preview))  # also before the model loads
     pipeline = Pipeline.from_pretrained(
@@ -80,7 +80,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     return [out]
 
 
-def _check_lora(lora: str) -> None:
+def check_lora(lora: str) -> None:
+    """Raises UserError unless there is a file of tensors at that place."""
     found = find_weights(lora)
     if not found.exists():
         raise UserError(
