@@ -49,7 +49,7 @@ def draw(
 
 def _text(found: Found, timesteps: Float[np.ndarray, " n"], path: Path) -> Path:
     """The share of attention on text over the steps (the paper's figure 4)."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     shares, ratios = figure.subplots(1, 2)
     text = {name: each.text.mean(axis=1) for name, each in found.items()}
     plain = next(iter(text.values()))
@@ -57,18 +57,20 @@ def _text(found: Found, timesteps: Float[np.ndarray, " n"], path: Path) -> Path:
     shares.set_ylabel("% of image tokens' attention on text")
     _curves(ratios, {name: share / plain for name, share in text.items()}, timesteps)
     ratios.set_ylabel("times plain attention's")
-    shares.legend(frameon=False)
+    shares.set_ylim(bottom=0)
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside right", frameon=False)
     return _written(figure, path)
 
 
 def _alignment(found: Found, timesteps: Float[np.ndarray, " n"], path: Path) -> Path:
     """How much of the prompt each step's predicted picture shows (the paper's figure 8b)."""
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     claims = {name: 100 * each.claims.mean(axis=1) for name, each in found.items()}
     _curves(axes, claims, timesteps)
-    axes.set_ylabel("% of the prompt's claims in the predicted picture")
-    axes.legend(frameon=False)
+    axes.set_ylabel("% of claims in the predicted picture")
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside right", frameon=False)
     return _written(figure, path)
 
 
@@ -88,6 +90,7 @@ def _curves(
         else:
             axes.plot(steps, curve, color="black", label=name, zorder=3)
     axes.set_xlabel("sampling step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines["right"].set_visible(False)
     above = axes.secondary_xaxis("top")
     shown = steps[:: max(1, len(steps) // 6)]
