@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from taca_jax.evaluation.attention_maps.measuring import Measured
@@ -58,7 +59,7 @@ def _text(found: Found, timesteps: Float[np.ndarray, " n"], path: Path) -> Path:
     _curves(ratios, {name: share / plain for name, share in text.items()}, timesteps)
     ratios.set_ylabel("times plain attention's")
     shares.set_ylim(bottom=0)
-    figure.legend(*shares.get_legend_handles_labels(), loc="outside right", frameon=False)
+    _legend(ratios)
     return _written(figure, path)
 
 
@@ -70,7 +71,7 @@ def _alignment(found: Found, timesteps: Float[np.ndarray, " n"], path: Path) -> 
     _curves(axes, claims, timesteps)
     axes.set_ylabel("% of claims in the predicted picture")
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside right", frameon=False)
+    _legend(axes)
     return _written(figure, path)
 
 
@@ -90,12 +91,17 @@ def _curves(
         else:
             axes.plot(steps, curve, color="black", label=name, zorder=3)
     axes.set_xlabel("sampling step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines["right"].set_visible(False)
     above = axes.secondary_xaxis("top")
     shown = steps[:: max(1, len(steps) // 6)]
     above.set_xticks(shown, [f"{timesteps[step - 1]:.0f}" for step in shown])
     above.set_xlabel("timestep")
+
+
+def _legend(axes: Axes) -> None:
+    """The variants, beside the curves."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
 
 
 def _heads(found: Found, compared: str, path: Path) -> Path:
@@ -113,7 +119,7 @@ def _heads(found: Found, compared: str, path: Path) -> Path:
         figure.colorbar(drawn, ax=axes)
         axes.set(title=title, xlabel="head", ylabel="layer")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+            axis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle("step 1")
     return _written(figure, path)
 
