@@ -98,14 +98,12 @@ def measure(
         )
         for start in range(0, len(prompts), config.batch_size)
     ]
-    # All arrays but these have one axis of pictures.
-    own = {"gamma": None, "film_steps": None, "drawn": 0}
-    arrays = {}
-    for field in fields(Measured):
-        parts = [getattr(batch, field.name) for batch in batches]
-        axis = own.get(field.name, 1)
-        arrays[field.name] = parts[0] if axis is None else np.concatenate(parts, axis)
-    return Measured(**arrays)
+    # What is shown is in the first batch; these are of all pictures.
+    return replace(
+        batches[0],
+        heads=np.concatenate([batch.heads for batch in batches], axis=1),
+        claims=np.concatenate([batch.claims for batch in batches], axis=1),
+    )
 
 
 def _measure_batch(
@@ -123,9 +121,9 @@ def _measure_batch(
     batch = list(prompts[start : start + config.batch_size])
     count = len(batch)
     # The last batch is padded, so that all batches run the same compiled program.
-    batch += batch[-1:] * (config.batch_size - count)
+    batch += batch[-1:] * (min(config.batch_size, len(prompts)) - count)
     of_first = max(0, min(config.num_images - start, count))
-    shown = max(0, min(_SHOWN - start, of_first))
+    shown = min(_SHOWN, config.num_images, count)
     noise = pipeline.noise(len(batch), config.height, config.width, config.seed + start)
     out = pipeline(
         batch,
