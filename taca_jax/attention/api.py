@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from taca_jax.attention import chunked, pallas_tpu, reference, split
+from taca_jax.attention import chunked, observing, pallas_tpu, reference, split
 from taca_jax.attention.log_sums import LogSums
-from taca_jax.attention.sharded import local_shape, over_mesh
+from taca_jax.attention.sharded import is_shared, local_shape, over_mesh
 
 LOGGER = logging.getLogger(__name__)
 
@@ -58,11 +58,14 @@ def joint_attention(
     `auto` takes `pallas` on TPUs (over the mesh that is set, see `sharded`), `split` (cuDNN) on
     GPUs and `chunked` elsewhere. On a TPU whose VMEM is too small for the kernel's forward pass,
     or, where gradients are taken, for its backward pass, it takes `chunked` and logs a warning.
-    `pallas_interpret` runs the TPU kernel anywhere, slowly.
+    `pallas_interpret` runs the TPU kernel anywhere, slowly. Within `observing.observed` attentions
+    with text are shown to the observer, and have no gradient.
 
     Raises ValueError for shapes that do not fit, a text_len outside 0..s, a gamma of another shape,
     an unknown implementation, or one that cannot run here.
     """
+    if observing.is_observed() and text_len > 0:
+        return _observed(q, k, v, text_len, gamma, implementation)
     gamma = _checked(q, k, v, text_len, gamma)
     chosen = _chosen(implementation)
     attend = _IMPLEMENTATIONS[chosen]
@@ -82,24 +85,57 @@ def joint_attention_with_log_sums(
 ) -> tuple[Float[Array, "b s h d"], LogSums]:
     """`joint_attention`, and how much of its attention each query pays to text; for analysis.
 
-    The TPU kernel computes both in one pass, on one device (not over a mesh); other implementations
-    take a second pass for the sums. Neither has a gradient. Raises as `joint_attention` does.
+    The TPU kernel computes both in one pass on one device; over a mesh, and with any other
+    implementation, a second pass takes the sums in chunks. Neither has a gradient. Raises as
+    `joint_attention` does.
     """
     gamma = _checked(q, k, v, text_len, gamma)
     chosen = _chosen(implementation)
     if implementation == "auto" and chosen == "pallas":
-        lack = _lack_of_room("forward", q, q.shape, text_len)
+        lack = _lack_of_room("forward", q, local_shape(q.shape), text_len)
         if lack is not None:
             _warn_of_chunks(lack)
             chosen = "chunked"
     q, k, v, gamma = jax.lax.stop_gradient((q, k, v, gamma))
-    if chosen in ("pallas", "pallas_interpret"):
+    if chosen in ("pallas", "pallas_interpret") and not is_shared(q.shape):
         interpret = chosen == "pallas_interpret"
         return pallas_tpu.joint_attention_with_log_sums(
             q, k, v, text_len=text_len, gamma=gamma, interpret=interpret
         )
     out = _IMPLEMENTATIONS[chosen](q, k, v, text_len=text_len, gamma=gamma)
-    return out, chunked.log_sums(q, k, text_len=text_len, gamma=gamma)
+    both = _sums_over_mesh(q, k, v, text_len=text_len, gamma=gamma).swapaxes(1, 2)
+    return out, LogSums(both[..., 0], both[..., 1])
+
+
+@partial(over_mesh, whole_sequences=True)
+def _sums_over_mesh(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    *,
+    text_len: int,
+    gamma: Float[Array, " b"],
+) -> Float[Array, "b s h 2"]:
+    """`chunked.log_sums`, with axes that a mesh shares as it shares an attention's output."""
+    del v
+    sums = chunked.log_sums(q, k, text_len=text_len, gamma=gamma)
+    return jnp.stack(sums, axis=-1).swapaxes(1, 2)
+
+
+def _observed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    text_len: int,
+    gamma: Gamma | None,
+    implementation: Implementation,
+) -> Float[Array, "b s h d"]:
+    out, sums = joint_attention_with_log_sums(
+        q, k, v, text_len=text_len, gamma=gamma, implementation=implementation
+    )
+    gamma = _checked(q, k, v, text_len, gamma)
+    observing.see(observing.Attention(q, k, text_len, gamma, sums))
+    return out
 
 
 def _checked(

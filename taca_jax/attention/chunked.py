@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.attention.log_sums import LogSums
 
@@ -278,6 +278,32 @@ def log_sums(
 
     both = over_query_chunks(sums, q, keys=k.shape[1])
     return LogSums(whole=both[..., 0].swapaxes(1, 2), text=both[..., 1].swapaxes(1, 2))
+
+
+def text_shares(
+    q: Float[Array, "b i h d"],
+    k: Float[Array, "b t h d"],
+    groups: Bool[Array, "b g t"],
+    *,
+    whole: Float[Array, "b h i"],
+    gamma: Float[Array, " b"],
+) -> Float[Array, "b g h i"]:
+    """The share, 0 to 1, of its attention that each image query pays to groups of text keys.
+
+    q: of image tokens. k: of text tokens. groups: which text tokens belong to each. whole: the
+    log-sum-exp of each image query's logits over all keys, from `log_sums`. Computed in float32, in
+    chunks.
+    """
+    scale = (gamma.astype(jnp.float32) * q.shape[-1] ** -0.5)[:, None, None, None]
+    members = groups.astype(jnp.float32)
+
+    def shares(q: Float[Array, "b c h d"], position: Int[Array, " c"]) -> Float[Array, "b c h g"]:
+        logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        total = jnp.take(whole, position, axis=2, mode="clip")  # the last chunk is padded
+        weights = jnp.exp(logits - total[..., None])
+        return jnp.einsum("bhqk,bgk->bqhg", weights, members, precision=jax.lax.Precision.HIGHEST)
+
+    return over_query_chunks(shares, q, keys=k.shape[1]).transpose(0, 3, 2, 1)
 
 
 def over_query_chunks(

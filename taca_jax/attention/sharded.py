@@ -66,6 +66,14 @@ def _layout(shape: tuple[int, ...]) -> _Layout | None:
     return _Layout(mesh, dividing_axes(mesh, BATCH_AXES, batch), context, tensor)
 
 
+def is_shared(shape: tuple[int, ...]) -> bool:
+    """Whether several devices of the mesh that is set work on queries `[b, s, h, d]`.
+
+    Raises ValueError where the heads do not divide over `tensor`.
+    """
+    return _layout(shape) is not None
+
+
 def local_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of queries `[b, s, h, d]`, the part that each device of the mesh that is set works on.
 

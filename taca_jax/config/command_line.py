@@ -29,7 +29,7 @@ def parse_cli(
     """The configuration that the command line `argv` (without the program's name) asks for.
 
     `--config NAME` takes the preset: the value `attribute` in the module `package.NAME`, of class
-    `kind`; or of class `preset_kind`, whose values are then taken for the fields that both have.
+    `kind`; or of class `preset_kind`, of which then all is taken that it sets of the same fields.
     Each `key=value` then replaces a field (`lora.rank=64`, `resume=true`, `lora=none`). `--help`
     prints the presets and every key, `--config` without a name the presets; both exit with status
     0. Bad input prints one line, `error: ...`, on stderr and exits with status 2.
@@ -84,12 +84,17 @@ def _parse(argv: list[str], kind: type[C], presets: "_Presets", program: str) ->
 
 
 def _as_kind(preset: Any, kind: type[C]) -> C:
-    """The preset, or a `kind` with the preset's values of the fields that both have."""
+    """The preset, or a `kind` with what the preset sets, other than its class's defaults, of the
+    fields that both have."""
     if isinstance(preset, kind):
         return preset
-    names = {field.name for field in dataclasses.fields(preset)}
-    shared = [field.name for field in dataclasses.fields(kind) if field.name in names]
-    return kind(**{name: getattr(preset, name) for name in shared})
+    shared = {field.name for field in dataclasses.fields(kind)}
+    values = {
+        name: getattr(preset, name)
+        for name, field in fields_of(type(preset)).items()
+        if name in shared and getattr(preset, name) != field.default
+    }
+    return kind(**values)
 
 
 def _as_assignment(argument: str) -> str:

@@ -15,14 +15,15 @@ class Command:
     """One command: the class of its configuration and the function that takes it, each as
     `module:name`, and a line for the help.
 
-    Its presets are those of generate.py: the configuration has the values of the fields that both
-    have.
+    Its presets are those of generate.py: the configuration takes what they set of its fields.
     """
 
     config: str
     run: str
     purpose: str
 
+
+_ATTENTION = "taca_jax.evaluation.attention_maps"
 
 COMMANDS: dict[str, Command] = {
     "shapes": Command(
@@ -34,6 +35,11 @@ COMMANDS: dict[str, Command] = {
         "taca_jax.evaluation.sweep_config:SweepConfig",
         "taca_jax.evaluation.sweep:sweep",
         "the same for many settings of TACA: gamma, threshold, schedule, LoRA, guidance",
+    ),
+    "attention": Command(
+        f"{_ATTENTION}.config:AttentionConfig",
+        f"{_ATTENTION}.command:run",
+        "draws what TACA does to attention: shares on text, maps, pictures step by step",
     ),
 }
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 import jax
 from flax import nnx
 
+from taca_jax.attention import observing
 from taca_jax.parallel.mesh import constrain_tokens
 
 Remat = Literal["none", "full"]
@@ -38,15 +39,19 @@ def run_stack(
 
     each: arrays with a leading layer axis; then it is `call(block, carry, each[layer])`.
     carry: token arrays [b, s, d], whose sharding is constrained as `parallel.mesh` says.
+
+    The blocks' attentions can be observed (`attention.observing`).
     """
     graph, state = nnx.split(stack)
 
-    def body(carry: Any, layer: Any) -> tuple[Any, None]:
+    def body(carry: Any, layer: Any) -> tuple[Any, Any]:
         params, *own = layer
-        return jax.tree.map(constrain_tokens, call(nnx.merge(graph, params), carry, *own)), None
+        carry, seen = observing.layer(lambda: call(nnx.merge(graph, params), carry, *own))
+        return jax.tree.map(constrain_tokens, carry), seen
 
     layers = (state,) if each is None else (state, each)
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
-    carry, _ = jax.lax.scan(body, jax.tree.map(constrain_tokens, carry), layers)
+    carry, seen = jax.lax.scan(body, jax.tree.map(constrain_tokens, carry), layers)
+    observing.record(seen)
     return carry

@@ -126,6 +126,11 @@ def skip_guidance(
     return SkipLayers(tuple(skip_layers))
 
 
+def picture_size(height: int | None, width: int | None, resolution: int) -> tuple[int, int]:
+    """The size in pixels; a side that is not given is the model's resolution."""
+    return resolution if height is None else height, resolution if width is None else width
+
+
 def noise(
     config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int
 ) -> Float[Array, "b h w c"]:

@@ -35,6 +35,7 @@ from taca_jax.pipelines.inputs import (
     given_latents,
     negative_conditioning,
     noise,
+    picture_size,
     repeated,
     skip_guidance,
 )
@@ -236,28 +237,34 @@ class Pipeline:
         config = self.transformer.config
         self.previewer = read_previewer(Path(path), config.latent_channels)
 
-    def timesteps(
+    def sigmas(
         self, height: int | None = None, width: int | None = None, steps: int | None = None
     ) -> np.ndarray:
-        """The timesteps of a call with these arguments: float32 [steps], from 1000 (noise) down.
+        """The noise levels of a call with these arguments: float32 [steps + 1], from 1 down to 0.
 
         Sizes are in pixels; defaults are those of a call.
         """
-        settings, config = self.settings, self.transformer.config
-        sides = (settings.resolution if side is None else side for side in (height, width))
-        tokens = 1
-        for side in sides:
-            tokens *= side // (self._downscale * config.patch_size)
-        return self._sigmas(steps, tokens)[:-1] * np.float32(MAX_TIMESTEP)
+        height, width = picture_size(height, width, self.settings.resolution)
+        side = self._downscale * self.transformer.config.patch_size  # of a token
+        steps = self.settings.steps if steps is None else steps
+        return self.settings.schedule.sigmas(steps, (height // side) * (width // side))
+
+    def timesteps(
+        self, height: int | None = None, width: int | None = None, steps: int | None = None
+    ) -> np.ndarray:
+        """The timesteps of a call with these arguments: float32 [steps], from 1000 (noise) down."""
+        return self.sigmas(height, width, steps)[:-1] * np.float32(MAX_TIMESTEP)
+
+    def noise(
+        self, count: int, height: int | None = None, width: int | None = None, seed: int = 0
+    ) -> Float[Array, "b h w c"]:
+        """The latents from which a call with these arguments draws `count` pictures, float32."""
+        size = picture_size(height, width, self.settings.resolution)
+        return noise(self.transformer.config, count, size, self._downscale, seed)
 
     @property
     def _downscale(self) -> int:
         return NO_DOWNSCALE if self.autoencoder is None else self.autoencoder.config.downscale
-
-    def _sigmas(self, steps: int | None, tokens: int) -> np.ndarray:
-        return self.settings.schedule.sigmas(
-            self.settings.steps if steps is None else steps, tokens
-        )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of prompts; a warning is logged for each prompt that has to be truncated.
@@ -351,12 +358,8 @@ class Pipeline:
         if latents is not None:
             x = given_latents(config, latents, batch, (height, width), downscale)
         else:
-            size = (
-                settings.resolution if height is None else height,
-                settings.resolution if width is None else width,
-            )
-            x = noise(config, batch, size, downscale, seed)
-        sigmas = self._sigmas(steps, x.shape[1] * x.shape[2] // config.patch_size**2)
+            x = self.noise(batch, height, width, seed)
+        sigmas = self.sigmas(x.shape[1] * downscale, x.shape[2] * downscale, steps)
         if skip is not None:
             skip.announce(len(sigmas) - 1)
         plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)

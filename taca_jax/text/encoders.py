@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from taca_jax.errors import UserError
 from taca_jax.nn.conditioning import Conditioning
@@ -32,6 +32,10 @@ class TextEncoder(nnx.Module):
         """float32 embeddings; `tokens` are the ids of all encoders, concatenated in their order."""
         raise NotImplementedError
 
+    def embedded(self, marked: Bool[Array, "b t"]) -> Bool[Array, "b n"]:
+        """Which text tokens are embeddings of marked ids, of those that `__call__` takes."""
+        raise NotImplementedError
+
 
 class T5Text(TextEncoder):
     """T5 alone, for small models: its embedding of every token, and their mean as pooled embedding.
@@ -54,11 +58,12 @@ class T5Text(TextEncoder):
         pooled: Float[Array, "b k"] = (txt * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
         return Conditioning(txt=txt, pooled=pooled)
 
+    def embedded(self, marked: Bool[Array, "b t"]) -> Bool[Array, "b n"]:
+        return marked
 
-def split_tokens(
-    tokens: Int[Array, "b t"], clips: Sequence[CLIPTextEncoder]
-) -> list[Int[Array, "b n"]]:
-    """Splits ids into those of each CLIP, as many as it has positions, and the rest."""
+
+def split_tokens(tokens: Shaped[Array, "b t"], clips: Sequence[CLIPTextEncoder]) -> list[Array]:
+    """Splits ids `[b, t]` into those of each CLIP, as many as it has positions, and the rest."""
     parts, start = [], 0
     for clip in clips:
         parts.append(tokens[:, start : start + clip.config.max_tokens])

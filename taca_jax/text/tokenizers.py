@@ -15,10 +15,15 @@ from taca_jax.errors import UserError
 LOGGER = logging.getLogger(__name__)
 
 
+Span = tuple[int, int]
+
+
 class Tokenizer(Protocol):
     """Captions to int32 ids `[n, length]`: truncated or padded with `pad_id`, with an end token.
 
     cuts: one message for each caption that is truncated, with the text that is lost.
+    spans: (start, stop) of the characters that each id of a caption stands for; (0, 0) for an id
+    that stands for none, such as padding.
     """
 
     @property
@@ -27,6 +32,7 @@ class Tokenizer(Protocol):
     def pad_id(self) -> int: ...
     def __call__(self, captions: Sequence[str]) -> np.ndarray: ...
     def cuts(self, captions: Sequence[str]) -> list[str]: ...
+    def spans(self, caption: str) -> list[Span]: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class WordTokenizer:
         del captions
         return []
 
+    def spans(self, caption: str) -> list[Span]:
+        return _filled([word.span() for word in re.finditer(r"\S+", caption)], self.length)
+
 
 _WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
@@ -89,6 +98,10 @@ class ByteTokenizer:
             for caption, rest, text in zip(captions, rests, texts, strict=True)
             if rest
         ]
+
+    def spans(self, caption: str) -> list[Span]:
+        of_bytes = [(i, i + 1) for i, char in enumerate(_valid(caption)) for _ in char.encode()]
+        return _filled(of_bytes[: self.length - 1], self.length)
 
 
 _PAD = "<pad>"
@@ -138,6 +151,16 @@ class FolderTokenizer:
                 lines.append(_cut_line(self.where, self.length, caption, text, len(rest)))
         return lines
 
+    def spans(self, caption: str) -> list[Span]:
+        # transformers 5 has tokenizers of this kind only, which know where their ids come from.
+        encoded = self._tokenizer(
+            _valid(caption),
+            truncation=True,
+            max_length=self.length,
+            return_offsets_mapping=True,
+        )
+        return _filled([(start, stop) for start, stop in encoded.offset_mapping], self.length)
+
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's files to a folder that FolderTokenizer can read."""
         self._tokenizer.save_pretrained(str(folder))
@@ -162,6 +185,9 @@ class JoinedTokenizer:
 
     def cuts(self, captions: Sequence[str]) -> list[str]:
         return [line for part in self.parts for line in part.cuts(captions)]
+
+    def spans(self, caption: str) -> list[Span]:
+        return [span for part in self.parts for span in part.spans(caption)]
 
 
 def load_tokenizer(name: str, length: int) -> WordTokenizer | ByteTokenizer | FolderTokenizer:
@@ -210,6 +236,10 @@ def _read_tokenizer(path: str | Path) -> Any:
 def _valid(caption: str) -> str:
     """The caption without characters that UTF-8 cannot encode, which a terminal may pass on."""
     return caption.encode(errors="replace").decode()
+
+
+def _filled(spans: list[Span], length: int) -> list[Span]:
+    return spans + [(0, 0)] * (length - len(spans))
 
 
 _SHOWN = 40, 400

@@ -1,8 +1,8 @@
 """Joint attention and its gradients on meshes of eight virtual devices; prints errors as JSON.
 
 Each error is against the same call on one device: ||a - b|| / ||b|| of the output and of the
-gradients of q, k, v and gamma. "chunks" is what a TPU without room for the kernel takes instead, on
-the mesh that shares everything.
+gradients of q, k, v and gamma. "chunks" is what a TPU without room for the kernel takes instead,
+and "sums" are the output and the log-sum-exps of its softmax, on the mesh that shares everything.
 """
 
 import json
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from taca_jax.attention import chunked, joint_attention
+from taca_jax.attention import chunked, joint_attention, joint_attention_with_log_sums
 from taca_jax.attention.sharded import over_mesh
 
 MESHES = {
@@ -36,6 +36,14 @@ def run(q, k, v, gamma, d_out, *, attention=KERNEL):
 
     out, pull = jax.vjp(attend, q, k, v, gamma)
     return [out, *pull(d_out)]
+
+
+def sums(q, k, v, gamma, d_out):
+    del d_out
+    out, sums = joint_attention_with_log_sums(
+        q, k, v, text_len=TEXT, gamma=gamma, implementation="pallas_interpret"
+    )
+    return [out, *sums]
 
 
 def errors(parts, whole) -> list[float]:
@@ -63,6 +71,8 @@ def main() -> None:
             if name == "mixed":
                 chunks = jax.jit(partial(run, attention=CHUNKS))
                 found["chunks"] = errors(chunks(*placed), whole)
+                sums_of_parts = jax.jit(sums)(*placed)
+    found["sums"] = errors(sums_of_parts, jax.jit(sums)(*inputs))
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
         try:

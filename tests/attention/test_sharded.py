@@ -13,7 +13,9 @@ def found():
     return json.loads(last_line(run_python("-m", "tests.attention.sharded_runs", devices=8)))
 
 
-@pytest.mark.parametrize("mesh", ["data", "data and fsdp", "tensor", "context", "mixed", "chunks"])
+@pytest.mark.parametrize(
+    "mesh", ["data", "data and fsdp", "tensor", "context", "mixed", "chunks", "sums"]
+)
 def test_parts_are_the_whole(found, mesh):
     assert max(found[mesh]) < 1e-6
 

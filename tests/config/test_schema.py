@@ -17,7 +17,9 @@ from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import difference, fields_of, from_json, to_json, update
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
+from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.config import EvalConfig, ShapesConfig
+from taca_jax.evaluation.sweep_config import SweepConfig
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
@@ -37,6 +39,7 @@ SCRATCH = TrainConfig("scratch", 100, model=FLUX_DEV, text=TextConfig(encoder=T5
 MUON = {"optimizer.kind": "muon"}
 DRAW = GenerateConfig(base="base", prompt="a red circle")
 MEASURE = ShapesConfig(base="base")
+KINDS = [TrainConfig, GenerateConfig, ShapesConfig, SweepConfig, AttentionConfig]
 
 
 @pytest.mark.parametrize(
@@ -256,17 +259,17 @@ def _by_name(tree) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig, ShapesConfig])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_field_is_documented(kind):
     own = (TrainConfig, GenerateConfig, TextConfig, DataConfig, OptimizerConfig, EvalConfig)
-    own += (PixelsConfig, FeaturesConfig, ShapesConfig)
+    own += (PixelsConfig, FeaturesConfig, ShapesConfig, SweepConfig, AttentionConfig)
     fields = fields_of(kind)
     for name, field in fields.items():
         parent = fields[name.rpartition(".")[0]].group if "." in name else kind
         assert field.doc or parent not in own, f"{name} has no line in its class's docstring"
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig, ShapesConfig])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_field_is_read(kind):
     """A field that nothing reads is a setting that does nothing.
 
@@ -317,7 +320,7 @@ def _last_name(node: ast.expr) -> str:
 
 def test_annotations_are_types_that_the_command_line_can_read():
     plain = {int, float, bool, str, type(None), Ellipsis}
-    for kind in (TrainConfig, GenerateConfig, ShapesConfig):
+    for kind in KINDS:
         for name, field in fields_of(kind).items():
             if field.group is None and typing.get_origin(field.annotation) is not typing.Literal:
                 inner = typing.get_args(field.annotation) or (field.annotation,)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from taca_jax.families.flux.model import FluxConfig
 from taca_jax.nn.conditioning import Conditioning
@@ -42,6 +42,10 @@ class FluxText(TextEncoder):
             txt=self.t5(t5_ids).astype(jnp.float32),
             pooled=self.clip(clip_ids).pooled.astype(jnp.float32),
         )
+
+    def embedded(self, marked: Bool[Array, "b t"]) -> Bool[Array, "b n"]:
+        _, of_t5 = split_tokens(marked, (self.clip,))
+        return of_t5
 
 
 def read_text(config: FluxConfig, stored: StoredEncoders) -> TextReading | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from taca_jax.errors import UserError
 from taca_jax.families.sd3.model import SD3Config
@@ -66,6 +66,12 @@ class SD3Text(TextEncoder):
             txt=jnp.concatenate([clip, t5], axis=1).astype(jnp.float32),
             pooled=jnp.concatenate([first.projected, second.projected], -1).astype(jnp.float32),
         )
+
+    def embedded(self, marked: Bool[Array, "b t"]) -> Bool[Array, "b n"]:
+        first, second, of_t5 = split_tokens(marked, (self.clip_l, self.clip_g))
+        if self.t5 is None:
+            of_t5 = jnp.zeros((len(marked), self.t5_length), bool)
+        return jnp.concatenate([first | second, of_t5], axis=1)
 
 
 def read_text(config: SD3Config, stored: StoredEncoders) -> TextReading | None:

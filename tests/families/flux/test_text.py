@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from taca_jax.errors import UserError
@@ -23,6 +24,11 @@ def test_full_size_text_has_the_released_shapes():
     text = outputs_of(FluxText(clip, t5), 77 + 512)
     assert (text.txt.shape, text.pooled.shape) == ((2, 512, 4096), (2, 768))
     assert text.txt.dtype == text.pooled.dtype == jnp.float32
+    marked = np.zeros((1, 77 + 512), bool)
+    marked[0, [3, 77 + 9]] = True  # the first is CLIP's, which makes no token of its own
+    tokens = FluxText(clip, t5).embedded(jnp.asarray(marked))
+    assert tokens.shape == (1, 512)
+    assert np.flatnonzero(tokens).tolist() == [9]
 
 
 def test_clip_and_t5_are_read_in_whichever_folders_they_are():

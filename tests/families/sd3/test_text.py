@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from taca_jax.errors import UserError
@@ -40,6 +41,24 @@ def test_a_t5_may_be_left_out_and_no_clip():
     assert list(made.encoders) == clips
     assert (made.width, made.t5_length) == (4096, 7)
     assert read_text(SD35_MEDIUM, stored(text_encoder=CLIP_L, text_encoder_3=T5_XXL)) is None
+
+
+@pytest.mark.parametrize("t5", [None, T5_XXL])
+def test_marked_ids_are_at_their_embeddings(t5):
+    """The ids of both CLIPs share their text tokens; T5's come behind."""
+    encoders = [
+        None if config is None else abstract_model(config, dtype=jnp.float32)
+        for config in (CLIP_L, CLIP_BIGG, t5)
+    ]
+    text = SD3Text(*encoders, width=4096, t5_length=256)
+    marked = np.zeros((2, 77 + 77 + (256 if t5 else 0)), bool)
+    marked[0, [3, 77 + 5]] = marked[1, 77 + 76] = True
+    if t5:
+        marked[0, 154 + 9] = True
+    tokens = text.embedded(jnp.asarray(marked))
+    assert tokens.shape == (2, 77 + 256)
+    places = [np.flatnonzero(row).tolist() for row in tokens]
+    assert places == [[3, 5, 77 + 9] if t5 else [3, 5], [76]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""`python -m taca_jax.evaluation attention`: what TACA does to attention during sampling."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from taca_jax.config.fields import difference, from_json, to_json
+from taca_jax.data.shapes.captions import parse_caption
+from taca_jax.errors import UserError
+from taca_jax.evaluation.attention_maps.config import AttentionConfig
+from taca_jax.evaluation.attention_maps.measuring import (
+    Measured,
+    conditioning,
+    measure,
+    tokens_of_words,
+)
+from taca_jax.evaluation.attention_maps.shares import shares_of_step
+from taca_jax.evaluation.plots import need_matplotlib
+from taca_jax.formats.atomic import whole_file
+from taca_jax.pipelines.generate import check_lora
+from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.pipelines.progress import step_bar
+from taca_jax.sampling.loop import make_plan
+from taca_jax.taca import describe_steps
+from taca_jax.text.tokenizers import WordTokenizer
+from taca_jax.text.words import words_of
+
+_SETTINGS, _NUMBERS, _ARRAYS = "config.json", "attention.json", "arrays"
+"""What lies in an analysis' folder beside its figures: its configuration, the means, and a file of
+all arrays for each variant, with which an interrupted analysis goes on."""
+
+
+def run(config: AttentionConfig) -> dict[str, Measured]:
+    """Measures plain attention and each gamma, and writes figures and numbers to `config.out`.
+
+    Returns what was measured, by the name of the variant, plain attention first. Raises UserError
+    for problems that the user can fix.
+    """
+    need_matplotlib()
+    from taca_jax.evaluation.attention_maps import figures
+
+    assert config.taca is not None  # its class checks that
+    out = Path(config.out)
+    _take_folder(out, config)
+    if config.lora is not None:
+        check_lora(config.lora)
+    pipeline = Pipeline.from_pretrained(
+        config.base,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+        attention=config.attention,
+    )
+    if config.lora is not None:
+        print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    words = words_of(config.prompts[0]) if config.word is None else [config.word]
+    _check(pipeline, config, words)
+    timesteps = pipeline.timesteps(config.height, config.width, config.steps)
+    print(describe_steps(config.taca, timesteps))
+    are_shapes = _are_shapes(pipeline, config.prompts)
+    found = {}
+    for variant in variants(config):
+        path = out / _ARRAYS / f"{variant.name.replace(' ', '-')}.npz"
+        if path.exists():
+            found[variant.name] = Measured.load(path)
+        else:
+            batches = -(-len(config.prompts) * config.num_images // config.batch_size)
+            with step_bar(batches * len(timesteps), None) as advance:
+                found[variant.name] = measure(
+                    *(pipeline, config, variant, words),
+                    are_shapes=are_shapes,
+                    advance=advance or (lambda: None),
+                )
+            found[variant.name].save(path)
+        print(_summary(variant.name, found))
+    with whole_file(out / _NUMBERS) as file:
+        file.write_text(json.dumps(_numbers(found, config, words, timesteps), indent=1) + "\n")
+    for path in figures.draw(found, _compared(config), words, timesteps, out):
+        print(f"wrote {path}")
+    if not are_shapes:
+        print("no alignment.png: what pictures show can be read only of a model of shapes")
+    return found
+
+
+def variants(config: AttentionConfig) -> list[Variant]:
+    """Plain attention, each other gamma without the LoRA and, if there is one, TACA with it."""
+    assert config.taca is not None
+    found = [Variant("plain", None, 0.0)]
+    for gamma in dict.fromkeys(config.gammas):
+        if gamma != 1.0:
+            found.append(Variant(f"gamma {gamma:g}", replace(config.taca, gamma=gamma), 0.0))
+    if config.lora is not None:
+        found.append(Variant(f"gamma {config.taca.gamma:g} + LoRA", config.taca, 1.0))
+    return found
+
+
+def _compared(config: AttentionConfig) -> str:
+    """The variant that stands for TACA: that of `taca.gamma`, or else the last without a LoRA."""
+    assert config.taca is not None
+    without_lora = [variant.name for variant in variants(config) if not variant.lora_strength]
+    own = f"gamma {config.taca.gamma:g}"
+    return own if own in without_lora else without_lora[-1]
+
+
+def _take_folder(out: Path, config: AttentionConfig) -> None:
+    """Makes the analysis' folder, or takes one of the same configuration.
+
+    Raises UserError if it cannot be written to, or holds anything else.
+    """
+    settings = out / _SETTINGS
+    if settings.is_file():
+        other = from_json(AttentionConfig, settings.read_text(), str(settings))
+        changed = difference(replace(other, out=config.out), config)
+        if changed:
+            named = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
+            raise UserError(
+                f"out={out} holds an analysis with other settings ({named}); name "
+                "another folder, or remove it"
+            )
+        return
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"out={out} holds something else; name a new folder")
+    with whole_file(settings) as file:
+        file.write_text(to_json(config))
+
+
+def _check(pipeline: Pipeline, config: AttentionConfig, words: Sequence[str]) -> None:
+    """Raises UserError, before anything is drawn, for prompts that the model cannot read, words
+    that the first of them lacks, a picture's size or a layer that the model does not have."""
+    assert config.taca is not None
+    text = conditioning(pipeline, config.prompts[:1], config.guidance)
+    pipeline.encode_prompts(config.prompts)
+    plan = make_plan(pipeline.sigmas(config.height, config.width, 1), config.taca)
+    jax.eval_shape(
+        partial(shares_of_step, pipeline.transformer, layer=config.layer),
+        text,
+        pipeline.noise(1, config.height, config.width),
+        jax.tree.map(lambda x: x[0], plan),
+        tokens_of_words(pipeline, config.prompts[0], words, 1),
+    )
+
+
+def _are_shapes(pipeline: Pipeline, prompts: Sequence[str]) -> bool:
+    """Whether the model draws pictures of the shapes data, and the prompts are captions of it."""
+    if not isinstance(pipeline.tokenizer, WordTokenizer):
+        return False
+    try:
+        for prompt in prompts:
+            parse_caption(prompt)
+    except UserError:
+        return False
+    return True
+
+
+def _summary(name: str, found: Mapping[str, Measured]) -> str:
+    """A variant's share of attention on text, at the first and at the last step, in a line."""
+    text, plain = (found[each].text.mean(axis=1) for each in (name, next(iter(found))))
+    ratio = "" if name == next(iter(found)) else f" ({text[0] / plain[0]:.3f} times plain's)"
+    return (
+        f"{name}: {text[0]:.1%} of attention on text at step 1{ratio}, {text[-1]:.1%} at the last"
+    )
+
+
+def _numbers(
+    found: Mapping[str, Measured],
+    config: AttentionConfig,
+    words: Sequence[str],
+    timesteps: np.ndarray,
+) -> dict:
+    """For JSON: means over pictures and positions; lists are over steps, layers and heads."""
+    plain = next(iter(found.values()))
+
+    def means(measured: Measured) -> dict:
+        first = measured.heads[:, : config.num_images]  # pictures of the first prompt
+        return {
+            "gamma": _rounded(measured.gamma),
+            "text": _rounded(measured.text.mean(axis=1)),
+            "text, times plain's": _rounded(measured.text.mean(axis=1) / plain.text.mean(axis=1)),
+            "words": {
+                word: _rounded(first[:, :, 1 + i].mean(axis=(1, 2, 3)))
+                for i, word in enumerate(words)
+            },
+            "claims": _rounded(measured.claims.mean(axis=1)),
+            "text by layer and head": _rounded(measured.heads[:, :, 0].mean(axis=1)),
+        }
+
+    return {
+        "prompts": config.prompts,
+        "pictures of each": config.num_images,
+        "timesteps": _rounded(timesteps),
+        "variants": {name: means(measured) for name, measured in found.items()},
+    }
+
+
+def _rounded(array: np.ndarray) -> list:
+    """As nested lists of numbers with six decimal places."""
+    return np.round(array.astype(np.float64), 6).tolist()
