@@ -1,5 +1,6 @@
 """The command line of the evaluation: its commands, and the presets that they take."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,8 @@ def test_every_command_exists_and_is_listed(capsys):
         with pytest.raises(SystemExit) as end:
             commands.run(["--help"])
         assert end.value.code == 0
-        assert f"  {name}  {command.purpose}" in capsys.readouterr().out
+        line = rf"^  {name} +{re.escape(command.purpose)}$"
+        assert re.search(line, capsys.readouterr().out, re.MULTILINE)
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(capsys):
