@@ -7,7 +7,7 @@ from taca_jax.data.shapes.examples import random_prompts
 PROMPT_SEED = 0
 """All evaluations use the same prompts, so that models can be compared."""
 
-SEEN, HELD_OUT = "seen", "held out"
+SEEN, HELD_OUT = "seen", "held-out"
 
 _SPLITS = {SEEN: "train", HELD_OUT: "test"}
 

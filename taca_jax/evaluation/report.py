@@ -13,7 +13,7 @@ from taca_jax.evaluation.statistics import paired_difference, share_interval
 LISTED = 3
 """Prompts of each category that `best_prompts` lists."""
 
-MEASURES = {"correct": "all", "exact": "all, and nothing else drawn"}
+MEASURES = {"correct": "all", "exact": "all, nothing else drawn"}
 """What is measured, and the table's word for it over all categories."""
 
 
@@ -62,7 +62,8 @@ def table(half: str, rows: Mapping[str, Any]) -> Table:
     for measure, words in MEASURES.items():
         out.add_section()
         shares = [rows[name][measure]["all"] for name in names]
-        out.add_row(f"{words}, n = {shares[0]['total']}", *map(_share, shares))
+        count = f", n = {shares[0]['total']}" if measure == "correct" else ""
+        out.add_row(f"{words}{count}", *map(_share, shares))
         if len(names) > 1:
             differences = [rows[name]["difference"][measure] for name in names[1:]]
             out.add_row(f"against {names[0]}, paired", "", *map(_difference, differences))
@@ -78,12 +79,12 @@ def _share(share: Mapping[str, float]) -> str:
 
 def _difference(difference: Mapping[str, float]) -> str:
     value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f}), p = {difference['p_value']:.2g}"
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})\np = {difference['p_value']:.2g}"
 
 
 def best_prompts(alignment: Alignment, pictures: int, seed: int) -> Table:
     """The prompts of each category whose pictures are most often exact, in the first variant and
-    then in all.
+    then in all; prompts without an exact picture are left out.
 
     pictures: of each prompt, whose noise is that of consecutive seeds; `seed` is the first's.
     """
@@ -99,7 +100,7 @@ def best_prompts(alignment: Alignment, pictures: int, seed: int) -> Table:
         out.add_column(name, justify="right")
     categories, prompts = half.categories[::pictures], half.prompts[::pictures]
     for category in dict.fromkeys(categories):
-        members = [i for i, each in enumerate(categories) if each == category]
+        members = [i for i, each in enumerate(categories) if each == category and counts[i].any()]
         members.sort(key=lambda i: (-counts[i, 0], -counts[i].sum()))
         for i in members[:LISTED]:
             first = seed + i * pictures

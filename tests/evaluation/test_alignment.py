@@ -53,7 +53,7 @@ def test_several_strengths_of_guidance_are_variants_too():
 def test_one_half_is_seen_in_training_and_the_other_never():
     seen, unseen = make_halves(2)
     assert (seen, unseen) == make_halves(2)
-    assert [seen.name, unseen.name] == ["seen", "held out"]
+    assert [seen.name, unseen.name] == ["seen", "held-out"]
     assert not [prompt for prompt in seen.prompts if held_out(parse_caption(prompt))]
     assert all(held_out(parse_caption(prompt)) for prompt in unseen.prompts)
     for half in (seen, unseen):
@@ -145,7 +145,7 @@ def test_the_best_guidance_is_that_of_seen_compositions():
     seen = {name: np.array(of, bool) for name, of in scores([0, 1], [1, 1], [1, 1]).items()}
     other = {name: np.array(of, bool) for name, of in scores([1, 1], [0, 0], [1, 1]).items()}
     half = Half("seen", ("color", "color"), ("a", "b"))
-    held = dataclasses.replace(half, name="held out")
+    held = dataclasses.replace(half, name="held-out")
     found = best_guidance([Alignment(held, other, other), Alignment(half, seen, other)], which)
     assert found == 2.0
 

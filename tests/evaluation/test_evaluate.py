@@ -27,7 +27,7 @@ def test_results_are_written_and_printed(tmp_path, capsys):
     best = evaluate_shapes(Painter(right), SMALL, tmp_path, taca=TACA, lora=True)
     assert best is None
     rows = json.loads((tmp_path / "evaluation.json").read_text())
-    assert list(rows) == ["seen", "held out"]
+    assert list(rows) == ["seen", "held-out"]
     for half in rows.values():
         assert list(half) == ["base", "base + TACA", "TACA + LoRA", "LoRA alone"]
         assert half["TACA + LoRA"]["correct"]["all"]["value"] == 1.0
@@ -35,7 +35,7 @@ def test_results_are_written_and_printed(tmp_path, capsys):
     assert (tmp_path / "evaluation.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "Seen compositions drawn right" in printed
-    assert "Held out compositions drawn right" in printed
+    assert "Held-out compositions drawn right" in printed
     assert "100.0 (" in printed
 
 

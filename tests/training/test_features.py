@@ -17,10 +17,11 @@ from taca_jax.errors import UserError
 from taca_jax.families import registry
 from taca_jax.families.flux.family import FLUX
 from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.planning import plan
 from taca_jax.training.features import FeaturesConfig, Readout, readout_loss
 from taca_jax.training.models import TextToImage, open_models
 from taca_jax.training.run import train
-from taca_jax.training.step import Batch, batch_loss, make_trainer, split_model
+from taca_jax.training.step import Batch, batch_loss, first_state, make_trainer, split_model
 from tests.training.checkpoints import saved_checkpoint
 from tests.training.tiny import arrays, tiny_config, tiny_pipeline
 
@@ -101,6 +102,24 @@ def test_a_run_learns_to_name_patches_and_leaves_an_ordinary_model(tmp_path):
     }
     assert not [path for path in files if path.is_file() and b"readout" in path.read_bytes()]
     FluxPipeline.from_pretrained(tmp_path / "model")  # refuses parameters that it does not know
+
+
+def test_the_step_can_be_planned_without_weights():
+    config = tiny_config("unused", data=SHAPES, features=FeaturesConfig())
+    models = open_models(config)
+    model, autoencoder = models.abstract()
+    trainer, trained = make_trainer(config, model, autoencoder)
+    batch = plan._batch(models, autoencoder)
+    assert batch.labels.shape == (1, 2, 10, 10, 3)
+    state, metrics = jax.eval_shape(
+        trainer.run, jax.eval_shape(partial(first_state, config), trained), batch
+    )
+    assert metrics["features_loss"].shape == ()
+    assert any("readout" in jax.tree_util.keystr(path) for path, _ in leaves(state.trained))
+
+
+def leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def test_a_family_without_features_is_refused_before_anything_is_loaded(monkeypatch):

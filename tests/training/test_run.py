@@ -261,7 +261,7 @@ def test_the_measurement_at_the_end(base, tmp_path):
     config = lora_config(base, tmp_path, steps=1, evaluate=evaluate)
     train(config)
     rows = json.loads((tmp_path / "evaluation.json").read_text())
-    assert list(rows) == ["seen", "held out"]
+    assert list(rows) == ["seen", "held-out"]
     for half in rows.values():
         assert list(half) == ["base", "base + TACA", "TACA + LoRA", "LoRA alone"]
         assert all(set(CATEGORIES) <= set(row["correct"]) for row in half.values())
