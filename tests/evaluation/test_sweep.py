@@ -102,7 +102,7 @@ def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, m
         "gamma 1.2, step, t >= 835, LoRA shapes_taca.safetensors": 1,
     }
     strong = rows["gamma 1.5, step, t >= 835, no LoRA"]
-    assert strong["held out"]["difference"]["exact"]["value"] == 1
+    assert strong["held-out"]["difference"]["exact"]["value"] == 1
     assert strong["taca"]["gamma"] == 1.5
     printed = capsys.readouterr().out
     assert "4 settings, 12 pictures each" in printed
