@@ -17,10 +17,12 @@ from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import difference, fields_of, from_json, to_json, update
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
+from taca_jax.evaluation.compbench.config import PicturesConfig, ReportConfig, ScoreConfig
 from taca_jax.evaluation.config import EvalConfig
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.sampling.loop import MAX_SEED
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.t5 import T5_XXL
@@ -35,6 +37,11 @@ ADAPT = TrainConfig(name="adapt", steps=100, base="base", lora=LoRAConfig(), tac
 SCRATCH = TrainConfig("scratch", 100, model=FLUX_DEV, text=TextConfig(encoder=T5_XXL))
 MUON = {"optimizer.kind": "muon"}
 DRAW = GenerateConfig(base="base", prompt="a red circle")
+PICTURES = PicturesConfig(base="base")
+SCORE = ScoreConfig("run", blip="blip")
+REPORT = ReportConfig(("a", "b"))
+COMPBENCH = (PicturesConfig, ScoreConfig, ReportConfig)
+KINDS = (TrainConfig, GenerateConfig, *COMPBENCH)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +117,21 @@ DRAW = GenerateConfig(base="base", prompt="a red circle")
         (DRAW, {"seed": "-2"}, "seed is -2; it must be 0 to"),
         (DRAW, {"out": "a.jpg"}, "out is a.jpg; it must be the name of a .png file"),
         (DRAW, {"compare": "true", "taca": "none"}, "compare=true compares plain with TACA"),
+        (PICTURES, {"prompts": ""}, "prompts is empty; it must be the folder of the lists"),
+        (PICTURES, {"out": ""}, "out is empty; it must be the folder to write to"),
+        (PICTURES, {"categories": "colour"}, "categories=colour: expected a comma list, each one"),
+        (PICTURES, {"categories": "color,color"}, "categories is color,color; it must be one or"),
+        (PICTURES, {"categories": ""}, "categories is empty; it must be one or more, each once"),
+        (PICTURES, {"limit": "0"}, "limit is 0; it must be 1 or more, or none"),
+        (PICTURES, {"per_prompt": "0"}, "per_prompt is 0; it must be 1 or more"),
+        (PICTURES, {"batch_size": "0"}, "batch_size is 0; it must be 1 or more"),
+        (PICTURES, {"seed": str(MAX_SEED)}, "the last picture's seed is 2147418120; it must be"),
+        (SCORE, {"blip": "none"}, "blip and clip are both none; give the folder of at least one"),
+        (SCORE, {"phrases": ""}, "phrases is empty; it must be spacy, rules or a JSON file"),
+        (SCORE, {"batch_size": "0"}, "batch_size is 0; it must be 1 or more"),
+        (REPORT, {"names": "a"}, "names is a; it must be one for each of the 2 runs"),
+        (REPORT, {"runs": "a,a"}, "runs is a,a; it must be each once"),
+        (REPORT, {"out": "a.txt"}, "out is a.txt; it must be the name of a .json file, or none"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(config, values, message):
@@ -224,17 +246,17 @@ def _by_name(tree) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_field_is_documented(kind):
     own = (TrainConfig, GenerateConfig, TextConfig, DataConfig, OptimizerConfig, EvalConfig)
-    own += (PixelsConfig,)
+    own += (PixelsConfig, *COMPBENCH)
     fields = fields_of(kind)
     for name, field in fields.items():
         parent = fields[name.rpartition(".")[0]].group if "." in name else kind
         assert field.doc or parent not in own, f"{name} has no line in its class's docstring"
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_field_is_read(kind):
     """A field that nothing reads is a setting that does nothing.
 
@@ -285,9 +307,12 @@ def _last_name(node: ast.expr) -> str:
 
 def test_annotations_are_types_that_the_command_line_can_read():
     plain = {int, float, bool, str, type(None), Ellipsis}
-    for kind in (TrainConfig, GenerateConfig):
+    for kind in KINDS:
         for name, field in fields_of(kind).items():
             if field.group is None and typing.get_origin(field.annotation) is not typing.Literal:
                 inner = typing.get_args(field.annotation) or (field.annotation,)
-                flat = {leaf for item in inner for leaf in typing.get_args(item) or (item,)}
+                plain_ones = [
+                    item for item in inner if typing.get_origin(item) is not typing.Literal
+                ]
+                flat = {leaf for item in plain_ones for leaf in typing.get_args(item) or (item,)}
                 assert flat <= plain, f"{name}: {field.annotation}"

@@ -25,7 +25,7 @@ class Metric:
 BLIP_VQA = Metric("BLIP-VQA", "annotation_blip")
 CLIP_SCORE = Metric("CLIPScore", "annotation_clip")
 
-METRICS: dict[Category, Metric] = {
+METRICS: dict[str, Metric] = {
     "color": BLIP_VQA,
     "shape": BLIP_VQA,
     "texture": BLIP_VQA,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from taca_jax.config.fields import check
+from taca_jax.errors import UserError
 from taca_jax.evaluation.compbench.categories import TABLE, Category
 from taca_jax.pipelines.config import SamplingConfig
 from taca_jax.sampling.loop import MAX_SEED
@@ -70,8 +71,8 @@ class ScoreConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        given = self.blip is not None or self.clip is not None
-        check(given, "blip", "none and so is clip", "a scorer's folder, or clip must be")
+        if self.blip is None and self.clip is None:
+            raise UserError("blip and clip are both none; give the folder of at least one scorer")
         check(bool(self.phrases), "phrases", "empty", "spacy, rules or a JSON file")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
 
@@ -92,5 +93,7 @@ class ReportConfig:
     def __post_init__(self):
         named = len(self.names) in (0, len(self.runs))
         check(named, "names", ",".join(self.names), f"one for each of the {len(self.runs)} runs")
+        for name, given in {"runs": self.runs, "names": self.names}.items():
+            check(len(set(given)) == len(given), name, ",".join(given), "each once")
         right = self.out is None or self.out.endswith(".json")
         check(right, "out", self.out, "the name of a .json file, or none")

@@ -5,12 +5,11 @@ A picture's number counts all pictures of its category; upstream calls it the qu
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 from taca_jax.errors import UserError
-from taca_jax.evaluation.compbench.categories import Category, Metric
+from taca_jax.evaluation.compbench.categories import METRICS, Metric
 from taca_jax.formats.atomic import whole_file
 
 SAMPLES = "samples"
@@ -51,15 +50,19 @@ def pictures_in(category: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def prompts_of(category: Path, pictures: Mapping[int, Path]) -> dict[int, str]:
-    """The prompt of each picture: from prompts.json, or, in a run of upstream's, from its name."""
+def prompts_of(category: Path, numbers: Iterable[int]) -> dict[int, str]:
+    """The prompts of these pictures: from prompts.json, or, in a run of upstream's, from the names
+    of the pictures. Raises UserError if one has none."""
     file = category / PROMPTS
     if not file.is_file():
-        return {number: path.stem.rpartition("_")[0] for number, path in pictures.items()}
+        named = {n: path.stem.rpartition("_")[0] for n, path in pictures_in(category).items()}
+        if absent := sorted(set(numbers) - named.keys()):
+            raise UserError(f"{category / SAMPLES} has no picture {absent[0]}, which is scored")
+        return {number: named[number] for number in numbers}
     try:
         recorded = json.loads(file.read_text())
         prompts, per_prompt = recorded["prompts"], recorded["per_prompt"]
-        return {number: prompts[number // per_prompt] for number in pictures}
+        return {number: prompts[number // per_prompt] for number in numbers}
     except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError):
         raise UserError(f"{file} is damaged or not of these pictures; draw them again") from None
 
@@ -69,12 +72,12 @@ def prompts_text(prompts: Sequence[str], per_prompt: int) -> str:
     return json.dumps({"per_prompt": per_prompt, "prompts": list(prompts)}, indent=1) + "\n"
 
 
-def categories_in(run: Path) -> list[Category]:
+def categories_in(run: Path) -> list[str]:
     """The categories that a run has pictures or results of. Raises UserError if there are none."""
-    found: list[Category] = [each for each in get_args(Category) if (run / each).is_dir()]
+    found: list[str] = [each for each in METRICS if (run / each).is_dir()]
     if not found:
         raise UserError(
-            f"{run} has no folder of a category ({', '.join(get_args(Category)[:3])}, ...); give "
+            f"{run} has no folder of a category ({', '.join(list(METRICS)[:3])}, ...); give "
             "one that `compbench generate` wrote"
         )
     return found

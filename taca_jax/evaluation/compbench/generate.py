@@ -20,7 +20,6 @@ from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
 from taca_jax.config.fields import to_json
-from taca_jax.evaluation.compbench.categories import Category
 from taca_jax.evaluation.compbench.config import PicturesConfig
 from taca_jax.evaluation.compbench.folders import SAMPLES, picture_name
 from taca_jax.evaluation.compbench.prompts import Lists, read_prompts
@@ -42,7 +41,7 @@ from taca_jax.pipelines.pipeline import Pipeline
 class Batch:
     """Pictures that are drawn together: their category, and the numbers in it."""
 
-    category: Category
+    category: str
     numbers: range
 
 

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from taca_jax.errors import UserError
-from taca_jax.evaluation.compbench.categories import Category
 
-Lists = Mapping[Category, Sequence[str]]
+Lists = Mapping[str, Sequence[str]]
 """The prompts of each category."""
 
 SOURCE = "github.com/Karine-Huang/T2I-CompBench"
 
 
-def read_prompts(folder: Path, category: Category) -> list[str]:
+def read_prompts(folder: Path, category: str) -> list[str]:
     """The prompts of a category's validation list, one a line.
 
     As upstream reads them: line ends of any system, and of each line what comes before a tab.
