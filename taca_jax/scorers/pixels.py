@@ -20,6 +20,7 @@ def clip_pixels(picture: Image.Image, size: int) -> Float[np.ndarray, "h w 3"]:
     # The longer side is rounded down, as in torchvision.
     width, height = (int(size * side / shorter) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    # Half a pixel is rounded to even, as in torchvision; transformers rounds it down.
     left, top = (round((side - size) / 2) for side in picture.size)
     return _normalised(picture.crop((left, top, left + size, top + size)))
 

@@ -7,6 +7,7 @@ from PIL import Image
 from taca_jax.scorers.pixels import STD, blip_pixels, clip_pixels
 
 SIZES = [(97, 64), (64, 97), (80, 80), (31, 40)]
+"""With margins that two divides, or whose half transformers rounds as torchvision does."""
 
 
 @pytest.mark.parametrize("size", SIZES)
