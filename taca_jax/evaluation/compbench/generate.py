@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
 from rich.progress import track
 
 from taca_jax.config.fields import to_json
@@ -75,7 +76,8 @@ def _generate(config: PicturesConfig) -> None:
     if is_first():
         write_record(config, lists)
     if pipeline is not None:
-        for batch in track(share, "drawing", disable=not is_first()):
+        console = Console(stderr=True)
+        for batch in track(share, "drawing", console=console, disable=not is_first()):
             _draw(pipeline, config, lists, batch)
     wait_for_all("all pictures")
     print_once(f"{config.out}: all {total} pictures are there")

@@ -62,7 +62,7 @@ class CLIPJudge(Judge):
         self._pixels = partial(clip_pixels, size=config.image.image_size)
 
     def check(self, prompts: Sequence[str]) -> None:
-        announce_cuts(self._tokenizer, list(dict.fromkeys(prompts)))
+        announce_cuts(self._tokenizer, prompts)
 
     def scores(self, paths: Sequence[Path], prompts: Sequence[str]) -> list[str | float]:
         pixels = _read(paths, self._pixels)

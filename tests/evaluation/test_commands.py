@@ -1,0 +1,55 @@
+"""The commands of `python -m taca_jax.evaluation`: found, explained, refused."""
+
+import dataclasses
+
+import pytest
+
+from taca_jax.evaluation import commands
+from taca_jax.evaluation.commands import COMMANDS, run
+from taca_jax.pipelines.config import SamplingConfig
+from tests.processes import run_python
+
+
+def ended(capsys, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        run(words)
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_the_help_lists_every_command(capsys):
+    for words in ((), ("--help",)):
+        code, out, _ = ended(capsys, *words)
+        assert code == 0
+        for name, command in COMMANDS.items():
+            assert f"  {name}  " in out
+            assert command.purpose in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_a_configuration_and_a_function(name, capsys):
+    code, out, _ = ended(capsys, *name.split(), "--help")
+    assert code == 0
+    assert out.startswith(f"usage: python -m taca_jax.evaluation {name} ")
+    config, function = (
+        commands._named(each) for each in (COMMANDS[name].config, COMMANDS[name].run)
+    )
+    assert dataclasses.is_dataclass(config)
+    assert callable(function)
+    assert ("presets:" in out) == issubclass(config, SamplingConfig)
+
+
+def test_unknown_commands_are_refused_with_the_nearest(capsys):
+    code, out, err = ended(capsys, "compbench", "scor")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: unknown command compbench; there are compbench")
+    code, _, err = ended(capsys, "compbench", "score")
+    assert (code, err) == (2, "error: give pictures=...\n")
+
+
+def test_what_a_user_can_mend_is_one_line_and_status_1(tmp_path):
+    done = run_python("-m", "taca_jax.evaluation", "compbench", "report", f"runs={tmp_path}")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path} has no folder of a category")
+    assert done.stderr.count("\n") == 1
