@@ -11,7 +11,7 @@ from convert.exporting import Layout as ExportLayout
 from convert.exporting import export
 from convert.inspection import inspect
 from convert.loras import convert_lora, lora_models
-from convert.models import convert_family, convert_model
+from convert.models import convert_family, convert_model, convert_scorer
 from convert.verification import verify
 from taca_jax.config.command_line import say
 from taca_jax.config.fields import nearest, unknown, value_of
@@ -20,7 +20,7 @@ from taca_jax.families.base import Family
 from taca_jax.families.registry import families
 from taca_jax.text.clip import Activation
 from taca_jax.weights.lora_files import Layout as LoRALayout
-from taca_jax.weights.originals import clip, t5, tiny_vae, vae
+from taca_jax.weights.originals import blip_vqa, clip, clip_score, t5, tiny_vae, vae
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -121,6 +121,19 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "DIR/taef1 for DIR/taef1_encoder.safetensors and DIR/taef1_decoder.safetensors, or DIR if "
         "it has one such pair",
         partial(convert_model, tiny_vae),
+    )
+    conversion(
+        "clip_score",
+        "A whole CLIP, with both towers and its tokenizer, to a scorer's folder.",
+        "the transformers folder with config.json and the safetensors (clip-vit-base-patch32)",
+        partial(convert_scorer, clip_score),
+    )
+    conversion(
+        "blip_vqa",
+        "BLIP for questions about pictures, with its tokenizer, to a scorer's folder.",
+        "the transformers folder with config.json and the safetensors (blip-vqa-capfilt-large), or "
+        "the weights of the authors' .pth file (model_base_vqa_capfilt_large) as safetensors",
+        partial(convert_scorer, blip_vqa),
     )
     made = command(
         "lora",

@@ -19,6 +19,8 @@ from taca_jax.formats.lora.native import is_native
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
 from taca_jax.nn.kinds import kind_of
+from taca_jax.scorers import blip_layout
+from taca_jax.scorers import clip_layout as clip_score_layout
 from taca_jax.text import clip_layout, t5_layout
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
 from taca_jax.weights.lora_files import load_adapter
@@ -26,7 +28,9 @@ from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 from taca_jax.weights.originals import (
     Original,
     autoencoder_prefixes,
+    blip_vqa,
     clip,
+    clip_score,
     family_in,
     others,
     t5,
@@ -43,6 +47,8 @@ def _readers() -> dict[str, Callable[[Path], Original]]:
         vae_diffusers.CLASS: vae,
         "t5": t5,
         "clip_text_model": clip,
+        clip_score_layout.MODEL_TYPE: clip_score,
+        blip_layout.MODEL_TYPE: blip_vqa,
     }
 
 
@@ -106,6 +112,8 @@ def _tensors(path: Path) -> list[str]:
             _sizes(tensors),
             *_metadata(tensors),
         ]
+    if blip_layout.is_original(tensors):
+        return _described(str(path), blip_vqa(path))
     lines: list[str] = []
     models = list(_models(tensors))
     for prefix, found, read in models:

@@ -15,6 +15,7 @@ from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.engine import streamed
 from taca_jax.formats.tensor_files import LazyTensor, summary
 from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.scorers.folder import TOKENIZER, TOKENIZER_FILES
 from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, save_streamed
 from taca_jax.weights.original_pipelines import (
@@ -38,6 +39,28 @@ def convert_model(
     check_free(dst)
     original = read(src, **options)
     return [_write(original, dst, dtype), *_left_out(original)]
+
+
+def convert_scorer(
+    read: Callable[[Path], Original], src: Path, dst: Path, dtype: str | None
+) -> list[str]:
+    """As `convert_model`, with the tokenizer beside the weights in `dst/tokenizer`."""
+    check_free(dst)
+    original = read(src)
+    beside = src if src.is_dir() else src.parent
+    files = [beside / name for name in TOKENIZER_FILES if (beside / name).is_file()]
+    with whole_folder(dst) as folder:
+        line = _write(original, folder, dtype).replace(str(folder), str(dst))
+        (folder / TOKENIZER).mkdir()
+        for file in files:
+            shutil.copy(file, folder / TOKENIZER)
+    lines = [line, *_left_out(original)]
+    if not files:
+        lines.append(
+            f"to read text, copy the files of its tokenizer ({', '.join(TOKENIZER_FILES[:3])}) "
+            f"into {dst / TOKENIZER}: there are none in {beside}"
+        )
+    return lines
 
 
 def convert_family(

@@ -16,11 +16,22 @@ from taca_jax.formats.engine import contiguous, match
 from taca_jax.formats.key_table import Piece
 from taca_jax.formats.tensor_files import Tensors, differences
 from taca_jax.nn.kinds import kind_of, shapes_of
+from taca_jax.scorers.blip import BLIP_KIND
+from taca_jax.scorers.clip import CLIP_SCORE_KIND
 from taca_jax.text.clip import CLIP_KIND
 from taca_jax.text.t5 import T5_KIND
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS, parts_in_file
-from taca_jax.weights.originals import Original, clip, t5, tiny_vae, transformer, vae
+from taca_jax.weights.originals import (
+    Original,
+    blip_vqa,
+    clip,
+    clip_score,
+    t5,
+    tiny_vae,
+    transformer,
+    vae,
+)
 from taca_jax.weights.pipeline_folders import TRANSFORMER
 
 
@@ -58,6 +69,8 @@ def _source(src: Path, config: Any) -> Original:
             src, num_heads=config.num_heads, activation=config.activation
         ),
         TINY_VAE_KIND.name: tiny_vae,
+        CLIP_SCORE_KIND.name: clip_score,
+        BLIP_KIND.name: blip_vqa,
     }
     if kind.name not in readers:
         raise UserError(f"{src} cannot be the source of a {kind.name}: that is not converted")

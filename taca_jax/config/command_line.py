@@ -1,4 +1,7 @@
-"""The command line `PROGRAM --config NAME key=value ...`: a preset with some fields changed."""
+"""The command line `PROGRAM --config NAME key=value ...`: a preset with some fields changed.
+
+A program without presets takes `key=value ...` alone.
+"""
 
 import dataclasses
 import importlib
@@ -11,10 +14,11 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from taca_jax.config.fields import C, describe, fields_of, nearest, show, update
+from taca_jax.config.fields import C, create, describe, fields_of, nearest, show, update
 from taca_jax.errors import UserError
 
 _WIDTH = 100
+_FIELDS = "__dataclass_fields__"
 
 
 def parse_cli(
@@ -22,7 +26,7 @@ def parse_cli(
     kind: type[C],
     *,
     package: str = "configs",
-    attribute: str = "CONFIG",
+    attribute: str | None = "CONFIG",
     preset_kind: type | None = None,
     program: str | None = None,
 ) -> C:
@@ -30,13 +34,17 @@ def parse_cli(
 
     `--config NAME` takes the preset: the value `attribute` in the module `package.NAME`, of class
     `kind`; or of class `preset_kind`, of which then all is taken that it sets of the same fields.
+    Without an `attribute` there are no presets, and what is not given has its default.
+
     Each `key=value` then replaces a field (`lora.rank=64`, `resume=true`, `lora=none`). `--help`
     prints the presets and every key, `--config` without a name the presets; both exit with status
     0. Bad input prints one line, `error: ...`, on stderr and exits with status 2.
 
     program: how the program is called, for the help; by default the file that runs.
     """
-    presets = _Presets(package, attribute, preset_kind or kind)
+    presets = None
+    if attribute is not None:
+        presets = _Presets(package, attribute, preset_kind or kind)
     try:
         return _parse(list(argv), kind, presets, program or sys.argv[0])
     except UserError as error:
@@ -53,7 +61,7 @@ def say(lines: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(argv: list[str], kind: type[C], presets: "_Presets", program: str) -> C:
+def _parse(argv: list[str], kind: type[C], presets: "_Presets | None", program: str) -> C:
     preset, values = None, {}
     wants_help = False
     rest = iter(argv)
@@ -62,6 +70,8 @@ def _parse(argv: list[str], kind: type[C], presets: "_Presets", program: str) ->
         if key in ("-h", "--help"):
             wants_help = True
         elif key == "--config":
+            if presets is None:
+                raise UserError("--config: this command has no presets; write key=value")
             preset = value if equals else next(rest, "")
             if not preset or preset.startswith("-"):
                 say(presets.names())
@@ -74,10 +84,14 @@ def _parse(argv: list[str], kind: type[C], presets: "_Presets", program: str) ->
             raise UserError(f"{key} is given twice ({values[key]} and {value}); keep one")
         else:
             values[key] = value
-    config = None if preset is None else _as_kind(presets.load(preset), kind)
+    config = None
+    if preset is not None and presets is not None:
+        config = _as_kind(presets.load(preset), kind)
     if wants_help:
-        say([_help(kind, config, preset, presets.names(), program)])
+        say([_help(kind, config, preset, presets and presets.names(), program)])
         raise SystemExit(0)
+    if presets is None:
+        return create(kind, values)
     if config is None:
         raise UserError(f"no --config NAME given; the presets are {', '.join(presets.names())}")
     return update(config, values)
@@ -145,19 +159,25 @@ class _Presets:
         return getattr(self._module(name), self.attribute, None)
 
 
-def _help(kind: type, config: Any, preset: str | None, presets: list[str], program: str) -> str:
-    """The help: usage, presets, and each key with its value, its type and its documentation.
+def _help(
+    kind: type, config: Any, preset: str | None, presets: list[str] | None, program: str
+) -> str:
+    """The help: usage, presets (None: there are none), and each key with its value, its type and
+    its documentation.
 
     config: the preset whose values are shown; None for the defaults of the class `kind`.
     """
     whose = f"values of {preset}" if preset else "default values; add --config NAME for a preset's"
-    lines = [
-        f"usage: python {program} --config NAME [key=value ...]",
-        "",
-        f"presets: {', '.join(presets)}",
-        "",
-        f"keys ({whose}):",
-    ]
+    if presets is None:
+        lines = [f"usage: python {program} key=value ...", "", "keys (default values):"]
+    else:
+        lines = [
+            f"usage: python {program} --config NAME [key=value ...]",
+            "",
+            f"presets: {', '.join(presets)}",
+            "",
+            f"keys ({whose}):",
+        ]
     for name, field in fields_of(kind, config).items():
         value = field.default if config is None else _at(config, name, field.default)
         if field.group is not None:

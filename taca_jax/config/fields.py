@@ -94,6 +94,14 @@ def update(config: C, values: Mapping[str, str]) -> C:
     return _update(config, type(config), values, "", fields_of(type(config), config))
 
 
+def create(cls: type[C], values: Mapping[str, str]) -> C:
+    """A new configuration of class `cls` from values given as text, as `update` takes them.
+
+    Raises UserError as it does, and for fields without a default that are not given.
+    """
+    return _update(None, cls, values, "", fields_of(cls))
+
+
 def to_json(config: "DataclassInstance") -> str:
     """The configuration as indented JSON; groups are objects, tuples are lists."""
     return json.dumps(_to_tree(config), indent=2) + "\n"
@@ -270,9 +278,12 @@ def _update(
         return _make(lambda: dataclasses.replace(config, **changes), prefix)
     missing = [f"{prefix}{name}" for name in _required(cls) if name not in changes]
     if missing:
-        raise UserError(
-            f"{prefix[:-1]} is none here, so it needs all of its values: add {', '.join(missing)}"
+        why = (
+            f"{prefix[:-1]} is none here, so it needs all of its values: add "
+            if prefix
+            else "give "
         )
+        raise UserError(why + ", ".join(missing if prefix else [f"{m}=..." for m in missing]))
     return _make(lambda: cls(**changes), prefix)
 
 

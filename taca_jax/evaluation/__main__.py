@@ -1,4 +1,4 @@
-"""python -m taca_jax.evaluation COMMAND --config NAME [key=value ...]   (--help lists them)"""
+"""python -m taca_jax.evaluation COMMAND [--config NAME] key=value ...   (--help lists them)"""
 
 import sys
 

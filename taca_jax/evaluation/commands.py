@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from taca_jax.config.command_line import parse_cli, say
 from taca_jax.config.fields import nearest
-from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Command:
     """One command: the class of its configuration and the function that takes it, each as
     `module:name`, and a line for the help.
 
-    Its presets are those of generate.py: the configuration takes what they set of its fields.
+    If the configuration is a SamplingConfig, the command draws, and its presets are those of
+    generate.py: it takes what they set of its fields. Other commands have no presets.
     """
 
     config: str
@@ -24,6 +25,7 @@ class Command:
 
 
 _ATTENTION = "taca_jax.evaluation.attention_maps"
+_COMPBENCH = "taca_jax.evaluation.compbench"
 
 COMMANDS: dict[str, Command] = {
     "shapes": Command(
@@ -41,11 +43,31 @@ COMMANDS: dict[str, Command] = {
         f"{_ATTENTION}.command:run",
         "draws what TACA does to attention: shares on text, maps, pictures step by step",
     ),
+    "scorer": Command(
+        "taca_jax.evaluation.scorer_error:ScorerConfig",
+        "taca_jax.evaluation.scorer_error:measure_scorer",
+        "how often the recogniser of shapes errs itself, on damaged pictures too",
+    ),
+    "compbench generate": Command(
+        f"{_COMPBENCH}.config:PicturesConfig",
+        f"{_COMPBENCH}.generate:generate",
+        "draws the pictures of T2I-CompBench",
+    ),
+    "compbench score": Command(
+        f"{_COMPBENCH}.config:ScoreConfig",
+        f"{_COMPBENCH}.score:score",
+        "scores them by BLIP-VQA and CLIPScore",
+    ),
+    "compbench report": Command(
+        f"{_COMPBENCH}.config:ReportConfig",
+        f"{_COMPBENCH}.report:report",
+        "shows the scores of runs beside the paper's",
+    ),
 }
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs the command line `COMMAND --config NAME [key=value ...]`.
+    """Runs the command line `COMMAND [--config NAME] [key=value ...]`.
 
     Raises UserError for problems that the user can fix; a line that cannot be parsed is reported
     and ends the program with status 2.
@@ -60,10 +82,11 @@ def run(argv: Sequence[str]) -> None:
         print(f"error: unknown command {name}; there are {there}", file=sys.stderr)
         raise SystemExit(2)
     command = COMMANDS[name]
+    kind = _named(command.config)
     config = parse_cli(
         rest,
-        _named(command.config),
-        attribute="GENERATE",
+        kind,
+        attribute="GENERATE" if issubclass(kind, SamplingConfig) else None,
         preset_kind=GenerateConfig,
         program=f"-m taca_jax.evaluation {name}",
     )
@@ -71,10 +94,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _help() -> str:
-    lines = ["usage: python -m taca_jax.evaluation COMMAND --config NAME [key=value ...]", ""]
+    lines = ["usage: python -m taca_jax.evaluation COMMAND [--config NAME] key=value ...", ""]
     width = max(map(len, COMMANDS), default=0)
     lines += [f"  {name:<{width}}  {command.purpose}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "COMMAND --help lists a command's presets and keys"])
+    return "\n".join(
+        [*lines, "", "COMMAND --help lists a command's keys, and its presets if it has any"]
+    )
 
 
 def _named(name: str):

@@ -14,7 +14,7 @@ from taca_jax.evaluation.report import best_prompts, summary, table
 from taca_jax.evaluation.results import PICTURES, check_base, prepare
 from taca_jax.evaluation.sampler import Sampler
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.generate import check_lora
+from taca_jax.pipelines.generate import check_lora, load_pipeline
 from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.taca import TacaConfig
 
@@ -52,15 +52,7 @@ def evaluate_command(config: ShapesConfig) -> None:
     """
     out = Path(config.out)
     _check(config, out)
-    pipeline = Pipeline.from_pretrained(
-        config.base,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        quantize_text=config.quantize_text,
-        attention=config.attention,
-    )
-    if config.lora is not None and config.taca is not None:
-        print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    pipeline = load_pipeline(config)
     which = variants(
         config.taca, lora=config.lora is not None, guidances=config.guidances or (config.guidance,)
     )
@@ -82,7 +74,7 @@ def _check(config: ShapesConfig, out: Path) -> None:
     check_base(config)
     files = [config.base]
     if config.lora is not None and config.taca is not None:
-        check_lora(config.lora)
+        check_lora(config)
         files.append(config.lora)
     prepare(out, json.loads(to_json(config)), files)
 

@@ -56,7 +56,7 @@ def share_interval(
     if there are no outcomes, or another number of clusters.
     """
     outcomes = np.asarray(correct, bool)
-    cluster = _numbered(clusters, outcomes)
+    cluster = numbered(clusters, outcomes)
     value = float(outcomes.mean())
     size = _effective_size(outcomes.astype(float), cluster, confidence)
     # SciPy's interval takes whole numbers of outcomes only; the effective number is none.
@@ -86,7 +86,7 @@ def paired_difference(
     first, second = np.asarray(a, bool), np.asarray(b, bool)
     if first.shape != second.shape:
         raise ValueError(f"expected two lists of one length, got {first.shape} and {second.shape}")
-    cluster = _numbered(clusters, first)
+    cluster = numbered(clusters, first)
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     total = first.size
     differences = second.astype(float) - first
@@ -107,7 +107,7 @@ def paired_difference(
     )
 
 
-def _numbered(clusters: Sequence[Hashable] | np.ndarray, outcomes: np.ndarray) -> np.ndarray:
+def numbered(clusters: Sequence[Hashable] | np.ndarray, outcomes: np.ndarray) -> np.ndarray:
     """int [n]: the cluster of each outcome, counted from 0."""
     if outcomes.ndim != 1 or outcomes.size == 0 or len(clusters) != outcomes.size:
         raise ValueError(

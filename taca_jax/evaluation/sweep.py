@@ -26,8 +26,8 @@ from taca_jax.evaluation.results import PICTURES, check_base, prepare
 from taca_jax.evaluation.sampler import Sampler
 from taca_jax.evaluation.sweep_config import SweepConfig
 from taca_jax.formats.atomic import whole_file
-from taca_jax.pipelines.generate import check_lora
-from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.pipelines.generate import check_lora, load_pipeline
+from taca_jax.pipelines.pipeline import Variant
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
 
@@ -147,16 +147,10 @@ def sweep(config: SweepConfig) -> None:
     points = settings(config)
     check_base(config)
     for lora in dict.fromkeys(point.lora for point in points if point.lora is not None):
-        check_lora(lora)
+        check_lora(replace(config, lora=lora))
     fixed = {k: v for k, v in json.loads(to_json(config)).items() if k not in (*AXES, "vary")}
     prepare(out, {name: fixed[name] for name in fixed if name != "out"}, [config.base])
-    pipeline = Pipeline.from_pretrained(
-        config.base,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        quantize_text=config.quantize_text,
-        attention=config.attention,
-    )
+    pipeline = load_pipeline(replace(config, lora=None))
     sampler = Sampler(
         pipeline,
         config.batch_size,

@@ -12,6 +12,7 @@ from taca_jax.families.base import Family, Published
 from taca_jax.families.flux.family import FLUX
 from taca_jax.families.sd3.family import SD3
 from taca_jax.nn.kinds import ModelKind, kind_of, known_kinds
+from taca_jax.scorers import blip, clip
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -55,12 +56,14 @@ def published_models() -> dict[str, tuple[Family, Published]]:
 
 
 def model_kinds() -> Mapping[str, ModelKind]:
-    """Every kind of model that a folder may hold: transformers, text encoders, autoencoders."""
+    """Every kind of model that a folder may hold: transformers, text encoders, autoencoders,
+    scorers."""
     return known_kinds()
 
 
 # No family imports these modules, and importing them registers their kinds.
 _AUTOENCODERS = (pixels.PIXELS_KIND, tiny_vae.TINY_VAE_KIND)
+_SCORERS = (clip.CLIP_SCORE_KIND, blip.BLIP_KIND)
 
 register(FLUX)
 register(SD3)

@@ -50,15 +50,15 @@ class TransformerConfig(Variants):
         return {kind.name: kind.config for kind in _KINDS.values() if kind.role == "transformer"}
 
 
-Role = Literal["transformer", "text_encoder", "autoencoder"]
+Role = Literal["transformer", "text_encoder", "autoencoder", "scorer"]
 
 
 @dataclass(frozen=True, eq=False)
 class ModelKind:
-    """One kind of model: a transformer, a text encoder, an autoencoder.
+    """One kind of model: a transformer, a text encoder, an autoencoder, a scorer of pictures.
 
     name: the `kind` in its folder's config.json.
-    role: the part that it plays in a pipeline.
+    role: the part that it plays in a pipeline; scorers are in none.
     config: the dataclass of its sizes.
     module: the NNX module, created as `module(config, rngs=..., dtype=..., param_dtype=...)`.
     sharding: the sharding table of its parameters (`parallel.rules`).

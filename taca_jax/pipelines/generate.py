@@ -7,6 +7,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -14,7 +15,8 @@ from taca_jax.config.fields import to_json
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors
-from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.parallel.processes import print_once
+from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
 from taca_jax.pipelines.grids import caption_grid, enlarged
 from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.pipelines.previews import open_previewer
@@ -36,24 +38,10 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise UserError(f"out={out} is a folder; name a file in it")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
-    if config.lora is not None:
-        check_lora(config.lora)  # before the model loads
+    check_lora(config)  # before the model loads
     if config.preview not in (None, OWN):
         open_previewer(Path(config.preview))  # also before the model loads
-    pipeline = Pipeline.from_pretrained(
-        config.base,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        quantize_text=config.quantize_text,
-        attention=config.attention,
-    )
-    if config.lora is not None and config.taca is None:
-        print(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
-    elif config.lora is not None:
-        print(f"LoRA: {pipeline.load_lora(config.lora)}")
-    if config.taca is not None:
-        times = pipeline.timesteps(config.height, config.width, config.steps)
-        print(describe_steps(config.taca, times))
+    pipeline = load_pipeline(config)
     if config.preview is not None:
         if config.preview != OWN:
             pipeline.load_previewer(config.preview)
@@ -80,15 +68,41 @@ def generate(config: GenerateConfig) -> list[Path]:
     return [out]
 
 
-def check_lora(lora: str) -> None:
-    """Raises UserError if there is no such LoRA file, or if it is damaged; reads no factors."""
-    found = find_weights(lora)
+def check_lora(config: SamplingConfig) -> None:
+    """Raises UserError unless the LoRA, if there is one, is a readable file."""
+    if config.lora is None:
+        return
+    found = find_weights(config.lora)
     if not found.exists():
         raise UserError(
-            f"lora={lora} is not there; train it, name another file, or set lora=none to draw "
-            "without one"
+            f"lora={config.lora} is not there; train it, name another file, or set lora=none to "
+            "draw without one"
         )
     open_tensors(found)
+
+
+def load_pipeline(config: SamplingConfig, mesh: Mesh | None = None) -> Pipeline:
+    """The pipeline that is configured, with its LoRA; says which LoRA that is and when TACA acts.
+
+    Raises UserError as `Pipeline.from_pretrained` and `load_lora` do.
+    """
+    pipeline = Pipeline.from_pretrained(
+        config.base,
+        dtype=config.dtype,
+        mesh=mesh,
+        quantize=config.quantize,
+        quantize_text=config.quantize_text,
+        attention=config.attention,
+    )
+    if config.lora is not None and config.taca is None:
+        print_once(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
+    elif config.lora is not None:
+        said = pipeline.load_lora(config.lora)
+        print_once(f"LoRA: {said}")
+    if config.taca is not None:
+        times = pipeline.timesteps(config.height, config.width, config.steps)
+        print_once(describe_steps(config.taca, times))
+    return pipeline
 
 
 def _draw(pipeline: Pipeline, config: GenerateConfig, variant: Variant) -> Sequence[Image.Image]:

@@ -132,11 +132,12 @@ def picture_size(height: int | None, width: int | None, resolution: int) -> tupl
 
 
 def noise(
-    config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int
+    config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int | Sequence[int]
 ) -> Float[Array, "b h w c"]:
-    """Initial noise for pictures of (height, width) pixels, float32; sample i uses seed + i.
+    """Initial noise for pictures of (height, width) pixels, float32; sample i uses seed + i, or
+    seed[i].
 
-    Raises UserError for a seed or a size that is not allowed.
+    Raises UserError for seeds or a size that are not allowed.
     """
     height, width = size
     multiple = downscale * config.patch_size
@@ -144,9 +145,12 @@ def noise(
         raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
     family_of(config).check_grid(config, height // multiple, width // multiple)
     shape = (height // downscale, width // downscale, config.latent_channels)
-    if not 0 <= seed <= MAX_SEED:
+    given = list(seed) if isinstance(seed, Sequence) else [seed]
+    if not all(0 <= each <= MAX_SEED for each in given):
         raise UserError(f"seed is {seed}; it must be 0 to {MAX_SEED}")
-    seeds = jnp.arange(seed, seed + batch)
+    if isinstance(seed, Sequence) and len(given) != batch:
+        raise UserError(f"{len(given)} seeds for {batch} pictures; give one for each")
+    seeds = jnp.asarray(given) if isinstance(seed, Sequence) else jnp.arange(seed, seed + batch)
     return jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
 
 

@@ -256,7 +256,11 @@ class Pipeline:
         return self.sigmas(height, width, steps)[:-1] * np.float32(MAX_TIMESTEP)
 
     def noise(
-        self, count: int, height: int | None = None, width: int | None = None, seed: int = 0
+        self,
+        count: int,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
     ) -> Float[Array, "b h w c"]:
         """The latents from which a call with these arguments draws `count` pictures, float32."""
         size = picture_size(height, width, self.settings.resolution)
@@ -291,7 +295,7 @@ class Pipeline:
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         num_images: int = 1,
         taca: TacaConfig | None = None,
         lora_strength: float = 1.0,
@@ -313,11 +317,12 @@ class Pipeline:
         Sizes are in pixels. A model with embedded guidance is given `guidance` as an input, and
         refuses `negative_prompt`; other models use `guidance` above 1 for classifier-free guidance
         against `negative_prompt` ("" by default; one for all, or one for each prompt). Picture i
-        starts from the noise of `seed` + i, or from `latents`. `taca` None is plain attention;
-        attached LoRA factors act while TACA is active, at `lora_strength`. `skip_layers` adds
-        skip-layer guidance to classifier-free guidance, for models that have it: it guides away
-        from the model without those layers (7, 8, 9 of Stable Diffusion 3.5-Medium). It is a
-        sequence of layers, or a SkipLayers, which also sets the strength and the range of steps.
+        starts from the noise of `seed` + i, or of `seed`[i], or from `latents`. `taca` None is
+        plain attention; attached LoRA factors act while TACA is active, at `lora_strength`.
+        `skip_layers` adds skip-layer guidance to classifier-free guidance, for models that have it:
+        it guides away from the model without those layers (7, 8, 9 of Stable Diffusion 3.5-Medium).
+        It is a sequence of layers, or a SkipLayers, which also sets the strength and the range of
+        steps.
         `tiling` sets how large pictures are decoded in overlapping tiles; None decodes at once.
 
         After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with the

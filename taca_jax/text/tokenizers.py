@@ -203,8 +203,9 @@ def load_tokenizer(name: str, length: int) -> WordTokenizer | ByteTokenizer | Fo
 
 
 def announce_cuts(tokenizer: Tokenizer, captions: Sequence[str]) -> None:
-    """Logs a one-line warning for each caption that is truncated, with the text that is lost."""
-    for line in tokenizer.cuts(captions):
+    """Logs a one-line warning for each caption that is truncated, with the text that is lost; of a
+    caption that is there several times only one."""
+    for line in dict.fromkeys(tokenizer.cuts(captions)):
         LOGGER.warning("warning: %s", line)
 
 

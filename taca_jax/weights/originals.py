@@ -31,6 +31,8 @@ from taca_jax.formats.tensor_files import (
     under,
 )
 from taca_jax.nn.kinds import shapes_of
+from taca_jax.scorers import blip_layout
+from taca_jax.scorers import clip_layout as clip_score_layout
 from taca_jax.text import clip_layout, t5_layout
 from taca_jax.text.clip import Activation
 from taca_jax.weights.folders import CONFIG
@@ -225,6 +227,26 @@ def original_vae(tensors: TensorFiles, family: Family | None) -> Original:
 def tiny_vae(src: Path) -> Original:
     """The two files of a TAESD-style autoencoder; all published ones have the same sizes."""
     return Original(tiny_vae_layout.TABLE, TAEF1, tiny_vae_layout.open_taesd(src))
+
+
+def clip_score(src: Path) -> Original:
+    """A whole CLIP, with both towers: a folder in transformers' layout."""
+    config = clip_score_layout.config_of(read_settings(src), tensors := open_tensors(src))
+    return Original(clip_score_layout.TABLE, config, tensors)
+
+
+def blip_vqa(src: Path) -> Original:
+    """BLIP for questions: a folder in transformers' layout, or a file in its authors' layout."""
+    if (src / CONFIG).is_file():
+        config = blip_layout.config_of(read_settings(src))
+        return Original(blip_layout.TABLE, config, open_tensors(src))
+    tensors = open_tensors(src)
+    if not blip_layout.is_original(tensors):
+        raise UserError(
+            f"{src} is no BLIP for questions in its authors' names: {_names(tensors)}; of "
+            f"transformers' files give the folder with their {CONFIG}"
+        )
+    return Original(blip_layout.ORIGINAL_TABLE, blip_layout.inferred(tensors), tensors)
 
 
 def others(tensors: TensorFiles, *found: TensorFiles) -> tuple[str, ...]:

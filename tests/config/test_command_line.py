@@ -65,6 +65,55 @@ def test_another_kind_of_preset_stands_under_another_name(presets):
     assert drawn == Adapter(3)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn.
+
+    prompt: words. seed: of the noise. size: of the picture.
+    """
+
+    prompt: str
+    seed: int = 0
+    size: int = 8
+
+
+@dataclass(frozen=True)
+class Series(Drawing):
+    """Several drawings."""
+
+    seed: int = 42
+    count: int = 2
+
+
+def test_values_of_another_kind_of_preset_are_taken_but_for_overridden_defaults(presets, tmp_path):
+    text = f"from {__name__} import Drawing\nDRAW = Drawing('a cat', seed=3, size=16)\n"
+    (tmp_path / presets / "cat.py").write_text(text)
+    options = {"package": presets, "attribute": "DRAW", "preset_kind": Drawing}
+    assert parse_cli(["--config", "cat"], Series, **options) == Series("a cat", 42, 16, 2)
+    assert parse_cli(["--config", "cat", "seed=3"], Series, **options).seed == 3
+    assert parse_cli(["--config", "cat"], Drawing, **options) == Drawing("a cat", 3, 16)
+
+
+def test_a_command_without_presets(capsys):
+    given = parse_cli(["prompt=a cat", "size=16"], Drawing, attribute=None)
+    assert given == Drawing("a cat", 0, 16)
+    for words, message in {
+        "": "give prompt=...",
+        "prompt=a --config x": "--config: this command has no presets; write key=value",
+        "promt=a": "unknown key promt; did you mean prompt?",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            parse_cli(words.split(), Drawing, attribute=None)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(["--help"], Drawing, attribute=None, program="-m drawing")
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m drawing key=value ...\n\nkeys (default values):\n")
+    assert "prompt=... (required)  [text]" in said
+
+
 def test_a_preset_of_another_program_is_said_to_be_one(capsys):
     for attribute, preset, said in (
         (

@@ -18,11 +18,14 @@ from taca_jax.config.fields import difference, fields_of, from_json, to_json, up
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
+from taca_jax.evaluation.compbench.config import PicturesConfig, ReportConfig, ScoreConfig
 from taca_jax.evaluation.config import EvalConfig, ShapesConfig
+from taca_jax.evaluation.scorer_error import ScorerConfig
 from taca_jax.evaluation.sweep_config import SweepConfig
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.sampling.loop import MAX_SEED
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.t5 import T5_XXL
@@ -39,7 +42,12 @@ SCRATCH = TrainConfig("scratch", 100, model=FLUX_DEV, text=TextConfig(encoder=T5
 MUON = {"optimizer.kind": "muon"}
 DRAW = GenerateConfig(base="base", prompt="a red circle")
 MEASURE = ShapesConfig(base="base")
-KINDS = [TrainConfig, GenerateConfig, ShapesConfig, SweepConfig, AttentionConfig]
+PICTURES = PicturesConfig(base="base")
+SCORE = ScoreConfig("run", blip="blip")
+REPORT = ReportConfig(("a", "b"))
+COMPBENCH = (PicturesConfig, ScoreConfig, ReportConfig)
+EVALUATIONS = (ShapesConfig, SweepConfig, AttentionConfig, ScorerConfig)
+KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +144,21 @@ KINDS = [TrainConfig, GenerateConfig, ShapesConfig, SweepConfig, AttentionConfig
         (MEASURE, {"guidances": "nan"}, "guidances is nan; it must be 0 or more each"),
         (MEASURE, {"guidance": "2", "guidances": "1,3"}, "guidance is 2 and guidances are given"),
         (MEASURE, {"steps": "0"}, "steps is 0; it must be 1 or more"),
+        (PICTURES, {"prompts": ""}, "prompts is empty; it must be the folder of the lists"),
+        (PICTURES, {"out": ""}, "out is empty; it must be the folder to write to"),
+        (PICTURES, {"categories": "colour"}, "categories=colour: expected a comma list, each one"),
+        (PICTURES, {"categories": "color,color"}, "categories is color,color; it must be one or"),
+        (PICTURES, {"categories": ""}, "categories is empty; it must be one or more, each once"),
+        (PICTURES, {"limit": "0"}, "limit is 0; it must be 1 or more, or none"),
+        (PICTURES, {"per_prompt": "0"}, "per_prompt is 0; it must be 1 or more"),
+        (PICTURES, {"batch_size": "0"}, "batch_size is 0; it must be 1 or more"),
+        (PICTURES, {"seed": str(MAX_SEED)}, "the last picture's seed is 2147418120; it must be"),
+        (SCORE, {"blip": "none"}, "blip and clip are both none; give the folder of at least one"),
+        (SCORE, {"phrases": ""}, "phrases is empty; it must be spacy, rules or a JSON file"),
+        (SCORE, {"batch_size": "0"}, "batch_size is 0; it must be 1 or more"),
+        (REPORT, {"names": "a"}, "names is a; it must be one for each of the 2 runs"),
+        (REPORT, {"runs": "a,a"}, "runs is a,a; it must be each once"),
+        (REPORT, {"out": "a.txt"}, "out is a.txt; it must be the name of a .json file, or none"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(config, values, message):
@@ -262,7 +285,7 @@ def _by_name(tree) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_is_documented(kind):
     own = (TrainConfig, GenerateConfig, TextConfig, DataConfig, OptimizerConfig, EvalConfig)
-    own += (PixelsConfig, FeaturesConfig, ShapesConfig, SweepConfig, AttentionConfig)
+    own += (PixelsConfig, FeaturesConfig, *EVALUATIONS, *COMPBENCH)
     fields = fields_of(kind)
     for name, field in fields.items():
         parent = fields[name.rpartition(".")[0]].group if "." in name else kind
@@ -332,3 +355,12 @@ def test_annotations_are_types_that_the_command_line_can_read():
             for leaf in leaves(field.annotation) if field.group is None else ():
                 literal = typing.get_origin(leaf) is typing.Literal
                 assert literal or leaf in plain, f"{name}: {field.annotation}"
+    for kind in KINDS:
+        for name, field in fields_of(kind).items():
+            if field.group is None and typing.get_origin(field.annotation) is not typing.Literal:
+                inner = typing.get_args(field.annotation) or (field.annotation,)
+                plain_ones = [
+                    item for item in inner if typing.get_origin(item) is not typing.Literal
+                ]
+                flat = {leaf for item in plain_ones for leaf in typing.get_args(item) or (item,)}
+                assert flat <= plain, f"{name}: {field.annotation}"

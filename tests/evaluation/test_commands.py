@@ -1,6 +1,6 @@
-"""The command line of the evaluation: its commands, and the presets that they take."""
+"""The commands of `python -m taca_jax.evaluation`: found, explained, refused."""
 
-import re
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +8,38 @@ import pytest
 from configs import shapes_taca
 from taca_jax.evaluation import commands
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
+from taca_jax.evaluation.commands import COMMANDS, run
+from taca_jax.pipelines.config import SamplingConfig
+from tests.processes import run_python
+
+
+def ended(capsys, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        run(words)
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_the_help_lists_every_command(capsys):
+    for words in ((), ("--help",)):
+        code, out, _ = ended(capsys, *words)
+        assert code == 0
+        for name, command in COMMANDS.items():
+            assert f"  {name} " in out
+            assert command.purpose in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_a_configuration_and_a_function(name, capsys):
+    code, out, _ = ended(capsys, *name.split(), "--help")
+    assert code == 0
+    assert out.startswith(f"usage: python -m taca_jax.evaluation {name} ")
+    config, function = (
+        commands._named(each) for each in (COMMANDS[name].config, COMMANDS[name].run)
+    )
+    assert dataclasses.is_dataclass(config)
+    assert callable(function)
+    assert ("presets:" in out) == issubclass(config, SamplingConfig)
 
 
 @pytest.fixture
@@ -36,19 +68,17 @@ def test_a_command_takes_what_a_preset_of_generate_sets(given):
     assert preset.out != own.out
 
 
-def test_every_command_exists_and_is_listed(capsys):
-    for name, command in commands.COMMANDS.items():
-        assert commands._named(command.config)
-        assert callable(commands._named(command.run))
-        with pytest.raises(SystemExit) as end:
-            commands.run(["--help"])
-        assert end.value.code == 0
-        line = rf"^  {name} +{re.escape(command.purpose)}$"
-        assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+def test_unknown_commands_are_refused_with_the_nearest(capsys):
+    code, out, err = ended(capsys, "compbench", "scor")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: unknown command compbench; there are compbench")
+    code, _, err = ended(capsys, "compbench", "score")
+    assert (code, err) == (2, "error: give pictures=...\n")
 
 
-def test_an_unknown_command_is_refused_with_the_nearest(capsys):
-    with pytest.raises(SystemExit) as end:
-        commands.run(["attentoin", "--config", "shapes_taca"])
-    assert end.value.code == 2
-    assert "error: unknown command attentoin; there are attention" in capsys.readouterr().err
+def test_what_a_user_can_mend_is_one_line_and_status_1(tmp_path):
+    done = run_python("-m", "taca_jax.evaluation", "compbench", "report", f"runs={tmp_path}")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path} has no folder of a category")
+    assert done.stderr.count("\n") == 1

@@ -61,7 +61,7 @@ def test_a_base_is_measured_at_each_guidance_and_the_best_is_returned(tmp_path, 
 def painter(monkeypatch):
     """What the command loads."""
     painter = Painter(only_at_two)
-    monkeypatch.setattr(evaluate.Pipeline, "from_pretrained", lambda *_, **__: painter)
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda _: painter)
     return painter
 
 
@@ -113,7 +113,7 @@ def test_the_command_goes_on_where_it_was_and_with_nothing_else(tmp_path, painte
 
 
 def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    loads = "taca_jax.evaluation.evaluate.Pipeline.from_pretrained"
+    loads = "taca_jax.evaluation.evaluate.load_pipeline"
     monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="nowhere is not there; give base="):
         evaluate_command(config_for(tmp_path / "out", base="nowhere"))

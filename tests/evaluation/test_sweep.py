@@ -86,7 +86,7 @@ class Sketcher(Painter):
 def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     painter = Sketcher()
-    monkeypatch.setattr(sweep_module.Pipeline, "from_pretrained", lambda *_, **__: painter)
+    monkeypatch.setattr(sweep_module, "load_pipeline", lambda _: painter)
     out = tmp_path / "out"
     sweep(config_for(out=str(out), gammas=(1.5,)))
     assert len(painter.calls) == 2 * 3  # a batch of each half, for base, center and gamma 1.5
@@ -115,7 +115,7 @@ def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, m
 
 def test_mistakes_are_refused_before_the_model_loads(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    loads = "taca_jax.evaluation.sweep.Pipeline.from_pretrained"
+    loads = "taca_jax.evaluation.sweep.load_pipeline"
     monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="lora=absent is not there"):
         sweep(config_for(out=str(tmp_path / "out"), loras=("absent",)))

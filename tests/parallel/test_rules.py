@@ -16,6 +16,8 @@ from taca_jax.nn.kinds import abstract_model, flat_params, kind_of
 from taca_jax.nn.quantization import quantize
 from taca_jax.parallel.mesh import AXES
 from taca_jax.parallel.rules import parameter_spec
+from taca_jax.scorers.blip import BLIP_VQA
+from taca_jax.scorers.clip import CLIP_VIT_B_32
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
 from taca_jax.text.t5 import T5_XXL
 
@@ -28,6 +30,7 @@ FULL_SIZE = {
     "CLIP-L": CLIP_L,
     "CLIP-bigG": CLIP_BIGG,
 }
+SCORERS = (CLIP_VIT_B_32, BLIP_VQA)
 
 
 def mesh_of(**sizes):
@@ -57,7 +60,7 @@ def local_size(shape, spec, mesh):
     return math.prod(shape) // parts
 
 
-@pytest.mark.parametrize("config", [*FULL_SIZE.values(), SD3_MEDIUM, FLUX_VAE, TAEF1])
+@pytest.mark.parametrize("config", [*FULL_SIZE.values(), *SCORERS, SD3_MEDIUM, FLUX_VAE, TAEF1])
 def test_the_table_of_a_kind_is_about_every_parameter(config):
     for path, shape in shapes_of(config).items():
         spec_of(config, path, shape, mesh_of(fsdp=2, tensor=2))

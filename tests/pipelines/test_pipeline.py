@@ -129,6 +129,9 @@ def test_picture_i_of_a_batch_is_that_of_seed_plus_i(pipeline):
     assert several.shape == (3, 40, 40, 3)
     for i in range(3):
         np.testing.assert_allclose(several[i], array(pipeline, seed=5 + i)[0], atol=1e-5)
+    chosen = array(pipeline, num_images=3, seed=[7, 5, 7])
+    assert np.array_equal(chosen[0], array(pipeline, num_images=3, seed=[7, 6, 5])[0])
+    np.testing.assert_allclose(chosen, several[[2, 0, 2]], atol=1e-5)
 
 
 def test_lists_of_prompts_each_give_their_pictures(pipeline):
@@ -276,6 +279,8 @@ def test_guidance_is_against_the_negative_prompt(pipeline, image):
         ),
         ({"output": "jpeg"}, "output is 'jpeg'; it must be one of pil, array, latents"),
         ({"seed": 2**31}, "seed is 2147483648; it must be 0 to"),
+        ({"seed": [3, -1]}, "seed is [3, -1]; it must be 0 to"),
+        ({"seed": [3, 1]}, "2 seeds for 1 pictures; give one for each"),
         ({"height": 42}, "42 x 40 pixels: both must be multiples of 4"),
         ({"width": 39}, "40 x 39 pixels: both must be multiples of 4"),
         ({"latents": jnp.zeros((2, 40, 40, 3))}, r"latents are \(2, 40, 40, 3\); expected 1 of 3"),

@@ -199,7 +199,7 @@ def test_what_is_cut_is_said_in_one_line(name, caplog, capfd):
     tokenizer = FolderTokenizer(shared_path(f"assets/{name}"), 8)
     fits, cut = "a red circle", "a red circle left of one blue square and\nTWO green crosses"
     with caplog.at_level(logging.WARNING, "taca_jax"):
-        announce_cuts(tokenizer, [fits, cut])
+        announce_cuts(tokenizer, [fits, cut, cut])
     (record,) = caplog.records
     line = record.getMessage()
     assert f"{name} reads 8 tokens" in line

@@ -22,11 +22,10 @@ from taca_jax.evaluation.attention_maps.measuring import (
 from taca_jax.evaluation.attention_maps.shares import shares_of_step
 from taca_jax.evaluation.plots import need_matplotlib
 from taca_jax.formats.atomic import whole_file
-from taca_jax.pipelines.generate import check_lora
+from taca_jax.pipelines.generate import check_lora, load_pipeline
 from taca_jax.pipelines.pipeline import Pipeline, Variant
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.sampling.loop import make_plan
-from taca_jax.taca import describe_steps
 from taca_jax.text.tokenizers import WordTokenizer
 from taca_jax.text.words import words_of
 
@@ -47,21 +46,11 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
     assert config.taca is not None  # its class checks that
     out = Path(config.out)
     _take_folder(out, config)
-    if config.lora is not None:
-        check_lora(config.lora)
-    pipeline = Pipeline.from_pretrained(
-        config.base,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        quantize_text=config.quantize_text,
-        attention=config.attention,
-    )
-    if config.lora is not None:
-        print(f"LoRA: {pipeline.load_lora(config.lora)}")
+    check_lora(config)
+    pipeline = load_pipeline(config)
     words = words_of(config.prompts[0]) if config.word is None else [config.word]
     _check(pipeline, config, words)
     timesteps = pipeline.timesteps(config.height, config.width, config.steps)
-    print(describe_steps(config.taca, timesteps))
     are_shapes = _are_shapes(pipeline, config.prompts)
     found = {}
     for variant in variants(config):

@@ -1,0 +1,167 @@
+"""`compbench generate`: draws the pictures of T2I-CompBench.
+
+Picture n of a category is of prompt n // per_prompt, from seed + n % per_prompt, as upstream's
+script numbers and seeds them. Pictures are drawn in fixed batches of successive numbers, counted
+over the whole list, and a batch of which any picture is missing is drawn as a whole: on the same
+devices a picture has the same bytes however often the run is stopped, and whoever draws it.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import track
+
+from taca_jax.config.fields import to_json
+from taca_jax.evaluation.compbench.config import PicturesConfig
+from taca_jax.evaluation.compbench.folders import SAMPLES, picture_name
+from taca_jax.evaluation.compbench.prompts import Lists, read_prompts
+from taca_jax.evaluation.compbench.record import FREE_FIELDS, check_record, write_record
+from taca_jax.formats.atomic import whole_file
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
+from taca_jax.parallel.processes import (
+    do_not_wait_at_exit,
+    is_first,
+    join_processes,
+    print_once,
+    wait_for_all,
+)
+from taca_jax.pipelines.generate import check_lora, load_pipeline
+from taca_jax.pipelines.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are drawn together: their category, and the numbers in it."""
+
+    category: str
+    numbers: range
+
+
+def generate(config: PicturesConfig) -> None:
+    """Draws what is missing in `config.out`. If there are several processes, all must call this.
+
+    Each process draws a share of the batches on its own devices. Raises UserError for problems that
+    the user can fix, among them a folder that was drawn with other settings.
+    """
+    join_processes()
+    try:
+        _generate(config)
+    except BaseException:
+        do_not_wait_at_exit()
+        raise
+
+
+def _generate(config: PicturesConfig) -> None:
+    lists: Lists = {each: read_prompts(Path(config.prompts), each) for each in config.categories}
+    check_lora(config)
+    check_record(config, lists)
+    missing = [batch for batch in batches(config, lists) if _wanted(config, lists, batch)]
+    total = sum(_count(config, prompts) for prompts in lists.values())
+    left = sum(len(_wanted(config, lists, batch)) for batch in missing)
+    print_once(f"{config.out}: {left} of {total} pictures to draw")
+    share = missing[jax.process_index() :: jax.process_count()]
+    pipeline = _ready_pipeline(config, lists) if share else None
+    # Only now, so that a run that cannot start leaves no record behind, and nobody draws before all
+    # have listed what is missing.
+    wait_for_all("a run that can begin")
+    if is_first():
+        write_record(config, lists)
+    if pipeline is not None:
+        console = Console(stderr=True)
+        for batch in track(share, "drawing", console=console, disable=not is_first()):
+            _draw(pipeline, config, lists, batch)
+    wait_for_all("all pictures")
+    print_once(f"{config.out}: all {total} pictures are there")
+
+
+def _ready_pipeline(config: PicturesConfig, lists: Lists) -> Pipeline:
+    pipeline = load_pipeline(config, _local_mesh())
+    if pipeline.tokenizer is not None:
+        # A prompt that the model cannot read fails now, and not when its turn comes.
+        pipeline.tokenizer([prompt for prompts in lists.values() for prompt in prompts])
+    return pipeline
+
+
+def batches(config: PicturesConfig, lists: Lists) -> Iterator[Batch]:
+    """The batches of all pictures; what is there already changes neither them nor their order."""
+    for category, prompts in lists.items():
+        total = len(prompts) * config.per_prompt
+        for start in range(0, _count(config, prompts), config.batch_size):
+            yield Batch(category, range(start, min(start + config.batch_size, total)))
+
+
+def _count(config: PicturesConfig, prompts: Sequence[str]) -> int:
+    """How many pictures of a list are to be drawn."""
+    return len(prompts[: config.limit]) * config.per_prompt
+
+
+def _wanted(config: PicturesConfig, lists: Lists, batch: Batch) -> list[int]:
+    """The pictures of a batch that are to be drawn and are not there."""
+    count = _count(config, lists[batch.category])
+    return [n for n in batch.numbers if n < count and not _path(config, lists, batch, n).exists()]
+
+
+def _path(config: PicturesConfig, lists: Lists, batch: Batch, number: int) -> Path:
+    prompt = lists[batch.category][number // config.per_prompt]
+    return Path(config.out, batch.category, SAMPLES, picture_name(prompt, number))
+
+
+def _local_mesh() -> Mesh | None:
+    """A mesh over this process's devices, which share the samples and the parameters; None for a
+    single device."""
+    if len(jax.devices()) == 1:
+        return None
+    return make_mesh(MeshConfig(), jax.local_devices())
+
+
+def _draw(pipeline: Pipeline, config: PicturesConfig, lists: Lists, batch: Batch) -> None:
+    """Draws a batch and writes those of its pictures that are missing."""
+    wanted = _wanted(config, lists, batch)
+    # The last batch is filled up, so that all run the same compiled program.
+    numbers = [*batch.numbers]
+    filled = numbers + numbers[-1:] * (config.batch_size - len(numbers))
+    prompts = [lists[batch.category][n // config.per_prompt] for n in filled]
+    seeds = [config.seed + n % config.per_prompt for n in filled]
+    pictures = pipeline(
+        prompts,
+        height=config.height,
+        width=config.width,
+        steps=config.steps,
+        guidance=config.guidance,
+        seed=seeds,
+        taca=config.taca,
+        progress=False,
+    ).images
+    assert isinstance(pictures, list)  # output="pil"
+    for number, picture, prompt, seed in zip(numbers, pictures, prompts, seeds, strict=False):
+        if number in wanted:
+            info = _described(config, prompt, seed)
+            _write(_path(config, lists, batch, number), number, picture, info)
+
+
+def _described(config: PicturesConfig, prompt: str, seed: int) -> PngInfo:
+    """What a picture says of itself, as those of generate.py do."""
+    settings = {k: v for k, v in json.loads(to_json(config)).items() if k not in FREE_FIELDS}
+    info = PngInfo()
+    said = {"taca_jax": version("taca-jax"), **settings, "prompt": prompt, "seed": seed}
+    info.add_itxt("taca_jax", json.dumps(said))
+    return info
+
+
+def _write(path: Path, number: int, picture: Image.Image, info: PngInfo) -> None:
+    """Writes a picture whole or not at all; among the samples there is never anything else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the folder of samples, under a short name, and moved there when it is whole.
+    beside = path.parent.with_name(f"{number:06}.png")
+    with whole_file(beside) as file:
+        picture.save(file, format="PNG", pnginfo=info)
+    os.replace(beside, path)
