@@ -44,7 +44,7 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
     figures = _figures()
     assert config.taca is not None  # its class checks that
     out = Path(config.out)
-    _take_folder(out, config)
+    _check_folder(out, config)
     if config.lora is not None:
         check_lora(config.lora)
     pipeline = Pipeline.from_pretrained(
@@ -58,6 +58,8 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
         print(f"LoRA: {pipeline.load_lora(config.lora)}")
     words = words_of(config.prompts[0]) if config.word is None else [config.word]
     _check(pipeline, config, words)
+    with whole_file(out / _SETTINGS) as file:
+        file.write_text(to_json(config))
     timesteps = pipeline.timesteps(config.height, config.width, config.steps)
     print(describe_steps(config.taca, timesteps))
     are_shapes = _are_shapes(pipeline, config.prompts)
@@ -116,11 +118,8 @@ def _figures() -> ModuleType:
     return figures
 
 
-def _take_folder(out: Path, config: AttentionConfig) -> None:
-    """Makes the analysis' folder, or takes one of the same configuration.
-
-    Raises UserError if it cannot be written to, or holds anything else.
-    """
+def _check_folder(out: Path, config: AttentionConfig) -> None:
+    """Raises UserError if the folder holds anything but an analysis of the same configuration."""
     settings = out / _SETTINGS
     if settings.is_file():
         other = from_json(AttentionConfig, settings.read_text(), str(settings))
@@ -134,8 +133,6 @@ def _take_folder(out: Path, config: AttentionConfig) -> None:
         return
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} holds something else; name a new folder")
-    with whole_file(settings) as file:
-        file.write_text(to_json(config))
 
 
 def _check(pipeline: Pipeline, config: AttentionConfig, words: Sequence[str]) -> None:
