@@ -45,11 +45,13 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
 
     assert config.taca is not None  # its class checks that
     out = Path(config.out)
-    _take_folder(out, config)
+    _check_folder(out, config)
     check_lora(config)
     pipeline = load_pipeline(config)
     words = words_of(config.prompts[0]) if config.word is None else [config.word]
     _check(pipeline, config, words)
+    with whole_file(out / _SETTINGS) as file:
+        file.write_text(to_json(config))
     timesteps = pipeline.timesteps(config.height, config.width, config.steps)
     are_shapes = _are_shapes(pipeline, config.prompts)
     found = {}
@@ -96,11 +98,8 @@ def _compared(config: AttentionConfig) -> str:
     return own if own in without_lora else without_lora[-1]
 
 
-def _take_folder(out: Path, config: AttentionConfig) -> None:
-    """Makes the analysis' folder, or takes one of the same configuration.
-
-    Raises UserError if it cannot be written to, or holds anything else.
-    """
+def _check_folder(out: Path, config: AttentionConfig) -> None:
+    """Raises UserError if the folder holds anything but an analysis of the same configuration."""
     settings = out / _SETTINGS
     if settings.is_file():
         other = from_json(AttentionConfig, settings.read_text(), str(settings))
@@ -114,8 +113,6 @@ def _take_folder(out: Path, config: AttentionConfig) -> None:
         return
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} holds something else; name a new folder")
-    with whole_file(settings) as file:
-        file.write_text(to_json(config))
 
 
 def _check(pipeline: Pipeline, config: AttentionConfig, words: Sequence[str]) -> None:

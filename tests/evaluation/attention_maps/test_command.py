@@ -157,6 +157,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     monkeypatch.setattr(Pipeline, "__call__", None)
     with pytest.raises(UserError, match=message):
         command.run(settings(base, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()  # nothing stands in the way of the next try
 
 
 @pytest.mark.parametrize(
