@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from taca_jax.attention import joint_attention
 from taca_jax.nn.layers import LayerOptions
 
 INIT_STD = 0.02
@@ -60,14 +61,17 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b t d"]:
         """mask: the keys that count; all if None."""
-        context = x if context is None else context
+        keys = x if context is None else context
         q, k, v = (
             array.reshape(*array.shape[:2], self.num_heads, -1)
-            for array in (self.q(x), self.k(context), self.v(context))
+            for array in (self.q(x), self.k(keys), self.v(keys))
         )
-        keys = None if mask is None else mask[:, None, None, :]
-        # Its softmax is float32 whatever the dtype of its inputs.
-        attended = jax.nn.dot_product_attention(q, k, v, mask=keys, implementation="xla")
+        # The softmax of both is float32 whatever the dtype of its inputs.
+        if context is None and mask is None:
+            attended = joint_attention(q, k, v, text_len=0)  # fast on every device
+        else:
+            counts = None if mask is None else mask[:, None, None, :]
+            attended = jax.nn.dot_product_attention(q, k, v, mask=counts, implementation="xla")
         return self.o(attended.reshape(x.shape))
 
 

@@ -279,7 +279,7 @@ def test_guidance_is_against_the_negative_prompt(pipeline, image):
         ),
         ({"output": "jpeg"}, "output is 'jpeg'; it must be one of pil, array, latents"),
         ({"seed": 2**31}, "seed is 2147483648; it must be 0 to"),
-        ({"seed": [3, -1]}, "seed is [3, -1]; it must be 0 to"),
+        ({"seed": [3, -1]}, r"seed is \[3, -1\]; it must be 0 to"),
         ({"seed": [3, 1]}, "2 seeds for 1 pictures; give one for each"),
         ({"height": 42}, "42 x 40 pixels: both must be multiples of 4"),
         ({"width": 39}, "40 x 39 pixels: both must be multiples of 4"),
