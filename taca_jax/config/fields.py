@@ -1,4 +1,4 @@
-"""Configurations: nested frozen dataclasses, whose fields are listed, parsed, written and compared.
+"""Configurations: nested frozen dataclasses, whose fields are listed, parsed and compared.
 
 A field of a configuration is a plain value (int, float, bool, str, Path, a Literal, a tuple of
 these, or one of these or None) or again a configuration, then called a group. A field is addressed
@@ -56,7 +56,7 @@ class Field:
     @property
     def optional(self) -> bool:
         """Whether the field may be None."""
-        return _optional(self.annotation)
+        return is_optional(self.annotation)
 
 
 def fields_of(cls: type, value: Any = None) -> dict[str, Field]:
@@ -72,7 +72,7 @@ def fields_of(cls: type, value: Any = None) -> dict[str, Field]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         inside = getattr(value, field.name, None)
-        group = _held(_group(hints[field.name]), inside)
+        group = _held(group_of(hints[field.name]), inside)
         doc = docs.get(field.name, "")
         found[field.name] = Field(field.name, hints[field.name], default, doc, group)
         if group is not None:
@@ -100,25 +100,6 @@ def create(cls: type[C], values: Mapping[str, str]) -> C:
     Raises UserError as it does, and for fields without a default that are not given.
     """
     return _update(None, cls, values, "", fields_of(cls))
-
-
-def to_json(config: "DataclassInstance") -> str:
-    """The configuration as indented JSON; groups are objects, tuples are lists."""
-    return json.dumps(_to_tree(config), indent=2) + "\n"
-
-
-def from_json(cls: type[C], text: str, where: str = "the configuration") -> C:
-    """The configuration of class `cls` that `to_json` wrote as `text`, validated again.
-
-    null is None and a string is text, the string "none" too. where: names the source in errors.
-    Raises UserError for text that is not JSON, and for unknown, missing or mistyped fields.
-    """
-    try:
-        return _from_tree(cls, json.loads(text), "")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error}); write it again") from None
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def difference(a: C, b: C) -> dict[str, tuple[Any, Any]]:
@@ -160,7 +141,7 @@ def check(right: bool, name: str, value: Any, allowed: str) -> None:
 
 def describe(type_: Any) -> str:
     """What values a type has, in words: `an integer`, `one of step, linear`, ... ."""
-    if _optional(type_):
+    if is_optional(type_):
         return f"{describe(without_none(type_))} or none"
     if get_origin(type_) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(type_))
@@ -181,7 +162,7 @@ def describe(type_: Any) -> str:
 
 def without_none(type_: Any) -> Any:
     """`X` of `X | None`; any other type as it is."""
-    if not _optional(type_):
+    if not is_optional(type_):
         return type_
     inner = tuple(arg for arg in get_args(type_) if arg is not types.NoneType)
     return inner[0] if len(inner) == 1 else Union[inner]  # noqa: UP007 - built at run time
@@ -224,12 +205,12 @@ def value_of(type_: Any, tokens: Sequence[str], said: str) -> Any:
     where the type is optional. Raises UserError that begins with `said`, what the user wrote, for
     words that are no such value.
     """
-    if _optional(type_) and [token.lower() for token in tokens] == ["none"]:
+    if is_optional(type_) and [token.lower() for token in tokens] == ["none"]:
         return None
     present = without_none(type_)
     try:
         if get_origin(present) is tuple:
-            kinds = _element_types(present, len(tokens))
+            kinds = element_types(present, len(tokens))
             return tuple(_from_word(*pair) for pair in zip(kinds, tokens, strict=True))
         (token,) = tokens
         return _from_word(present, token)
@@ -275,8 +256,8 @@ def _update(
             )
         changes[head] = _update(current, group, inside, f"{prefix}{head}.", known)
     if config is not None:
-        return _make(lambda: dataclasses.replace(config, **changes), prefix)
-    missing = [f"{prefix}{name}" for name in _required(cls) if name not in changes]
+        return make(lambda: dataclasses.replace(config, **changes), prefix)
+    missing = [f"{prefix}{name}" for name in required_fields(cls) if name not in changes]
     if missing:
         why = (
             f"{prefix[:-1]} is none here, so it needs all of its values: add "
@@ -284,101 +265,30 @@ def _update(
             else "give "
         )
         raise UserError(why + ", ".join(missing if prefix else [f"{m}=..." for m in missing]))
-    return _make(lambda: cls(**changes), prefix)
-
-
-def _to_tree(config: Any) -> dict[str, Any]:
-    """What JSON has of a configuration: a field that may hold several classes says its kind."""
-    tree = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            inside = _to_tree(value)
-            if isinstance(value, Variants):
-                kinds = value.variants().items()
-                inside = {"kind": next(k for k, cls in kinds if cls is type(value)), **inside}
-            value = inside
-        tree[field.name] = value
-    return tree
-
-
-def _from_tree(cls: type, tree: Any, prefix: str) -> Any:
-    """The configuration of class `cls` from parsed JSON; its dotted names begin with `prefix`."""
-    if not isinstance(tree, dict):
-        raise UserError(f"{prefix[:-1] or 'the whole'} is {tree!r}; expected an object")
-    if issubclass(cls, Variants) and prefix:
-        kinds, kind = cls.variants(), tree.get("kind")
-        if not isinstance(kind, str) or kind not in kinds:
-            raise UserError(f"{prefix}kind is {kind!r}; expected one of {', '.join(kinds)}")
-        inside = {name: value for name, value in tree.items() if name != "kind"}
-        return _from_tree_of(kinds[kind], inside, prefix)
-    return _from_tree_of(cls, tree, prefix)
-
-
-def _from_tree_of(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key in tree:
-        if key not in names:
-            raise UserError(unknown(prefix + key, [prefix + name for name in names]))
-    missing = [prefix + name for name in _required(cls) if name not in tree]
-    if missing:
-        raise UserError(f"{', '.join(missing)} missing; add what was removed")
-    values = {}
-    for name, value in tree.items():
-        group, full = _group(hints[name]), prefix + name
-        if group is not None and not (value is None and _optional(hints[name])):
-            values[name] = _from_tree(group, value, f"{full}.")
-        else:
-            try:
-                values[name] = _from_json_value(hints[name], value)
-            except ValueError:
-                raise UserError(
-                    f"{full}={json.dumps(value)}: expected {describe(hints[name])}"
-                ) from None
-    return _make(lambda: cls(**values), prefix)
+    return make(lambda: cls(**changes), prefix)
 
 
 def _from_word(type_: Any, word: str) -> Any:
     """The value of a type that is neither a tuple nor optional. Raises ValueError."""
     if type_ is bool:
-        return _chosen((True, False), word.lower(), show)
+        return chosen((True, False), word.lower(), show)
     if get_origin(type_) is Literal:
-        return _chosen(get_args(type_), word, str)
+        return chosen(get_args(type_), word, str)
     return type_(word)
 
 
-def _chosen(choices: Sequence[Any], word: str, written: Callable[[Any], str]) -> Any:
+def chosen(choices: Sequence[Any], word: str, written: Callable[[Any], str]) -> Any:
     """The choice that is written as `word`. Raises ValueError where there is none."""
     return choices[[written(choice) for choice in choices].index(word)]
 
 
-def _from_json_value(type_: Any, value: Any) -> Any:
-    """The value of a plain type from JSON, where null alone is None. Raises ValueError."""
-    if value is None and _optional(type_):
-        return None
-    present = without_none(type_)
-    if get_origin(present) is tuple and isinstance(value, list):
-        kinds = _element_types(present, len(value))
-        return tuple(_from_json_value(*pair) for pair in zip(kinds, value, strict=True))
-    if get_origin(present) is Literal:
-        return _chosen(get_args(present), json.dumps(value), json.dumps)
-    if present is float and type(value) is int:
-        return float(value)
-    if present is Path and isinstance(value, str):
-        return Path(value)
-    if type(value) is not present:
-        raise ValueError
-    return value
-
-
-def _element_types(type_: Any, count: int) -> tuple[Any, ...]:
+def element_types(type_: Any, count: int) -> tuple[Any, ...]:
     """The types of a tuple type's elements; of `tuple[X, ...]`, `count` times X."""
     types_ = get_args(type_)
     return types_[:1] * count if types_[-1] is Ellipsis else types_
 
 
-def _make(construct: Callable[[], Any], prefix: str) -> Any:
+def make(construct: Callable[[], Any], prefix: str) -> Any:
     """The result of `construct`; a ValueError becomes a UserError that names the group `prefix`."""
     try:
         return construct()
@@ -410,7 +320,7 @@ def _documentation(cls: type) -> dict[str, str]:
     return docs
 
 
-def _required(cls: type) -> list[str]:
+def required_fields(cls: type) -> list[str]:
     """The names of the fields without a default."""
     return [
         field.name
@@ -419,7 +329,7 @@ def _required(cls: type) -> list[str]:
     ]
 
 
-def _optional(type_: Any) -> bool:
+def is_optional(type_: Any) -> bool:
     return get_origin(type_) in (Union, types.UnionType) and types.NoneType in get_args(type_)
 
 
@@ -429,7 +339,7 @@ def _held(group: type | None, value: Any) -> type | None:
     return type(value) if several else group
 
 
-def _group(type_: Any) -> type | None:
+def group_of(type_: Any) -> type | None:
     """The dataclass of a type `X` or `X | None`; None for any other type."""
     present = without_none(type_)
     return present if isinstance(present, type) and dataclasses.is_dataclass(present) else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.evaluation.alignment import Alignment, best_guidance, measure, variants
 from taca_jax.evaluation.config import EvalConfig, ShapesConfig
 from taca_jax.evaluation.halves import make_halves

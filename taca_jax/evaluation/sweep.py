@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from taca_jax.config.fields import from_json, to_json
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.evaluation.alignment import Alignment, measure
 from taca_jax.evaluation.halves import Half, make_halves

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from taca_jax.config.fields import C, from_json
+from taca_jax.config.fields import C
+from taca_jax.config.json_text import from_json
 from taca_jax.errors import UserError
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors

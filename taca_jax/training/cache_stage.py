@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache.files import encoded, write_sizes
 from taca_jax.data.cache.manifest import Manifest, differences, picture_fields, read_manifest

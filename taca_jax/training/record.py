@@ -5,7 +5,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from taca_jax.config.fields import difference, from_json, to_json
+from taca_jax.config.fields import difference
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import print_once

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.data.cache.reader import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from taca_jax.config.fields import from_json, to_json
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.families.registry import model_kinds
 from taca_jax.formats.atomic import whole_folder

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from taca_jax.config.fields import from_json, to_json
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import family_of, published_models

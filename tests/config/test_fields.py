@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taca_jax.config.fields import difference, fields_of, from_json, nearest, show, to_json, update
+from taca_jax.config.fields import difference, fields_of, nearest, show, update
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 
 

@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 from taca_jax.autoencoders.pixels import PixelsConfig
-from taca_jax.config.fields import difference, fields_of, from_json, to_json, update
+from taca_jax.config.fields import difference, fields_of, update
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig

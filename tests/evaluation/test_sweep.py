@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.errors import UserError
 from taca_jax.evaluation import sweep as sweep_module
 from taca_jax.evaluation.sweep import settings, sweep

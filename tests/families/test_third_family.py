@@ -17,7 +17,8 @@ from PIL import Image
 
 from convert.cli import main as convert
 from taca_jax.autoencoders.pixels import Pixels
-from taca_jax.config.fields import from_json, to_json, update
+from taca_jax.config.fields import update
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.families import registry
@@ -174,7 +175,7 @@ def test_it_is_planned(base):
     script = (
         "import sys; from taca_jax.families.registry import register;"
         "from tests.families.mini.family import MINI; register(MINI);"
-        "from taca_jax.config.fields import from_json;"
+        "from taca_jax.config.json_text import from_json;"
         "from taca_jax.planning.plan import plan;"
         "from taca_jax.training.config import TrainConfig;"
         "plan(from_json(TrainConfig, sys.argv[1]))"

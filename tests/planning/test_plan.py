@@ -18,7 +18,7 @@ from flax import nnx
 
 from configs.sd35_taca import CONFIG
 from taca_jax.autoencoders.pixels import Pixels
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.families.sd3.pipeline import SD3Pipeline
@@ -185,7 +185,7 @@ def test_stable_diffusion_is_planned_for():
 
 SCRIPT = """
 import json, sys
-from taca_jax.config.fields import from_json
+from taca_jax.config.json_text import from_json
 from taca_jax.planning.plan import make_plan
 from taca_jax.planning.slices import Slice
 from taca_jax.training.config import TrainConfig

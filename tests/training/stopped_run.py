@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 import train as program
-from taca_jax.config.fields import from_json
+from taca_jax.config.json_text import from_json
 from taca_jax.training import run
 from taca_jax.training.config import TrainConfig
 

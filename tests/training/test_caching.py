@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from taca_jax.autoencoders.vae import VAEConfig
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.data.cache import reader as cache_reader
 from taca_jax.data.cache.files import encoded
 from taca_jax.data.cache.manifest import read_manifest
@@ -388,7 +388,7 @@ TOGETHER = """
 import os, signal, sys, time
 from pathlib import Path
 import jax
-from taca_jax.config.fields import from_json
+from taca_jax.config.json_text import from_json
 from taca_jax.data.cache.writer import CacheWriter
 from taca_jax.errors import StoppedError
 from taca_jax.parallel.mesh import make_mesh

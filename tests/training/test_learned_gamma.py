@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from taca_jax.autoencoders.pixels import Pixels
-from taca_jax.config.fields import from_json
+from taca_jax.config.json_text import from_json
 from taca_jax.errors import UserError
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.taca import TacaConfig, gamma_at

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.data.config import DataConfig
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.parallel.mesh import MeshConfig

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.errors import UserError
 from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.record import RECORD, check_record

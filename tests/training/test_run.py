@@ -17,7 +17,7 @@ from flax import nnx
 from PIL import Image
 
 from taca_jax.autoencoders.pixels import PixelsConfig
-from taca_jax.config.fields import from_json, to_json
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import Loader
 from taca_jax.data.shapes.captions import CATEGORIES
@@ -335,7 +335,7 @@ def test_accumulated_steps_of_muon_resume_exactly(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import taca_jax.training.run as run
-from taca_jax.config.fields import from_json
+from taca_jax.config.json_text import from_json
 from taca_jax.training.config import TrainConfig
 from taca_jax.errors import UserError
 
@@ -527,7 +527,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, f
 FULL = """
 import resource, sys
 import taca_jax.training.checkpoints as checkpoints
-from taca_jax.config.fields import from_json
+from taca_jax.config.json_text import from_json
 from taca_jax.training.config import TrainConfig
 from taca_jax.errors import UserError
 from taca_jax.training import train

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from taca_jax.config.fields import difference, from_json, to_json
+from taca_jax.config.fields import difference
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.data.shapes.captions import parse_caption
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig

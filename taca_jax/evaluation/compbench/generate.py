@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import track
 
-from taca_jax.config.fields import to_json
+from taca_jax.config.json_text import to_json
 from taca_jax.evaluation.compbench.config import PicturesConfig
 from taca_jax.evaluation.compbench.folders import SAMPLES, picture_name
 from taca_jax.evaluation.compbench.prompts import Lists, read_prompts

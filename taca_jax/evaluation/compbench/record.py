@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from taca_jax.config.fields import difference, from_json, show, to_json
+from taca_jax.config.fields import difference, show
+from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.evaluation.compbench.config import PicturesConfig
 from taca_jax.evaluation.compbench.folders import PROMPTS, SAMPLES, prompts_text

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from taca_jax.config.fields import from_json
+from taca_jax.config.json_text import from_json
 from taca_jax.families.registry import register
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.run import train
