@@ -10,8 +10,8 @@ from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.evaluation.halves import SEEN, Half
 from taca_jax.evaluation.sampler import Sampler
 from taca_jax.evaluation.shapes import check
+from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.grids import caption_grid
-from taca_jax.pipelines.pipeline import Variant
 from taca_jax.taca import TacaConfig
 
 

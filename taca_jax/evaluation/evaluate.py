@@ -14,8 +14,9 @@ from taca_jax.evaluation.report import best_prompts, summary, table
 from taca_jax.evaluation.results import PICTURES, check_base, prepare
 from taca_jax.evaluation.sampler import Sampler
 from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import check_lora, load_pipeline
-from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
 
 

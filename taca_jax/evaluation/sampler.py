@@ -12,7 +12,8 @@ from taca_jax.errors import UserError
 from taca_jax.evaluation.halves import Half
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.pipelines.config import Variant
+from taca_jax.pipelines.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

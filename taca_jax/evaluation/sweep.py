@@ -26,8 +26,8 @@ from taca_jax.evaluation.results import PICTURES, check_base, prepare
 from taca_jax.evaluation.sampler import Sampler
 from taca_jax.evaluation.sweep_config import SweepConfig
 from taca_jax.formats.atomic import whole_file
+from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import check_lora, load_pipeline
-from taca_jax.pipelines.pipeline import Variant
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
 

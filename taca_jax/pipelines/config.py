@@ -58,6 +58,17 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One way of sampling a model: TACA's settings (None: plain attention), the LoRA's strength,
+    the strength of guidance (None: the model's own)."""
+
+    name: str
+    taca: TacaConfig | None
+    lora_strength: float
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
 class GenerateConfig(SamplingConfig):
     """One call of generate.py.
 

@@ -16,9 +16,9 @@ from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors
 from taca_jax.parallel.processes import print_once
-from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
+from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
 from taca_jax.pipelines.grids import caption_grid, enlarged
-from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.previews import open_previewer
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
 from taca_jax.weights.shipped import find_weights

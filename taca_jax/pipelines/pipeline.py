@@ -84,17 +84,6 @@ class PipelineOutput:
     trajectory: Trajectory | None
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way of sampling a model: TACA's settings (None: plain attention), the LoRA's strength,
-    the strength of guidance (None: the model's own)."""
-
-    name: str
-    taca: TacaConfig | None
-    lora_strength: float
-    guidance: float | None = None
-
-
 class Pipeline:
     """A transformer of any family with its text encoder, tokenizer and autoencoder.
 

@@ -11,7 +11,7 @@ from taca_jax.errors import UserError
 from taca_jax.evaluation.alignment import Alignment, best_guidance, measure, variants
 from taca_jax.evaluation.halves import Half, make_halves
 from taca_jax.evaluation.sampler import Sampler
-from taca_jax.pipelines.pipeline import Variant
+from taca_jax.pipelines.config import Variant
 from taca_jax.taca import TacaConfig
 from tests.evaluation.painter import Painter, grey, picture_of, right
 

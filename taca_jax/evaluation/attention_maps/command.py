@@ -23,8 +23,9 @@ from taca_jax.evaluation.attention_maps.measuring import (
 from taca_jax.evaluation.attention_maps.shares import shares_of_step
 from taca_jax.evaluation.plots import need_matplotlib
 from taca_jax.formats.atomic import whole_file
+from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import check_lora, load_pipeline
-from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.sampling.loop import make_plan
 from taca_jax.text.tokenizers import WordTokenizer

@@ -17,8 +17,9 @@ from taca_jax.evaluation.shapes import check
 from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.mesh import on
+from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.decoding import decode
-from taca_jax.pipelines.pipeline import Pipeline, Variant
+from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.sampling.loop import make_plan
 from taca_jax.text.words import ids_of_word
 
