@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from taca_jax.attention import joint_attention as joint_attention
     from taca_jax.data.config import DataConfig as DataConfig
     from taca_jax.errors import UserError as UserError
-    from taca_jax.evaluation.config import EvalConfig as EvalConfig
+    from taca_jax.evaluation.shapes.config import EvalConfig as EvalConfig
     from taca_jax.families import *  # noqa: F403 - a pipeline for each family
     from taca_jax.nn.lora import LoRAConfig as LoRAConfig
     from taca_jax.parallel.mesh import MeshConfig as MeshConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DataConfig": "taca_jax.data.config",
-    "EvalConfig": "taca_jax.evaluation.config",
+    "EvalConfig": "taca_jax.evaluation.shapes.config",
     "FeaturesConfig": "taca_jax.training.features",
     "GenerateConfig": "taca_jax.pipelines.config",
     "LoRAConfig": "taca_jax.nn.lora",

@@ -29,13 +29,13 @@ _COMPBENCH = "taca_jax.evaluation.compbench"
 
 COMMANDS: dict[str, Command] = {
     "shapes": Command(
-        "taca_jax.evaluation.config:ShapesConfig",
-        "taca_jax.evaluation.evaluate:evaluate_command",
+        "taca_jax.evaluation.shapes.config:ShapesConfig",
+        "taca_jax.evaluation.shapes.evaluate:evaluate_command",
         "how often a model draws shapes as prompts say, at one or several strengths of guidance",
     ),
     "sweep": Command(
-        "taca_jax.evaluation.sweep_config:SweepConfig",
-        "taca_jax.evaluation.sweep:sweep",
+        "taca_jax.evaluation.shapes.sweep_config:SweepConfig",
+        "taca_jax.evaluation.shapes.sweep:sweep",
         "the same for many settings of TACA: gamma, threshold, schedule, LoRA, guidance",
     ),
     "attention": Command(
@@ -43,9 +43,9 @@ COMMANDS: dict[str, Command] = {
         f"{_ATTENTION}.command:run",
         "draws what TACA does to attention: shares on text, maps, pictures step by step",
     ),
-    "scorer": Command(
-        "taca_jax.evaluation.scorer_error:ScorerConfig",
-        "taca_jax.evaluation.scorer_error:measure_scorer",
+    "recogniser": Command(
+        "taca_jax.evaluation.shapes.recogniser_error:RecogniserConfig",
+        "taca_jax.evaluation.shapes.recogniser_error:measure_recogniser",
         "how often the recogniser of shapes errs itself, on damaged pictures too",
     ),
     "compbench generate": Command(

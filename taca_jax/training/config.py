@@ -16,7 +16,7 @@ from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import check
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
-from taca_jax.evaluation.config import EvalConfig
+from taca_jax.evaluation.shapes.config import EvalConfig
 from taca_jax.nn.kinds import TransformerConfig
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.nn.low_bit import Quantization

@@ -14,7 +14,7 @@ from taca_jax.config.json_text import to_json
 from taca_jax.data.cache.reader import Cache
 from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
-from taca_jax.evaluation.evaluate import evaluate_shapes
+from taca_jax.evaluation.shapes.evaluate import evaluate_shapes
 from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.batches import put_rows

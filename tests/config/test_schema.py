@@ -20,9 +20,9 @@ from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.compbench.config import PicturesConfig, ReportConfig, ScoreConfig
-from taca_jax.evaluation.config import EvalConfig, ShapesConfig
-from taca_jax.evaluation.scorer_error import ScorerConfig
-from taca_jax.evaluation.sweep_config import SweepConfig
+from taca_jax.evaluation.shapes.config import EvalConfig, ShapesConfig
+from taca_jax.evaluation.shapes.recogniser_error import RecogniserConfig
+from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
@@ -47,7 +47,7 @@ PICTURES = PicturesConfig(base="base")
 SCORE = ScoreConfig("run", blip="blip")
 REPORT = ReportConfig(("a", "b"))
 COMPBENCH = (PicturesConfig, ScoreConfig, ReportConfig)
-EVALUATIONS = (ShapesConfig, SweepConfig, AttentionConfig, ScorerConfig)
+EVALUATIONS = (ShapesConfig, SweepConfig, AttentionConfig, RecogniserConfig)
 KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
 
 

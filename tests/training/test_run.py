@@ -22,7 +22,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import Loader
 from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.errors import StoppedError, UserError
-from taca_jax.evaluation.config import EvalConfig
+from taca_jax.evaluation.shapes.config import EvalConfig
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.nn.layers import Quantized
 from taca_jax.nn.lora import LoRAConfig, linears

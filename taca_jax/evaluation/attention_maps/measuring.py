@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from taca_jax.autoencoders.tiling import TILING
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.attention_maps.shares import shares_of_step
-from taca_jax.evaluation.shapes import check
+from taca_jax.evaluation.shapes.recogniser import check
 from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.mesh import on

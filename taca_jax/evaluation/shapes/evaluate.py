@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from taca_jax.config.json_text import to_json
-from taca_jax.evaluation.alignment import Alignment, best_guidance, measure, variants
-from taca_jax.evaluation.config import EvalConfig, ShapesConfig
-from taca_jax.evaluation.halves import make_halves
-from taca_jax.evaluation.report import best_prompts, summary, table
 from taca_jax.evaluation.results import PICTURES, check_base, prepare
-from taca_jax.evaluation.sampler import Sampler
+from taca_jax.evaluation.shapes.alignment import Alignment, best_guidance, measure, variants
+from taca_jax.evaluation.shapes.config import EvalConfig, ShapesConfig
+from taca_jax.evaluation.shapes.halves import make_halves
+from taca_jax.evaluation.shapes.report import best_prompts, summary, table
+from taca_jax.evaluation.shapes.sampler import Sampler
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import check_lora, load_pipeline

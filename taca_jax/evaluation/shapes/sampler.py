@@ -9,7 +9,7 @@ from PIL import Image
 from rich.progress import track
 
 from taca_jax.errors import UserError
-from taca_jax.evaluation.halves import Half
+from taca_jax.evaluation.shapes.halves import Half
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant

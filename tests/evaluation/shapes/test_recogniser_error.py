@@ -5,22 +5,22 @@ import json
 import pytest
 
 from taca_jax.errors import UserError
-from taca_jax.evaluation import scorer_error
-from taca_jax.evaluation.scorer_error import (
+from taca_jax.evaluation.shapes import recogniser_error
+from taca_jax.evaluation.shapes.recogniser_error import (
     NOTHING,
     Damage,
-    ScorerConfig,
+    RecogniserConfig,
     measure,
-    measure_scorer,
+    measure_recogniser,
     summary,
 )
 
-SMALL = ScorerConfig(scenes=120, noise=(8.0, 100.0), blur=(0.5, 3.0))
+SMALL = RecogniserConfig(scenes=120, noise=(8.0, 100.0), blur=(0.5, 3.0))
 
 
 def test_true_pictures_are_read_without_an_error_and_damaged_ones_less_well(tmp_path, capsys):
-    out = tmp_path / "scorer.json"
-    measure_scorer(ScorerConfig(**{**vars(SMALL), "out": str(out)}))
+    out = tmp_path / "recogniser.json"
+    measure_recogniser(RecogniserConfig(**{**vars(SMALL), "out": str(out)}))
     rows = json.loads(out.read_text())
     assert rows["none"]["accepted"]["value"] == rows["none"]["refused"]["value"] == 1
     assert rows["none"]["color"]["value"] == rows["none"]["texture"]["value"] == 1
@@ -37,8 +37,8 @@ def test_true_pictures_are_read_without_an_error_and_damaged_ones_less_well(tmp_
 
 
 def test_a_blind_recogniser_accepts_nothing_and_reads_nothing(monkeypatch):
-    monkeypatch.setattr(scorer_error, "read_scene", lambda image: [])
-    counts = measure(ScorerConfig(scenes=60, noise=(), blur=()))
+    monkeypatch.setattr(recogniser_error, "read_scene", lambda image: [])
+    counts = measure(RecogniserConfig(scenes=60, noise=(), blur=()))
     rows = summary(counts)
     assert rows["none"]["accepted"]["value"] == 0
     assert rows["none"]["refused"]["value"] == 1
@@ -47,6 +47,6 @@ def test_a_blind_recogniser_accepts_nothing_and_reads_nothing(monkeypatch):
 
 def test_mistakes_are_reported_before_anything_is_measured(tmp_path):
     with pytest.raises(UserError, match=r"noise is \(0.0,\); it must be positive"):
-        ScorerConfig(noise=(0.0,))
+        RecogniserConfig(noise=(0.0,))
     with pytest.raises(UserError, match="its folder does not exist"):
-        measure_scorer(ScorerConfig(out=str(tmp_path / "absent" / "x.json")))
+        measure_recogniser(RecogniserConfig(out=str(tmp_path / "absent" / "x.json")))

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from taca_jax.errors import UserError
-from taca_jax.evaluation import evaluate
 from taca_jax.evaluation.commands import run
-from taca_jax.evaluation.config import EvalConfig, ShapesConfig
-from taca_jax.evaluation.evaluate import evaluate_command, evaluate_shapes
+from taca_jax.evaluation.shapes import evaluate
+from taca_jax.evaluation.shapes.config import EvalConfig, ShapesConfig
+from taca_jax.evaluation.shapes.evaluate import evaluate_command, evaluate_shapes
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
-from tests.evaluation.painter import Painter, grey, right
+from tests.evaluation.shapes.painter import Painter, grey, right
 
 TACA = TacaConfig(gamma=1.3, threshold=900)
 SMALL = EvalConfig(prompts=2, steps=1, batch_size=5)

@@ -6,9 +6,9 @@ import json
 import numpy as np
 from rich.console import Console
 
-from taca_jax.evaluation.alignment import Alignment
-from taca_jax.evaluation.halves import Half
-from taca_jax.evaluation.report import best_prompts, summary, table
+from taca_jax.evaluation.shapes.alignment import Alignment
+from taca_jax.evaluation.shapes.halves import Half
+from taca_jax.evaluation.shapes.report import best_prompts, summary, table
 
 HALF = Half("held-out", ("color", "color", "shape", "shape"), ("a", "b", "c", "d"))
 

@@ -1,4 +1,4 @@
-"""The scorer reads what the drawing code draws, and says no where a picture is wrong."""
+"""The recogniser reads what the drawing code draws, and says no where a picture is wrong."""
 
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +20,7 @@ from taca_jax.data.shapes.captions import (
 from taca_jax.data.shapes.drawing import BACKGROUND, IMAGE_SIZE, Placed, draw
 from taca_jax.data.shapes.examples import CATEGORIES, random_scene
 from taca_jax.errors import UserError
-from taca_jax.evaluation.shapes import check, read_scene
+from taca_jax.evaluation.shapes.recogniser import check, read_scene
 
 SCENES = 2400
 

@@ -24,7 +24,7 @@ from taca_jax.data.shapes.captions import COLORS, PLAIN, SAID_TEXTURES, SHAPES, 
 from taca_jax.data.shapes.drawing import BACKGROUND, Placed, draw
 from taca_jax.data.shapes.examples import Scene, random_scene
 from taca_jax.errors import UserError
-from taca_jax.evaluation.shapes import FoundObject, judge, read_scene
+from taca_jax.evaluation.shapes.recogniser import FoundObject, judge, read_scene
 from taca_jax.evaluation.statistics import share_interval
 from taca_jax.formats.atomic import whole_file
 
@@ -38,7 +38,7 @@ _NEAR = 4  # pixels between the centres of a drawn object and the one that is fo
 
 
 @dataclass(frozen=True)
-class ScorerConfig:
+class RecogniserConfig:
     """The measurement of the recogniser's own error.
 
     scenes: pictures for each kind of damage, half of the training split's compositions and half
@@ -114,7 +114,7 @@ class Counts:
     confusions: dict[str, Counter[tuple[str, str]]]
 
 
-def measure(config: ScorerConfig) -> dict[Damage, Counts]:
+def measure(config: RecogniserConfig) -> dict[Damage, Counts]:
     """Judges `config.scenes` pictures for each kind of damage; the same scenes for all."""
     kinds = [
         Damage("none"),
@@ -130,7 +130,7 @@ def measure(config: ScorerConfig) -> dict[Damage, Counts]:
     }
 
 
-def _scenes(config: ScorerConfig) -> Iterator[Scene]:
+def _scenes(config: RecogniserConfig) -> Iterator[Scene]:
     for i in range(config.scenes):
         yield random_scene(("train", "test")[i % 2], config.seed, i // 2)
 
@@ -261,7 +261,7 @@ def confusion_table(counts: dict[Damage, Counts], attribute: str) -> Table:
     return out
 
 
-def measure_scorer(config: ScorerConfig) -> None:
+def measure_recogniser(config: RecogniserConfig) -> None:
     """Measures, prints the tables, and writes `config.out`.
 
     Raises UserError where that cannot be written.

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from taca_jax.data.shapes.captions import CATEGORIES
-from taca_jax.evaluation.halves import SEEN, Half
-from taca_jax.evaluation.sampler import Sampler
-from taca_jax.evaluation.shapes import check
+from taca_jax.evaluation.shapes.halves import SEEN, Half
+from taca_jax.evaluation.shapes.recogniser import check
+from taca_jax.evaluation.shapes.sampler import Sampler
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.taca import TacaConfig

@@ -18,13 +18,13 @@ from rich.table import Table
 
 from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
-from taca_jax.evaluation.alignment import Alignment, measure
-from taca_jax.evaluation.halves import Half, make_halves
 from taca_jax.evaluation.plots import need_matplotlib
-from taca_jax.evaluation.report import summary
 from taca_jax.evaluation.results import PICTURES, check_base, prepare
-from taca_jax.evaluation.sampler import Sampler
-from taca_jax.evaluation.sweep_config import SweepConfig
+from taca_jax.evaluation.shapes.alignment import Alignment, measure
+from taca_jax.evaluation.shapes.halves import Half, make_halves
+from taca_jax.evaluation.shapes.report import summary
+from taca_jax.evaluation.shapes.sampler import Sampler
+from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import check_lora, load_pipeline
@@ -141,7 +141,7 @@ def sweep(config: SweepConfig) -> None:
     Raises UserError for problems that the user can fix.
     """
     need_matplotlib()
-    from taca_jax.evaluation.sweep_figure import draw_figure
+    from taca_jax.evaluation.shapes.sweep_figure import draw_figure
 
     out = Path(config.out)
     points = settings(config)

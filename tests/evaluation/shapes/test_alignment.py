@@ -8,12 +8,12 @@ from PIL import Image
 
 from taca_jax.data.shapes.captions import CATEGORIES, held_out, parse_caption
 from taca_jax.errors import UserError
-from taca_jax.evaluation.alignment import Alignment, best_guidance, measure, variants
-from taca_jax.evaluation.halves import Half, make_halves
-from taca_jax.evaluation.sampler import Sampler
+from taca_jax.evaluation.shapes.alignment import Alignment, best_guidance, measure, variants
+from taca_jax.evaluation.shapes.halves import Half, make_halves
+from taca_jax.evaluation.shapes.sampler import Sampler
 from taca_jax.pipelines.config import Variant
 from taca_jax.taca import TacaConfig
-from tests.evaluation.painter import Painter, grey, picture_of, right
+from tests.evaluation.shapes.painter import Painter, grey, picture_of, right
 
 TACA = TacaConfig(gamma=1.3, threshold=900)
 BASE = variants(None, lora=False, guidances=(None,))

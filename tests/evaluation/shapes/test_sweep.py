@@ -7,11 +7,11 @@ from PIL import Image
 
 from taca_jax.config.json_text import to_json
 from taca_jax.errors import UserError
-from taca_jax.evaluation import sweep as sweep_module
-from taca_jax.evaluation.sweep import settings, sweep
-from taca_jax.evaluation.sweep_config import SweepConfig
+from taca_jax.evaluation.shapes import sweep as sweep_module
+from taca_jax.evaluation.shapes.sweep import settings, sweep
+from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.taca import TacaConfig
-from tests.evaluation.painter import Painter, grey, right
+from tests.evaluation.shapes.painter import Painter, grey, right
 
 TACA = TacaConfig(gamma=1.2, threshold=835)
 

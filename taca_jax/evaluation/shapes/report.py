@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from taca_jax.evaluation.alignment import Alignment
+from taca_jax.evaluation.shapes.alignment import Alignment
 from taca_jax.evaluation.statistics import paired_difference, share_interval
 
 LISTED = 3
