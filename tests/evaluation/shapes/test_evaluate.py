@@ -113,7 +113,7 @@ def test_the_command_goes_on_where_it_was_and_with_nothing_else(tmp_path, painte
 
 
 def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    loads = "taca_jax.evaluation.evaluate.load_pipeline"
+    loads = "taca_jax.evaluation.shapes.evaluate.load_pipeline"
     monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="nowhere is not there; give base="):
         evaluate_command(config_for(tmp_path / "out", base="nowhere"))

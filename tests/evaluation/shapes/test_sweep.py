@@ -115,7 +115,7 @@ def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, m
 
 def test_mistakes_are_refused_before_the_model_loads(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    loads = "taca_jax.evaluation.sweep.load_pipeline"
+    loads = "taca_jax.evaluation.shapes.sweep.load_pipeline"
     monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="lora=absent is not there"):
         sweep(config_for(out=str(tmp_path / "out"), loras=("absent",)))
