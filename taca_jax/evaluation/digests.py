@@ -1,0 +1,50 @@
+"""Digests of files and folders: the same wherever they are, another if their content changes."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from taca_jax.errors import UserError
+
+WHOLE = 64 * 2**20
+"""Files of more bytes than this are identified by their size and their ends."""
+
+END = 2**20
+"""How many bytes of each end that is."""
+
+
+def file_digest(file: Path) -> str:
+    """The sha256 of a file's size and content, in hexadecimal.
+
+    Of a file above 64 MiB only the first and the last MiB are read: a change between them that
+    keeps the size is not noticed. Training changes every tensor, also the last.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{size}\n".encode())
+    with file.open("rb") as content:
+        if size <= WHOLE:
+            digest.update(content.read())
+        else:
+            digest.update(content.read(END))
+            content.seek(-END, 2)
+            digest.update(content.read())
+    return digest.hexdigest()
+
+
+def digests_in(path: Path) -> dict[str, str]:
+    """The digests of all files of a folder, by their names in it; of a file its own, as ".".
+
+    Raises UserError if nothing is there, or a file cannot be read.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there; name a file or folder that is")
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    try:
+        return {file.relative_to(path).as_posix(): file_digest(file) for file in files}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+
+
+def digest_of(path: Path) -> str:
+    """One digest of a file, or of all files of a folder and their names. Raises as `digests_in`."""
+    return hashlib.sha256(json.dumps(digests_in(path)).encode()).hexdigest()
