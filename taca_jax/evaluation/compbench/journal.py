@@ -21,15 +21,15 @@ def settings_of(file: Path) -> dict[str, Any] | None:
 
 
 class Journal:
-    """A file of scores by picture, which only grows.
+    """A file of scores by picture, which only grows: each with the digest of the picture's file.
 
-    scores: those that are there. Raises UserError if they are of other settings.
+    Opening it changes nothing. Raises UserError if its scores are of other settings.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any]):
         self._file = file
-        self.scores: dict[int, str | float] = {}
-        first = json.dumps({"settings": dict(settings)})
+        self._scores: dict[int, tuple[str, str | float]] = {}
+        self._first = first = json.dumps({"settings": dict(settings)})
         lines = file.read_text().split("\n") if file.is_file() else []
         # The last element is empty, or a line that was not finished.
         whole = lines[:-1]
@@ -39,20 +39,28 @@ class Journal:
                 "folder to score anew"
             )
         for line in whole[1:]:
-            self.scores |= {int(number): score for number, score in json.loads(line).items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("r+" if file.is_file() else "w") as text:
-            text.truncate(sum(len(line.encode()) + 1 for line in whole))
-        if not whole:
-            self._append(first)
+            for number, (digest, score) in json.loads(line).items():
+                self._scores[int(number)] = digest, score
+        self._whole = sum(len(line.encode()) + 1 for line in whole)
 
-    def add(self, scores: Mapping[int, str | float]) -> None:
-        """Adds scores, which are on disk when this returns."""
-        self._append(json.dumps(dict(scores)))
-        self.scores |= scores
+    def scores_of(self, digests: Mapping[int, str]) -> dict[int, str | float]:
+        """The scores of those pictures whose files still have these digests."""
+        return {
+            number: self._scores[number][1]
+            for number, digest in digests.items()
+            if number in self._scores and self._scores[number][0] == digest
+        }
 
-    def _append(self, line: str) -> None:
-        with self._file.open("a") as text:
-            text.write(line + "\n")
+    def add(self, scores: Mapping[int, tuple[str, str | float]]) -> None:
+        """Adds pairs of digest and score by picture, which are on disk when this returns."""
+        line = json.dumps(dict(scores)) + "\n"
+        if not self._whole:
+            line = self._first + "\n" + line
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("ab") as text:
+            text.truncate(self._whole)  # removes a line that was not finished
+            text.write(line.encode())
             text.flush()
             os.fsync(text.fileno())
+        self._whole += len(line.encode())
+        self._scores |= scores

@@ -16,7 +16,8 @@ from PIL import Image
 
 from taca_jax.errors import UserError
 from taca_jax.evaluation.compbench.categories import BLIP_VQA, CLIP_SCORE, Metric
-from taca_jax.evaluation.compbench.phrases import phrase_splitter
+from taca_jax.evaluation.compbench.phrases import describe_source, phrase_splitter
+from taca_jax.evaluation.digests import digest_of
 from taca_jax.nn.kinds import ModelKind, kind_of
 from taca_jax.scorers.blip import BLIP_KIND
 from taca_jax.scorers.clip import CLIP_SCORE_KIND
@@ -27,12 +28,15 @@ from taca_jax.text.tokenizers import FolderTokenizer, announce_cuts
 from taca_jax.weights.folders import load_config, load_model
 from taca_jax.weights.loading import LoadOptions
 
+DIGITS = 16
+"""Of the digests of weights in settings, which `compbench report` shows."""
+
 
 class Judge(ABC):
     """A scorer's model and tokenizer, applied to batches of one size.
 
     metric: which of upstream's scorers it is. categories: those that it judges. settings: what its
-    scores depend on, besides weights.
+    scores depend on, with digests of its weights and its phrases.
     """
 
     metric: ClassVar[Metric]
@@ -56,7 +60,11 @@ class CLIPJudge(Judge):
 
     def __init__(self, folder: Path, dtype: str):
         config = _checked(folder, CLIP_SCORE_KIND)
-        self.settings = {"image_size": config.image.image_size, "dtype": dtype}
+        self.settings = {
+            "weights": digest_of(folder)[:DIGITS],
+            "image_size": config.image.image_size,
+            "dtype": dtype,
+        }
         self._tokenizer = FolderTokenizer(folder / TOKENIZER, config.text.max_tokens)
         self._model = nnx.split(load_model(folder, _options(dtype)))
         self._pixels = partial(clip_pixels, size=config.image.image_size)
@@ -80,8 +88,13 @@ class BLIPJudge(Judge):
     def __init__(self, folder: Path, dtype: str, phrases: str):
         config = _checked(folder, BLIP_KIND)
         size = config.image.image_size
-        self.settings = {"image_size": size, "dtype": dtype, "phrases": phrases}
         self._split = phrase_splitter(phrases)
+        self.settings = {
+            "weights": digest_of(folder)[:DIGITS],
+            "image_size": size,
+            "dtype": dtype,
+            "phrases": describe_source(phrases),
+        }
         self._tokenizer = FolderTokenizer(folder / TOKENIZER, QUESTION_TOKENS)
         self._question_token = config.question_token
         # Of the ids of one word, the first is [CLS].

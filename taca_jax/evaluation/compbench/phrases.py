@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from taca_jax.errors import UserError
+from taca_jax.evaluation.digests import digest_of
 
 MAX_PHRASES = 8
 """Of a prompt; upstream ignores further ones."""
@@ -22,6 +23,14 @@ NOT_THINGS = ("top", "the side", "the left", "the right")
 SPACY_MODEL = "en_core_web_sm"
 
 Split = Callable[[str], list[str]]
+
+
+def describe_source(source: str) -> str:
+    """`spacy` or `rules`; of a file the beginning of its digest, so that a changed one is noticed.
+
+    Raises UserError for a file that is not there.
+    """
+    return source if source in ("spacy", "rules") else f"file {digest_of(Path(source))[:16]}"
 
 
 def phrase_splitter(source: str) -> Split:

@@ -1,5 +1,7 @@
 """`compbench score`: scores pictures by BLIP-VQA and CLIPScore, and writes upstream's results."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +20,44 @@ from taca_jax.evaluation.compbench.folders import (
 )
 from taca_jax.evaluation.compbench.journal import JOURNAL, Journal
 from taca_jax.evaluation.compbench.judges import BLIPJudge, CLIPJudge, Judge
+from taca_jax.evaluation.digests import file_digest
+
+
+@dataclass(frozen=True)
+class Work:
+    """A category to be scored by one judge: its pictures and their prompts by number.
+
+    journal: None if the category's result is of another program.
+    """
+
+    judge: Judge
+    category: str
+    pictures: Mapping[int, Path]
+    prompts: Mapping[int, str]
+    result: Path
+    journal: Journal | None
 
 
 def score(config: ScoreConfig) -> None:
     """Scores what has no score yet, and prints each category's mean.
 
-    Raises UserError for problems that the user can fix, before any picture is scored.
+    A picture whose file has changed is scored anew. Raises UserError for problems that the user can
+    fix, before any picture is scored.
     """
     run = Path(config.pictures)
     there = categories_in(run)
     judges = _judges(config)
-    work = [(judge, each) for judge in judges for each in judge.categories if each in there]
+    work = [
+        _open(judge, each, run) for judge in judges for each in judge.categories if each in there
+    ]
     if not work:
         known = ", ".join(each for judge in judges for each in judge.categories)
         raise UserError(f"{run} has no pictures of {known}, which the given scorers judge")
-    for judge, category in work:
-        pictures = pictures_in(run / category)
-        if not pictures:
-            raise UserError(f"{run / category} has no pictures; draw them, or remove the folder")
-        judge.check(list(prompts_of(run / category, pictures).values()))
-    for judge, category in work:
-        _score(judge, category, run / category, config.batch_size)
+    for each in work:
+        _score(each, config.batch_size)
     for category in there:
         metric, file = METRICS[category].name, result_file(run / category, METRICS[category])
-        if category not in [each for _, each in work] and not file.is_file():
+        if category not in [each.category for each in work] and not file.is_file():
             print(f"{category}: no {metric} yet; `compbench report` expects it in {file}")
 
 
@@ -54,21 +70,39 @@ def _judges(config: ScoreConfig) -> list[Judge]:
     return judges
 
 
-def _score(judge: Judge, category: str, folder: Path, batch_size: int) -> None:
-    pictures = pictures_in(folder)
-    prompts = prompts_of(folder, pictures)
-    file = result_file(folder, judge.metric)
-    if file.is_file() and not file.with_name(JOURNAL).is_file():
-        print(f"{category}: {file} is of another program, and is left as it is")
+def _open(judge: Judge, category: str, run: Path) -> Work:
+    """Raises UserError for pictures or prompts that cannot be judged, and for other settings."""
+    pictures = pictures_in(run / category)
+    if not pictures:
+        raise UserError(f"{run / category} has no pictures; draw them, or remove the folder")
+    prompts = prompts_of(run / category, pictures)
+    judge.check(list(prompts.values()))
+    result = result_file(run / category, judge.metric)
+    file = result.with_name(JOURNAL)
+    journal = None
+    if file.is_file() or not result.is_file():
+        journal = Journal(file, {"metric": judge.metric.name, **judge.settings})
+    return Work(judge, category, pictures, prompts, result, journal)
+
+
+def _score(work: Work, batch_size: int) -> None:
+    category, pictures, prompts, journal = work.category, work.pictures, work.prompts, work.journal
+    if journal is None:
+        print(f"{category}: {work.result} is of another program, and is left as it is")
         return
-    journal = Journal(file.with_name(JOURNAL), {"metric": judge.metric.name, **judge.settings})
-    left = [number for number in pictures if number not in journal.scores]
-    for start in track(range(0, len(left), batch_size), category, console=Console(stderr=True)):
+    console = Console(stderr=True)
+    looked_at = track(pictures.items(), f"{category}: which pictures are new", console=console)
+    digests = {number: file_digest(path) for number, path in looked_at}
+    done = journal.scores_of(digests)
+    left = [number for number in pictures if number not in done]
+    if left:
+        work.result.unlink(missing_ok=True)  # it is not of these pictures
+    for start in track(range(0, len(left), batch_size), category, console=console):
         numbers = left[start : start + batch_size]
         filled = numbers + numbers[-1:] * (batch_size - len(numbers))  # one shape, one program
-        found = judge.scores([pictures[n] for n in filled], [prompts[n] for n in filled])
-        journal.add(dict(zip(numbers, found, strict=False)))
-    answers = {number: journal.scores[number] for number in pictures}
-    write_result(file, answers)
+        found = work.judge.scores([pictures[n] for n in filled], [prompts[n] for n in filled])
+        journal.add({n: (digests[n], said) for n, said in zip(numbers, found, strict=False)})
+    answers = journal.scores_of(digests)
+    write_result(work.result, answers)
     mean = np.mean([float(answer) for answer in answers.values()])
-    print(f"{category}: {judge.metric.name} {mean:.4f}, {len(answers)} pictures")
+    print(f"{category}: {work.judge.metric.name} {mean:.4f}, {len(answers)} pictures")

@@ -15,6 +15,7 @@ from taca_jax.evaluation.commands import run
 from taca_jax.evaluation.compbench import judges
 from taca_jax.evaluation.compbench.folders import picture_name
 from taca_jax.evaluation.compbench.phrases import by_rules
+from tests.evaluation.weights import change_last_byte
 from tests.scorers import originals
 from tests.shared import shared_path
 
@@ -184,6 +185,53 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, pictures, scorers, scored,
         assert answers(folder, category, name) == answers(scored, category, name)
     score(folder, scorers)
     assert len(seen) == 3
+
+
+def test_a_picture_that_was_replaced_is_scored_anew(tmp_path, scorers, scored, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(scored, folder)
+    before, seen = answers(folder, "color", "annotation_blip"), []
+
+    def counted(self, paths, prompts, scores=judges.BLIPJudge.scores):
+        seen.append([path.stem[-6:] for path in paths])
+        return scores(self, paths, prompts)
+
+    monkeypatch.setattr(judges.BLIPJudge, "scores", counted)
+    first, second, *_ = samples(folder, "color")  # of the same prompt
+    shutil.copy(second, first)
+    score(folder, scorers)
+    assert seen == [["000000"] * 4]
+    assert before[0] != before[1]
+    assert answers(folder, "color", "annotation_blip") == [before[1], *before[1:]]
+
+
+def test_other_weights_and_phrases_are_refused_before_anything_is_scored(
+    tmp_path, pictures, scorers, scored, monkeypatch
+):
+    monkeypatch.setattr(
+        judges.BLIPJudge, "scores", lambda self, paths, prompts: ["0.5000"] * len(paths)
+    )
+    phrases, folder = tmp_path / "phrases.json", tmp_path / "run"
+    shutil.copytree(pictures, folder)
+    phrases.write_text(json.dumps({prompt: ["a car"] for prompt in PROMPTS["color"]}))
+    blip = tmp_path / "blip"
+    shutil.copytree(scorers / "blip", blip)
+    score(folder, scorers, clip="none", blip=blip, phrases=phrases)
+    moved = phrases.rename(tmp_path / "moved.json")
+    score(folder, scorers, clip="none", phrases=moved)  # the same in other places
+    moved.write_text(moved.read_text().replace('["a car"]', '["a cat"]'))
+    assert "was made with other settings" in refused(folder, scorers, clip="none", phrases=moved)
+    change_last_byte(blip / "model.safetensors")
+    other = tmp_path / "other"
+    shutil.copytree(scored, other)
+    assert "was made with other settings" in refused(other, scorers, clip="none", blip=blip)
+    # What is not scored yet stays so, if a later category is refused.
+    shutil.rmtree(other / "color" / "annotation_blip")
+    clip = tmp_path / "clip"
+    shutil.copytree(scorers / "clip", clip)
+    change_last_byte(clip / "model.safetensors")
+    assert "was made with other settings" in refused(other, scorers, clip=clip)
+    assert not (other / "color" / "annotation_blip").exists()
 
 
 def refused(folder: Path, scorers: Path, **changes: object) -> str:
