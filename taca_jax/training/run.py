@@ -231,9 +231,8 @@ def _sample(
     if log is None or not isinstance(pictures, list):
         return  # all processes sample together, and the first writes the pictures
     grid = caption_grid(pictures, prompts)
-    folder = config.run_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    grid.save(folder / f"{step:07d}.png")
+    with whole_file(config.run_dir / "samples" / f"{step:07d}.png") as file:
+        grid.save(file, format="PNG")
     log.image(step, "samples", np.asarray(grid))
 
 
