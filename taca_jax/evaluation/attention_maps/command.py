@@ -9,8 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from taca_jax.config.fields import difference
-from taca_jax.config.json_text import from_json, to_json
 from taca_jax.data.shapes.captions import parse_caption
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
@@ -22,6 +20,7 @@ from taca_jax.evaluation.attention_maps.measuring import (
 )
 from taca_jax.evaluation.attention_maps.shares import shares_of_step
 from taca_jax.evaluation.plots import need_matplotlib
+from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import check_lora, load_pipeline
@@ -31,9 +30,9 @@ from taca_jax.sampling.loop import make_plan
 from taca_jax.text.tokenizers import WordTokenizer
 from taca_jax.text.words import words_of
 
-_SETTINGS, _NUMBERS, _ARRAYS = "config.json", "attention.json", "arrays"
-"""What lies in an analysis' folder beside its figures: its configuration, the means, and a file of
-all arrays for each variant, with which an interrupted analysis goes on."""
+_NUMBERS, _ARRAYS = "attention.json", "arrays"
+"""What lies in an analysis' folder beside its figures and its record: the means, and a file of all
+arrays for each variant, with which an interrupted analysis goes on."""
 
 
 def run(config: AttentionConfig) -> dict[str, Measured]:
@@ -46,14 +45,13 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
     from taca_jax.evaluation.attention_maps import figures
 
     assert config.taca is not None  # its class checks that
-    out = Path(config.out)
-    _check_folder(out, config)
+    out, files = Path(config.out), model_files(config)
     check_lora(config)
+    check_record(out, config, files)
     pipeline = load_pipeline(config)
     words = words_of(config.prompts[0]) if config.word is None else [config.word]
     _check(pipeline, config, words)
-    with whole_file(out / _SETTINGS) as file:
-        file.write_text(to_json(config))
+    write_record(out, config, files)
     timesteps = pipeline.timesteps(config.height, config.width, config.steps)
     are_shapes = _are_shapes(pipeline, config.prompts)
     found = {}
@@ -98,23 +96,6 @@ def _compared(config: AttentionConfig) -> str:
     without_lora = [variant.name for variant in variants(config) if not variant.lora_strength]
     own = f"gamma {config.taca.gamma:g}"
     return own if own in without_lora else without_lora[-1]
-
-
-def _check_folder(out: Path, config: AttentionConfig) -> None:
-    """Raises UserError if the folder holds anything but an analysis of the same configuration."""
-    settings = out / _SETTINGS
-    if settings.is_file():
-        other = from_json(AttentionConfig, settings.read_text(), str(settings))
-        changed = difference(replace(other, out=config.out), config)
-        if changed:
-            named = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
-            raise UserError(
-                f"out={out} holds an analysis with other settings ({named}); name "
-                "another folder, or remove it"
-            )
-        return
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"out={out} holds something else; name a new folder")
 
 
 def _check(pipeline: Pipeline, config: AttentionConfig, words: Sequence[str]) -> None:

@@ -72,6 +72,23 @@ def prompts_text(prompts: Sequence[str], per_prompt: int) -> str:
     return json.dumps({"per_prompt": per_prompt, "prompts": list(prompts)}, indent=1) + "\n"
 
 
+def check_prompts(run: Path, lists: Mapping[str, Sequence[str]], per_prompt: int) -> None:
+    """Raises UserError if a category of the run has other prompts than its list."""
+    for category, prompts in lists.items():
+        file = run / category / PROMPTS
+        if file.is_file() and file.read_text() != prompts_text(prompts, per_prompt):
+            raise UserError(
+                f"{file} has other prompts than the list of {category} has now; name another out"
+            )
+
+
+def write_prompts(run: Path, lists: Mapping[str, Sequence[str]], per_prompt: int) -> None:
+    """Writes what `check_prompts` reads, and our scorer."""
+    for category, prompts in lists.items():
+        with whole_file(run / category / PROMPTS) as file:
+            file.write_text(prompts_text(prompts, per_prompt))
+
+
 def categories_in(run: Path) -> list[str]:
     """The categories that a run has pictures or results of. Raises UserError if there are none."""
     found: list[str] = [each for each in METRICS if (run / each).is_dir()]

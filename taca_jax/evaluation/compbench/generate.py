@@ -22,9 +22,14 @@ from rich.progress import track
 
 from taca_jax.config.json_text import to_json
 from taca_jax.evaluation.compbench.config import PicturesConfig
-from taca_jax.evaluation.compbench.folders import SAMPLES, picture_name
+from taca_jax.evaluation.compbench.folders import (
+    SAMPLES,
+    check_prompts,
+    picture_name,
+    write_prompts,
+)
 from taca_jax.evaluation.compbench.prompts import Lists, read_prompts
-from taca_jax.evaluation.compbench.record import FREE_FIELDS, check_record, write_record
+from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.processes import (
@@ -36,6 +41,9 @@ from taca_jax.parallel.processes import (
 )
 from taca_jax.pipelines.generate import check_lora, load_pipeline
 from taca_jax.pipelines.pipeline import Pipeline
+
+FREE_FIELDS = ("prompts", "out", "categories", "limit")
+"""Fields that may change while a folder is completed; none of them changes a picture."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def generate(config: PicturesConfig) -> None:
     """Draws what is missing in `config.out`. If there are several processes, all must call this.
 
     Each process draws a share of the batches on its own devices. Raises UserError for problems that
-    the user can fix, among them a folder that was drawn with other settings.
+    the user can fix, among them a folder that was drawn with other settings or weights.
     """
     join_processes()
     try:
@@ -63,24 +71,27 @@ def generate(config: PicturesConfig) -> None:
 def _generate(config: PicturesConfig) -> None:
     lists: Lists = {each: read_prompts(Path(config.prompts), each) for each in config.categories}
     check_lora(config)
-    check_record(config, lists)
+    out, files = Path(config.out), model_files(config)
+    check_record(out, config, files, free=FREE_FIELDS)
+    check_prompts(out, lists, config.per_prompt)
     missing = [batch for batch in batches(config, lists) if _wanted(config, lists, batch)]
     total = sum(_count(config, prompts) for prompts in lists.values())
     left = sum(len(_wanted(config, lists, batch)) for batch in missing)
-    print_once(f"{config.out}: {left} of {total} pictures to draw")
+    print_once(f"{out}: {left} of {total} pictures to draw")
     share = missing[jax.process_index() :: jax.process_count()]
     pipeline = _ready_pipeline(config, lists) if share else None
     # Only now, so that a run that cannot start leaves no record behind, and nobody draws before all
     # have listed what is missing.
     wait_for_all("a run that can begin")
     if is_first():
-        write_record(config, lists)
+        write_record(out, config, files)
+        write_prompts(out, lists, config.per_prompt)
     if pipeline is not None:
         console = Console(stderr=True)
         for batch in track(share, "drawing", console=console, disable=not is_first()):
             _draw(pipeline, config, lists, batch)
     wait_for_all("all pictures")
-    print_once(f"{config.out}: all {total} pictures are there")
+    print_once(f"{out}: all {total} pictures are there")
 
 
 def _ready_pipeline(config: PicturesConfig, lists: Lists) -> Pipeline:

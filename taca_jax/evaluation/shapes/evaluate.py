@@ -4,20 +4,24 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 
-from taca_jax.config.json_text import to_json
-from taca_jax.evaluation.results import PICTURES, check_base, prepare
+from taca_jax.evaluation.digests import digest_of
+from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.evaluation.shapes.alignment import Alignment, best_guidance, measure, variants
+from taca_jax.evaluation.shapes.base import check_base
 from taca_jax.evaluation.shapes.config import EvalConfig, ShapesConfig
 from taca_jax.evaluation.shapes.halves import make_halves
 from taca_jax.evaluation.shapes.report import best_prompts, summary, table
-from taca_jax.evaluation.shapes.sampler import Sampler
+from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
+from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import check_lora, load_pipeline
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
+from taca_jax.weights.shipped import find_weights
 
 
 def evaluate_shapes(
@@ -39,8 +43,7 @@ def evaluate_shapes(
     sampler = Sampler(pipeline, evaluate.batch_size, evaluate.steps)
     alignments, grid = measure(sampler, which, make_halves(evaluate.prompts))
     if is_first():  # all processes sample together, and the first reports
-        _report(pipeline, alignments, which, run_dir)
-        grid.save(run_dir / "evaluation.png")
+        _report(pipeline, alignments, which, grid, run_dir)
     return best_guidance(alignments, which)
 
 
@@ -51,46 +54,48 @@ def evaluate_command(config: ShapesConfig) -> None:
     from which an interrupted evaluation goes on. Raises UserError for problems that the user can
     fix, and if the folder holds an evaluation of something else.
     """
-    out = Path(config.out)
-    _check(config, out)
+    out, files = Path(config.out), model_files(config)
+    check_base(config)
+    if "lora" in files:
+        check_lora(config)
+    check_record(out, config, files)
     pipeline = load_pipeline(config)
+    write_record(out, config, files)
     which = variants(
         config.taca, lora=config.lora is not None, guidances=config.guidances or (config.guidance,)
     )
-    kept = out / PICTURES
     sampler = Sampler(
-        pipeline, config.batch_size, config.steps, config.height, config.width, config.seed, kept
+        pipeline,
+        config.batch_size,
+        config.steps,
+        config.height,
+        config.width,
+        config.seed,
+        kept=out / PICTURES,
+        lora=digest_of(find_weights(files["lora"])) if "lora" in files else None,
     )
     alignments, grid = measure(sampler, which, make_halves(config.prompts, config.pictures))
-    _report(pipeline, alignments, which, out)
-    grid.save(out / "evaluation.png")
+    _report(pipeline, alignments, which, grid, out)
     if config.pictures > 1:
         for alignment in alignments:
             _print(best_prompts(alignment, config.pictures, config.seed))
-
-
-def _check(config: ShapesConfig, out: Path) -> None:
-    """Prepares the folder. Raises UserError as `prepare` and `check_base` do, and for a LoRA that
-    is not there."""
-    check_base(config)
-    files = [config.base]
-    if config.lora is not None and config.taca is not None:
-        check_lora(config)
-        files.append(config.lora)
-    prepare(out, json.loads(to_json(config)), files)
 
 
 def _report(
     pipeline: Pipeline,
     alignments: Sequence[Alignment],
     which: Sequence[Variant],
+    grid: Image.Image,
     folder: Path,
 ) -> None:
-    """Prints a table of each half, and writes both as `folder`/evaluation.json."""
+    """Prints a table of each half, and writes both, and the grid, as evaluation.json and .png."""
     own = pipeline.settings.guidance
     at = {v.name: own if v.guidance is None else v.guidance for v in which}
     halves = {each.half.name: summary(each, at) for each in alignments}
-    (folder / "evaluation.json").write_text(json.dumps(halves, indent=1) + "\n")
+    with whole_file(folder / "evaluation.json") as file:
+        file.write_text(json.dumps(halves, indent=1) + "\n")
+    with whole_file(folder / "evaluation.png") as file:
+        grid.save(file, format="PNG")
     for name, rows in halves.items():
         _print(table(name, rows))
     if len(set(at.values())) > 1:

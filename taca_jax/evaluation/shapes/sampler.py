@@ -1,19 +1,25 @@
 """Draws the pictures of an evaluation."""
 
-import re
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
+from taca_jax.config.json_text import to_json
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.halves import Half
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.pipeline import Pipeline
+
+PICTURES = "pictures"
+"""The folder of the kept batches, in that of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Sampler:
 
     steps, height, width: as in a call of the pipeline. kept: a folder that keeps every batch, as
     one picture of all its pictures in a column; what it has is not drawn again. None keeps none.
+    lora: the digest of the pipeline's LoRA, which tells apart what is kept of one and of another.
     """
 
     pipeline: Pipeline
@@ -32,6 +39,7 @@ class Sampler:
     width: int | None = None
     seed: int = 0
     kept: Path | None = None
+    lora: str | None = None
 
     def draw(self, half: Half, variant: Variant) -> np.ndarray:
         """uint8 [n, height, width, 3]: the pictures of a half's prompts.
@@ -49,19 +57,34 @@ class Sampler:
         prompts = list(half.prompts[start : start + self.batch_size])
         if self.kept is None:
             return self._sample(prompts, variant, start)
-        name = re.sub(r"[^\w.]+", "-", f"{half.name} {variant.name} {start}")
-        file = self.kept / f"{name}.png"
+        drawn_as = self._drawn_as(variant)
+        key = hashlib.sha256(drawn_as.encode()).hexdigest()[:16]
+        file = self.kept / f"{half.name}-{start:06}-{key}.png"
         if not file.is_file():
             pictures = self._sample(prompts, variant, start)
             column = Image.fromarray(pictures.reshape(-1, *pictures.shape[2:]))
+            info = PngInfo()
+            info.add_itxt("taca_jax", drawn_as)
             with whole_file(file) as whole:
-                column.save(whole, format="PNG")
+                column.save(whole, format="PNG", pnginfo=info)
         try:
             with Image.open(file) as column:
                 pixels = np.asarray(column)
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error}); remove it and run again") from None
         return pixels.reshape(len(prompts), -1, *pixels.shape[1:])
+
+    def _drawn_as(self, variant: Variant) -> str:
+        """JSON of all that distinguishes a variant's pictures from another's."""
+        taca = None if variant.taca is None else json.loads(to_json(variant.taca))
+        lora = self.lora if variant.lora_strength else None
+        settings = {
+            "taca": taca,
+            "lora": lora,
+            "lora_strength": variant.lora_strength,
+            "guidance": variant.guidance,
+        }
+        return json.dumps(settings, sort_keys=True)
 
     def _sample(self, prompts: list[str], variant: Variant, start: int) -> np.ndarray:
         # The last batch is padded, so that all batches run the same compiled program.

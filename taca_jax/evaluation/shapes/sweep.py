@@ -4,7 +4,6 @@ What is drawn is kept, so that an interrupted sweep goes on where it was, and a 
 added later costs only its own pictures.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +17,14 @@ from rich.table import Table
 
 from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
+from taca_jax.evaluation.digests import digest_of
 from taca_jax.evaluation.plots import need_matplotlib
-from taca_jax.evaluation.results import PICTURES, check_base, prepare
+from taca_jax.evaluation.record import check_record, write_record
 from taca_jax.evaluation.shapes.alignment import Alignment, measure
+from taca_jax.evaluation.shapes.base import check_base
 from taca_jax.evaluation.shapes.halves import Half, make_halves
 from taca_jax.evaluation.shapes.report import summary
-from taca_jax.evaluation.shapes.sampler import Sampler
+from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
 from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import Variant
@@ -32,7 +33,11 @@ from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
 
 AXES = ("gammas", "thresholds", "schedules", "cond_only", "loras", "gammas_learned", "guidances")
-"""The fields of SweepConfig that may change while a sweep's folder goes on, with `vary`."""
+"""The fields of SweepConfig that hold the values of an axis."""
+
+FREE_FIELDS = (*AXES, "vary", "lora")
+"""Fields that may change while a sweep's folder goes on; what is kept is told apart by the content
+of its LoRA, the center's too."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +148,17 @@ def sweep(config: SweepConfig) -> None:
     need_matplotlib()
     from taca_jax.evaluation.shapes.sweep_figure import draw_figure
 
-    out = Path(config.out)
+    out, files = Path(config.out), {"base": config.base}
     points = settings(config)
+    loras = dict.fromkeys(point.lora for point in points if point.lora is not None)
     check_base(config)
-    for lora in dict.fromkeys(point.lora for point in points if point.lora is not None):
+    for lora in loras:
         check_lora(replace(config, lora=lora))
-    fixed = {k: v for k, v in json.loads(to_json(config)).items() if k not in (*AXES, "vary")}
-    prepare(out, {name: fixed[name] for name in fixed if name != "out"}, [config.base])
+    check_record(out, config, files, free=FREE_FIELDS)
     pipeline = load_pipeline(replace(config, lora=None))
+    for lora in loras:
+        pipeline.load_lora(lora)  # one that does not fit is refused before anything is drawn
+    write_record(out, config, files)
     sampler = Sampler(
         pipeline,
         config.batch_size,
@@ -178,22 +186,20 @@ def _measure(sampler: Sampler, group: Sequence[Setting], halves: Sequence[Half])
     correct: list[dict[str, np.ndarray]] = [{} for _ in halves]
     exact: list[dict[str, np.ndarray]] = [{} for _ in halves]
     for lora in dict.fromkeys(point.lora for point in group):
-        mark = ""
         if lora is None:
             sampler.pipeline.unload_lora()
+            drawing = sampler
         else:
             sampler.pipeline.load_lora(lora)
-            # A file of the same name may be another LoRA by the next time.
-            mark = f" {hashlib.sha256(find_weights(lora).read_bytes()).hexdigest()[:8]}"
+            drawing = replace(sampler, lora=digest_of(find_weights(lora)))
         for point in group:
             if point.lora != lora:
                 continue
-            variant = Variant(
-                point.name + mark, point.taca, 0.0 if lora is None else 1.0, point.guidance
-            )
-            for i, half in enumerate(measure(sampler, [variant], halves)[0]):
-                correct[i][point.name] = half.correct[variant.name]
-                exact[i][point.name] = half.exact[variant.name]
+            strength = 0.0 if lora is None else 1.0
+            variant = Variant(point.name, point.taca, strength, point.guidance)
+            for i, half in enumerate(measure(drawing, [variant], halves)[0]):
+                correct[i][point.name] = half.correct[point.name]
+                exact[i][point.name] = half.exact[point.name]
     # In the settings' order, the plain base first: differences are from it.
     order = [point.name for point in group]
     return [

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from taca_jax.errors import UserError
@@ -12,9 +13,13 @@ from taca_jax.evaluation import attention_maps
 from taca_jax.evaluation.attention_maps import command
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.attention_maps.measuring import Measured, tokens_of_words
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
+from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
 from taca_jax.text.words import words_of
+from taca_jax.weights.lora_files import write_lora
+from tests.evaluation.weights import change_last_byte
 from tests.training.tiny import TEXT_LENGTH, tiny_pipeline
 
 PROMPT = "two red circles"
@@ -132,12 +137,36 @@ def test_an_interrupted_analysis_is_completed(analysis, monkeypatch):
 
 def test_another_analysis_and_other_files_are_left_alone(analysis, base, tmp_path):
     config, _ = analysis
-    with pytest.raises(UserError, match=r"holds an analysis with other settings \(seed 0 -> 1\)"):
+    with pytest.raises(UserError, match="seed is 0 there, 1 here; name another out"):
         command.run(settings(base, config.out, seed=1))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something else; name a new folder"):
+    with pytest.raises(UserError, match="holds something else; name another out"):
         command.run(settings(base, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_lora_that_was_trained_anew_is_noticed(base, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    lora, out = tmp_path / "lora.safetensors", tmp_path / "out"
+    model = tiny_pipeline().transformer
+    add_lora(model, LoRAConfig(rank=2), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
+    write_lora(lora, model)
+
+    class Measuring(BaseException):
+        pass
+
+    def measuring(*_, **__):
+        raise Measuring
+
+    monkeypatch.setattr(command, "measure", measuring)
+    for folder in (out, out, tmp_path / "moved"):  # it begins, goes on, and goes on elsewhere
+        if folder != out:
+            out.rename(folder)
+        with pytest.raises(Measuring):
+            command.run(settings(base, folder, lora=str(lora)))
+    change_last_byte(lora)
+    with pytest.raises(UserError, match=r"lora\.safetensors has changed since; name another out"):
+        command.run(settings(base, tmp_path / "moved", lora=str(lora)))
 
 
 @pytest.mark.parametrize(

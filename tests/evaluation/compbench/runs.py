@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from taca_jax.evaluation.commands import run
+from taca_jax.evaluation.record import RECORD
 
 PROMPTS = {
     "color": ("a red circle and a blue square", "a green cross and a red triangle"),
@@ -39,9 +40,9 @@ def draw(lists: Path, out: Path, **changes: object) -> None:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """The contents of all files, by name, apart from the settings, which say where they are."""
+    """The contents of all files, by name, apart from the record, which says where weights are."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "settings.json"
+        if path.is_file() and path.name != RECORD
     }

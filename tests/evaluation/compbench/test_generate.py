@@ -12,9 +12,12 @@ from PIL import Image
 
 from taca_jax.errors import UserError
 from taca_jax.evaluation.compbench import generate as generation
+from taca_jax.evaluation.record import RECORD
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
+from taca_jax.weights.shipped import find_weights
 from tests.evaluation.compbench.runs import PROMPTS, draw, files_in, words, write_lists
+from tests.evaluation.weights import change_last_byte
 from tests.processes import ended, run_cluster, start_python
 
 
@@ -46,7 +49,7 @@ def test_layout_seeds_and_metadata_are_upstreams(whole):
     assert sorted(files_in(whole)) == sorted(names)
     pipeline = Pipeline.from_pretrained("shapes_base", dtype="float32")
     pipeline.load_lora("shapes_taca.safetensors")
-    settings = json.loads((whole / "settings.json").read_text())
+    settings = json.loads((whole / RECORD).read_text())["config"]
     assert (settings["seed"], settings["taca"]["threshold"]) == (42, 835)
     # The third picture of the second prompt, with others beside it than in its batch.
     picture = Image.open(whole / names[5])
@@ -121,7 +124,7 @@ def refused(*arguments, **changes) -> str:
 
 def test_pictures_of_other_settings_or_prompts_do_not_get_between(tmp_path, lists, whole):
     before = files_in(whole)
-    assert "seed is 42 there, 7 here; draw elsewhere" in refused(lists, whole, seed=7)
+    assert "seed is 42 there, 7 here; name another out" in refused(lists, whole, seed=7)
     assert "lora is shapes_taca.safetensors there, none here" in refused(lists, whole, lora="none")
     said = refused(lists, whole, taca="none", batch_size=5)
     assert "taca is " in said
@@ -129,12 +132,28 @@ def test_pictures_of_other_settings_or_prompts_do_not_get_between(tmp_path, list
     changed = tmp_path / "lists"
     shutil.copytree(lists, changed)
     (changed / "color_val.txt").write_text("a red circle\na blue circle")
-    assert "prompts.json has other prompts than" in refused(changed, whole)
+    assert "prompts.json has other prompts than the list of color" in refused(changed, whole)
     assert files_in(whole) == before
     bare = tmp_path / "bare"
     shutil.copytree(whole, bare)
-    (bare / "settings.json").unlink()
-    assert "has pictures but no settings.json" in refused(lists, bare)
+    (bare / RECORD).unlink()
+    assert "holds something else" in refused(lists, bare)
+
+
+def test_pictures_of_two_loras_do_not_mix(tmp_path, lists, whole, monkeypatch, capsys):
+    moved, lora = tmp_path / "moved", tmp_path / "lora.safetensors"
+    shutil.copytree(whole, moved)
+    shutil.copy(find_weights("shapes_taca.safetensors"), lora)
+    monkeypatch.setattr(generation, "load_pipeline", None)
+    draw(lists, moved, lora=lora)  # the same LoRA in another place, and the folder too
+    assert "0 of 15 pictures to draw" in capsys.readouterr().out
+    before = files_in(moved)
+    change_last_byte(lora)
+    assert f"{lora} has changed since; name another out" in refused(lists, moved, lora=lora)
+    assert files_in(moved) == before
+    for picture in moved.glob("*/samples/*.png"):
+        picture.unlink()
+    assert f"{lora} has changed since" in refused(lists, moved, lora=lora)
 
 
 def test_a_run_that_cannot_start_leaves_nothing(tmp_path, lists):

@@ -11,9 +11,12 @@ from taca_jax.evaluation.commands import run
 from taca_jax.evaluation.shapes import evaluate
 from taca_jax.evaluation.shapes.config import EvalConfig, ShapesConfig
 from taca_jax.evaluation.shapes.evaluate import evaluate_command, evaluate_shapes
+from taca_jax.evaluation.shapes.halves import make_halves
+from taca_jax.pipelines.config import Variant
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
 from tests.evaluation.shapes.painter import Painter, grey, right
+from tests.evaluation.weights import change_last_byte
 
 TACA = TacaConfig(gamma=1.3, threshold=900)
 SMALL = EvalConfig(prompts=2, steps=1, batch_size=5)
@@ -103,13 +106,52 @@ def test_the_command_goes_on_where_it_was_and_with_nothing_else(tmp_path, painte
         evaluate_command(config)
     evaluate_command(config)
     assert len(calls) == 3  # one of each half, and the interrupted one
-    with pytest.raises(UserError, match="holds another evaluation, or one of files that have"):
+    with pytest.raises(UserError, match="seed is 0 there, 1 here; name another out"):
         evaluate_command(config_for(tmp_path / "out", base=str(base), seed=1))
-    (base / "transformer" / "model.safetensors").touch()
-    with pytest.raises(UserError, match="holds another evaluation, or one of files that have"):
-        evaluate_command(config)
-    with pytest.raises(UserError, match="exists and holds no evaluation; name another out"):
+    weights = base / "transformer" / "model.safetensors"
+    weights.touch()
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    evaluate_command(config_for(tmp_path / "moved", base=str(base)))
+    assert len(calls) == 3
+    change_last_byte(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors has changed since; name another out"):
+        evaluate_command(config_for(tmp_path / "moved", base=str(base)))
+    with pytest.raises(UserError, match="holds something else; name another out"):
         evaluate_command(config_for(base))
+
+
+def test_a_failed_start_does_not_block_the_corrected_command(tmp_path, painter, monkeypatch):
+    out = tmp_path / "out"
+
+    def failing(config):
+        raise UserError("no room for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_pipeline", failing)
+        with pytest.raises(UserError, match="no room for it"):
+            evaluate_command(config_for(out, seed=1))
+    evaluate_command(config_for(out, seed=2))
+    assert (out / "evaluation.json").is_file()
+
+
+def test_every_variant_is_kept_under_its_own_short_name(tmp_path):
+    half = make_halves(1)[0]
+    taca = TacaConfig(knots=tuple(1 + i / 1000 for i in range(100)))
+    ways = [
+        Variant("base", None, 0.0, guidance=2.0),
+        Variant("base", None, 0.0, guidance=2.0 + 1e-9),  # the same in "{:g}"
+        Variant("knots" * 100, taca, 0.0),
+        Variant("knots" * 100, taca, 1.0),
+    ]
+    painter = Painter(grey)
+    for lora in ("first", "second", "first"):
+        sampler = evaluate.Sampler(painter, 6, kept=tmp_path, lora=lora)
+        for way in ways:
+            sampler.draw(half, way)
+    # Only what the LoRA takes part in is drawn with another one.
+    assert len(painter.calls) == len(list(tmp_path.iterdir())) == len(ways) + 1
+    for file in tmp_path.iterdir():
+        assert len(file.name.encode()) < 64
 
 
 def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch):
@@ -123,7 +165,7 @@ def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch
         evaluate_command(config_for(tmp_path / "out", width=64))
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/out cannot be written to \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"out cannot be written to: .*file is a file"):
         evaluate_command(config_for(tmp_path / "file" / "out"))
 
 

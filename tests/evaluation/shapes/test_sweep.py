@@ -1,6 +1,7 @@
 """A sweep: its settings, what it draws and keeps, and its results."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -11,7 +12,9 @@ from taca_jax.evaluation.shapes import sweep as sweep_module
 from taca_jax.evaluation.shapes.sweep import settings, sweep
 from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.taca import TacaConfig
+from taca_jax.weights.shipped import find_weights
 from tests.evaluation.shapes.painter import Painter, grey, right
+from tests.evaluation.weights import change_last_byte
 
 TACA = TacaConfig(gamma=1.2, threshold=835)
 
@@ -109,8 +112,44 @@ def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, m
     assert "+100.0, p = 0.031" in printed
     with Image.open(out / "sweep.png") as figure:
         assert figure.width > 1000
-    with pytest.raises(UserError, match="holds another evaluation"):
+    with pytest.raises(UserError, match="seed is 0 there, 5 here; name another out"):
         sweep(config_for(out=str(out), seed=5))
+
+
+def test_a_lora_that_was_trained_anew_is_drawn_anew_and_nothing_else(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    painter, lora = Sketcher(), tmp_path / "lora.safetensors"
+    monkeypatch.setattr(sweep_module, "load_pipeline", lambda _: painter)
+    shutil.copy(find_weights("shapes_taca.safetensors"), lora)
+    config = config_for(out=str(tmp_path / "out"), lora=str(lora))
+    sweep(config)
+    assert len(painter.calls) == 2 * 2
+    change_last_byte(lora)
+    sweep(config)
+    assert len(painter.calls) == 2 * 3
+    assert [options["lora_strength"] for _, options in painter.calls[4:]] == [1, 1]
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    sweep(config_for(out=str(tmp_path / "moved"), lora=str(lora.rename(tmp_path / "other"))))
+    assert len(painter.calls) == 2 * 3
+
+
+def test_a_lora_of_another_model_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    painter, out = Sketcher(), tmp_path / "out"
+    monkeypatch.setattr(sweep_module, "load_pipeline", lambda _: painter)
+    other = tmp_path / "other.safetensors"
+    shutil.copy(find_weights("shapes_taca.safetensors"), other)
+
+    def load_lora(path):
+        if path == str(other):
+            raise UserError("of another model")
+
+    monkeypatch.setattr(painter, "load_lora", load_lora)
+    with pytest.raises(UserError, match="of another model"):
+        sweep(config_for(out=str(out), loras=("shapes_taca.safetensors", str(other)), seed=1))
+    assert painter.calls == []
+    sweep(config_for(out=str(out), loras=("shapes_taca.safetensors",)))  # nothing is in the way
+    assert len(painter.calls) == 2 * 3
 
 
 def test_mistakes_are_refused_before_the_model_loads(tmp_path, monkeypatch):

@@ -1,0 +1,94 @@
+"""The record of results: what may change, and what is named if it must not."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from taca_jax.errors import UserError
+from taca_jax.evaluation.attention_maps.config import AttentionConfig
+from taca_jax.evaluation.record import RECORD, check_record, model_files, write_record
+from taca_jax.evaluation.shapes.config import ShapesConfig
+from taca_jax.taca import TacaConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration whose base and LoRA are there, and whose record is in its folder."""
+    base = tmp_path / "base"
+    (base / "transformer").mkdir(parents=True)
+    (base / "transformer" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "lora.safetensors").write_bytes(b"factors")
+    config = ShapesConfig(
+        base=str(base), lora=str(tmp_path / "lora.safetensors"), out=str(tmp_path / "out")
+    )
+    write_record(tmp_path / "out", config, model_files(config))
+    return config
+
+
+def refused(out, config, **options) -> str:
+    with pytest.raises(UserError) as error:
+        check_record(out, config, model_files(config), **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_each_difference_is_named(tmp_path, config):
+    out = tmp_path / "out"
+    check_record(out, config, model_files(config))
+    changed = replace(config, seed=3, taca=TacaConfig(gamma=1.3), guidances=(1.0, 2.0))
+    said = refused(out, changed)
+    for difference in ("taca.gamma is 1.2 there, 1.3 here", "seed is 0 there, 3 here"):
+        assert difference in said
+    assert "guidances is  there, 1.0,2.0 here; name another out, or remove it" in said
+    assert "seed" not in refused(out, changed, free=("seed",))
+    check_record(out, changed, model_files(changed), free=("seed", "taca", "guidances"))
+
+
+def test_changed_weights_are_named_and_moved_ones_are_the_same(tmp_path, config):
+    out = shutil.move(tmp_path / "out", tmp_path / "moved out")
+    base, lora = tmp_path / "base", tmp_path / "lora.safetensors"
+    moved = replace(
+        config,
+        base=str(shutil.copytree(base, tmp_path / "moved base")),
+        lora=str(shutil.copy(lora, tmp_path / "moved.safetensors")),
+        out=str(out),
+    )
+    check_record(out, moved, model_files(moved))
+    lora.write_bytes(b"retrained factors")
+    assert f"{lora} has changed since" in refused(out, config)
+    weights = base / "transformer" / "model.safetensors"
+    weights.write_bytes(b"WEIGHTS")
+    (tmp_path / "moved.safetensors").write_bytes(b"retrained factors")
+    said = refused(out, replace(config, lora=moved.lora))
+    assert f"{weights} has changed since" in said
+    assert f"lora is {lora} there, {moved.lora} here" in said
+    assert f"lora is {lora} there, none here" in refused(out, replace(moved, lora=None))
+
+
+def test_a_lora_that_taca_turns_off_is_not_part_of_it(config):
+    assert list(model_files(config)) == ["base", "lora"]
+    assert list(model_files(replace(config, taca=None))) == ["base"]
+    assert list(model_files(replace(config, lora=None))) == ["base"]
+
+
+def test_other_folders_are_left_alone(tmp_path, config):
+    out = tmp_path / "out"
+    other = AttentionConfig(base=config.base, lora=config.lora)
+    assert "is not the record of such results" in refused(out, other)
+    for damaged in ("{", "[]", json.dumps({"config": {}}), json.dumps({"steps": 1000})):
+        (out / RECORD).write_text(damaged)
+        assert "is not the record of such results" in refused(out, config)
+    assert "base holds something else; name another out" in refused(tmp_path / "base", config)
+    file = tmp_path / "lora.safetensors"
+    assert f"cannot be written to: {file} is a file" in refused(file, config)
+    assert f"cannot be written to: {file} is a file" in refused(file / "within", config)
+
+
+def test_new_and_empty_folders_and_a_killed_writers_are_free(tmp_path, config):
+    empty = tmp_path / "empty"
+    (empty / f".{RECORD}.abc.partial").mkdir(parents=True)
+    for out in (empty, tmp_path / "new" / "one"):
+        check_record(out, config, model_files(config))
+    assert not (tmp_path / "new").exists()
