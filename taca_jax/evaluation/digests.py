@@ -34,13 +34,18 @@ def file_digest(file: Path) -> str:
 def digests_in(path: Path) -> dict[str, str]:
     """The digests of all files of a folder, by their names in it; of a file its own, as ".".
 
+    Hidden files and folders, which programs leave behind, do not count.
     Raises UserError if nothing is there, or a file cannot be read.
     """
     if not path.exists():
         raise UserError(f"{path} is not there; name a file or folder that is")
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    files = {file.relative_to(path): file for file in sorted([path, *path.rglob("*")])}
     try:
-        return {file.relative_to(path).as_posix(): file_digest(file) for file in files}
+        return {
+            name.as_posix(): file_digest(file)
+            for name, file in files.items()
+            if file.is_file() and not any(part.startswith(".") for part in name.parts)
+        }
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
 

@@ -45,6 +45,9 @@ def test_a_folder_may_be_moved_but_not_changed(tmp_path):
     assert list(digests_in(folder)) == ["config", "transformer/weights"]
     moved = folder.rename(tmp_path / "moved")
     assert digest_of(moved) == before
+    (moved / ".cache").mkdir()
+    (moved / ".cache" / "downloaded").write_text("today")
+    assert digest_of(moved) == before
     (moved / "config").rename(moved / "settings")
     assert digest_of(moved) != before
     with pytest.raises(UserError, match="model is not there; name a file or folder that is"):

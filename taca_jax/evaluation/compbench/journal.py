@@ -23,7 +23,8 @@ def settings_of(file: Path) -> dict[str, Any] | None:
 class Journal:
     """A file of scores by picture, which only grows: each with the digest of the picture's file.
 
-    Opening it changes nothing. Raises UserError if its scores are of other settings.
+    Opening it changes nothing. Raises UserError if its scores are of other settings, or if it is
+    damaged.
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any]):
@@ -38,9 +39,12 @@ class Journal:
                 f"{file} was made with other settings: {whole[0]}, and now {first}; remove its "
                 "folder to score anew"
             )
-        for line in whole[1:]:
-            for number, (digest, score) in json.loads(line).items():
-                self._scores[int(number)] = digest, score
+        try:
+            for line in whole[1:]:
+                for number, (digest, score) in json.loads(line).items():
+                    self._scores[int(number)] = digest, score
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{file} is damaged; remove its folder to score anew") from None
         self._whole = sum(len(line.encode()) + 1 for line in whole)
 
     def scores_of(self, digests: Mapping[int, str]) -> dict[int, str | float]:

@@ -257,6 +257,11 @@ def test_what_cannot_be_scored_is_refused(tmp_path, pictures, scorers, scored):
     assert not list(pictures.glob("*/annotation*"))
 
     damaged = tmp_path / "damaged"
+    shutil.copytree(scored, damaged)
+    with (damaged / "color" / "annotation_blip" / "scores.jsonl").open("a") as file:
+        file.write('{"0": 0.5}\n')
+    assert "scores.jsonl is damaged; remove its folder" in refused(damaged, scorers)
+    shutil.rmtree(damaged)
     shutil.copytree(pictures, damaged)
     first = samples(damaged, "color")[0]
     first.write_bytes(first.read_bytes()[:200])
