@@ -7,7 +7,7 @@ so that a command that could not start does not stand in the way of the next one
 import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,20 @@ def check_record(
     digests = _digests(files)
     compared = before.digests.keys() | digests.keys()
     differing = [
-        f"{name} is {show(there)} there, {show(here)} here"
+        f"{name} is {_shown(there)} there, {_shown(here)} here"
         for name, (there, here) in difference(before.config, config).items()
         if name.partition(".")[0] not in {OUT, *free, *compared}
     ]
     for name in sorted(compared):
         there, here = getattr(before.config, name), getattr(config, name)
-        old, new = before.digests.get(name, {}), digests.get(name, {})
-        if old != new and there != here:
-            differing.append(f"{name} is {show(there)} there, {show(here)} here")
-        elif old != new:
+        old, new = before.digests.get(name), digests.get(name)
+        if old == new:
+            continue
+        if there != here:
+            differing.append(f"{name} is {_shown(there)} there, {_shown(here)} here")
+        elif old is None or new is None:
+            differing.append(f"{name} is used {'there' if new is None else 'here'} alone")
+        else:
             changed = min(part for part in old | new if old.get(part) != new.get(part))
             differing.append(f"{Path(there, changed)} has changed since")
     if differing:
@@ -85,6 +89,10 @@ def write_record(out: Path, config: SamplingConfig, files: Mapping[str, str]) ->
     content = {"config": settings, "files": _digests(files)}
     with whole_file(out / RECORD) as file:
         file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _shown(value: Any) -> str:
+    return "set" if is_dataclass(value) else show(value) or "empty"
 
 
 def _digests(files: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_each_difference_is_named(tmp_path, config):
     said = refused(out, changed)
     for difference in ("taca.gamma is 1.2 there, 1.3 here", "seed is 0 there, 3 here"):
         assert difference in said
-    assert "guidances is  there, 1.0,2.0 here; name another out, or remove it" in said
+    assert "guidances is empty there, 1.0,2.0 here; name another out, or remove it" in said
     assert "seed" not in refused(out, changed, free=("seed",))
     check_record(out, changed, model_files(changed), free=("seed", "taca", "guidances"))
 
@@ -68,6 +69,15 @@ def test_changed_weights_are_named_and_moved_ones_are_the_same(tmp_path, config)
 
 
 def test_a_lora_that_taca_turns_off_is_not_part_of_it(config):
+    without = replace(config, taca=None)
+    said = refused(Path(config.out), without)
+    assert "taca is set there, none here, lora is used there alone; name" in said
+    write_record(Path(config.out), without, model_files(without))
+    Path(config.lora).unlink()
+    check_record(Path(config.out), without, model_files(without))
+
+
+def test_the_files_of_a_model(config):
     assert list(model_files(config)) == ["base", "lora"]
     assert list(model_files(replace(config, taca=None))) == ["base"]
     assert list(model_files(replace(config, lora=None))) == ["base"]
