@@ -40,7 +40,7 @@ def check_record(config: PicturesConfig, lists: Lists) -> None:
         )
     for category, prompts in lists.items():
         file = out / category / PROMPTS
-        if file.is_file() and file.read_text() != prompts_text(prompts, config.per_prompt):
+        if file.is_file() and file.read_text() != prompts_text(prompts, config.num_images):
             raise UserError(f"{file} has other prompts than {config.prompts}; draw elsewhere")
 
 
@@ -49,6 +49,6 @@ def write_record(config: PicturesConfig, lists: Lists) -> None:
     out = Path(config.out)
     for category, prompts in lists.items():
         with whole_file(out / category / PROMPTS) as file:
-            file.write_text(prompts_text(prompts, config.per_prompt))
+            file.write_text(prompts_text(prompts, config.num_images))
     with whole_file(out / SETTINGS) as file:
         file.write_text(to_json(config))
