@@ -15,7 +15,7 @@ from taca_jax.evaluation.shapes.report import best_prompts, summary, table
 from taca_jax.evaluation.shapes.sampler import Sampler
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import check_lora, load_pipeline
+from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
 
@@ -53,7 +53,7 @@ def evaluate_command(config: ShapesConfig) -> None:
     """
     out = Path(config.out)
     _check(config, out)
-    pipeline = load_pipeline(config)
+    pipeline = load_pipeline(config, local_mesh())
     which = variants(
         config.taca, lora=config.lora is not None, guidances=config.guidances or (config.guidance,)
     )
@@ -61,22 +61,19 @@ def evaluate_command(config: ShapesConfig) -> None:
     sampler = Sampler(
         pipeline, config.batch_size, config.steps, config.height, config.width, config.seed, kept
     )
-    alignments, grid = measure(sampler, which, make_halves(config.prompts, config.pictures))
+    alignments, grid = measure(sampler, which, make_halves(config.prompts, config.num_images))
     _report(pipeline, alignments, which, out)
     grid.save(out / "evaluation.png")
-    if config.pictures > 1:
+    if config.num_images > 1:
         for alignment in alignments:
-            _print(best_prompts(alignment, config.pictures, config.seed))
+            _print(best_prompts(alignment, config.num_images, config.seed))
 
 
 def _check(config: ShapesConfig, out: Path) -> None:
-    """Prepares the folder. Raises UserError as `prepare` and `check_base` do, and for a LoRA that
-    is not there."""
+    """Prepares the folder. Raises UserError as `prepare`, `check_base` and `check_lora` do."""
     check_base(config)
-    files = [config.base]
-    if config.lora is not None and config.taca is not None:
-        check_lora(config)
-        files.append(config.lora)
+    check_lora(config)
+    files = [config.base, *([] if config.used_lora is None else [config.used_lora])]
     prepare(out, json.loads(to_json(config)), files)
 
 

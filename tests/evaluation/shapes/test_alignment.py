@@ -59,7 +59,7 @@ def test_one_half_is_seen_in_training_and_the_other_never():
     for half in (seen, unseen):
         assert half.categories == tuple(c for c in CATEGORIES for _ in range(2))
         assert len(set(half.prompts)) == 12
-    thrice, _ = make_halves(2, pictures=3)
+    thrice, _ = make_halves(2, num_images=3)
     assert thrice.prompts == tuple(prompt for prompt in seen.prompts for _ in range(3))
 
 
