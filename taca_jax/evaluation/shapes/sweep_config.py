@@ -50,10 +50,11 @@ class SweepConfig(SamplingConfig):
         super().__post_init__()
         if self.taca is None:
             raise UserError("taca is none; it must be the center of the sweep; set taca.gamma")
-        if self.taca.first_steps is not None:
-            for name in ("thresholds", "schedules"):
-                values = getattr(self, name)
-                unused = f"empty, or taca.first_steps={self.taca.first_steps} none: that reads none"
-                check(not values, name, show(values), unused)
+        for name in ("thresholds", "schedules"):
+            if self.taca.first_steps is not None and (values := getattr(self, name)):
+                raise UserError(
+                    f"{name}={show(values)} does nothing with taca.first_steps="
+                    f"{self.taca.first_steps}; leave one of the two out"
+                )
         check_size("", self.prompts, self.guidances, self.batch_size)
         check(bool(self.out), "out", "empty", "the name of a folder")
