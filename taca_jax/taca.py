@@ -53,10 +53,11 @@ class TacaConfig:
     knots: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        for gamma in (self.gamma, *(self.knots or ())):
-            if not 0 < gamma < math.inf:
+        for name, gammas in {"gamma": (self.gamma,), "knots": self.knots or ()}.items():
+            if not all(0 < gamma < math.inf for gamma in gammas):
+                given = ",".join(map(str, gammas))
                 raise UserError(
-                    f"taca.gamma is {gamma}; it must be positive and finite (1 is plain attention)"
+                    f"taca.{name} is {given}; it must be positive and finite (1 is plain attention)"
                 )
         if self.knots is not None and (len(self.knots) < 2 or self.first_steps is not None):
             raise UserError(
@@ -122,7 +123,7 @@ def describe_gamma(config: TacaConfig) -> str:
     """Its gamma in a few words: `gamma 1.2`, `gamma up to 1.2 (linear)`, `gamma by 6 knots`."""
     if config.knots is not None:
         return f"gamma by {len(config.knots)} knots"
-    if config.schedule == "step":
+    if config.schedule == "step" or config.first_steps is not None:
         return f"gamma {config.gamma:g}"
     return f"gamma up to {config.gamma:g} ({config.schedule})"
 

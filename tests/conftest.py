@@ -4,6 +4,9 @@ import os
 
 # Before anything imports JAX or transformers. Set JAX_PLATFORMS to test on an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time is compilation, of programs that run for milliseconds: LLVM's passes go, XLA's
+# own, which fuse and reorder, stay. Subprocesses inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
@@ -14,21 +17,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["NPROC"] = share
     os.environ["OMP_NUM_THREADS"] = share
 
-import jax
-import pytest
 from hypothesis import settings
 
 # The same examples every time; compiling a JAX function in an example is no reason to fail.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("repeatable")
-
-
-@pytest.fixture
-def little_optimisation():
-    """For programs that take far longer to compile than to run, where no bit of a result matters.
-
-    XLA's own passes, which fuse and reorder, stay; LLVM's go.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

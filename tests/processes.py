@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TIMEOUT = 900
 
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+"""The environment of a process whose compiled programs are looked at."""
+
 
 def run_python(
     *arguments: str, environment: Mapping[str, str] | None = None, devices: int | None = None

@@ -149,7 +149,7 @@ def test_a_scalar_timestep_gives_a_scalar():
         ({"threshold": 1.0}, r"threshold is 1\.0; .* did you mean 1000\?"),
         ({"first_steps": -1}, r"taca\.first_steps is -1"),
         ({"knots": (1.2,)}, r"taca\.knots is \(1\.2,\); it must be two or more"),
-        ({"knots": (1.2, -1.0)}, r"taca\.gamma is -1\.0"),
+        ({"knots": (1.2, -1.0)}, r"taca\.knots is 1\.2,-1\.0; it must be positive"),
         ({"knots": (1.2, 1.0), "first_steps": 3}, r"without first_steps"),
     ],
 )

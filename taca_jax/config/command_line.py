@@ -14,7 +14,16 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from taca_jax.config.fields import C, create, describe, fields_of, nearest, show, update
+from taca_jax.config.fields import (
+    C,
+    create,
+    describe,
+    fields_of,
+    nearest,
+    required_fields,
+    show,
+    update,
+)
 from taca_jax.errors import UserError
 
 _WIDTH = 100
@@ -33,8 +42,9 @@ def parse_cli(
     """The configuration that the command line `argv` (without the program's name) asks for.
 
     `--config NAME` takes the preset: the value `attribute` in the module `package.NAME`, of class
-    `kind`; or of class `preset_kind`, of which then all is taken that it sets of the same fields.
-    Without an `attribute` there are no presets, and what is not given has its default.
+    `kind`; or of class `preset_kind`, of which then all is taken that it sets of the fields that it
+    shares with `kind`, and which need not be given. Without an `attribute` there are no presets.
+    What neither a preset nor the line gives has its default.
 
     Each `key=value` then replaces a field (`lora.rank=64`, `resume=true`, `lora=none`). `--help`
     prints the presets and every key, `--config` without a name the presets; both exit with status
@@ -44,7 +54,8 @@ def parse_cli(
     """
     presets = None
     if attribute is not None:
-        presets = _Presets(package, attribute, preset_kind or kind)
+        required = preset_kind is None
+        presets = _Presets(package, attribute, preset_kind or kind, required)
     try:
         return _parse(list(argv), kind, presets, program or sys.argv[0])
     except UserError as error:
@@ -88,21 +99,28 @@ def _parse(argv: list[str], kind: type[C], presets: "_Presets | None", program: 
     if preset is not None and presets is not None:
         config = _as_kind(presets.load(preset), kind)
     if wants_help:
-        say([_help(kind, config, preset, presets and presets.names(), program)])
+        say([_help(kind, config, preset, presets, program)])
         raise SystemExit(0)
     if presets is None:
         return create(kind, values)
-    if config is None:
-        raise UserError(f"no --config NAME given; the presets are {', '.join(presets.names())}")
-    return update(config, values)
+    if config is not None:
+        return update(config, values)
+    named = f"--config NAME given; the presets are {', '.join(presets.names())}"
+    if presets.required:
+        raise UserError(f"no {named}")
+    missing = [f"{name}=..." for name in required_fields(kind) if name not in values]
+    if missing:
+        raise UserError(f"no {', '.join(missing)} and no {named}")
+    return create(kind, values)
 
 
 def _as_kind(preset: Any, kind: type[C]) -> C:
     """The preset, or a `kind` with what the preset sets, other than its class's defaults, of the
-    fields that both have."""
+    fields of the class from which both derive."""
     if isinstance(preset, kind):
         return preset
-    shared = {field.name for field in dataclasses.fields(kind)}
+    base: Any = next(each for each in kind.__mro__ if isinstance(preset, each))
+    shared = {field.name for field in dataclasses.fields(base)}
     values = {
         name: getattr(preset, name)
         for name, field in fields_of(type(preset)).items()
@@ -123,11 +141,15 @@ PURPOSES = {"CONFIG": "trains", "GENERATE": "draws"}
 
 @dataclasses.dataclass(frozen=True)
 class _Presets:
-    """The values called `attribute`, of class `kind`, in the modules of a package."""
+    """The values called `attribute`, of class `kind`, in the modules of a package.
+
+    required: whether a command line must name one.
+    """
 
     package: str
     attribute: str
     kind: type
+    required: bool
 
     def names(self) -> list[str]:
         """The names of the modules that have one."""
@@ -160,7 +182,7 @@ class _Presets:
 
 
 def _help(
-    kind: type, config: Any, preset: str | None, presets: list[str] | None, program: str
+    kind: type, config: Any, preset: str | None, presets: "_Presets | None", program: str
 ) -> str:
     """The help: usage, presets (None: there are none), and each key with its value, its type and
     its documentation.
@@ -171,10 +193,11 @@ def _help(
     if presets is None:
         lines = [f"usage: python {program} key=value ...", "", "keys (default values):"]
     else:
+        named = "--config NAME" if presets.required else "[--config NAME]"
         lines = [
-            f"usage: python {program} --config NAME [key=value ...]",
+            f"usage: python {program} {named} [key=value ...]",
             "",
-            f"presets: {', '.join(presets)}",
+            f"presets: {', '.join(presets.names())}",
             "",
             f"keys ({whose}):",
         ]

@@ -11,4 +11,4 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+        sys.exit("stopped; the same command keeps what is written and does the rest")

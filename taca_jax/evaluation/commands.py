@@ -16,7 +16,8 @@ class Command:
     `module:name`, and a line for the help.
 
     If the configuration is a SamplingConfig, the command draws, and its presets are those of
-    generate.py: it takes what they set of its fields. Other commands have no presets.
+    generate.py: it takes what they set of a SamplingConfig's fields. Other commands have no
+    presets.
     """
 
     config: str

@@ -3,16 +3,13 @@
 To add one, add its folder and its line at the end of this file.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from taca_jax.autoencoders import pixels, tiny_vae
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family, Published
 from taca_jax.families.flux.family import FLUX
 from taca_jax.families.sd3.family import SD3
-from taca_jax.nn.kinds import ModelKind, kind_of, known_kinds
-from taca_jax.scorers import blip, clip
+from taca_jax.nn.kinds import kind_of
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -54,16 +51,6 @@ def published_models() -> dict[str, tuple[Family, Published]]:
         for folder, model in family.published.items()
     }
 
-
-def model_kinds() -> Mapping[str, ModelKind]:
-    """Every kind of model that a folder may hold: transformers, text encoders, autoencoders,
-    scorers."""
-    return known_kinds()
-
-
-# No family imports these modules, and importing them registers their kinds.
-_AUTOENCODERS = (pixels.PIXELS_KIND, tiny_vae.TINY_VAE_KIND)
-_SCORERS = (clip.CLIP_SCORE_KIND, blip.BLIP_KIND)
 
 register(FLUX)
 register(SD3)

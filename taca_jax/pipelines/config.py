@@ -56,6 +56,11 @@ class SamplingConfig:
         check(right, "guidance", guidance, "0 or more, or none")
         check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
 
+    @property
+    def used_lora(self) -> str | None:
+        """The LoRA that acts: none where TACA does not."""
+        return None if self.taca is None else self.lora
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -7,6 +7,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -15,6 +16,7 @@ from taca_jax.config.json_text import to_json
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.processes import print_once
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
 from taca_jax.pipelines.grids import caption_grid, enlarged
@@ -69,16 +71,24 @@ def generate(config: GenerateConfig) -> list[Path]:
 
 
 def check_lora(config: SamplingConfig) -> None:
-    """Raises UserError unless the LoRA, if there is one, is a readable file."""
-    if config.lora is None:
+    """Raises UserError unless the LoRA, if one is used, is a readable file."""
+    if config.used_lora is None:
         return
-    found = find_weights(config.lora)
+    found = find_weights(config.used_lora)
     if not found.exists():
         raise UserError(
-            f"lora={config.lora} is not there; train it, name another file, or set lora=none to "
-            "draw without one"
+            f"lora={config.used_lora} is not there; train it, name another file, or set lora=none "
+            "to draw without one"
         )
     open_tensors(found)
+
+
+def local_mesh() -> Mesh | None:
+    """A mesh over this process's devices, which share the samples and the parameters; None if there
+    is one device in all."""
+    if len(jax.devices()) == 1:
+        return None
+    return make_mesh(MeshConfig(), jax.local_devices())
 
 
 def load_pipeline(config: SamplingConfig, mesh: Mesh | None = None) -> Pipeline:
@@ -94,11 +104,11 @@ def load_pipeline(config: SamplingConfig, mesh: Mesh | None = None) -> Pipeline:
         quantize_text=config.quantize_text,
         attention=config.attention,
     )
-    if config.lora is not None and config.taca is None:
-        print_once(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
-    elif config.lora is not None:
-        said = pipeline.load_lora(config.lora)
+    if config.used_lora is not None:
+        said = pipeline.load_lora(config.used_lora)
         print_once(f"LoRA: {said}")
+    elif config.lora is not None:
+        print_once(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
     if config.taca is not None:
         times = pipeline.timesteps(config.height, config.width, config.steps)
         print_once(describe_steps(config.taca, times))

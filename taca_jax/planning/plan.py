@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
 
-from taca_jax.data.shapes.labels import CLASSES
 from taca_jax.errors import UserError
 from taca_jax.families.flops import forward_flops
 from taca_jax.parallel.batches import batch_sharding
@@ -307,13 +306,10 @@ def _batch(models: RunModels, autoencoder: Any) -> Batch | EncodedBatch:
 
     side = config.data.resolution
     if config.data.encode == "online":
-        patches = side // models.multiple
         return Batch(
             image=array(jnp.uint8, side, side, 3),
             tokens=array(jnp.int32, models.token_ids),
-            labels=None
-            if config.features is None
-            else array(jnp.uint8, patches, patches, len(CLASSES)),
+            labels=None if models.labels is None else array(jnp.uint8, *models.labels),
         )
     dtype = jnp.dtype(config.dtype)
     latent_side = side // autoencoder.config.downscale

@@ -169,14 +169,17 @@ class TrainConfig:
         if self.base is None and self.adapts:
             key, verb = ("gamma_knots", "adapt") if self.lora is None else ("lora", "adapts")
             raise UserError(f"{key} {verb} a trained model; give base=FOLDER, or {key}=none")
+        adapted = [name for name in ("lora", "gamma_knots") if getattr(self, name) is not None]
+        keys = " and ".join(adapted)
         if self.features is not None and self.adapts:
-            raise UserError("lora trains a model with its features as they are; set features=none")
+            raise UserError(f"with {keys} a model's features stay as they are; set features=none")
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
         if self.adapts and self.optimizer.kind != "adamw":
             raise UserError(
-                f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, of "
-                "which lora trains none; set optimizer.kind=adamw, or lora=none"
+                f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, and "
+                f"with {keys} none of them trains; set optimizer.kind=adamw, or "
+                f"{' '.join(f'{name}=none' for name in adapted)}"
             )
         if self.data.encode == "cache":
             if not self.adapts:

@@ -12,6 +12,9 @@ from taca_jax.config.fields import check
 from taca_jax.data.shapes.labels import CLASSES
 from taca_jax.nn.layers import ZEROS, Linear, layer_norm
 
+LABELS = len(CLASSES)
+"""How many labels a patch has."""
+
 
 @dataclass(frozen=True)
 class FeaturesConfig:
@@ -58,8 +61,8 @@ def readout_loss(
 
     labels: as from `data.shapes.labels.label_patches`, a patch for each token.
     """
-    per_token = labels.reshape(*logits.shape[:2], len(CLASSES)).astype(jnp.int32)
-    starts = [sum(CLASSES[:number]) for number in range(1, len(CLASSES))]
+    per_token = labels.reshape(*logits.shape[:2], LABELS).astype(jnp.int32)
+    starts = [sum(CLASSES[:number]) for number in range(1, LABELS)]
     total = jnp.float32(0)
     for number, part in enumerate(jnp.split(logits, starts, axis=-1)):
         log_probability = jax.nn.log_softmax(part)

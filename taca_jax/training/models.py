@@ -33,7 +33,7 @@ from taca_jax.text.encoders import TextEncoder, TextReading, token_count
 from taca_jax.text.tokenizers import Tokenizer, load_tokenizer
 from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
-from taca_jax.training.features import Readout
+from taca_jax.training.features import LABELS, Readout
 from taca_jax.training.learned_gamma import LearnedGamma
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.pipeline_folders import (
@@ -147,6 +147,15 @@ class RunModels:
         """The numbers of image and text tokens of a sample; the image is a square."""
         side = self.config.data.resolution // self.multiple
         return {"image": side * side, "text": self.reading.tokens}
+
+    @property
+    def labels(self) -> tuple[int, int, int] | None:
+        """The rows, columns and labels of each of a picture's image tokens, which is a square; None
+        if the run supervises no features."""
+        if self.config.features is None:
+            return None
+        side = self.config.data.resolution // self.multiple
+        return side, side, LABELS
 
     @property
     def step_flops(self) -> float:

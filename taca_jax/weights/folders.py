@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 
 from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
-from taca_jax.families.registry import model_kinds
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.tensor_files import (
     ArrayTensors,
@@ -34,6 +33,7 @@ from taca_jax.formats.tensor_files import (
 from taca_jax.nn.kinds import abstract_model, flat_params, kind_of, shapes_of
 from taca_jax.nn.layers import Quantized
 from taca_jax.parallel.processes import is_first, wait_for_all
+from taca_jax.weights.kinds import model_kinds
 from taca_jax.weights.loading import AT_ONCE, LoadOptions, StoredParameters, load_parameters
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

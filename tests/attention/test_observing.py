@@ -13,8 +13,6 @@ from taca_jax.attention.observing import layer, observed, record
 SHAPE = (2, 7, 3, 8)
 TEXT = 3
 
-pytestmark = pytest.mark.usefixtures("little_optimisation")
-
 
 def inputs(count):
     return jax.random.normal(jax.random.key(0), (count, *SHAPE))

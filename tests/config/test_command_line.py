@@ -95,6 +95,33 @@ def test_of_another_kind_of_preset_what_it_sets_is_taken(presets, tmp_path):
     assert parse_cli(["--config", "cat"], Drawing, **options) == Drawing("a cat", 0, 16)
 
 
+def test_a_preset_of_another_kind_need_not_be_given(presets, capsys):
+    options = {"package": presets, "attribute": "DRAW", "preset_kind": Drawing}
+    assert parse_cli(["prompt=a dog", "count=3"], Series, **options) == Series("a dog", 42, 8, 3)
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(["count=3"], Series, **options)
+    assert stop.value.code == 2
+    said = "error: no prompt=... and no --config NAME given; the presets are "
+    assert capsys.readouterr().err.startswith(said)
+
+
+@dataclass(frozen=True)
+class Exhibition(Drawing):
+    """A relative of Series; what both call `count` is not the same.
+
+    count: of rooms.
+    """
+
+    count: int = 1
+
+
+def test_only_what_two_kinds_inherit_is_taken(presets, tmp_path):
+    text = f"from {__name__} import Exhibition\nDRAW = Exhibition('a cat', count=9)\n"
+    (tmp_path / presets / "rooms.py").write_text(text)
+    options = {"package": presets, "attribute": "DRAW", "preset_kind": Exhibition}
+    assert parse_cli(["--config", "rooms"], Series, **options) == Series("a cat", 42, 8, 2)
+
+
 def test_a_command_without_presets(capsys):
     given = parse_cli(["prompt=a cat", "size=16"], Drawing, attribute=None)
     assert given == Drawing("a cat", 0, 16)

@@ -95,7 +95,12 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (ADAPT, {"optimizer.clip_norm": "0"}, "optimizer.clip_norm is 0.0; it must be positive"),
         (ADAPT, {"optimizer.muon_beta": "0.9"}, "which optimizer.kind=adamw has no use for; leave"),
         (SCRATCH, MUON | {"optimizer.muon_beta": "1"}, "optimizer.muon_beta is 1.0; it must be"),
-        (ADAPT, MUON, "optimizer.kind=muon is for the kernels of a whole model, of which lora"),
+        (ADAPT, MUON, "and with lora none of them trains; set optimizer.kind=adamw, or lora=none"),
+        (
+            ADAPT,
+            MUON | {"lora": "none", "gamma_knots": "4"},
+            "with gamma_knots none of them trains; set optimizer.kind=adamw, or gamma_knots=none",
+        ),
         (ADAPT, {"optimizer.kind": "adam"}, "optimizer.kind=adam: expected one of adamw, muon"),
         (SCRATCH, {"pixels.scaling_factor": "0"}, "pixels.scaling_factor is 0.0; it must be posi"),
         (SCRATCH, {"pixels.shift_factor": "nan"}, "pixels.shift_factor is nan; it must be finite"),
@@ -111,7 +116,7 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (ADAPT, {"evaluate.prompts": "0"}, "evaluate.prompts is 0; it must be 1 or more"),
         (ADAPT, {"evaluate.steps": "0"}, "evaluate.steps is 0; it must be 1 or more"),
         (ADAPT, {"evaluate.guidances": "1,-1"}, "evaluate.guidances is -1.0; it must be 0 or"),
-        (ADAPT, {"evaluate.guidances": "2,2"}, "is (2.0, 2.0); it must be all different"),
+        (ADAPT, {"evaluate.guidances": "2,2"}, "guidances is 2.0,2.0; it must be distinct numbers"),
         (ADAPT, {"evaluate.batch_size": "0"}, "evaluate.batch_size is 0; it must be 1 or more"),
         (ADAPT, {"taca.gamma": "-1"}, "taca.gamma"),
         (ADAPT, {"taca.threshold": "1000"}, "taca.threshold is 1000.0; it must be below 1000"),
@@ -127,7 +132,17 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (
             ADAPT,
             {"features.weight": "0.2", "data.source": "generated:shapes"},
-            "lora trains a model with its features as they are; set features=none",
+            "with lora a model's features stay as they are; set features=none",
+        ),
+        (
+            ADAPT,
+            {
+                "features.weight": "0.2",
+                "data.source": "generated:shapes",
+                "lora": "none",
+                "gamma_knots": "4",
+            },
+            "with gamma_knots a model's features stay as they are; set features=none",
         ),
         (SCRATCH, {"features.weight": "0"}, "features.weight is 0.0; it must be positive"),
         (SCRATCH, {"features.weight": "1"}, "labels of generated:shapes, and data.source is tfds"),
@@ -140,7 +155,7 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (DRAW, {"out": "a.jpg"}, "out is a.jpg; it must be the name of a .png file"),
         (DRAW, {"compare": "true", "taca": "none"}, "compare=true compares plain with TACA"),
         (MEASURE, {"prompts": "0"}, "prompts is 0; it must be 1 or more per category"),
-        (MEASURE, {"pictures": "0"}, "pictures is 0; it must be 1 or more"),
+        (MEASURE, {"num_images": "0"}, "num_images is 0; it must be 1 or more"),
         (MEASURE, {"out": ""}, "out is empty; it must be the name of a folder"),
         (MEASURE, {"guidances": "nan"}, "guidances is nan; it must be 0 or more each"),
         (MEASURE, {"guidance": "2", "guidances": "1,3"}, "guidance is 2 and guidances are given"),
@@ -149,16 +164,16 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (PICTURES, {"out": ""}, "out is empty; it must be the folder to write to"),
         (PICTURES, {"categories": "colour"}, "categories=colour: expected a comma list, each one"),
         (PICTURES, {"categories": "color,color"}, "categories is color,color; it must be one or"),
-        (PICTURES, {"categories": ""}, "categories is empty; it must be one or more, each once"),
+        (PICTURES, {"categories": ""}, "categories is empty; it must be one or more, without"),
         (PICTURES, {"limit": "0"}, "limit is 0; it must be 1 or more, or none"),
-        (PICTURES, {"per_prompt": "0"}, "per_prompt is 0; it must be 1 or more"),
+        (PICTURES, {"num_images": "0"}, "num_images is 0; it must be 1 or more"),
         (PICTURES, {"batch_size": "0"}, "batch_size is 0; it must be 1 or more"),
         (PICTURES, {"seed": str(MAX_SEED)}, "the last picture's seed is 2147418120; it must be"),
         (SCORE, {"blip": "none"}, "blip and clip are both none; give the folder of at least one"),
         (SCORE, {"phrases": ""}, "phrases is empty; it must be spacy, rules or a JSON file"),
         (SCORE, {"batch_size": "0"}, "batch_size is 0; it must be 1 or more"),
         (REPORT, {"names": "a"}, "names is a; it must be one for each of the 2 runs"),
-        (REPORT, {"runs": "a,a"}, "runs is a,a; it must be each once"),
+        (REPORT, {"runs": "a,a"}, "runs is a,a; it must be distinct folders"),
         (REPORT, {"out": "a.txt"}, "out is a.txt; it must be the name of a .json file, or none"),
     ],
 )
@@ -246,7 +261,6 @@ HIDDEN = re.compile(
 """What Muon updates of a FLUX and its T5."""
 
 
-@pytest.mark.usefixtures("little_optimisation")
 def test_muon_turns_hidden_kernels_and_leaves_the_rest_to_adam():
     rate, decay = 0.01, 0.5
     muon = OptimizerConfig("muon", learning_rate=rate, weight_decay=decay, clip_norm=None)

@@ -68,6 +68,15 @@ def test_a_command_takes_what_a_preset_of_generate_sets(given):
     assert preset.out != own.out
 
 
+def test_a_base_will_do_in_place_of_a_preset(given, capsys):
+    commands.run(["attention", "base=mine", "taca.gamma=1.5"])
+    (config,) = given
+    assert (config.base, config.lora, config.taca.gamma) == ("mine", None, 1.5)
+    code, _, err = ended(capsys, "attention", "taca.gamma=1.5")
+    assert code == 2
+    assert err.startswith("error: no base=... and no --config NAME given; the presets are ")
+
+
 def test_unknown_commands_are_refused_with_the_nearest(capsys):
     code, out, err = ended(capsys, "compbench", "scor")
     assert (code, out) == (2, "")

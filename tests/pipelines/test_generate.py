@@ -11,7 +11,7 @@ from PIL import Image
 
 from taca_jax.errors import UserError
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.generate import generate
+from taca_jax.pipelines.generate import check_lora, generate
 from taca_jax.taca import TacaConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +93,9 @@ def test_a_missing_lora_is_refused_before_the_model_loads(tmp_path, monkeypatch)
 def test_without_taca_a_lora_is_said_not_to_be_used(tmp_path, capsys):
     generate(config(tmp_path / "x.png", taca=None, lora="shapes_taca.safetensors"))
     assert "shapes_taca.safetensors is not used: it acts only while" in capsys.readouterr().out
+    check_lora(config(tmp_path / "x.png", taca=None, lora="not_yet_trained.safetensors"))
+    with pytest.raises(UserError, match=r"lora=not_yet_trained\.safetensors is not there"):
+        check_lora(config(tmp_path / "x.png", lora="not_yet_trained.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,6 @@ def inputs():
     return pixels, tokens, mask
 
 
-@pytest.mark.usefixtures("little_optimisation")
 def test_matches_transformers_through_the_converter(tmp_path, capsys):
     theirs = originals.blip()
     theirs.save_pretrained(tmp_path / "src")

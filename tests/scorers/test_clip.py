@@ -21,7 +21,6 @@ def run(model: CLIPScore, pixels, tokens):
     return model(pixels, tokens), model.image(pixels)
 
 
-@pytest.mark.usefixtures("little_optimisation")
 def test_matches_transformers_through_the_converter(tmp_path, capsys):
     theirs = originals.clip()
     import torch

@@ -164,7 +164,7 @@ def test_too_many_tokens_and_heads_that_do_not_divide_are_refused():
         CLIPConfig(**{**TINY.__dict__, "num_heads": 5})
 
 
-def test_a_fresh_one_is_of_the_scale_of_the_original(little_optimisation):
+def test_a_fresh_one_is_of_the_scale_of_the_original():
     config = CLIPConfig(**{**TINY.__dict__, "dim": 192, "ff_dim": 256})
     params = flat_params(nnx.jit(lambda: CLIPTextEncoder(config, rngs=nnx.Rngs(0)))())
     expected = {

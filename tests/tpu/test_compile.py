@@ -8,10 +8,10 @@ import json
 
 import pytest
 
-from tests.processes import last_line, run_python
+from tests.processes import OPTIMISED, last_line, run_python
 
 HBM_BYTES = 16 * 2**30  # of one v5e chip
-ENVIRONMENT = {
+ENVIRONMENT = OPTIMISED | {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -1,4 +1,4 @@
-"""Compiling a training step takes far longer than running it: less of it, and only once."""
+"""Compiling a training step takes far longer than running it: it is done only once."""
 
 import os
 
@@ -16,15 +16,11 @@ def compiled_folder(tmp_path_factory):
 
 @pytest.fixture(scope="package", autouse=True)
 def environment(compiled_folder):
-    """Environment variables for subprocesses that are to run the very programs of these tests.
-
-    Steps of tiny models need no fast code. XLA's own passes, which fuse and reorder, stay.
-    """
+    """Environment variables for subprocesses that are to run the very programs of these tests."""
     settings = {
         "jax_compilation_cache_dir": (None, str(compiled_folder)),
         "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
         "jax_persistent_cache_min_entry_size_bytes": (0, -1),
-        "jax_disable_most_optimizations": (False, True),
     }
     for name, (_, here) in settings.items():
         jax.config.update(name, here)

@@ -23,10 +23,11 @@ from taca_jax.evaluation.plots import need_matplotlib
 from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import check_lora, load_pipeline
+from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.sampling.loop import make_plan
+from taca_jax.taca import describe_gamma
 from taca_jax.text.tokenizers import WordTokenizer
 from taca_jax.text.words import words_of
 
@@ -48,7 +49,7 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
     out, files = Path(config.out), model_files(config)
     check_lora(config)
     check_record(out, config, files)
-    pipeline = load_pipeline(config)
+    pipeline = load_pipeline(config, local_mesh())
     words = words_of(config.prompts[0]) if config.word is None else [config.word]
     _check(pipeline, config, words)
     write_record(out, config, files)
@@ -79,22 +80,26 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
 
 
 def variants(config: AttentionConfig) -> list[Variant]:
-    """Plain attention, each other gamma without the LoRA and, if there is one, TACA with it."""
+    """Plain attention, each other gamma without the LoRA, gamma by knots if `taca` has them and, if
+    there is a LoRA, TACA with it."""
     assert config.taca is not None
+    gammas = [gamma for gamma in dict.fromkeys(config.gammas) if gamma != 1.0]
+    # Knots would stand in place of gamma.
+    ways = [replace(config.taca, gamma=gamma, knots=None) for gamma in gammas]
+    if config.taca.knots is not None:
+        ways.append(config.taca)
     found = [Variant("plain", None, 0.0)]
-    for gamma in dict.fromkeys(config.gammas):
-        if gamma != 1.0:
-            found.append(Variant(f"gamma {gamma:g}", replace(config.taca, gamma=gamma), 0.0))
+    found += [Variant(describe_gamma(taca), taca, 0.0) for taca in ways]
     if config.lora is not None:
-        found.append(Variant(f"gamma {config.taca.gamma:g} + LoRA", config.taca, 1.0))
+        found.append(Variant(f"{describe_gamma(config.taca)} + LoRA", config.taca, 1.0))
     return found
 
 
 def _compared(config: AttentionConfig) -> str:
-    """The variant that stands for TACA: that of `taca.gamma`, or else the last without a LoRA."""
+    """The variant that stands for TACA: its own without the LoRA, or else the last without one."""
     assert config.taca is not None
     without_lora = [variant.name for variant in variants(config) if not variant.lora_strength]
-    own = f"gamma {config.taca.gamma:g}"
+    own = describe_gamma(config.taca)
     return own if own in without_lora else without_lora[-1]
 
 
@@ -141,7 +146,10 @@ def _numbers(
     words: Sequence[str],
     timesteps: np.ndarray,
 ) -> dict:
-    """For JSON: means over pictures and positions; lists are over steps, layers and heads."""
+    """For JSON: means over pictures and positions; lists are over steps, layers and heads.
+
+    text_ratio: of a variant's share of attention on text to plain attention's.
+    """
     plain = next(iter(found.values()))
 
     def means(measured: Measured) -> dict:
@@ -149,18 +157,18 @@ def _numbers(
         return {
             "gamma": _rounded(measured.gamma),
             "text": _rounded(measured.text.mean(axis=1)),
-            "text, times plain's": _rounded(measured.text.mean(axis=1) / plain.text.mean(axis=1)),
+            "text_ratio": _rounded(measured.text.mean(axis=1) / plain.text.mean(axis=1)),
             "words": {
                 word: _rounded(first[:, :, 1 + i].mean(axis=(1, 2, 3)))
                 for i, word in enumerate(words)
             },
             "claims": _rounded(measured.claims.mean(axis=1)),
-            "text by layer and head": _rounded(measured.heads[:, :, 0].mean(axis=1)),
+            "text_by_layer_and_head": _rounded(measured.heads[:, :, 0].mean(axis=1)),
         }
 
     return {
         "prompts": config.prompts,
-        "pictures of each": config.num_images,
+        "num_images": config.num_images,
         "timesteps": _rounded(timesteps),
         "variants": {name: means(measured) for name, measured in found.items()},
     }

@@ -31,7 +31,7 @@ class AttentionConfig(SamplingConfig):
     word: str | None = None
     layer: int | None = None
     batch_size: int = 8
-    out: str = "attention"
+    out: str = "runs/attention"
 
     def __post_init__(self):
         super().__post_init__()

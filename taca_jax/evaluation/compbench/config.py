@@ -20,7 +20,7 @@ class PicturesConfig(SamplingConfig):
     categories: what to draw of color, shape, texture, spatial, 3d_spatial, numeracy, non_spatial
       and complex.
     limit: only the first prompts of each list; none takes all.
-    per_prompt: pictures of each prompt.
+    num_images: pictures of each prompt.
     seed: of the noise of each prompt's first picture; its other ones take seed + 1, seed + 2, ... .
     batch_size: pictures drawn at a time, of the same or successive prompts.
     """
@@ -30,7 +30,7 @@ class PicturesConfig(SamplingConfig):
     out: str = "runs/compbench"
     categories: tuple[Category, ...] = TABLE
     limit: int | None = None
-    per_prompt: int = 10
+    num_images: int = 10
     batch_size: int = 10
 
     def __post_init__(self):
@@ -40,11 +40,11 @@ class PicturesConfig(SamplingConfig):
         check(bool(self.out), "out", "empty", "the folder to write to")
         distinct = bool(self.categories) and len(set(self.categories)) == len(self.categories)
         said = ",".join(self.categories) or "empty"
-        check(distinct, "categories", said, "one or more, each once")
+        check(distinct, "categories", said, "one or more, without repetition")
         check(limit is None or limit >= 1, "limit", limit, "1 or more, or none")
-        check(self.per_prompt >= 1, "per_prompt", self.per_prompt, "1 or more")
+        check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        last = self.seed + self.per_prompt - 1
+        last = self.seed + self.num_images - 1
         check(last <= MAX_SEED, "the last picture's seed", last, f"at most {MAX_SEED}")
 
 
@@ -93,7 +93,8 @@ class ReportConfig:
     def __post_init__(self):
         named = len(self.names) in (0, len(self.runs))
         check(named, "names", ",".join(self.names), f"one for each of the {len(self.runs)} runs")
-        for name, given in {"runs": self.runs, "names": self.names}.items():
-            check(len(set(given)) == len(given), name, ",".join(given), "each once")
+        for name, what in {"runs": "folders", "names": "names"}.items():
+            given = getattr(self, name)
+            check(len(set(given)) == len(given), name, ",".join(given), f"distinct {what}")
         right = self.out is None or self.out.endswith(".json")
         check(right, "out", self.out, "the name of a .json file, or none")

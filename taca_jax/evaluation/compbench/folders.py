@@ -61,32 +61,32 @@ def prompts_of(category: Path, numbers: Iterable[int]) -> dict[int, str]:
         return {number: named[number] for number in numbers}
     try:
         recorded = json.loads(file.read_text())
-        prompts, per_prompt = recorded["prompts"], recorded["per_prompt"]
-        return {number: prompts[number // per_prompt] for number in numbers}
+        prompts, num_images = recorded["prompts"], recorded["num_images"]
+        return {number: prompts[number // num_images] for number in numbers}
     except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError):
         raise UserError(f"{file} is damaged or not of these pictures; draw them again") from None
 
 
-def prompts_text(prompts: Sequence[str], per_prompt: int) -> str:
+def prompts_text(prompts: Sequence[str], num_images: int) -> str:
     """The contents of prompts.json: the prompts of a category, in the order of their pictures."""
-    return json.dumps({"per_prompt": per_prompt, "prompts": list(prompts)}, indent=1) + "\n"
+    return json.dumps({"num_images": num_images, "prompts": list(prompts)}, indent=1) + "\n"
 
 
-def check_prompts(run: Path, lists: Mapping[str, Sequence[str]], per_prompt: int) -> None:
+def check_prompts(run: Path, lists: Mapping[str, Sequence[str]], num_images: int) -> None:
     """Raises UserError if a category of the run has other prompts than its list."""
     for category, prompts in lists.items():
         file = run / category / PROMPTS
-        if file.is_file() and file.read_text() != prompts_text(prompts, per_prompt):
+        if file.is_file() and file.read_text() != prompts_text(prompts, num_images):
             raise UserError(
                 f"{file} has other prompts than the list of {category} has now; name another out"
             )
 
 
-def write_prompts(run: Path, lists: Mapping[str, Sequence[str]], per_prompt: int) -> None:
+def write_prompts(run: Path, lists: Mapping[str, Sequence[str]], num_images: int) -> None:
     """Writes what `check_prompts` reads, and our scorer."""
     for category, prompts in lists.items():
         with whole_file(run / category / PROMPTS) as file:
-            file.write_text(prompts_text(prompts, per_prompt))
+            file.write_text(prompts_text(prompts, num_images))
 
 
 def categories_in(run: Path) -> list[str]:

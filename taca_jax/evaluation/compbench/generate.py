@@ -1,6 +1,6 @@
 """`compbench generate`: draws the pictures of T2I-CompBench.
 
-Picture n of a category is of prompt n // per_prompt, from seed + n % per_prompt, as upstream's
+Picture n of a category is of prompt n // num_images, from seed + n % num_images, as upstream's
 script numbers and seeds them. Pictures are drawn in fixed batches of successive numbers, counted
 over the whole list, and a batch of which any picture is missing is drawn as a whole: on the same
 devices a picture has the same bytes however often the run is stopped, and whoever draws it.
@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import track
 
 from taca_jax.config.json_text import to_json
+from taca_jax.errors import UserError
 from taca_jax.evaluation.compbench.config import PicturesConfig
 from taca_jax.evaluation.compbench.folders import (
     SAMPLES,
@@ -31,7 +31,6 @@ from taca_jax.evaluation.compbench.folders import (
 from taca_jax.evaluation.compbench.prompts import Lists, read_prompts
 from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.formats.atomic import whole_file
-from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.processes import (
     do_not_wait_at_exit,
     is_first,
@@ -39,7 +38,7 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
-from taca_jax.pipelines.generate import check_lora, load_pipeline
+from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 
 FREE_FIELDS = ("prompts", "out", "categories", "limit")
@@ -73,10 +72,10 @@ def _generate(config: PicturesConfig) -> None:
     check_lora(config)
     out, files = Path(config.out), model_files(config)
     check_record(out, config, files, free=FREE_FIELDS)
-    check_prompts(out, lists, config.per_prompt)
+    check_prompts(out, lists, config.num_images)
     missing = [batch for batch in batches(config, lists) if _wanted(config, lists, batch)]
     total = sum(_count(config, prompts) for prompts in lists.values())
-    left = sum(len(_wanted(config, lists, batch)) for batch in missing)
+    left = _left(config, lists)
     print_once(f"{out}: {left} of {total} pictures to draw")
     share = missing[jax.process_index() :: jax.process_count()]
     pipeline = _ready_pipeline(config, lists) if share else None
@@ -85,17 +84,22 @@ def _generate(config: PicturesConfig) -> None:
     wait_for_all("a run that can begin")
     if is_first():
         write_record(out, config, files)
-        write_prompts(out, lists, config.per_prompt)
+        write_prompts(out, lists, config.num_images)
     if pipeline is not None:
         console = Console(stderr=True)
         for batch in track(share, "drawing", console=console, disable=not is_first()):
             _draw(pipeline, config, lists, batch)
     wait_for_all("all pictures")
+    if left := _left(config, lists):
+        raise UserError(
+            f"{out}: {left} of {total} pictures are not there, although all were drawn; do "
+            "all processes write to this folder, and has nothing else changed it? Run again"
+        )
     print_once(f"{out}: all {total} pictures are there")
 
 
 def _ready_pipeline(config: PicturesConfig, lists: Lists) -> Pipeline:
-    pipeline = load_pipeline(config, _local_mesh())
+    pipeline = load_pipeline(config, local_mesh())
     if pipeline.tokenizer is not None:
         # A prompt that the model cannot read fails now, and not when its turn comes.
         pipeline.tokenizer([prompt for prompts in lists.values() for prompt in prompts])
@@ -105,14 +109,19 @@ def _ready_pipeline(config: PicturesConfig, lists: Lists) -> Pipeline:
 def batches(config: PicturesConfig, lists: Lists) -> Iterator[Batch]:
     """The batches of all pictures; what is there already changes neither them nor their order."""
     for category, prompts in lists.items():
-        total = len(prompts) * config.per_prompt
+        total = len(prompts) * config.num_images
         for start in range(0, _count(config, prompts), config.batch_size):
             yield Batch(category, range(start, min(start + config.batch_size, total)))
 
 
 def _count(config: PicturesConfig, prompts: Sequence[str]) -> int:
     """How many pictures of a list are to be drawn."""
-    return len(prompts[: config.limit]) * config.per_prompt
+    return len(prompts[: config.limit]) * config.num_images
+
+
+def _left(config: PicturesConfig, lists: Lists) -> int:
+    """How many pictures are to be drawn and are not there."""
+    return sum(len(_wanted(config, lists, batch)) for batch in batches(config, lists))
 
 
 def _wanted(config: PicturesConfig, lists: Lists, batch: Batch) -> list[int]:
@@ -122,16 +131,8 @@ def _wanted(config: PicturesConfig, lists: Lists, batch: Batch) -> list[int]:
 
 
 def _path(config: PicturesConfig, lists: Lists, batch: Batch, number: int) -> Path:
-    prompt = lists[batch.category][number // config.per_prompt]
+    prompt = lists[batch.category][number // config.num_images]
     return Path(config.out, batch.category, SAMPLES, picture_name(prompt, number))
-
-
-def _local_mesh() -> Mesh | None:
-    """A mesh over this process's devices, which share the samples and the parameters; None for a
-    single device."""
-    if len(jax.devices()) == 1:
-        return None
-    return make_mesh(MeshConfig(), jax.local_devices())
 
 
 def _draw(pipeline: Pipeline, config: PicturesConfig, lists: Lists, batch: Batch) -> None:
@@ -140,8 +141,8 @@ def _draw(pipeline: Pipeline, config: PicturesConfig, lists: Lists, batch: Batch
     # The last batch is filled up, so that all run the same compiled program.
     numbers = [*batch.numbers]
     filled = numbers + numbers[-1:] * (config.batch_size - len(numbers))
-    prompts = [lists[batch.category][n // config.per_prompt] for n in filled]
-    seeds = [config.seed + n % config.per_prompt for n in filled]
+    prompts = [lists[batch.category][n // config.num_images] for n in filled]
+    seeds = [config.seed + n % config.num_images for n in filled]
     pictures = pipeline(
         prompts,
         height=config.height,

@@ -102,7 +102,7 @@ def notes(runs: Mapping[str, Run]) -> list[str]:
     for name, run in runs.items():
         for category, mean in means(run).items():
             settings = run[category].settings
-            how = "of another program's"
+            how = "scored by another program"
             if settings is not None:
                 how = ", ".join(f"{key} {value}" for key, value in settings.items())
             lines.append(

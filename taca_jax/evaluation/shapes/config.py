@@ -3,17 +3,19 @@
 import math
 from dataclasses import dataclass
 
-from taca_jax.config.fields import check
+from taca_jax.config.fields import check, show
 from taca_jax.errors import UserError
 from taca_jax.pipelines.config import SamplingConfig
 
 
-def _check(name: str, prompts: int, guidances: tuple[float, ...], batch_size: int) -> None:
-    check(prompts >= 1, f"{name}prompts", prompts, "1 or more per category")
+def check_size(prefix: str, prompts: int, guidances: tuple[float, ...], batch_size: int) -> None:
+    """Raises UserError for values of these fields, in the group `prefix`, that are out of range."""
+    check(prompts >= 1, f"{prefix}prompts", prompts, "1 or more per category")
     for guidance in guidances:
-        check(0 <= guidance < math.inf, f"{name}guidances", guidance, "0 or more each")
-    check(len(set(guidances)) == len(guidances), f"{name}guidances", guidances, "all different")
-    check(batch_size >= 1, f"{name}batch_size", batch_size, "1 or more")
+        check(0 <= guidance < math.inf, f"{prefix}guidances", guidance, "0 or more each")
+    distinct = len(set(guidances)) == len(guidances)
+    check(distinct, f"{prefix}guidances", show(guidances), "distinct numbers")
+    check(batch_size >= 1, f"{prefix}batch_size", batch_size, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class EvalConfig:
     batch_size: int = 50
 
     def __post_init__(self):
-        _check("evaluate.", self.prompts, self.guidances, self.batch_size)
+        check_size("evaluate.", self.prompts, self.guidances, self.batch_size)
         check(self.steps is None or self.steps >= 1, "evaluate.steps", self.steps, "1 or more")
 
 
@@ -50,7 +52,8 @@ class ShapesConfig(SamplingConfig):
     guidances: strengths of guidance to compare, instead of one `guidance`.
     prompts: per category, of compositions that training shows and of held-out ones each; of a
       category with fewer distinct ones all (held out, shape has 40 and texture 50).
-    pictures: of each prompt; with several, the prompts that are drawn right most often are listed.
+    num_images: pictures of each prompt; with several, the prompts that are drawn right most often
+      are listed.
     batch_size: pictures sampled at a time.
     out: the folder for the results; an interrupted evaluation goes on where it was.
 
@@ -59,14 +62,14 @@ class ShapesConfig(SamplingConfig):
 
     guidances: tuple[float, ...] = ()
     prompts: int = 50
-    pictures: int = 1
+    num_images: int = 1
     batch_size: int = 50
-    out: str = "shapes_evaluation"
+    out: str = "runs/shapes_evaluation"
 
     def __post_init__(self):
         super().__post_init__()
-        _check("", self.prompts, self.guidances, self.batch_size)
-        check(self.pictures >= 1, "pictures", self.pictures, "1 or more")
+        check_size("", self.prompts, self.guidances, self.batch_size)
+        check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
         check(bool(self.out), "out", "empty", "the name of a folder")
         if self.guidance is not None and self.guidances:
             raise UserError(

@@ -18,7 +18,7 @@ from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import check_lora, load_pipeline
+from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
@@ -56,10 +56,9 @@ def evaluate_command(config: ShapesConfig) -> None:
     """
     out, files = Path(config.out), model_files(config)
     check_base(config)
-    if "lora" in files:
-        check_lora(config)
+    check_lora(config)
     check_record(out, config, files)
-    pipeline = load_pipeline(config)
+    pipeline = load_pipeline(config, local_mesh())
     write_record(out, config, files)
     which = variants(
         config.taca, lora=config.lora is not None, guidances=config.guidances or (config.guidance,)
@@ -74,11 +73,11 @@ def evaluate_command(config: ShapesConfig) -> None:
         kept=out / PICTURES,
         lora=digest_of(find_weights(files["lora"])) if "lora" in files else None,
     )
-    alignments, grid = measure(sampler, which, make_halves(config.prompts, config.pictures))
+    alignments, grid = measure(sampler, which, make_halves(config.prompts, config.num_images))
     _report(pipeline, alignments, which, grid, out)
-    if config.pictures > 1:
+    if config.num_images > 1:
         for alignment in alignments:
-            _print(best_prompts(alignment, config.pictures, config.seed))
+            _print(best_prompts(alignment, config.num_images, config.seed))
 
 
 def _report(

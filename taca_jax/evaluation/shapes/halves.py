@@ -21,14 +21,14 @@ class Half:
     prompts: tuple[str, ...]
 
 
-def make_halves(prompts: int, pictures: int = 1) -> tuple[Half, Half]:
+def make_halves(prompts: int, num_images: int = 1) -> tuple[Half, Half]:
     """The seen and the held-out half: up to `prompts` distinct prompts of each category, each for
-    `pictures` pictures in a row."""
-    seen, held_out = (_half(name, prompts, pictures) for name in (SEEN, HELD_OUT))
+    `num_images` pictures in a row."""
+    seen, held_out = (_half(name, prompts, num_images) for name in (SEEN, HELD_OUT))
     return seen, held_out
 
 
-def _half(name: str, prompts: int, pictures: int) -> Half:
+def _half(name: str, prompts: int, num_images: int) -> Half:
     drawn = random_prompts(_SPLITS[name], prompts, PROMPT_SEED)
-    categories, captions = zip(*(pair for pair in drawn for _ in range(pictures)), strict=True)
+    categories, captions = zip(*(pair for pair in drawn for _ in range(num_images)), strict=True)
     return Half(name, categories, captions)

@@ -106,12 +106,17 @@ def _erase_half(image: np.ndarray, item: Placed, rng: np.random.Generator) -> No
 class Counts:
     """The verdicts and readings of all pictures with one kind of damage.
 
-    verdicts: for each judged caption, whether a picture truly shows it, and whether the recogniser
-    says so. confusions: by attribute, how often a drawn value (first) was read as another (second).
+    verdicts: for each judged caption the picture's number, whether the picture truly shows it, and
+    whether the recogniser says so. readings: by attribute, for each drawn object the picture's
+    number, the value that was drawn, and the one that was read.
     """
 
-    verdicts: list[tuple[bool, bool]]
-    confusions: dict[str, Counter[tuple[str, str]]]
+    verdicts: list[tuple[int, bool, bool]]
+    readings: dict[str, list[tuple[int, str, str]]]
+
+    def confusions(self, attribute: str) -> Counter[tuple[str, str]]:
+        """How often a drawn value (first) was read as another (second)."""
+        return Counter((drawn, read) for _, drawn, read in self.readings[attribute])
 
 
 def measure(config: RecogniserConfig) -> dict[Damage, Counts]:
@@ -153,17 +158,18 @@ def _captions_of_others(scenes: Sequence[Scene]) -> list[Description]:
 def _count(
     damage: Damage, scenes: Sequence[Scene], others: Sequence[Description], seed: int
 ) -> Counts:
-    counts = Counts([], {attribute: Counter() for attribute in ATTRIBUTES})
+    counts = Counts([], {attribute: [] for attribute in ATTRIBUTES})
     for number, (scene, other) in enumerate(zip(scenes, others, strict=True)):
         image, placed = damage.apply(scene, np.random.default_rng([seed, number]))
         found = read_scene(image)
         truth = [_truly(item) for item in placed]
         for description in (scene.description, other):
-            counts.verdicts.append((_shows(description, truth), _shows(description, found)))
+            verdict = number, _shows(description, truth), _shows(description, found)
+            counts.verdicts.append(verdict)
         for item in truth:
             read = _nearest(item, found)
-            for attribute, confusions in counts.confusions.items():
-                confusions[getattr(item, attribute), _value(read, attribute)] += 1
+            for attribute, readings in counts.readings.items():
+                readings.append((number, getattr(item, attribute), _value(read, attribute)))
     return counts
 
 
@@ -204,25 +210,32 @@ def summary(counts: dict[Damage, Counts]) -> dict[str, dict[str, Any]]:
     (false ones said to be wrong) and of each attribute read right, and the confusions."""
     rows = {}
     for damage, each in counts.items():
-        truth, said = np.array(each.verdicts, bool).T
         rows[damage.name] = {
-            "accepted": _share(said[truth]),
-            "refused": _share(~said[~truth]),
+            "accepted": _share([(number, said) for number, true, said in each.verdicts if true]),
+            "refused": _share([(n, not said) for n, true, said in each.verdicts if not true]),
             **{
-                attribute: _share(np.repeat([a == b for a, b in pairs], list(pairs.values())))
-                for attribute, pairs in each.confusions.items()
+                attribute: _share([(number, drawn == read) for number, drawn, read in readings])
+                for attribute, readings in each.readings.items()
             },
             "confusions": {
-                attribute: {f"{drawn} as {read}": n for (drawn, read), n in sorted(pairs.items())}
-                for attribute, pairs in each.confusions.items()
+                attribute: {
+                    f"{drawn} as {read}": count
+                    for (drawn, read), count in sorted(each.confusions(attribute).items())
+                }
+                for attribute in each.readings
             },
         }
     return rows
 
 
-def _share(right: np.ndarray) -> dict[str, Any] | None:
-    """The share with its interval; None where nothing was judged."""
-    return asdict(share_interval(right, range(len(right)))) if len(right) else None
+def _share(outcomes: Sequence[tuple[int, bool]]) -> dict[str, Any] | None:
+    """The share of outcomes that are right, each given with its picture's number, and an interval
+    that takes pictures as the independent units; None where nothing was judged."""
+    if not outcomes:
+        return None
+    pictures, right = zip(*outcomes, strict=True)
+    share = asdict(share_interval(right, pictures))
+    return {**share, "pictures": share.pop("prompts")}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
@@ -247,7 +260,7 @@ def confusion_table(counts: dict[Damage, Counts], attribute: str) -> Table:
     pairs: Counter[tuple[str, str]] = Counter()
     for damage, each in counts.items():
         if damage.kind != "half":
-            pairs += each.confusions[attribute]
+            pairs += each.confusions(attribute)
     values = ATTRIBUTES[attribute]
     out = Table(title=f"{attribute}: drawn (row) and read (column), %, all damage together")
     out.add_column("")

@@ -10,6 +10,9 @@ from rich.table import Table
 from taca_jax.evaluation.shapes.alignment import Alignment
 from taca_jax.evaluation.statistics import paired_difference, share_interval
 
+EACH_ALONE = "intervals and p-values are of each setting alone, not corrected for their number"
+"""What a reader of many settings must know."""
+
 LISTED = 3
 """Prompts of each category that `best_prompts` lists."""
 
@@ -58,53 +61,58 @@ def table(half: str, rows: Mapping[str, Any]) -> Table:
         shares = [rows[name]["correct"][category] for name in names]
         total, prompts = shares[0]["total"], shares[0]["prompts"]
         several = "" if prompts == total else f" of {prompts} prompts"
-        out.add_row(f"{category}, n = {total}{several}", *map(_share, shares))
+        out.add_row(f"{category}, n = {total}{several}", *map(share_text, shares))
     for measure, words in MEASURES.items():
         out.add_section()
         shares = [rows[name][measure]["all"] for name in names]
         count = f", n = {shares[0]['total']}" if measure == "correct" else ""
-        out.add_row(f"{words}{count}", *map(_share, shares))
+        out.add_row(f"{words}{count}", *map(share_text, shares))
         if len(names) > 1:
             differences = [rows[name]["difference"][measure] for name in names[1:]]
-            out.add_row(f"against {names[0]}, paired", "", *map(_difference, differences))
+            out.add_row(f"against {names[0]}, paired", "", *map(difference_text, differences))
     guidances = dict.fromkeys(f"{row['guidance']:g}" for row in rows.values())
     if len(guidances) == 1:
         out.caption = f"guidance {next(iter(guidances))}"
     return out
 
 
-def _share(share: Mapping[str, float]) -> str:
+def share_text(share: Mapping[str, float]) -> str:
+    """A share and its interval, in %: `9.8 (7.7-12.5)`."""
     return f"{100 * share['value']:.1f} ({100 * share['low']:.1f}-{100 * share['high']:.1f})"
 
 
-def _difference(difference: Mapping[str, float]) -> str:
+def difference_text(difference: Mapping[str, float]) -> str:
+    """A difference and its interval, in points, and under them the p-value."""
     value, low, high = (100 * difference[name] for name in ("value", "low", "high"))
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})\np = {difference['p_value']:.2g}"
 
 
-def best_prompts(alignment: Alignment, pictures: int, seed: int) -> Table:
+def best_prompts(alignment: Alignment, num_images: int, seed: int) -> Table:
     """The prompts of each category whose pictures are most often exact, in the first variant and
     then in all; prompts without an exact picture are left out.
 
-    pictures: of each prompt, whose noise is that of consecutive seeds; `seed` is the first's.
+    num_images: pictures of each prompt, whose noise is that of consecutive seeds; `seed` is the
+      first's.
     """
     half, names = alignment.half, list(alignment.exact)
     # [prompts, variants]: how many of the pictures are exact.
     counts = np.stack(
-        [exact.reshape(-1, pictures).sum(axis=1) for exact in alignment.exact.values()], axis=1
+        [exact.reshape(-1, num_images).sum(axis=1) for exact in alignment.exact.values()], axis=1
     )
-    out = Table(title=f"{half.name.capitalize()} prompts drawn best: pictures exact of {pictures}")
+    out = Table(
+        title=f"{half.name.capitalize()} prompts drawn best: pictures exact of {num_images}"
+    )
     for heading in ("category", "prompt", "seeds"):
         out.add_column(heading)
     for name in names:
         out.add_column(name, justify="right")
-    categories, prompts = half.categories[::pictures], half.prompts[::pictures]
+    categories, prompts = half.categories[::num_images], half.prompts[::num_images]
     for category in dict.fromkeys(categories):
         members = [i for i, each in enumerate(categories) if each == category and counts[i].any()]
         members.sort(key=lambda i: (-counts[i, 0], -counts[i].sum()))
         for i in members[:LISTED]:
-            first = seed + i * pictures
-            seeds = f"{first} to {first + pictures - 1}"
+            first = seed + i * num_images
+            seeds = f"{first} to {first + num_images - 1}"
             out.add_row(category, prompts[i], seeds, *map(str, counts[i]))
         out.add_section()
     return out

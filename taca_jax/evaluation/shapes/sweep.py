@@ -23,13 +23,14 @@ from taca_jax.evaluation.record import check_record, write_record
 from taca_jax.evaluation.shapes.alignment import Alignment, measure
 from taca_jax.evaluation.shapes.base import check_base
 from taca_jax.evaluation.shapes.halves import Half, make_halves
-from taca_jax.evaluation.shapes.report import summary
+from taca_jax.evaluation.shapes.report import EACH_ALONE, difference_text, share_text, summary
 from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
 from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import check_lora, load_pipeline
+from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
 from taca_jax.taca import TacaConfig
+from taca_jax.weights.pipeline_folders import open_pipeline
 from taca_jax.weights.shipped import find_weights
 
 AXES = ("gammas", "thresholds", "schedules", "cond_only", "loras", "gammas_learned", "guidances")
@@ -55,33 +56,43 @@ class Setting:
         if taca is None:
             words = ["base"]
         elif taca.knots is not None:
-            words = [f"gamma {' '.join(f'{knot:g}' for knot in taca.knots)}"]
-        elif taca.gamma == 1:
-            words = ["gamma 1"]
+            words = [f"gamma {' '.join(map(_said, taca.knots))}"]
+        elif taca.gamma == 1 or taca.first_steps is not None:
+            words = [f"gamma {_said(taca.gamma)}"]
         else:
-            words = [f"gamma {taca.gamma:g}", taca.schedule]
+            words = [f"gamma {_said(taca.gamma)}", taca.schedule]
         if taca is not None:
             first = taca.first_steps
-            acts = f"t >= {taca.threshold:g}" if first is None else f"first {first} steps"
+            acts = f"t >= {_said(taca.threshold)}" if first is None else f"first {first} steps"
             words += [acts, *(["conditional half"] if taca.cond_only else [])]
             words.append("no LoRA" if self.lora is None else f"LoRA {self.lora}")
-        words += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        words += [] if self.guidance is None else [f"guidance {_said(self.guidance)}"]
         return ", ".join(words)
 
 
-def settings(config: SweepConfig) -> list[Setting]:
-    """The points of a sweep, those of a guidance together, the plain base first in each.
+def _said(number: float) -> str:
+    """The number in the fewest digits that distinguish it from all others."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
-    Settings that are the same attention are drawn once: gamma 1 has no schedule, and with no LoRA
-    it is the base. Raises UserError for a file of gammas_learned that cannot be read.
+
+def settings(config: SweepConfig, own_guidance: float) -> list[Setting]:
+    """The points of a sweep, those of a guidance together, the plain base first in each; their
+    names are distinct.
+
+    Settings that are the same attention are drawn once: gamma 1 has no schedule, with no LoRA it is
+    the base, and at guidance of at most 1 there is no unconditional half. own_guidance: the
+    model's, where none is configured. Raises UserError for a file of gammas_learned that cannot be
+    read.
     """
-    assert config.taca is not None  # SweepConfig refuses none
-    center = Setting(config.taca, config.lora, config.guidance)
+    taca = config.taca
+    assert taca is not None  # SweepConfig refuses none
+    center = Setting(taca, config.lora, config.guidance)
     axes: list[list[Setting]] = [
-        [replace(center, taca=replace(config.taca, gamma=v)) for v in config.gammas],
-        [replace(center, taca=replace(config.taca, threshold=v)) for v in config.thresholds],
-        [replace(center, taca=replace(config.taca, schedule=v)) for v in config.schedules],
-        [replace(center, taca=replace(config.taca, cond_only=v)) for v in config.cond_only],
+        [replace(center, taca=replace(taca, gamma=v, knots=None)) for v in config.gammas],
+        [replace(center, taca=replace(taca, threshold=v)) for v in config.thresholds],
+        [replace(center, taca=replace(taca, schedule=v, knots=None)) for v in config.schedules],
+        [replace(center, taca=replace(taca, cond_only=v)) for v in config.cond_only],
         [replace(center, lora=None if v == "none" else v) for v in config.loras],
         [replace(center, guidance=v) for v in config.guidances],
     ]
@@ -95,7 +106,8 @@ def settings(config: SweepConfig) -> list[Setting]:
         for lora in dict.fromkeys((None, config.lora))
     ]
     by_guidance: dict[float | None, dict[Setting, None]] = {}
-    for point in map(_simplest, points):
+    for point in points:
+        point = _simplest(point, own_guidance)
         group = by_guidance.setdefault(point.guidance, {})
         group.setdefault(Setting(None, None, point.guidance))
         group.setdefault(point)
@@ -106,6 +118,7 @@ def _products(config: SweepConfig, center: Setting) -> Iterator[Setting]:
     """All combinations of the axes' values, an empty axis staying at the center."""
     taca = center.taca
     assert taca is not None
+    knots = None if config.gammas or config.schedules else taca.knots
     for gamma, threshold, schedule, cond_only, lora, guidance in product(
         config.gammas or (taca.gamma,),
         config.thresholds or (taca.threshold,),
@@ -115,19 +128,35 @@ def _products(config: SweepConfig, center: Setting) -> Iterator[Setting]:
         config.guidances or (center.guidance,),
     ):
         changed = replace(
-            taca, gamma=gamma, threshold=threshold, schedule=schedule, cond_only=cond_only
+            taca,
+            gamma=gamma,
+            threshold=threshold,
+            schedule=schedule,
+            cond_only=cond_only,
+            knots=knots,
         )
         yield Setting(changed, None if lora == "none" else lora, guidance)
 
 
-def _simplest(point: Setting) -> Setting:
-    """The same attention in the fewest words: no schedule of gamma 1, no TACA at gamma 1 alone."""
+def _simplest(point: Setting, own_guidance: float) -> Setting:
+    """The same attention with defaults in place of what does nothing: TACA at gamma 1 alone, the
+    schedule of gamma 1, what knots and first_steps replace, and cond_only where there is no
+    unconditional half."""
     taca = point.taca
-    if taca is None or taca.knots is not None or taca.gamma != 1:
+    if taca is None:
         return point
-    if point.lora is None:
+    plain = taca.gamma == 1 and taca.knots is None
+    if plain and point.lora is None:
         return Setting(None, None, point.guidance)
-    return replace(point, taca=replace(taca, schedule="step", cond_only=False))
+    if plain or taca.knots is not None or taca.first_steps is not None:
+        taca = replace(taca, schedule="step")
+    if taca.first_steps is not None:
+        taca = replace(taca, threshold=TacaConfig.threshold)
+    if taca.knots is not None:
+        taca = replace(taca, gamma=TacaConfig.gamma)
+    if plain or (own_guidance if point.guidance is None else point.guidance) <= 1:
+        taca = replace(taca, cond_only=False)
+    return replace(point, taca=taca)
 
 
 def _learned(file: Path) -> TacaConfig:
@@ -149,13 +178,13 @@ def sweep(config: SweepConfig) -> None:
     from taca_jax.evaluation.shapes.sweep_figure import draw_figure
 
     out, files = Path(config.out), {"base": config.base}
-    points = settings(config)
-    loras = dict.fromkeys(point.lora for point in points if point.lora is not None)
     check_base(config)
+    points = settings(config, open_pipeline(config.base).settings.guidance)
+    loras = dict.fromkeys(point.lora for point in points if point.lora is not None)
     for lora in loras:
         check_lora(replace(config, lora=lora))
     check_record(out, config, files, free=FREE_FIELDS)
-    pipeline = load_pipeline(replace(config, lora=None))
+    pipeline = load_pipeline(replace(config, lora=None), local_mesh())
     for lora in loras:
         pipeline.load_lora(lora)  # one that does not fit is refused before anything is drawn
     write_record(out, config, files)
@@ -176,7 +205,7 @@ def sweep(config: SweepConfig) -> None:
         rows += _rows(group, _measure(sampler, group, halves), pipeline.settings.guidance)
     with whole_file(out / "sweep.json") as file:
         file.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=max(140, Console().width)).print(table(rows))
+    Console(width=max(160, Console().width)).print(table(rows))
     draw_figure(rows, out / "sweep.png")
     print(f"wrote {out / 'sweep.json'} and {out / 'sweep.png'}")
 
@@ -230,7 +259,10 @@ def _rows(
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The settings as a table: % right of each half with 95 % intervals, the paired difference from
     the plain base in points, and % right with nothing else drawn."""
-    out = Table(title="Drawn right, % (95 % interval), and the difference from the plain base")
+    out = Table(
+        title="Drawn right, % (95 % interval), and the difference from the plain base",
+        caption=EACH_ALONE,
+    )
     out.add_column("setting")
     halves = [
         name for name, value in rows[0].items() if isinstance(value, dict) and "correct" in value
@@ -242,17 +274,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells = []
         for half in halves:
             share, exact = (row[half][measure]["all"] for measure in ("correct", "exact"))
-            cells.append(_percent(share))
+            cells.append(share_text(share))
             difference = row[half].get("difference")
-            cells.append("" if difference is None else _points(difference["correct"]))
+            cells.append("" if difference is None else difference_text(difference["correct"]))
             cells.append(f"{100 * exact['value']:.1f}")
         out.add_row(row["name"], *cells)
     return out
-
-
-def _percent(share: Mapping[str, float]) -> str:
-    return f"{100 * share['value']:.1f} ({100 * share['low']:.1f}-{100 * share['high']:.1f})"
-
-
-def _points(difference: Mapping[str, float]) -> str:
-    return f"{100 * difference['value']:+.1f}, p = {difference['p_value']:.2g}"

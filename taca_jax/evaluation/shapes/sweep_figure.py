@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from taca_jax.evaluation.shapes.halves import HELD_OUT, SEEN
+from taca_jax.evaluation.shapes.report import EACH_ALONE
 from taca_jax.formats.atomic import whole_file
 
 _ROW = 0.32  # inches
@@ -37,6 +38,7 @@ def draw_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_title(f"{half} compositions")
         panel.set_xlabel("points more than the plain base, 95 % interval")
         panel.grid(axis="x", alpha=0.3)
+    figure.supxlabel(EACH_ALONE, fontsize=8)
     panels[0].set_yticks(range(len(compared)), [row["name"] for row in compared])
     panels[0].invert_yaxis()
     panels[0].legend(loc="best", fontsize=8)

@@ -72,12 +72,12 @@ def test_it_writes_figures_and_numbers(analysis):
     assert len(numbers["timesteps"]) == STEPS
     assert taca["gamma"] == [1.5 if t >= TACA.threshold else 1.0 for t in numbers["timesteps"]]
     assert taca["gamma"] != plain["gamma"] == [1.0] * STEPS
-    assert plain["text, times plain's"] == [1.0] * STEPS
-    assert taca["text, times plain's"][0] != 1.0
+    assert plain["text_ratio"] == [1.0] * STEPS
+    assert taca["text_ratio"][0] != 1.0
     assert list(plain["words"]) == words_of(PROMPT)
     for variant in (plain, taca):
-        assert np.shape(variant["text by layer and head"]) == (STEPS, 2, 2)
-        text = np.mean(variant["text by layer and head"], axis=(1, 2))
+        assert np.shape(variant["text_by_layer_and_head"]) == (STEPS, 2, 2)
+        text = np.mean(variant["text_by_layer_and_head"], axis=(1, 2))
         np.testing.assert_allclose(text, variant["text"], atol=1e-5)
         assert np.all(np.sum([*variant["words"].values()], axis=0) < 1)
         assert 0 <= min(variant["claims"]) <= max(variant["claims"]) <= 1
@@ -231,6 +231,27 @@ def test_the_variants():
     assert [each.lora_strength for each in found.values()] == [0, 0, 1]
     assert found["gamma 1.5 + LoRA"].taca == TACA
     assert command._compared(config) == "gamma 1.3"
+
+
+def test_gammas_are_drawn_without_the_knots_and_these_are_a_variant_of_their_own():
+    learned = TacaConfig(threshold=800, knots=(1.1, 1.6))
+    config = settings("base", "out", taca=learned, gammas=(1.0, 1.3), lora="lora.safetensors")
+    found = {each.name: (each.taca, each.lora_strength) for each in command.variants(config)}
+    assert found == {
+        "plain": (None, 0.0),
+        "gamma 1.3": (TacaConfig(gamma=1.3, threshold=800), 0.0),
+        "gamma by 2 knots": (learned, 0.0),
+        "gamma by 2 knots + LoRA": (learned, 1.0),
+    }
+    assert command._compared(config) == "gamma by 2 knots"
+
+
+def test_of_a_rising_gamma_the_names_say_so():
+    rising = TacaConfig(gamma=1.3, threshold=800, schedule="linear")
+    config = settings("base", "out", taca=rising, gammas=(1.3, 1.5))
+    names = [each.name for each in command.variants(config)]
+    assert names == ["plain", "gamma up to 1.3 (linear)", "gamma up to 1.5 (linear)"]
+    assert command._compared(config) == names[1]
 
 
 def test_words_are_marked_among_the_text_tokens():

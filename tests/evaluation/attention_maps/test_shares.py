@@ -23,8 +23,6 @@ WORDS = np.zeros((2, 2, TEXT), bool)
 WORDS[0, 0, 1] = WORDS[0, 1, 2:4] = WORDS[1, 0, 4] = True  # the second sample's last group is empty
 LAYERS = {FLUX: 5, SD3: 4}
 
-pytestmark = pytest.mark.usefixtures("little_optimisation")
-
 
 def call(config):
     """A model, and inputs of two samples."""

@@ -26,7 +26,7 @@ def words(lists: Path, out: Path, **changes: object) -> list[str]:
         "prompts": lists,
         "out": out,
         "categories": "color,non_spatial",
-        "per_prompt": 3,
+        "num_images": 3,
         "batch_size": 4,
         "steps": 2,
         **changes,

@@ -76,7 +76,7 @@ def test_prompts_come_from_the_record_or_from_upstreams_names(tmp_path):
         prompts_of(tmp_path, [2, 3])
     (tmp_path / "prompts.json").write_text(prompts_text(["a/b", "c_d"], 2))
     assert prompts_of(tmp_path, [0, 1, 2]) == {0: "a/b", 1: "a/b", 2: "c_d"}
-    for damaged in ("{", "[]", '{"prompts": []}', '{"prompts": ["a"], "per_prompt": 0}'):
+    for damaged in ("{", "[]", '{"prompts": []}', '{"prompts": ["a"], "num_images": 0}'):
         (tmp_path / "prompts.json").write_text(damaged)
         with pytest.raises(UserError, match="damaged or not of these pictures"):
             prompts_of(tmp_path, [0])

@@ -105,6 +105,19 @@ def test_a_run_that_is_stopped_anywhere_ends_in_the_same_files(
     assert "0 of 15 pictures to draw" in capsys.readouterr().out
 
 
+def test_pictures_that_are_lost_meanwhile_are_counted(tmp_path, lists, monkeypatch):
+    write = generation._write
+
+    def losing(path, number, *rest):
+        if number != 2:
+            write(path, number, *rest)
+
+    monkeypatch.setattr(generation, "_write", losing)
+    assert "run: 1 of 9 pictures are not there, although all" in refused(
+        lists, tmp_path / "run", categories="non_spatial"
+    )
+
+
 def test_a_part_first_changes_nothing(tmp_path, lists, whole):
     out = tmp_path / "run"
     draw(lists, out, categories="non_spatial", limit=1)

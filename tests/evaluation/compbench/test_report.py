@@ -68,7 +68,7 @@ def test_runs_with_intervals_and_their_difference(runs, capsys):
     assert taca["means"]["color"]["value"] == pytest.approx(base["means"]["color"]["value"] + 0.2)
     assert "+0.2000" in said
     assert f"{base['means']['numeracy']['value']:.4f}" in said
-    assert "base, spatial: 6 pictures of 3 prompts; of another program's" in said
+    assert "base, spatial: 6 pictures of 3 prompts; scored by another program" in said
 
 
 def test_rows_have_the_names_that_are_given(runs, capsys):

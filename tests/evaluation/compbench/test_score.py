@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,14 +22,6 @@ PROMPTS = {
     "color": ("a green bench and a red car", 'A red, "b" car (on a green bench).', "a car"),
     "non_spatial": ("a person on a bench", "a red car"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_optimisation_of_all():
-    """As `little_optimisation`, for the fixtures of this module too."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

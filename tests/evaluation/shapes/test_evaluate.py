@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,11 +13,13 @@ from taca_jax.evaluation.shapes import evaluate
 from taca_jax.evaluation.shapes.config import EvalConfig, ShapesConfig
 from taca_jax.evaluation.shapes.evaluate import evaluate_command, evaluate_shapes
 from taca_jax.evaluation.shapes.halves import make_halves
+from taca_jax.evaluation.shapes.sampler import PICTURES
 from taca_jax.pipelines.config import Variant
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
 from tests.evaluation.shapes.painter import Painter, grey, right
 from tests.evaluation.weights import change_last_byte
+from tests.processes import run_python
 
 TACA = TacaConfig(gamma=1.3, threshold=900)
 SMALL = EvalConfig(prompts=2, steps=1, batch_size=5)
@@ -64,7 +67,7 @@ def test_a_base_is_measured_at_each_guidance_and_the_best_is_returned(tmp_path, 
 def painter(monkeypatch):
     """What the command loads."""
     painter = Painter(only_at_two)
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda _: painter)
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda *_: painter)
     return painter
 
 
@@ -74,7 +77,7 @@ def config_for(out, **changes):
 
 
 def test_the_command_compares_strengths_of_guidance(tmp_path, painter, capsys):
-    config = config_for(tmp_path / "out", guidances=(1.0, 2.0), pictures=2, seed=40)
+    config = config_for(tmp_path / "out", guidances=(1.0, 2.0), num_images=2, seed=40)
     evaluate_command(config)
     rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     for half in rows.values():
@@ -123,7 +126,7 @@ def test_the_command_goes_on_where_it_was_and_with_nothing_else(tmp_path, painte
 def test_a_failed_start_does_not_block_the_corrected_command(tmp_path, painter, monkeypatch):
     out = tmp_path / "out"
 
-    def failing(config):
+    def failing(*_):
         raise UserError("no room for it")
 
     with monkeypatch.context() as patch:
@@ -154,6 +157,28 @@ def test_every_variant_is_kept_under_its_own_short_name(tmp_path):
         assert len(file.name.encode()) < 64
 
 
+def test_two_devices_draw_the_pictures_of_one(tmp_path):
+    found = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        values = "base=shapes_base taca=none dtype=float32 steps=2 prompts=1 batch_size=6"
+        command = ("-m", "taca_jax.evaluation", "shapes", *values.split(), f"out={out}")
+        done = run_python(*command, devices=devices)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = sorted((out / PICTURES).rglob("*.png"))
+        found.append([np.asarray(Image.open(file), int) for file in files])
+    assert len(found[0]) == len(found[1]) == 2
+    for one, two in zip(*found, strict=True):
+        assert one.std() > 10
+        assert np.abs(one - two).max() <= 1
+
+
+def test_the_baseline_needs_no_lora(tmp_path, painter):
+    config = config_for(tmp_path / "out", taca=None, lora="not_yet_trained.safetensors", prompts=1)
+    evaluate_command(config)
+    assert {options["lora_strength"] for _, options in painter.calls} == {0.0}
+
+
 def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch):
     loads = "taca_jax.evaluation.shapes.evaluate.load_pipeline"
     monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("loaded"))
@@ -172,7 +197,7 @@ def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch
 def test_the_command_line_takes_the_preset_of_generate(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(evaluate, "evaluate_command", asked.append)
-    run(["shapes", "--config", "shapes_taca", "taca=none", "guidances=1,2.5", "pictures=8"])
+    run(["shapes", "--config", "shapes_taca", "taca=none", "guidances=1,2.5", "num_images=8"])
     [config] = asked
     assert (config.base, config.lora) == ("shapes_base", "shapes_taca.safetensors")
-    assert (config.taca, config.guidances, config.pictures) == (None, (1.0, 2.5), 8)
+    assert (config.taca, config.guidances, config.num_images) == (None, (1.0, 2.5), 8)

@@ -8,6 +8,7 @@ from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes import recogniser_error
 from taca_jax.evaluation.shapes.recogniser_error import (
     NOTHING,
+    Counts,
     Damage,
     RecogniserConfig,
     measure,
@@ -42,7 +43,22 @@ def test_a_blind_recogniser_accepts_nothing_and_reads_nothing(monkeypatch):
     rows = summary(counts)
     assert rows["none"]["accepted"]["value"] == 0
     assert rows["none"]["refused"]["value"] == 1
-    assert all(read == NOTHING for _, read in counts[Damage("none")].confusions["shape"])
+    assert all(read == NOTHING for _, read in counts[Damage("none")].confusions("shape"))
+
+
+def test_intervals_take_pictures_as_the_independent_units():
+    # Of every picture both captions are false, and all of its objects are read alike.
+    objects = [(picture, "red", "red" if picture else "blue") for picture in range(4)] * 3
+    verdicts = [(picture, False, picture == 0) for picture in range(4)] * 2
+    readings = dict.fromkeys(recogniser_error.ATTRIBUTES, objects)
+    row = summary({Damage("none"): Counts(verdicts, readings)})["none"]
+    assert row["accepted"] is None
+    assert (row["refused"]["total"], row["refused"]["pictures"]) == (8, 4)
+    assert (row["color"]["total"], row["color"]["pictures"]) == (12, 4)
+    once = summary({Damage("none"): Counts(verdicts[:4], readings)})["none"]["refused"]
+    assert row["refused"]["value"] == once["value"] == 0.75
+    # The second verdict on a picture says nothing new.
+    assert row["refused"]["high"] - row["refused"]["low"] >= once["high"] - once["low"]
 
 
 def test_mistakes_are_reported_before_anything_is_measured(tmp_path):

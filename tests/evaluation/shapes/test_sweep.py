@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from tests.evaluation.shapes.painter import Painter, grey, right
 from tests.evaluation.weights import change_last_byte
 
 TACA = TacaConfig(gamma=1.2, threshold=835)
+OWN_GUIDANCE = 1.5
 
 
 def config_for(**changes):
@@ -25,7 +27,7 @@ def config_for(**changes):
 
 
 def names(**changes):
-    return [point.name for point in settings(config_for(**changes))]
+    return [point.name for point in settings(config_for(**changes), OWN_GUIDANCE)]
 
 
 def test_each_axis_changes_alone_around_the_center():
@@ -66,6 +68,68 @@ def test_a_learned_gamma_is_one_more_setting(tmp_path):
         names(gammas_learned=(str(tmp_path / "absent" / "taca.json"),))
 
 
+def test_gammas_and_schedules_are_without_the_knots_of_the_center():
+    knots = TacaConfig(threshold=800, knots=(1.1, 1.4))
+    axes = {"taca": knots, "gammas": (1.3,), "schedules": ("linear",)}
+    assert names(**axes, thresholds=(700,))[1:] == [
+        "gamma 1.1 1.4, t >= 800, no LoRA",
+        "gamma 1.3, step, t >= 800, no LoRA",
+        "gamma 1.1 1.4, t >= 700, no LoRA",
+        "gamma 1.2, linear, t >= 800, no LoRA",
+    ]
+    assert names(**axes, vary="all")[1:] == ["gamma 1.3, linear, t >= 800, no LoRA"]
+    assert names(taca=knots, thresholds=(700,), vary="all")[1:] == [
+        "gamma 1.1 1.4, t >= 700, no LoRA"
+    ]
+
+
+@pytest.mark.parametrize("own", [1.0, 2.0])
+def test_without_an_unconditional_half_cond_only_is_drawn_once(own):
+    config = config_for(vary="all", cond_only=(False, True), guidances=(1.0, 3.0))
+    assert [point.taca.cond_only for point in settings(config, own) if point.taca] == [
+        False,
+        False,
+        True,
+    ]
+    center = settings(config_for(cond_only=(False, True)), own)
+    assert len(center) == (2 if own <= 1 else 3)
+
+
+def test_first_steps_have_no_threshold_and_no_schedule():
+    first = TacaConfig(first_steps=3, schedule="linear")
+    assert names(taca=first, gammas=(1.5,))[1:] == [
+        "gamma 1.2, first 3 steps, no LoRA",
+        "gamma 1.5, first 3 steps, no LoRA",
+    ]
+    for axis in ({"thresholds": (700.0,)}, {"schedules": ("linear",)}):
+        with pytest.raises(UserError, match=r"does nothing with taca\.first_steps=3; leave one of"):
+            config_for(taca=first, **axis)
+
+
+@pytest.mark.parametrize("vary", ["each", "all"])
+@pytest.mark.parametrize(
+    "taca",
+    [TACA, replace(TACA, knots=(1.1, 1.4)), replace(TACA, gamma=1.0, schedule="cosine")],
+)
+def test_settings_that_differ_have_names_that_differ(tmp_path, vary, taca):
+    learned = []
+    for number, knots in enumerate([(1.1, 1.4), (1.1, 1.4000001)]):
+        learned.append(tmp_path / f"{number}.json")
+        learned[-1].write_text(to_json(TacaConfig(threshold=800, gamma=1 + number, knots=knots)))
+    found = names(
+        taca=taca,
+        vary=vary,
+        gammas=(1.0, 1.2, 1.2000001),
+        thresholds=(800.0, 800.0001),
+        schedules=("step", "sigmoid"),
+        cond_only=(False, True),
+        loras=("none", "a", "b"),
+        gammas_learned=tuple(map(str, learned)),
+        guidances=(1.0, 2.0, 2.0000001),
+    )
+    assert len(set(found)) == len(found) >= 10
+
+
 class Sketcher(Painter):
     """Draws rightly where gamma is above 1.2, or with the LoRA, and nothing otherwise."""
 
@@ -89,7 +153,7 @@ class Sketcher(Painter):
 def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     painter = Sketcher()
-    monkeypatch.setattr(sweep_module, "load_pipeline", lambda _: painter)
+    monkeypatch.setattr(sweep_module, "load_pipeline", lambda *_: painter)
     out = tmp_path / "out"
     sweep(config_for(out=str(out), gammas=(1.5,)))
     assert len(painter.calls) == 2 * 3  # a batch of each half, for base, center and gamma 1.5
@@ -109,7 +173,9 @@ def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, m
     assert strong["taca"]["gamma"] == 1.5
     printed = capsys.readouterr().out
     assert "4 settings, 12 pictures each" in printed
-    assert "+100.0, p = 0.031" in printed
+    assert "+100.0 (" in printed
+    assert "p = 0.031" in printed
+    assert "p-values are of each setting alone, not corrected for their number" in printed
     with Image.open(out / "sweep.png") as figure:
         assert figure.width > 1000
     with pytest.raises(UserError, match="seed is 0 there, 5 here; name another out"):
@@ -119,7 +185,7 @@ def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, m
 def test_a_lora_that_was_trained_anew_is_drawn_anew_and_nothing_else(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     painter, lora = Sketcher(), tmp_path / "lora.safetensors"
-    monkeypatch.setattr(sweep_module, "load_pipeline", lambda _: painter)
+    monkeypatch.setattr(sweep_module, "load_pipeline", lambda *_: painter)
     shutil.copy(find_weights("shapes_taca.safetensors"), lora)
     config = config_for(out=str(tmp_path / "out"), lora=str(lora))
     sweep(config)
@@ -136,7 +202,7 @@ def test_a_lora_that_was_trained_anew_is_drawn_anew_and_nothing_else(tmp_path, m
 def test_a_lora_of_another_model_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     painter, out = Sketcher(), tmp_path / "out"
-    monkeypatch.setattr(sweep_module, "load_pipeline", lambda _: painter)
+    monkeypatch.setattr(sweep_module, "load_pipeline", lambda *_: painter)
     other = tmp_path / "other.safetensors"
     shutil.copy(find_weights("shapes_taca.safetensors"), other)
 

@@ -253,7 +253,6 @@ class TestLoRA:
         np.testing.assert_allclose(out[1], expected[1], rtol=1e-5, atol=1e-6)
         assert relative_error(out[0], expected[0]) > 1e-3
 
-    @pytest.mark.usefixtures("little_optimisation")
     def test_a_gradient_step_leaves_the_base_bit_identical(self):
         model = with_lora(zero=True)
         before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -285,7 +284,6 @@ class TestLoRA:
         assert kept > 50
 
 
-@pytest.mark.usefixtures("little_optimisation")
 class TestGradients:
     def grads(self, remat):
         model = random_model(TINY)

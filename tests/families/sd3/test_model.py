@@ -163,7 +163,6 @@ def test_a_lora_acts_with_its_scale_on_the_published_layers(plain):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("little_optimisation")
 def test_remat_changes_no_gradient_and_positions_are_not_trained():
     target = jax.random.normal(jax.random.key(3), inputs()[0].shape)
 
