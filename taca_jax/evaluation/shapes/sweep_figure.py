@@ -41,6 +41,7 @@ def draw_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.supxlabel(EACH_ALONE, fontsize=8)
     panels[0].set_yticks(range(len(compared)), [row["name"] for row in compared])
     panels[0].invert_yaxis()
-    panels[0].legend(loc="best", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
