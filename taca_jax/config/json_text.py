@@ -27,7 +27,23 @@ if TYPE_CHECKING:
 
 def to_json(config: "DataclassInstance") -> str:
     """The configuration as indented JSON; groups are objects, tuples are lists."""
-    return json.dumps(_to_tree(config), indent=2) + "\n"
+    return json.dumps(to_tree(config), indent=2) + "\n"
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The configuration as `to_json` has it, for other JSON; a field that may hold several
+    classes says its kind."""
+    tree = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inside = to_tree(value)
+            if isinstance(value, Variants):
+                kinds = value.variants().items()
+                inside = {"kind": next(k for k, cls in kinds if cls is type(value)), **inside}
+            value = inside
+        tree[field.name] = value
+    return tree
 
 
 def from_json(cls: type[C], text: str, where: str = "the configuration") -> C:
@@ -42,21 +58,6 @@ def from_json(cls: type[C], text: str, where: str = "the configuration") -> C:
         raise UserError(f"{where} is not JSON ({error}); write it again") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _to_tree(config: Any) -> dict[str, Any]:
-    """What JSON has of a configuration: a field that may hold several classes says its kind."""
-    tree = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            inside = _to_tree(value)
-            if isinstance(value, Variants):
-                kinds = value.variants().items()
-                inside = {"kind": next(k for k, cls in kinds if cls is type(value)), **inside}
-            value = inside
-        tree[field.name] = value
-    return tree
 
 
 def _from_tree(cls: type, tree: Any, prefix: str) -> Any:

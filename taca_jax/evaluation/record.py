@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from taca_jax.config.fields import difference, show
-from taca_jax.config.json_text import from_json, to_json
+from taca_jax.config.json_text import from_json, to_tree
 from taca_jax.errors import UserError
 from taca_jax.evaluation.digests import digests_in
 from taca_jax.formats.atomic import whole_file
@@ -38,8 +38,8 @@ def model_files(config: SamplingConfig) -> dict[str, str]:
     """The fields that name the weights which the pictures depend on: the base, and the LoRA unless
     taca=none turns it off."""
     files = {"base": config.base}
-    if config.lora is not None and config.taca is not None:
-        files["lora"] = config.lora
+    if config.used_lora is not None:
+        files["lora"] = config.used_lora
     return files
 
 
@@ -85,7 +85,7 @@ def check_record(
 
 def write_record(out: Path, config: SamplingConfig, files: Mapping[str, str]) -> None:
     """Writes what `check_record` reads, creating the folder. Raises UserError if it cannot."""
-    settings = {name: value for name, value in json.loads(to_json(config)).items() if name != OUT}
+    settings = {name: value for name, value in to_tree(config).items() if name != OUT}
     content = {"config": settings, "files": _digests(files)}
     with whole_file(out / RECORD) as file:
         file.write_text(json.dumps(content, indent=1) + "\n")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from taca_jax.autoencoders.kinds import Autoencoder
@@ -33,7 +33,12 @@ def decode(
 
 def to_pil(images: Float[np.ndarray, "b H W 3"]) -> list[Image.Image]:
     """Converts pictures in [0, 1] to 8-bit RGB."""
-    return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+    return [Image.fromarray(image) for image in eight_bit(images)]
+
+
+def eight_bit(images: Float[np.ndarray, "b H W 3"]) -> UInt8[np.ndarray, "b H W 3"]:
+    """Rounds pictures in [0, 1] to 0..255."""
+    return np.round(images * 255).astype(np.uint8)
 
 
 @jax.jit(static_argnames=("graph",))

@@ -2,17 +2,18 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from taca_jax.config.json_text import to_json
+from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors
@@ -165,10 +166,15 @@ def _numbered(out: Path, count: int) -> list[Path]:
     return [out.with_stem(f"{out.stem}-{i:03d}") for i in range(count)]
 
 
-def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
+def png_info(settings: Mapping[str, Any]) -> PngInfo:
+    """The metadata of a picture that was drawn with these settings, with our version."""
     info = PngInfo()
-    settings = {"taca_jax": version("taca-jax"), **json.loads(to_json(config))}
-    info.add_itxt("taca_jax", json.dumps(settings))
+    info.add_itxt("taca_jax", json.dumps({"taca_jax": version("taca-jax"), **settings}))
+    return info
+
+
+def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
+    info = png_info(to_tree(config))
     shown = enlarged(picture)
     with whole_file(path) as file:
         shown.save(file, format="PNG", pnginfo=info)

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from taca_jax.config.json_text import from_json, to_json
+from taca_jax.config.json_text import from_json, to_tree
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.tensor_files import (
@@ -175,5 +175,5 @@ def _taken(array: jax.Array, layer: int | None, where: Sharding | None) -> jax.A
 
 
 def _config_text(config: Any) -> str:
-    fields = {"kind": kind_of(config).name, **json.loads(to_json(config))}
+    fields = {"kind": kind_of(config).name, **to_tree(config)}
     return json.dumps(fields, indent=2) + "\n"

@@ -18,7 +18,7 @@ from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.mesh import on
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.decoding import decode
+from taca_jax.pipelines.decoding import decode, eight_bit
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.sampling.loop import make_plan
 from taca_jax.text.words import ids_of_word
@@ -178,7 +178,7 @@ def _measure_batch(
         maps=np.stack(maps),
         film_steps=film_steps,
         film=np.stack(film),
-        drawn=_eight_bit(out.images[:shown]),
+        drawn=eight_bit(out.images[:shown]),
         claims=np.array(claims, np.float32).reshape(-1, count),
     )
 
@@ -216,11 +216,7 @@ def _spread(count: int, most: int) -> Int[np.ndarray, " n"]:
 
 def _pictures(pipeline: Pipeline, latents: Float[Array, "b h w c"]) -> UInt8[np.ndarray, "b H W 3"]:
     assert pipeline.autoencoder is not None  # final pictures have been decoded
-    return _eight_bit(decode(pipeline.autoencoder, latents, TILING))
-
-
-def _eight_bit(images: Float[np.ndarray, "b H W 3"]) -> UInt8[np.ndarray, "b H W 3"]:
-    return np.round(images * 255).astype(np.uint8)
+    return eight_bit(decode(pipeline.autoencoder, latents, TILING))
 
 
 def _right(prompt: str, picture: UInt8[np.ndarray, "H W 3"]) -> float:

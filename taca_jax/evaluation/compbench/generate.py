@@ -6,11 +6,9 @@ over the whole list, and a batch of which any picture is missing is drawn as a w
 devices a picture has the same bytes however often the run is stopped, and whoever draws it.
 """
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -19,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import track
 
-from taca_jax.config.json_text import to_json
+from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.evaluation.compbench.config import PicturesConfig
 from taca_jax.evaluation.compbench.folders import (
@@ -38,7 +36,7 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
-from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
+from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh, png_info
 from taca_jax.pipelines.pipeline import Pipeline
 
 FREE_FIELDS = ("prompts", "out", "categories", "limit")
@@ -73,11 +71,10 @@ def _generate(config: PicturesConfig) -> None:
     out, files = Path(config.out), model_files(config)
     check_record(out, config, files, free=FREE_FIELDS)
     check_prompts(out, lists, config.num_images)
-    missing = [batch for batch in batches(config, lists) if _wanted(config, lists, batch)]
+    missing = _missing(config, lists)
     total = sum(_count(config, prompts) for prompts in lists.values())
-    left = _left(config, lists)
-    print_once(f"{out}: {left} of {total} pictures to draw")
-    share = missing[jax.process_index() :: jax.process_count()]
+    print_once(f"{out}: {_pictures(missing)} of {total} pictures to draw")
+    share = list(missing.items())[jax.process_index() :: jax.process_count()]
     pipeline = _ready_pipeline(config, lists) if share else None
     # Only now, so that a run that cannot start leaves no record behind, and nobody draws before all
     # have listed what is missing.
@@ -87,10 +84,10 @@ def _generate(config: PicturesConfig) -> None:
         write_prompts(out, lists, config.num_images)
     if pipeline is not None:
         console = Console(stderr=True)
-        for batch in track(share, "drawing", console=console, disable=not is_first()):
-            _draw(pipeline, config, lists, batch)
+        for batch, wanted in track(share, "drawing", console=console, disable=not is_first()):
+            _draw(pipeline, config, lists, batch, wanted)
     wait_for_all("all pictures")
-    if left := _left(config, lists):
+    if left := _pictures(_missing(config, lists)):
         raise UserError(
             f"{out}: {left} of {total} pictures are not there, although all were drawn; do "
             "all processes write to this folder, and has nothing else changed it? Run again"
@@ -119,9 +116,16 @@ def _count(config: PicturesConfig, prompts: Sequence[str]) -> int:
     return len(prompts[: config.limit]) * config.num_images
 
 
-def _left(config: PicturesConfig, lists: Lists) -> int:
-    """How many pictures are to be drawn and are not there."""
-    return sum(len(_wanted(config, lists, batch)) for batch in batches(config, lists))
+def _missing(config: PicturesConfig, lists: Lists) -> dict[Batch, list[int]]:
+    """The pictures that are to be drawn and are not there, by batch; batches without any are left
+    out."""
+    found = {batch: _wanted(config, lists, batch) for batch in batches(config, lists)}
+    return {batch: wanted for batch, wanted in found.items() if wanted}
+
+
+def _pictures(missing: Mapping[Batch, Sequence[int]]) -> int:
+    """How many pictures are missing."""
+    return sum(map(len, missing.values()))
 
 
 def _wanted(config: PicturesConfig, lists: Lists, batch: Batch) -> list[int]:
@@ -135,9 +139,14 @@ def _path(config: PicturesConfig, lists: Lists, batch: Batch, number: int) -> Pa
     return Path(config.out, batch.category, SAMPLES, picture_name(prompt, number))
 
 
-def _draw(pipeline: Pipeline, config: PicturesConfig, lists: Lists, batch: Batch) -> None:
-    """Draws a batch and writes those of its pictures that are missing."""
-    wanted = _wanted(config, lists, batch)
+def _draw(
+    pipeline: Pipeline,
+    config: PicturesConfig,
+    lists: Lists,
+    batch: Batch,
+    wanted: Sequence[int],
+) -> None:
+    """Draws a batch and writes those of its pictures that are wanted."""
     # The last batch is filled up, so that all run the same compiled program.
     numbers = [*batch.numbers]
     filled = numbers + numbers[-1:] * (config.batch_size - len(numbers))
@@ -162,11 +171,8 @@ def _draw(pipeline: Pipeline, config: PicturesConfig, lists: Lists, batch: Batch
 
 def _described(config: PicturesConfig, prompt: str, seed: int) -> PngInfo:
     """What a picture says of itself, as those of generate.py do."""
-    settings = {k: v for k, v in json.loads(to_json(config)).items() if k not in FREE_FIELDS}
-    info = PngInfo()
-    said = {"taca_jax": version("taca-jax"), **settings, "prompt": prompt, "seed": seed}
-    info.add_itxt("taca_jax", json.dumps(said))
-    return info
+    settings = {k: v for k, v in to_tree(config).items() if k not in FREE_FIELDS}
+    return png_info({**settings, "prompt": prompt, "seed": seed})
 
 
 def _write(path: Path, number: int, picture: Image.Image, info: PngInfo) -> None:

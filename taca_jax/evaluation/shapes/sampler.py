@@ -10,12 +10,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
-from taca_jax.config.json_text import to_json
+from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.halves import Half
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
+from taca_jax.pipelines.decoding import eight_bit
 from taca_jax.pipelines.pipeline import Pipeline
 
 PICTURES = "pictures"
@@ -76,7 +77,7 @@ class Sampler:
 
     def _drawn_as(self, variant: Variant) -> str:
         """JSON of all that distinguishes a variant's pictures from another's."""
-        taca = None if variant.taca is None else json.loads(to_json(variant.taca))
+        taca = None if variant.taca is None else to_tree(variant.taca)
         lora = self.lora if variant.lora_strength else None
         settings = {
             "taca": taca,
@@ -101,4 +102,4 @@ class Sampler:
             output="array",
             progress=False,
         ).images
-        return np.round(np.asarray(images)[: len(prompts)] * 255).astype(np.uint8)
+        return eight_bit(np.asarray(images)[: len(prompts)])

@@ -5,8 +5,9 @@ added later costs only its own pictures.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from taca_jax.config.json_text import from_json, to_json
+from taca_jax.config.json_text import from_json, to_tree
 from taca_jax.errors import UserError
 from taca_jax.evaluation.digests import digest_of
 from taca_jax.evaluation.plots import need_matplotlib
@@ -88,18 +89,12 @@ def settings(config: SweepConfig, own_guidance: float) -> list[Setting]:
     taca = config.taca
     assert taca is not None  # SweepConfig refuses none
     center = Setting(taca, config.lora, config.guidance)
-    axes: list[list[Setting]] = [
-        [replace(center, taca=replace(taca, gamma=v, knots=None)) for v in config.gammas],
-        [replace(center, taca=replace(taca, threshold=v)) for v in config.thresholds],
-        [replace(center, taca=replace(taca, schedule=v, knots=None)) for v in config.schedules],
-        [replace(center, taca=replace(taca, cond_only=v)) for v in config.cond_only],
-        [replace(center, lora=None if v == "none" else v) for v in config.loras],
-        [replace(center, guidance=v) for v in config.guidances],
-    ]
+    axes = _axes(config)
     if config.vary == "each":
-        points = [center, *(point for axis in axes for point in axis)]
+        points = [center, *(change(center) for axis in axes for change in axis)]
     else:
-        points = list(_products(config, center))
+        combined = product(*(axis or [lambda point: point] for axis in axes))
+        points = [reduce(lambda point, change: change(point), each, center) for each in combined]
     points += [
         replace(center, taca=_learned(Path(file)), lora=lora)
         for file in config.gammas_learned
@@ -114,28 +109,27 @@ def settings(config: SweepConfig, own_guidance: float) -> list[Setting]:
     return [point for group in by_guidance.values() for point in group]
 
 
-def _products(config: SweepConfig, center: Setting) -> Iterator[Setting]:
-    """All combinations of the axes' values, an empty axis staying at the center."""
-    taca = center.taca
-    assert taca is not None
-    knots = None if config.gammas or config.schedules else taca.knots
-    for gamma, threshold, schedule, cond_only, lora, guidance in product(
-        config.gammas or (taca.gamma,),
-        config.thresholds or (taca.threshold,),
-        config.schedules or (taca.schedule,),
-        config.cond_only or (taca.cond_only,),
-        config.loras or (center.lora or "none",),
-        config.guidances or (center.guidance,),
-    ):
-        changed = replace(
-            taca,
-            gamma=gamma,
-            threshold=threshold,
-            schedule=schedule,
-            cond_only=cond_only,
-            knots=knots,
-        )
-        yield Setting(changed, None if lora == "none" else lora, guidance)
+def _axes(config: SweepConfig) -> list[list[Callable[[Setting], Setting]]]:
+    """What each value of each axis changes of a point."""
+
+    def of_taca(**values: Any) -> Callable[[Setting], Setting]:
+        def change(point: Setting) -> Setting:
+            assert point.taca is not None  # the center's is not
+            return replace(point, taca=replace(point.taca, **values))
+
+        return change
+
+    def of_point(**values: Any) -> Callable[[Setting], Setting]:
+        return lambda point: replace(point, **values)
+
+    return [
+        [of_taca(gamma=gamma, knots=None) for gamma in config.gammas],
+        [of_taca(threshold=threshold) for threshold in config.thresholds],
+        [of_taca(schedule=schedule, knots=None) for schedule in config.schedules],
+        [of_taca(cond_only=cond_only) for cond_only in config.cond_only],
+        [of_point(lora=None if lora == "none" else lora) for lora in config.loras],
+        [of_point(guidance=guidance) for guidance in config.guidances],
+    ]
 
 
 def _simplest(point: Setting, own_guidance: float) -> Setting:
@@ -247,7 +241,7 @@ def _rows(
     return [
         {
             "name": point.name,
-            "taca": None if point.taca is None else json.loads(to_json(point.taca)),
+            "taca": None if point.taca is None else to_tree(point.taca),
             "lora": point.lora,
             "guidance": guidance,
             **{half: rows[point.name] for half, rows in halves.items()},
