@@ -127,9 +127,9 @@ class Family:
     supported.
     check_grid: (config, rows, columns) of tokens; raises UserError for a grid larger than the
     model's position table.
-    with_features: called as the transformer is, with the transformer first; returns the velocity
-    and the image tokens, [b, s, hidden], whose features a training run can supervise. None if the
-    family has no such call.
+    with_features: called as the transformer is, with the transformer first and `blocks=`; returns
+    the velocity and the image tokens after that many blocks, [b, s, hidden], whose features a
+    training run can supervise. None if the family has no such call.
     """
 
     kind: ModelKind

@@ -12,6 +12,11 @@ from taca_jax.parallel.mesh import constrain_tokens
 Remat = Literal["none", "full"]
 """What the backward pass recomputes: nothing, or each block from its inputs."""
 
+UNROLLED = 4
+"""Stacks of at most this many blocks are unrolled unless blocks are recomputed. In a loop the
+backward pass writes what it needs of every block into one large array first, which on CPUs takes
+longer than a small model's products."""
+
 Block = TypeVar("Block", bound=nnx.Module)
 
 
@@ -34,24 +39,31 @@ def run_stack(
     *,
     each: Any = None,
     remat: Remat = "none",
+    layers: slice | None = None,
 ) -> Any:
-    """Applies `carry = call(block, carry)` for every block; traced once whatever the depth.
+    """Applies `carry = call(block, carry)` for every block; traced once unless there are few.
 
+    layers: applies these blocks only.
     each: arrays with a leading layer axis; then it is `call(block, carry, each[layer])`.
     carry: token arrays [b, s, d], whose sharding is constrained as `parallel.mesh` says.
 
     The blocks' attentions can be observed (`attention.observing`).
     """
     graph, state = nnx.split(stack)
+    if layers is not None:
+        state = jax.tree.map(lambda stacked: stacked[layers], state)
+    depth = len(jax.tree.leaves(state)[0])
 
     def body(carry: Any, layer: Any) -> tuple[Any, Any]:
         params, *own = layer
         carry, seen = observing.layer(lambda: call(nnx.merge(graph, params), carry, *own))
         return jax.tree.map(constrain_tokens, carry), seen
 
-    layers = (state,) if each is None else (state, each)
+    each_layer = (state,) if each is None else (state, each)
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
-    carry, seen = jax.lax.scan(body, jax.tree.map(constrain_tokens, carry), layers)
+    unroll = max(1, depth) if depth <= UNROLLED and remat == "none" else 1
+    carry = jax.tree.map(constrain_tokens, carry)
+    carry, seen = jax.lax.scan(body, carry, each_layer, unroll=unroll)
     observing.record(seen)
     return carry

@@ -13,7 +13,7 @@ from typing import Literal
 import taca_jax.families.registry  # noqa: F401 - registers the configs that `model` may have
 from taca_jax.attention import Implementation
 from taca_jax.autoencoders.pixels import PixelsConfig
-from taca_jax.config.fields import check
+from taca_jax.config.fields import check, show
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.config import EvalConfig
@@ -173,6 +173,12 @@ class TrainConfig:
         keys = " and ".join(adapted)
         if self.features is not None and self.adapts:
             raise UserError(f"with {keys} a model's features stay as they are; set features=none")
+        if self.teaches_text and (self.base is not None or self.text.tokenizer != "shapes"):
+            raise UserError(
+                "features.text_steps teach a new text encoder with text.tokenizer=shapes; this run "
+                f"has base={show(self.base)} and text.tokenizer={self.text.tokenizer}: set "
+                "features.text_steps=0"
+            )
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
         if self.adapts and self.optimizer.kind != "adamw":
@@ -207,6 +213,11 @@ class TrainConfig:
     def adapts(self) -> bool:
         """Whether the base stays as it is: only a LoRA, a gamma(t) or both are trained."""
         return self.lora is not None or self.gamma_knots is not None
+
+    @property
+    def teaches_text(self) -> bool:
+        """Whether the text encoder is taught before the model, and then stays as it is."""
+        return self.features is not None and self.features.text_steps > 0
 
     @property
     def run_dir(self) -> Path:

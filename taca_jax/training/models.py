@@ -180,7 +180,7 @@ class RunModels:
 
         Raises UserError if one of them is damaged, or a tokenizer is missing.
         """
-        text_encoder, tokenizer = load_text(self.stored, self.reading, self._text_options)
+        text_encoder, tokenizer = load_text(self.stored, self.reading, self.text_options)
         autoencoder = self.stored.models[AUTOENCODER].load(self._options(trained=False))
         return InputModels(text_encoder, tokenizer, autoencoder)
 
@@ -213,7 +213,7 @@ class RunModels:
         transformer = abstract_on_mesh(self.transformer, self._transformer_options, self._add_lora)
         configs = [self.stored.models[folder].config for folder in self.reading.folders]
         encoders = [
-            abstract_on_mesh(config, encoder_options(config, self._text_options))
+            abstract_on_mesh(config, encoder_options(config, self.text_options))
             for config in configs
         ]
         autoencoder = abstract_on_mesh(self.autoencoder, self._options(trained=False))
@@ -250,7 +250,8 @@ class RunModels:
         )
 
     @property
-    def _text_options(self) -> LoadOptions:
+    def text_options(self) -> LoadOptions:
+        """How text encoders are loaded."""
         options = self._options(trained=not self.config.adapts)
         return replace(options, quantize=self.config.quantize_text)
 

@@ -47,6 +47,7 @@ from taca_jax.training.models import (
 from taca_jax.training.record import check_record, write_record
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
+from taca_jax.training.text_lessons import teach_text
 from taca_jax.weights.lora_files import write_lora
 from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
@@ -79,6 +80,8 @@ def _run(models: RunModels, notice: Notice) -> None:
     config = models.config
     cached = config.data.encode == "cache"
     inputs = ready_cache(models, notice) if cached else models.load_inputs()
+    if config.teaches_text and isinstance(inputs, InputModels):
+        teach_text(models, inputs)
     transformer = models.load_transformer()
     if config.taca is not None:
         print_once(

@@ -101,12 +101,14 @@ class Frozen:
 def split_model(
     config: TrainConfig, model: TextToImage, autoencoder: Autoencoder | AutoencoderConfig
 ) -> tuple[nnx.State, Frozen]:
-    """Splits the parameters that a run trains from all others: all of the model's, or with
-    config.adapts those of the LoRA and of gamma.
+    """Splits the parameters that a run trains from all others: all of the model's, without its text
+    encoder's if config.teaches_text; or with config.adapts those of the LoRA and of gamma.
 
     If batches come encoded, the autoencoder's config is enough.
     """
-    kind = LoRAParam if config.adapts else nnx.Param
+    kind: Any = LoRAParam if config.adapts else nnx.Param
+    if config.teaches_text:
+        kind = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("text_encoder")))
     graph, trained, frozen = nnx.split(model, kind, ...)
     if isinstance(autoencoder, AutoencoderConfig):
         return trained, Frozen(frozen, nnx.State({}), graph, None, autoencoder)
@@ -248,10 +250,12 @@ def objective(
         return flow_matching_loss(transformer(*inputs, **options), x0, noise), terms
     if family.with_features is None or model.readout is None or labels is None:
         raise ValueError("supervised features need a family with them, a read-out and labels")
-    velocity, tokens = family.with_features(transformer, *inputs, **options)
+    velocity, tokens = family.with_features(
+        transformer, *inputs, blocks=config.features.blocks, **options
+    )
     terms = {
         "velocity_loss": flow_matching_loss(velocity, x0, noise),
-        "features_loss": readout_loss(model.readout(tokens), labels),
+        "features_loss": readout_loss(model.readout(tokens), labels, config.features.object_weight),
     }
     return terms["velocity_loss"] + config.features.weight * terms["features_loss"], terms
 

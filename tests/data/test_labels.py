@@ -5,9 +5,24 @@ import pytest
 
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import make_loader
+from taca_jax.data.shapes.captions import (
+    COLORS,
+    MAX_TOKENS,
+    RELATIONS,
+    SAID_TEXTURES,
+    SHAPES,
+    parse_caption,
+)
 from taca_jax.data.shapes.drawing import BACKGROUND, draw
-from taca_jax.data.shapes.examples import GeneratedShapes, random_scene
-from taca_jax.data.shapes.labels import BACKGROUND_LABEL, CLASSES, LABELLED, label_patches
+from taca_jax.data.shapes.examples import GeneratedShapes, random_prompts, random_scene
+from taca_jax.data.shapes.labels import (
+    BACKGROUND_LABEL,
+    CLASSES,
+    LABELLED,
+    NO_PHRASE,
+    label_patches,
+    label_words,
+)
 from taca_jax.data.sources.factory import open_source
 
 
@@ -65,3 +80,31 @@ def test_a_batch_has_the_labels_of_its_pictures():
     assert batch["labels"].shape == (4, 5, 5, 3)
     for name, labels in zip(batch["id"], batch["labels"], strict=True):
         np.testing.assert_array_equal(labels, by_id[name])
+
+
+def test_every_word_has_the_labels_of_its_phrase():
+    caption = "two striped red circles and a square"
+    labels = label_words(parse_caption(caption))
+    striped_red_circles = (
+        1 + COLORS.index("red"),
+        1 + SHAPES.index("circle"),
+        1 + SAID_TEXTURES.index("striped"),
+        2,
+    )
+    assert (labels[:4] == striped_red_circles).all()
+    assert (labels[4] == NO_PHRASE).all()  # "and"
+    assert (labels[5:7] == (0, 1 + SHAPES.index("square"), 0, 0)).all()
+    assert (labels[7:] == NO_PHRASE).all()  # the end and padding
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labelled_words_are_those_of_phrases(split):
+    joins = {"and", "of", *RELATIONS}
+    for _, caption in random_prompts(split, 10, seed=0):
+        labels = label_words(parse_caption(caption))
+        words = caption.split()
+        said = [word not in joins for word in words] + [False] * (MAX_TOKENS - len(words))
+        np.testing.assert_array_equal(labels[:, 0] != NO_PHRASE, said)
+        for word, label in zip(words, labels, strict=False):
+            if word in COLORS:
+                assert COLORS[label[0] - 1] == word

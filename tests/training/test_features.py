@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 
 import jax
@@ -9,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.data.config import DataConfig
-from taca_jax.data.shapes.labels import CLASSES
+from taca_jax.data.shapes.labels import CLASSES, WORD_CLASSES
 from taca_jax.errors import UserError
 from taca_jax.families import registry
 from taca_jax.families.flux.family import FLUX
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.planning import plan
+from taca_jax.text.config import TextConfig
+from taca_jax.training import text_lessons
 from taca_jax.training.features import FeaturesConfig, Readout, readout_loss
 from taca_jax.training.models import TextToImage, open_models
 from taca_jax.training.run import train
@@ -28,17 +32,24 @@ from tests.training.tiny import arrays, tiny_config, tiny_pipeline
 SHAPES = DataConfig("generated:shapes/64#color", batch_size=2, resolution=40)
 
 
-def test_the_loss_is_the_cross_entropy_of_every_label():
-    labels = np.array([[[[1, 0, 2]], [[6, 5, 4]]]], np.uint8)  # one picture of 2 x 1 patches
+def features(**changes) -> FeaturesConfig:
+    """Read after the double block of the tiny model, whose text encoder trains with it."""
+    return FeaturesConfig(**{"weight": 1.0, "blocks": 1, "text_steps": 0} | changes)
+
+
+def test_the_loss_is_the_cross_entropy_of_every_label_by_what_patches_show():
+    labels = np.array([[[[1, 5, 2]], [[0, 0, 4]]]], np.uint8)  # one picture of 2 x 1 patches
     logits = np.random.default_rng(0).normal(size=(1, 2, sum(CLASSES))).astype(np.float32)
+    weights = (0.75, 0.25)  # the second patch shows nothing
     expected = 0.0
     for patch in range(2):
         start = 0
         for number, classes in enumerate(CLASSES):
             part = logits[0, patch, start : start + classes].astype(np.float64)
-            expected += np.log(np.exp(part).sum()) - part[labels[0, patch, 0, number]]
+            label = labels[0, patch, 0, number]
+            expected += weights[patch] * (np.log(np.exp(part).sum()) - part[label])
             start += classes
-    np.testing.assert_allclose(readout_loss(jnp.array(logits), labels), expected / 2, rtol=1e-5)
+    np.testing.assert_allclose(readout_loss(jnp.array(logits), labels, 3.0), expected, rtol=1e-5)
 
 
 @pytest.fixture
@@ -51,7 +62,7 @@ def model():
 def test_the_read_out_is_trained_beside_the_velocity(model):
     """The velocity's loss is what it is alone, and every parameter moves, the read-out's too."""
     config = tiny_config("unused", grad_accumulation=2, data=SHAPES)
-    supervised = dataclasses.replace(config, features=FeaturesConfig(weight=0.5))
+    supervised = dataclasses.replace(config, features=features(weight=0.5))
     keys = jax.random.split(jax.random.key(5), 3)
     image = jax.random.randint(keys[0], (2, 2, 40, 40, 3), 0, 256).astype(jnp.uint8)
     tokens = jax.random.randint(keys[1], (2, 2, 16), 1, 33)
@@ -77,7 +88,7 @@ def test_the_read_out_is_trained_beside_the_velocity(model):
 
 @pytest.mark.parametrize("missing", ["labels", "readout"])
 def test_without_labels_or_a_read_out_there_is_nothing_to_supervise(model, missing):
-    config = tiny_config("unused", data=SHAPES, features=FeaturesConfig())
+    config = tiny_config("unused", data=SHAPES, features=features())
     labels = None if missing == "labels" else jnp.zeros((2, 10, 10, 3), jnp.uint8)
     if missing == "readout":
         model.readout = None
@@ -88,7 +99,7 @@ def test_without_labels_or_a_read_out_there_is_nothing_to_supervise(model, missi
 
 
 def test_a_run_learns_to_name_patches_and_leaves_an_ordinary_model(tmp_path):
-    config = tiny_config(tmp_path, data=SHAPES, features=FeaturesConfig(weight=1.0), steps=6)
+    config = tiny_config(tmp_path, data=SHAPES, features=features(), steps=6)
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["features_loss"] < 0.9 * lines[0]["features_loss"]
@@ -104,8 +115,33 @@ def test_a_run_learns_to_name_patches_and_leaves_an_ordinary_model(tmp_path):
     FluxPipeline.from_pretrained(tmp_path / "model")  # refuses parameters that it does not know
 
 
+def test_a_taught_text_encoder_stays_as_it_is(tmp_path, capsys, monkeypatch):
+    """It learns the labels of words before the first step, and neither training nor resuming
+    changes it."""
+    monkeypatch.setattr(text_lessons, "CAPTIONS", 16)
+    config = tiny_config(tmp_path, data=SHAPES, features=features(text_steps=30))
+    train(config)
+    said = capsys.readouterr().out
+    loss = float(re.search(r"text encoder taught: a loss of ([0-9.]+) nats", said)[1])
+    assert loss < 0.8 * sum(np.log(WORD_CLASSES))  # what it would say without knowing anything
+    taught = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    state, _ = saved_checkpoint(tmp_path, 4)
+    assert not [name for name in state if "text_encoder" in name]
+    train(dataclasses.replace(config, resume=True, steps=6))
+    assert "text encoder taught" not in capsys.readouterr().out
+    kept = load_file(tmp_path / "model" / "text_encoder" / "model.safetensors")
+    for name, array in taught.items():
+        np.testing.assert_array_equal(kept[name], array.astype(kept[name].dtype))
+
+
+@pytest.mark.parametrize("changes", [{"base": "somewhere", "model": None}, {"text": TextConfig()}])
+def test_only_a_new_encoder_of_words_is_taught(changes):
+    with pytest.raises(UserError, match=r"set features\.text_steps=0"):
+        tiny_config("unused", data=SHAPES, features=features(text_steps=1), **changes)
+
+
 def test_the_step_can_be_planned_without_weights():
-    config = tiny_config("unused", data=SHAPES, features=FeaturesConfig())
+    config = tiny_config("unused", data=SHAPES, features=features())
     models = open_models(config)
     model, autoencoder = models.abstract()
     trainer, trained = make_trainer(config, model, autoencoder)
@@ -125,6 +161,6 @@ def leaves(tree):
 def test_a_family_without_features_is_refused_before_anything_is_loaded(monkeypatch):
     without = dataclasses.replace(FLUX, with_features=None)
     monkeypatch.setitem(registry._FAMILIES, FLUX.name, without)
-    config = tiny_config("unused", data=SHAPES, features=FeaturesConfig())
+    config = tiny_config("unused", data=SHAPES, features=features())
     with pytest.raises(UserError, match=r"features of FLUX\.1 cannot be supervised; set features"):
         open_models(config)

@@ -111,11 +111,16 @@ class Description:
 
     @property
     def caption(self) -> str:
-        words = self.phrases[0].words()
-        for i, phrase in enumerate(self.phrases[1:]):
-            words += _JOINS[self.relation] if i == 0 and self.relation is not None else ("and",)
-            words += phrase.words()
+        words: list[str] = []
+        for joined, phrase in zip(self.joins, self.phrases, strict=True):
+            words += [*joined, *phrase.words()]
         return " ".join(words)
+
+    @property
+    def joins(self) -> tuple[tuple[str, ...], ...]:
+        """The words before each phrase: none, those of the relation or "and", and then "and"."""
+        second = ("and",) if self.relation is None else _JOINS[self.relation]
+        return ((), second, *(("and",),) * MAX_PHRASES)[: len(self.phrases)]
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -1,10 +1,20 @@
-"""What each patch of a drawn picture shows, for features that are supervised."""
+"""Labels for supervised features: what each patch of a picture shows, and what is said of the object
+to which each word of its caption belongs."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from taca_jax.data.shapes.captions import COLORS, PLAIN, SAID_TEXTURES, SHAPES
+from taca_jax.data.shapes.captions import (
+    COLORS,
+    COUNTS,
+    MAX_TOKENS,
+    PLAIN,
+    SAID_TEXTURES,
+    SHAPES,
+    Description,
+    Phrase,
+)
 from taca_jax.data.shapes.drawing import IMAGE_SIZE, Placed, shape_mask
 
 LABELLED = (COLORS, SHAPES, (PLAIN, *SAID_TEXTURES))
@@ -38,3 +48,41 @@ def label_patches(placed: Sequence[Placed], patch: int) -> np.ndarray:
         ]
     area = covered.reshape(-1, side, patch, side, patch).sum(axis=(2, 4))
     return np.where(area.any(axis=0)[..., None], labels[area.argmax(axis=0)], BACKGROUND_LABEL)
+
+
+WORD_CLASSES = (
+    1 + len(COLORS),
+    1 + len(SHAPES),
+    1 + len(SAID_TEXTURES),
+    1 + len(COUNTS),
+)
+"""How many values each label of a word has: colour, shape, texture and count; 0 is not said."""
+
+NO_PHRASE = 255
+"""All labels of a token that belongs to no phrase: "and", a relation, the end, padding."""
+
+
+def label_words(description: Description) -> np.ndarray:
+    """uint8 [16, 4]: colour, shape, texture and count of the phrase that each word of the caption
+    belongs to; of "a red circle" all three words have the labels of red, circle and no texture."""
+    labels = np.full((MAX_TOKENS, len(WORD_CLASSES)), NO_PHRASE, np.uint8)
+    at = 0
+    for phrase, joined in zip(description.phrases, description.joins, strict=True):
+        at += len(joined)
+        words = len(phrase.words())
+        labels[at : at + words] = _phrase_labels(phrase)
+        at += words
+    return labels
+
+
+def _phrase_labels(phrase: Phrase) -> tuple[int, int, int, int]:
+    def label(words: Sequence[str], word: str | None) -> int:
+        return 0 if word is None else words.index(word) + 1
+
+    thing = phrase.object
+    return (
+        label(COLORS, thing.color),
+        label(SHAPES, thing.shape),
+        label(SAID_TEXTURES, thing.texture),
+        phrase.count or 0,
+    )

@@ -111,6 +111,7 @@ class FluxTransformer(MMDiT):
             timestep,
             txt,
             pooled,
+            blocks=self.config.num_double_blocks,
             guidance=guidance,
             gamma=gamma,
             lora_scale=lora_scale,
@@ -125,21 +126,30 @@ class FluxTransformer(MMDiT):
         txt: Float[Array, "b t k"],
         pooled: Float[Array, "b p"],
         *,
+        blocks: int,
         guidance: Float[Array, " b"] | None = None,
         gamma: Float[Array, " b"] | None = None,
         lora_scale: Float[Array, " b"] | None = None,
         attention: Implementation | None = None,
     ) -> tuple[Float[Array, "b H W c"], Float[Array, "b s d"]]:
-        """The velocity, float32, shaped as `latents`, and the image tokens after the double blocks.
+        """The velocity, float32, shaped as `latents`, and the image tokens after so many `blocks`:
+        all double ones, and perhaps some single ones.
 
         timestep: 0 (data) to 1000 (noise). guidance: the guidance scale itself (such as 3.5),
         required exactly if the model embeds it. gamma: TACA's temperature, None for plain
         attention. lora_scale: the strength of attached LoRA factors, None to leave them out.
 
         Raises ValueError if guidance is given to a model that does not embed it or missing for one
-        that does, and for inputs of the wrong size.
+        that does, and for inputs of the wrong size; UserError for a number of blocks out of range.
         """
         config = self.config
+        single = blocks - config.num_double_blocks
+        if not 0 <= single <= config.num_single_blocks:
+            most = config.num_double_blocks + config.num_single_blocks
+            raise UserError(
+                f"features.blocks is {blocks}; this model has features after "
+                f"{config.num_double_blocks} (its double blocks) to {most} (all blocks)"
+            )
         if (guidance is not None) != config.guidance_embed:
             raise ValueError(
                 "this model takes a guidance scale; none was given"
@@ -171,12 +181,17 @@ class FluxTransformer(MMDiT):
             (img, txt),
             remat=self.remat,
         )
-        joint = run_stack(
-            self.single_blocks,
-            lambda block, x: block(x, inputs),
-            jnp.concatenate([txt, img], axis=1),
-            remat=self.remat,
-        )
+        joint = jnp.concatenate([txt, img], axis=1)
+        for layers in (slice(single), slice(single, None)) if single else (None,):
+            joint = run_stack(
+                self.single_blocks,
+                lambda block, x: block(x, inputs),
+                joint,
+                remat=self.remat,
+                layers=layers,
+            )
+            if layers == slice(single):
+                img = joint[:, text_len:]
         size = (height, width)
         return self.velocity(joint[:, text_len:], inputs.vec, lora_scale, size), img
 

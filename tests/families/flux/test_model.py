@@ -178,7 +178,9 @@ class TestInputs:
 
     def test_features_are_the_image_tokens_between_double_and_single_blocks(self):
         model, args = random_model(TINY), inputs()
-        with_features = nnx.jit(FluxTransformer.with_features)
+        with_features = nnx.jit(
+            partial(FluxTransformer.with_features, blocks=TINY.num_double_blocks)
+        )
         velocity, features = with_features(model, *args)
         assert features.shape == (BATCH, 6, TINY.hidden)
         np.testing.assert_array_equal(velocity, run(model, args))
@@ -193,6 +195,22 @@ class TestInputs:
         _, embedded = with_features(model, *args)
         expected = model.img_in(patchify(args[0], TINY.patch_size))
         assert relative_error(embedded, expected) < 1e-5 < relative_error(features, expected)
+
+    def test_features_may_come_from_between_single_blocks(self):
+        deep = replace(TINY, num_single_blocks=3)
+        model, args = random_model(deep), inputs()
+        shallow = random_model(deep)  # the same first blocks, with none behind the features
+        gate = slice(2 * deep.hidden, None)
+        for param in (shallow.single_blocks.mod.kernel, shallow.single_blocks.mod.bias):
+            param[...] = param[...].at[2:, ..., gate].set(0)
+        blocks = deep.num_double_blocks + 2
+        at = nnx.jit(FluxTransformer.with_features, static_argnames="blocks")
+        velocity, features = at(model, *args, blocks=blocks)
+        np.testing.assert_allclose(velocity, run(model, args), rtol=1e-5, atol=1e-5)
+        _, last = at(shallow, *args, blocks=blocks + 1)
+        np.testing.assert_allclose(features, last, rtol=1e-5, atol=1e-5)
+        with pytest.raises(UserError, match=f"features.blocks is {blocks + 2}; .* to {blocks + 1}"):
+            model.with_features(*args, blocks=blocks + 2)
 
     def test_gamma_none_is_gamma_one_bit_for_bit(self, base):
         np.testing.assert_array_equal(
