@@ -1,5 +1,5 @@
-"""Labels for supervised features: what each patch of a picture shows, and what is said of the object
-to which each word of its caption belongs."""
+"""Labels for supervised features: what each patch of a picture shows, and what its caption says of
+the object to which each word belongs."""
 
 from collections.abc import Sequence
 
