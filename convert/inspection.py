@@ -23,6 +23,7 @@ from taca_jax.scorers import blip_layout
 from taca_jax.scorers import clip_layout as clip_score_layout
 from taca_jax.text import clip_layout, t5_layout
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
+from taca_jax.weights.loose_files import loose_files
 from taca_jax.weights.lora_files import load_adapter
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 from taca_jax.weights.originals import (
@@ -67,6 +68,8 @@ def inspect(path: Path) -> list[str]:
         if (path / CONFIG).is_file():
             ours = _is_ours(path / CONFIG)
             return _model_folder(path) if ours else _original_folder(path)
+        if files := [Path(each) for each in loose_files(path).files]:
+            return _each(files, _tensors)
     if not path.is_file() and list(path.parent.glob(f"{path.name}_*coder.safetensors")):
         return _described(str(path), tiny_vae(path))
     return _tensors(path)

@@ -42,6 +42,13 @@ def open_taesd(path: Path) -> TensorFiles:
     return joined(str(path), [(f"{net}.", open_tensors(file)) for net, file in _pair(path).items()])
 
 
+def is_pair(path: Path) -> bool:
+    """Whether `open_taesd` reads it: it is the beginning of two files' names, or their folder."""
+    if path.is_dir():
+        return any(path.glob(f"*_{NETS[0]}.safetensors"))
+    return not path.exists() and all(each.is_file() for each in _pair(path).values())
+
+
 def beginning_of_pair(file: Path) -> Path | None:
     """The path to give `open_taesd` for one of the two files, if the other is there too."""
     for net in NETS:
