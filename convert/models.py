@@ -84,11 +84,11 @@ def convert_family(
     fields = {name: value for name, value in fields.items() if value is not None}
     if (src / CONFIG).is_file():
         return convert_model(transformer, src, dst, dtype, family=family, **fields)
+    if not src.is_dir() and len(parts := parts_in_file(src, family, **fields)) == 1:
+        return [_write(parts[TRANSFORMER], dst, dtype), *_left_out(parts[TRANSFORMER])]
     # Everything except the tensors themselves is checked before anything is written.
     original = source_of(src, family, **fields)
     left_out = _left_out(original.models[TRANSFORMER])
-    if len(original.models) == 1 and original.tokenizers != src:
-        return [_write(original.models[TRANSFORMER], dst, dtype), *left_out]
     of_text = original.tokenizers if tokenizers is None else find_tokenizers(tokenizers)
     lines = _write_pipeline(original.models, original.schedule, dst, dtype, of_text)
     if not is_diffusers(src):

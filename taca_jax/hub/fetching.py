@@ -9,7 +9,9 @@ import functools
 import glob
 import json
 import logging
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from httpx2 import HTTPError
@@ -29,6 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars
 
 from taca_jax.errors import UserError
 from taca_jax.hub.ids import FORMS, HubId, Select, shown
@@ -75,11 +78,12 @@ def _fetched(found: HubId, select: Select, sizes: Mapping[str, int], commit: str
         _LOG.warning("fetching %s (%.2f GB) of %s", files, size, found.repo)
     try:
         # Names are patterns here. The revision by its name, which is so found offline too.
-        folder = snapshot_download(
-            found.repo,
-            revision=found.revision,
-            allow_patterns=[glob.escape(name) for name in selection.files],
-        )
+        with _bars_of_terminals():
+            folder = snapshot_download(
+                found.repo,
+                revision=found.revision,
+                allow_patterns=[glob.escape(name) for name in selection.files],
+            )
     except (HTTPError, OSError) as error:
         if isinstance(error, RepositoryNotFoundError):
             raise UserError(_why(found, error)) from error
@@ -88,6 +92,13 @@ def _fetched(found: HubId, select: Select, sizes: Mapping[str, int], commit: str
             "goes on where it stopped"
         ) from error
     return Path(folder, selection.opened)
+
+
+def _bars_of_terminals() -> AbstractContextManager[object]:
+    """Within it the library draws its bars on a terminal only; one of them it draws everywhere."""
+    if sys.stderr.isatty() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        return nullcontext()
+    return disable_progress_bars()
 
 
 def _cached(found: HubId, select: Select, refused: Exception | None) -> Path:

@@ -57,7 +57,7 @@ def hub_id(text: str) -> HubId | None:
     with a revision or a file inside it is always an id.
     """
     found = _ID.fullmatch(text)
-    if found is None or ".." in text.split("/") or _looks_local(text, found):
+    if found is None or ".." in re.split("[/:]", text) or _looks_local(text, found):
         return None
     return HubId(found["repo"], found["revision"], (found["inside"] or "").rstrip("/"))
 

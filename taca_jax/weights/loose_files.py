@@ -68,7 +68,7 @@ class LooseFiles:
         found = [original_vae(each, family) for each in self.autoencoders]
         fitting = [each for each in found if each.config.latent_channels == latent_channels]
         named = [e for e in fitting if Path(e.where).name == family.original.autoencoder_file]
-        return _only(named or fitting, "autoencoder", self.root)
+        return self._only(named or fitting, "autoencoder") if fitting else None
 
     def text_encoders(self, family: Family, lacking: Collection[str]) -> dict[str, Original]:
         """The encoders that a family's models read and that are lacking, by our folder names.
@@ -80,9 +80,36 @@ class LooseFiles:
         found = {}
         for folder, config in _published(family).items():
             same = [e for e in encoders if _looks(e) == (type(config), config.dim)]
-            if folder in lacking and (one := _only(_finest(same), folder, self.root)) is not None:
-                found[folder] = one
-        return found | _of_other_widths(family, encoders, [f for f in lacking if f not in found])
+            if folder in lacking and same:
+                found[folder] = self._one_of(same, folder)
+        left = [folder for folder in lacking if folder not in found]
+        return found | self._of_other_widths(family, encoders, left)
+
+    def _of_other_widths(
+        self, family: Family, encoders: Sequence[Original], lacking: Sequence[str]
+    ) -> dict[str, Original]:
+        """Encoders of no released model's width, of small models: by kind, the narrowest first."""
+        known = {(type(c), c.dim) for each in families() for c in _published(each).values()}
+        left = [each for each in encoders if _looks(each) not in known]
+        found = {}
+        for folder, config in _published(family).items():
+            dims = [e.config.dim for e in left if isinstance(e.config, type(config))]
+            if folder in lacking and dims:
+                same = [each for each in left if _looks(each) == (type(config), min(dims))]
+                found[folder] = self._one_of(same, folder)
+                left = [each for each in left if each not in same]
+        return found
+
+    def _one_of(self, same: Sequence[Original], name: str) -> Original:
+        """The finest of several precisions: float8 and float16 are the same, once loaded."""
+        finest = max(map(_width, same))
+        return self._only([each for each in same if _width(each) == finest], name)
+
+    def _only(self, found: Sequence[Original], name: str) -> Original:
+        if len(found) > 1:
+            files = ", ".join(each.where for each in found)
+            raise UserError(f"{self.root} has several for {name}: {files}; keep one of them there")
+        return found[0]
 
 
 def root_of(file: Path) -> Path:
@@ -126,33 +153,6 @@ def _looks(encoder: Original) -> tuple[type, int]:
     return type(encoder.config), encoder.config.dim
 
 
-def _of_other_widths(
-    family: Family, encoders: Sequence[Original], lacking: Sequence[str]
-) -> dict[str, Original]:
-    """Encoders of no released model's width, of small models: by kind, the narrowest first."""
-    known = {(type(c), c.dim) for each in families() for c in _published(each).values()}
-    left = sorted((e for e in encoders if _looks(e) not in known), key=lambda e: e.config.dim)
-    found: dict[str, Original] = {}
-    for folder, config in _published(family).items():
-        fitting = [each for each in left if isinstance(each.config, type(config))]
-        if folder in lacking and fitting:
-            found[folder] = fitting[0]
-            left.remove(fitting[0])
-    return found
-
-
-def _finest(encoders: Sequence[Original]) -> list[Original]:
-    """Those of most bytes a number: float8 and float16 are the same encoder, once loaded."""
-
-    def width(encoder: Original) -> int:
-        return max(np.dtype(each).itemsize for each in encoder.tensors.dtypes.values())
-
-    finest = max(map(width, encoders), default=0)
-    return [each for each in encoders if width(each) == finest]
-
-
-def _only(found: Sequence[Original], name: str, root: Path) -> Original | None:
-    if len(found) > 1:
-        files = ", ".join(each.where for each in found)
-        raise UserError(f"{root} has several for {name}: {files}; keep one of them there")
-    return found[0] if found else None
+def _width(encoder: Original) -> int:
+    """The most bytes of a number."""
+    return max(np.dtype(each).itemsize for each in encoder.tensors.dtypes.values())

@@ -174,6 +174,11 @@ def open_autoencoder(
     found = find_weights(path, model_files, download=download)
     if is_pair(found):
         return _of_original(tiny_vae(found))
+    if not found.exists():
+        raise UserError(
+            f"{path} is not there; give an autoencoder's folder or file, or the beginning of the "
+            f"names of a tiny one's two files (DIR/taef1); {hint(path)}"
+        )
     if found.is_file():
         return _of_original(vae(found, latents))
     if (found / CONFIG).is_file() and "kind" not in read_settings(found).fields:
