@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,7 +18,6 @@ from taca_jax.autoencoders import vae_diffusers, vae_original
 from taca_jax.families.flux import bfl
 from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.flux.family import FLUX_VAE
-from taca_jax.formats.key_table import Table
 from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.text import clip_layout, t5_layout
 from tests import models as tiny
@@ -80,13 +79,14 @@ def know_the_small_clip(monkeypatch) -> None:
     monkeypatch.setattr(clip_layout, "_KNOWN", known)
 
 
-def weights(part: str, table: Table, dtype: DTypeLike = jnp.float32) -> dict[str, np.ndarray]:
-    return in_layout(table, random_model(PARTS[part][0], param_dtype=dtype))
+@cache
+def _model(part: str, dtype: DTypeLike) -> Any:
+    return random_model(PARTS[part][0], param_dtype=dtype)
 
 
 def write_file(file: Path, part: str, dtype: DTypeLike = jnp.float32) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, weights(part, PARTS[part][1], dtype))
+    write_tensors(file, in_layout(PARTS[part][1], _model(part, dtype)))
 
 
 def write_files(root: Path, names: Mapping[str, str]) -> Path:
@@ -110,7 +110,8 @@ def write_diffusers(root: Path) -> Path:
     for part, (config, _, table) in PARTS.items():
         name = "model" if part.startswith("text") else "diffusion_pytorch_model"
         (root / part).mkdir(parents=True)
-        write_tensors(root / part / f"{name}.safetensors", weights(part, table))
+        tensors = in_layout(table, _model(part, jnp.float32))
+        write_tensors(root / part / f"{name}.safetensors", tensors)
         (root / part / "config.json").write_text(json.dumps(_settings(config)))
     index = {part: ["library", "Class"] for part in (*PARTS, "tokenizer", "tokenizer_2")}
     (root / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **index}))
