@@ -127,9 +127,9 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     )
     conversion(
         "tiny_vae",
-        "TAEF1 or TAESD3 from its two published files to a model folder.",
+        "TAEF1 or TAESD3 from its two published files, or diffusers' folder, to a model folder.",
         "DIR/taef1 for DIR/taef1_encoder.safetensors and DIR/taef1_decoder.safetensors, or DIR if "
-        "it has one such pair",
+        "it has one such pair, or is of diffusers",
         partial(convert_model, tiny_vae),
     )
     conversion(

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.loras import doubts
-from taca_jax.autoencoders import vae_diffusers, vae_original
-from taca_jax.autoencoders.tiny_vae_layout import beginning_of_pair
+from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families
@@ -46,6 +45,7 @@ def _readers() -> dict[str, Callable[[Path], Original]]:
     return {
         **{family.diffusers.class_name: transformer for family in families()},
         vae_diffusers.CLASS: vae,
+        tiny_vae_layout.CLASS: tiny_vae,
         "t5": t5,
         "clip_text_model": clip,
         clip_score_layout.MODEL_TYPE: clip_score,
@@ -122,7 +122,7 @@ def _tensors(path: Path) -> list[str]:
     for prefix, found, read in models:
         lines += read(f"{path}: under {prefix}: " if prefix else f"{path}: ", found)
     left = others(tensors, *(found for _, found, _ in models))
-    if not lines and (pair := beginning_of_pair(path)) is not None:
+    if not lines and (pair := tiny_vae_layout.beginning_of_pair(path)) is not None:
         return _described(str(pair), tiny_vae(pair))
     if not lines:
         raise UserError(f"{path} is nothing that is known: it has {summary(left) or 'no tensors'}")

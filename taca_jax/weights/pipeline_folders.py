@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from taca_jax.autoencoders.tiny_vae_layout import is_pair
+from taca_jax.autoencoders.tiny_vae_layout import is_taesd
 from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
@@ -166,13 +166,14 @@ def open_autoencoder(
     path: str | Path, latents: str | None = None, *, download: bool = True
 ) -> StoredModel:
     """An autoencoder alone: a converted folder, a diffusers folder, a file in the original layout,
-    the two files of a TAESD-style one (`DIR/taef1`, or their folder), or the hub id of one.
+    a TAESD-style one (the beginning of its two files' names, their folder, or diffusers'), or the
+    hub id of one.
 
     latents: the family whose scale and shift the latents of a single file have. download: whether
     the hub may be asked. Raises UserError if there is none.
     """
     found = find_weights(path, model_files, download=download)
-    if is_pair(found):
+    if is_taesd(found):
         return _of_original(tiny_vae(found))
     if not found.exists():
         raise UserError(

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from convert.cli import main
+from taca_jax.autoencoders.tiny_vae_layout import open_taesd
 from taca_jax.config.json_text import to_tree
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
+from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.hub.ids import HubId
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
@@ -127,13 +129,33 @@ def test_autoencoders_and_previews(flux, tmp_path):
         name: shared_path(f"assets/tae/{name}").read_bytes()
         for name in ("taef1_encoder.safetensors", "taef1_decoder.safetensors")
     }
-    others = {"config.json": b'{"_class_name": "AutoencoderTiny"}'}
-    flux.add("madebyollin/taef1", tae | others | {"diffusion_pytorch_model.safetensors": b""})
-    assert open_previewer("madebyollin/taef1").config.latent_channels == 16
+    flux.add("both/layouts", {**tae, "config.json": b"{}", "diffusion_pytorch_model.bin": b""})
+    assert open_previewer("both/layouts").config.latent_channels == 16
     assert flux.fetched == tae.keys()
     assert open_autoencoder(f"{REPO}:vae").config.channels == (32, 32)
-    main(["tiny_vae", "--src", "madebyollin/taef1", "--dst", str(tmp_path / "taef1")])
+    main(["tiny_vae", "--src", "both/layouts", "--dst", str(tmp_path / "taef1")])
     assert (tmp_path / "taef1" / "model.safetensors").is_file()
+
+
+def test_a_tiny_autoencoder_of_diffusers(hub, tmp_path, capsys):
+    """As madebyollin/taef1 is on the hub: its decoder has one layer less than the two files'."""
+    theirs = open_taesd(shared_path("assets/tae/taef1"))
+    tensors = {}
+    for name in theirs.shapes:
+        net, layer, rest = name.split(".", 2)
+        key = f"{net}.layers.{int(layer) - (net == 'decoder')}.{rest}"
+        tensors[key] = theirs.read(name)
+    folder = tmp_path / "diffusers"
+    folder.mkdir()
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    (folder / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    hub.add_folder("madebyollin/taef1", folder)
+    assert open_previewer("madebyollin/taef1").config.latent_channels == 16
+    main(["tiny_vae", "--src", "madebyollin/taef1", "--dst", str(tmp_path / "made")])
+    main(
+        ["verify", "--src", str(shared_path("assets/tae")) + "/taef1", "--dst", f"{tmp_path}/made"]
+    )
+    assert "134 tensors: 134 equal" in capsys.readouterr().out
 
 
 def test_tokenizers(flux, folder):
