@@ -18,9 +18,12 @@ from taca_jax.config.fields import nearest, unknown, value_of
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families
+from taca_jax.hub.ids import Select
 from taca_jax.text.clip import Activation
+from taca_jax.weights.hub_files import lora_files, model_files, pipeline_files
 from taca_jax.weights.lora_files import Layout as LoRALayout
 from taca_jax.weights.originals import blip_vqa, clip, clip_score, t5, tiny_vae, vae
+from taca_jax.weights.shipped import find_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,15 +64,22 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         made.set_defaults(run=run)
         return made
 
-    def paths(made: argparse.ArgumentParser, src: str, dst: str) -> None:
-        made.add_argument("--src", type=Path, required=True, help=src)
+    def paths(
+        made: argparse.ArgumentParser, src: str, dst: str, select: Select = pipeline_files
+    ) -> None:
+        made.set_defaults(select=select)
+        made.add_argument("--src", type=Path, required=True, help=f"{src}; or a hub id of it")
         made.add_argument("--dst", type=Path, required=True, help=dst)
 
     def conversion(
-        name: str, about: str, src: str, run: Callable[..., list[str]]
+        name: str,
+        about: str,
+        src: str,
+        run: Callable[..., list[str]],
+        select: Select = model_files,
     ) -> argparse.ArgumentParser:
         made = command(name, about, run)
-        paths(made, src, "the folder to make; must be new or empty")
+        paths(made, src, "the folder to make; must be new or empty", select)
         made.add_argument(
             "--dtype",
             choices=DTYPES,
@@ -117,9 +127,9 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     )
     conversion(
         "tiny_vae",
-        "TAEF1 or TAESD3 from its two published files to a model folder.",
+        "TAEF1 or TAESD3 from its two published files, or diffusers' folder, to a model folder.",
         "DIR/taef1 for DIR/taef1_encoder.safetensors and DIR/taef1_decoder.safetensors, or DIR if "
-        "it has one such pair",
+        "it has one such pair, or is of diffusers",
         partial(convert_model, tiny_vae),
     )
     conversion(
@@ -146,6 +156,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         made,
         "the safetensors file, or the folder with it (PEFT's adapter_model.safetensors)",
         "the safetensors file to make; must not exist",
+        lora_files,
     )
     made.add_argument(
         "--to",
@@ -192,11 +203,13 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets.",
         inspect,
     )
+    made.set_defaults(select=pipeline_files)
     made.add_argument(
         "path",
         metavar="PATH",
         type=Path,
-        help="a safetensors file, or a folder of a model or a pipeline, converted or not",
+        help="a safetensors file, or a folder of a model or a pipeline, converted or not; or a hub "
+        "id of it",
     )
     made = command(
         "verify",
@@ -214,9 +227,16 @@ def _family(conversion: Callable[..., argparse.ArgumentParser], family: Family) 
         family.name,
         f"{family.title} to a pipeline folder: all models that are there, tokenizers, sampler.\n\n"
         "A transformer alone becomes a bare model folder.",
-        f"diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, or a single "
-        f"file of {author} or ComfyUI, with or without autoencoder and text encoders",
+        f"diffusers' pipeline folder (transformer/, vae/, ...), a transformer folder, a single "
+        f"file of {author} or ComfyUI, with or without autoencoder and text encoders, or a folder "
+        "with files of each (side by side, or in unet/, clip/ and vae/)",
         partial(convert_family, family),
+        pipeline_files,
+    )
+    made.add_argument(
+        "--tokenizers",
+        type=Path,
+        help="where SRC has none: the folder of a pipeline that has tokenizer/, or its hub id",
     )
     for name, about in family.original.unknown_fields.items():
         annotation = family.kind.config.__dataclass_fields__[name].type
@@ -280,8 +300,15 @@ def parse(words: Sequence[str]) -> Callable[[], list[str]]:
     found, left = parser.parse_known_args(words)
     if left:
         raise UserError(f"{name} has no use for {left[0]}; options are written --name VALUE")
-    values = {key: value for key, value in vars(found).items() if key not in ("run", "_given")}
-    return partial(found.run, **values)
+    used = ("run", "select", "_given")
+    values = {key: value for key, value in vars(found).items() if key not in used}
+    return partial(_run, found.run, found.select, **values)
+
+
+def _run(run: Callable[..., list[str]], select: Select, **values: Any) -> list[str]:
+    """Runs a command, with what it reads fetched from the hub if that is where it is."""
+    read = {name: find_weights(values[name], select) for name in ("src", "path") if name in values}
+    return run(**{**values, **read})
 
 
 def _with_dashes(word: str) -> str:

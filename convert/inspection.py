@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.loras import doubts
-from taca_jax.autoencoders import vae_diffusers, vae_original
-from taca_jax.autoencoders.tiny_vae_layout import beginning_of_pair
+from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families
@@ -23,6 +22,7 @@ from taca_jax.scorers import blip_layout
 from taca_jax.scorers import clip_layout as clip_score_layout
 from taca_jax.text import clip_layout, t5_layout
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
+from taca_jax.weights.loose_files import loose_files
 from taca_jax.weights.lora_files import load_adapter
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 from taca_jax.weights.originals import (
@@ -45,6 +45,7 @@ def _readers() -> dict[str, Callable[[Path], Original]]:
     return {
         **{family.diffusers.class_name: transformer for family in families()},
         vae_diffusers.CLASS: vae,
+        tiny_vae_layout.CLASS: tiny_vae,
         "t5": t5,
         "clip_text_model": clip,
         clip_score_layout.MODEL_TYPE: clip_score,
@@ -67,6 +68,8 @@ def inspect(path: Path) -> list[str]:
         if (path / CONFIG).is_file():
             ours = _is_ours(path / CONFIG)
             return _model_folder(path) if ours else _original_folder(path)
+        if files := [Path(each) for each in loose_files(path).files]:
+            return _each(files, _tensors)
     if not path.is_file() and list(path.parent.glob(f"{path.name}_*coder.safetensors")):
         return _described(str(path), tiny_vae(path))
     return _tensors(path)
@@ -119,7 +122,7 @@ def _tensors(path: Path) -> list[str]:
     for prefix, found, read in models:
         lines += read(f"{path}: under {prefix}: " if prefix else f"{path}: ", found)
     left = others(tensors, *(found for _, found, _ in models))
-    if not lines and (pair := beginning_of_pair(path)) is not None:
+    if not lines and (pair := tiny_vae_layout.beginning_of_pair(path)) is not None:
         return _described(str(pair), tiny_vae(pair))
     if not lines:
         raise UserError(f"{path} is nothing that is known: it has {summary(left) or 'no tensors'}")

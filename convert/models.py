@@ -21,11 +21,13 @@ from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, save_streamed
 from taca_jax.weights.original_pipelines import (
     PIPELINE_PARTS,
     TOKENIZERS,
-    open_folder,
+    OriginalPipeline,
+    is_diffusers,
+    open_original,
     parts_in_file,
 )
 from taca_jax.weights.originals import Original, transformer
-from taca_jax.weights.pipeline_folders import TRANSFORMER, default_settings
+from taca_jax.weights.pipeline_folders import TRANSFORMER, default_settings, find_tokenizers
 
 
 def convert_model(
@@ -64,45 +66,68 @@ def convert_scorer(
 
 
 def convert_family(
-    family: Family, src: Path, dst: Path, dtype: str | None, **fields: Any
+    family: Family,
+    src: Path,
+    dst: Path,
+    dtype: str | None,
+    tokenizers: Path | None = None,
+    **fields: Any,
 ) -> list[str]:
-    """Converts diffusers' pipeline folder, or a single file with several models, to ours.
+    """Converts diffusers' pipeline folder, or single files with all its models, to ours.
 
-    A single model becomes a model folder. fields: fields of the transformer's config that a single
-    file does not determine. Raises as `convert_model` does.
+    Of a file only what is in it, of a folder all that belongs to its transformer. A single model
+    becomes a model folder. tokenizers: where they are, if not in `src`: a folder or hub id. fields:
+    fields of the transformer's config that a single file does not determine. Raises as
+    `convert_model` does.
     """
     check_free(dst)
     fields = {name: value for name, value in fields.items() if value is not None}
-    if (src / "transformer").is_dir():
-        return _convert_folder(family, src, dst, dtype, **fields)
     if (src / CONFIG).is_file():
         return convert_model(transformer, src, dst, dtype, family=family, **fields)
-    parts = parts_in_file(src, family, **fields)
-    left_out = _left_out(parts["transformer"])
-    if len(parts) == 1:
-        return [_write(parts["transformer"], dst, dtype), *left_out]
-    schedule = family.schedule_of(parts["transformer"].config)
-    lines = _write_pipeline(parts, schedule, dst, dtype)
-    if missing := [
-        name for made, name in zip(TEXT_ENCODERS, TOKENIZERS, strict=True) if made in parts
-    ]:
-        lines.append(
-            f"to read prompts, copy {', '.join(missing)} of the model's page into {dst}: "
-            "tokenizers are not in the file"
-        )
-    return [*lines, *left_out]
-
-
-def _convert_folder(
-    family: Family, src: Path, dst: Path, dtype: str | None, **fields: Any
-) -> list[str]:
+    if not src.is_dir() and len(parts := parts_in_file(src, family, **fields)) == 1:
+        return [_write(parts[TRANSFORMER], dst, dtype), *_left_out(parts[TRANSFORMER])]
     # Everything except the tensors themselves is checked before anything is written.
-    original = open_folder(src, family, **fields)
-    lines = _write_pipeline(original.models, original.schedule, dst, dtype, tokenizers=src)
+    original = source_of(src, family, **fields)
+    left_out = _left_out(original.models[TRANSFORMER])
+    of_text = original.tokenizers if tokenizers is None else find_tokenizers(tokenizers)
+    lines = _write_pipeline(original.models, original.schedule, dst, dtype, of_text)
+    if not is_diffusers(src):
+        lines += _lacking_tokenizers(original.models, dst)
+    return [*lines, *original.notes, *_other_folders(src), *left_out]
+
+
+def source_of(src: Path, family: Family, **fields: Any) -> OriginalPipeline:
+    """What a pipeline is converted from: all that belongs to a folder, or what is in a file."""
+    if src.is_dir():
+        return open_original(src, family, **fields)
+    parts = parts_in_file(src, family, **fields)
+    schedule = family.schedule_of(parts[TRANSFORMER].config)
+    return OriginalPipeline(parts, schedule, src.parent)
+
+
+def _lacking_tokenizers(models: Mapping[str, Original], dst: Path) -> list[str]:
+    """A line about tokenizers that are not in the pipeline that was written."""
+    missing = [
+        name
+        for encoder, name in zip(TEXT_ENCODERS, TOKENIZERS, strict=True)
+        if encoder in models and not (dst / name).is_dir()
+    ]
+    if not missing:
+        return []
+    said = (
+        f"to read prompts, copy {', '.join(missing)} of the model's page into {dst}, or convert "
+        "with --tokenizers: they are not in the file"
+    )
+    return [said]
+
+
+def _other_folders(src: Path) -> list[str]:
+    """A line about what is in a folder of diffusers and is not converted."""
+    if not is_diffusers(src):
+        return []
     known = {"scheduler", *TOKENIZERS, *(name for name, _, _ in PIPELINE_PARTS)}
-    left_out = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
-    said = [f"left out: {', '.join(left_out)}"] if left_out else []
-    return [*lines, *original.notes, *said]
+    others = sorted(p.name for p in src.iterdir() if p.is_dir() and p.name not in known)
+    return [f"left out: {', '.join(others)}"] if others else []
 
 
 def _write_pipeline(
@@ -110,8 +135,7 @@ def _write_pipeline(
     schedule: FlowSchedule,
     dst: Path,
     dtype: str | None,
-    *,
-    tokenizers: Path | None = None,
+    tokenizers: Path,
 ) -> list[str]:
     """Writes a pipeline folder: models, settings, and copies of the folders in `tokenizers`."""
     settings = default_settings(models[TRANSFORMER].config, schedule)
@@ -121,7 +145,7 @@ def _write_pipeline(
             for made, model in models.items()
         ]
         for name in TOKENIZERS:
-            if tokenizers is not None and (tokenizers / name).is_dir():
+            if (tokenizers / name).is_dir():
                 shutil.copytree(tokenizers / name, folder / name)
         (folder / PIPELINE_FILE).write_text(to_json(settings))
     return lines

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.models import source_of
 from taca_jax.autoencoders.tiny_vae import TINY_VAE_KIND
 from taca_jax.autoencoders.vae import VAE_KIND, VAEConfig
 from taca_jax.errors import UserError
@@ -21,7 +22,7 @@ from taca_jax.scorers.clip import CLIP_SCORE_KIND
 from taca_jax.text.clip import CLIP_KIND
 from taca_jax.text.t5 import T5_KIND
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
-from taca_jax.weights.original_pipelines import PIPELINE_PARTS, parts_in_file
+from taca_jax.weights.original_pipelines import PIPELINE_PARTS, is_diffusers
 from taca_jax.weights.originals import (
     Original,
     blip_vqa,
@@ -43,9 +44,9 @@ def verify(src: Path, dst: Path) -> list[str]:
     """
     if not (dst / PIPELINE_FILE).is_file():
         return [_compared(_source(src, load_config(dst)), dst)]
-    if src.is_file():
+    if not is_diffusers(src):
         config = load_config(dst / TRANSFORMER)
-        sources = parts_in_file(src, family_of(config), **_unknown_fields(config))
+        sources = source_of(src, family_of(config), **_unknown_fields(config)).models
         return [_compared(source, dst / made) for made, source in sources.items()]
     lines = []
     for name, made, _ in PIPELINE_PARTS:

@@ -38,11 +38,13 @@ class Published:
     """A released model.
 
     name: its common name. transformer: its config. text_encoders: their configs, by folder name.
+    repo: its id on the hub, where it is in diffusers' layout.
     """
 
     name: str
     transformer: Config
     text_encoders: Mapping[str, Any]
+    repo: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
+from taca_jax.formats.weight_sets import weight_sets
+from taca_jax.hub.ids import hint
 
 Shape = tuple[int, ...]
 
@@ -126,7 +128,9 @@ def open_tensors(path: Path) -> TensorFiles:
     if path.is_dir():
         path = _only(path)
     if not path.is_file():
-        raise UserError(f"{path} is not there; give a .safetensors file or a folder with one")
+        raise UserError(
+            f"{path} is not there; give a .safetensors file or a folder with one; {hint(path)}"
+        )
     if path.suffix == ".json":
         return _open_sharded(path)
     return _open_file(path)
@@ -259,14 +263,13 @@ def differences(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> list
 
 
 def _only(folder: Path) -> Path:
-    """The index in the folder, else its only safetensors file."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    choices = indices or sorted(folder.glob("*.safetensors"))
+    """The index in the folder, else its only safetensors file; of several precisions one."""
+    choices = weight_sets([file.name for file in folder.iterdir() if file.is_file()])
     if len(choices) == 1:
-        return choices[0]
+        return folder / choices[0].entry
     if not choices:
         raise UserError(f"{folder} has no .safetensors file; give the folder of the weights")
-    names = ", ".join(choice.name for choice in choices)
+    names = ", ".join(choice.entry for choice in choices)
     raise UserError(f"{folder} has more than one set of weights ({names}); give one of them")
 
 

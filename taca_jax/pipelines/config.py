@@ -17,8 +17,10 @@ from taca_jax.taca import TacaConfig
 class SamplingConfig:
     """How a model draws; steps, guidance, height and width default to the model's own.
 
-    base: the model folder, or the name of a model that comes with the package.
-    lora: a LoRA file; none for the base alone.
+    base: the model folder, the name of a model that comes with the package, original weights, or a
+      model of the hub (owner/repo, owner/repo@revision, owner/repo:file).
+    tokenizers: the folder, or the model of the hub, with the tokenizers of a base that has none.
+    lora: a LoRA file, or one of the hub; none for the base alone.
     taca: TACA's strength and schedule; none is plain attention, and turns the LoRA off too.
     steps: sampling steps.
     guidance: strength of guidance.
@@ -35,6 +37,7 @@ class SamplingConfig:
     """
 
     base: str
+    tokenizers: str | None = None
     lora: str | None = None
     taca: TacaConfig | None = field(default_factory=TacaConfig)
     steps: int | None = None
@@ -83,7 +86,7 @@ class GenerateConfig(SamplingConfig):
     compare: draw the same noise plainly, with TACA, and with TACA and the LoRA, side by side.
     tiling: how large pictures are decoded in overlapping tiles, to save memory; none decodes at
       once.
-    preview: a tiny autoencoder (TAEF1, TAESD3: a converted folder, or its two files) that draws the
+    preview: a tiny autoencoder (TAEF1, TAESD3: a folder, or one of the hub) that draws the
       predicted picture after each step, into a file beside `out`; `own` is the model's own
       autoencoder, if that is small; none draws no previews.
     progress: a progress bar of the steps; none shows it on a terminal only.

@@ -17,6 +17,7 @@ from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.tensor_files import open_tensors
+from taca_jax.hub.ids import hint
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.processes import print_once
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
@@ -24,6 +25,7 @@ from taca_jax.pipelines.grids import caption_grid, enlarged
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.previews import open_previewer
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
+from taca_jax.weights.hub_files import lora_files
 from taca_jax.weights.shipped import find_weights
 
 
@@ -43,7 +45,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
     check_lora(config)  # before the model loads
     if config.preview not in (None, OWN):
-        open_previewer(Path(config.preview))  # also before the model loads
+        open_previewer(config.preview)  # also before the model loads
     pipeline = load_pipeline(config)
     if config.preview is not None:
         if config.preview != OWN:
@@ -75,11 +77,11 @@ def check_lora(config: SamplingConfig) -> None:
     """Raises UserError unless the LoRA, if one is used, is a readable file."""
     if config.used_lora is None:
         return
-    found = find_weights(config.used_lora)
+    found = find_weights(config.used_lora, lora_files)
     if not found.exists():
         raise UserError(
             f"lora={config.used_lora} is not there; train it, name another file, or set lora=none "
-            "to draw without one"
+            f"to draw without one; {hint(config.used_lora)}"
         )
     open_tensors(found)
 
@@ -104,6 +106,7 @@ def load_pipeline(config: SamplingConfig, mesh: Mesh | None = None) -> Pipeline:
         quantize=config.quantize,
         quantize_text=config.quantize_text,
         attention=config.attention,
+        tokenizers=config.tokenizers,
     )
     if config.used_lora is not None:
         said = pipeline.load_lora(config.used_lora)

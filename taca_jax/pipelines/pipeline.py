@@ -54,6 +54,7 @@ from taca_jax.taca import MAX_TIMESTEP, TacaConfig
 from taca_jax.text.encoders import TextEncoder
 from taca_jax.text.tokenizers import Tokenizer, announce_cuts
 from taca_jax.weights.folders import PIPELINE_FILE, save_model
+from taca_jax.weights.hub_files import lora_files
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import read_lora
 from taca_jax.weights.pipeline_folders import (
@@ -128,13 +129,16 @@ class Pipeline:
         quantize: Quantization = "none",
         quantize_text: Quantization = "none",
         attention: Implementation = "auto",
+        tokenizers: str | Path | None = None,
     ) -> Self:
         """Loads a pipeline folder: `pipeline.json`, `transformer/`, and where present the text
         encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
 
-        `path` may also be the name of a model that comes with the package (`shapes_base`), or
-        original weights that have not been converted: a diffusers pipeline folder, or the authors'
-        single file with the files beside it (`open_original`).
+        `path` may also be the name of a model that comes with the package (`shapes_base`),
+        original weights that have not been converted (a diffusers pipeline folder, or single files
+        in one folder: `open_original`), or the hub id of any of these (`owner/repo`,
+        `owner/repo@revision`, `owner/repo:file`). `tokenizers` is the folder or hub id of the
+        pipeline whose tokenizers are read, where `path` has none.
 
         `dtype` is that of activations, and of parameters unless `param_dtype` is given. Parameters
         are loaded tensor by tensor and sharded over `mesh` (`parallel.mesh.make_mesh`), on which
@@ -146,7 +150,7 @@ class Pipeline:
         Raises UserError if the pipeline or a part of it is missing, damaged, or of another kind of
         model.
         """
-        stored = open_pipeline(path)
+        stored = open_pipeline(path, tokenizers)
         config, family = stored.transformer.config, stored.family
         if cls.reads not in (None, family):
             raise UserError(
@@ -207,11 +211,12 @@ class Pipeline:
                 write_settings(folder, settings)
 
     def load_lora(self, path: str | Path) -> str:
-        """Attaches a LoRA file, replacing any other, and returns a one-line summary of it.
+        """Attaches a LoRA file, replacing any other, and returns a one-line summary of it. `path`
+        may be a hub id (`owner/repo`, `owner/repo:file`).
 
         Raises UserError for a file that is damaged or made for another model.
         """
-        return str(read_lora(find_weights(path), self.transformer, self.mesh))
+        return str(read_lora(find_weights(path, lora_files), self.transformer, self.mesh))
 
     def unload_lora(self) -> None:
         """Removes the attached LoRA factors, if there are any."""
@@ -219,12 +224,13 @@ class Pipeline:
 
     def load_previewer(self, path: str | Path) -> None:
         """Loads the tiny autoencoder that draws previews (TAEF1 for FLUX.1, TAESD3 for Stable
-        Diffusion 3): a converted folder, or the common prefix of its two published files' names.
+        Diffusion 3): a converted folder, the common prefix of its two published files' names, or
+        its hub id.
 
         Raises UserError if it is missing, damaged, or made for another model.
         """
         config = self.transformer.config
-        self.previewer = read_previewer(Path(path), config.latent_channels)
+        self.previewer = read_previewer(path, config.latent_channels)
 
     def sigmas(
         self, height: int | None = None, width: int | None = None, steps: int | None = None

@@ -14,10 +14,8 @@ from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
 from taca_jax.pipelines.decoding import decode, to_pil
 from taca_jax.sampling.loop import Sampled
-from taca_jax.weights.folders import CONFIG
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.originals import Original, tiny_vae
-from taca_jax.weights.pipeline_folders import StoredModel, stored_model
+from taca_jax.weights.pipeline_folders import StoredModel, open_autoencoder
 
 Previewer = Pixels | TinyVAE
 Callback = Callable[[int, jax.Array], None]
@@ -67,18 +65,19 @@ def drawer(
     return lambda step, now: preview(step, to_pil(decode(previewer, now.x0, None)))
 
 
-def open_previewer(path: Path) -> StoredModel | Original:
-    """A TAESD-style autoencoder, not loaded yet: a converted folder, or its two published files.
+def open_previewer(path: str | Path) -> StoredModel:
+    """A TAESD-style autoencoder, not loaded yet: a converted folder, its two published files, or
+    its hub id.
 
     Raises UserError if it is missing, damaged or of another kind.
     """
-    stored = stored_model(path) if (path / CONFIG).is_file() else tiny_vae(path)
+    stored = open_autoencoder(path)
     if not isinstance(stored.config, TinyVAEConfig):
         raise UserError(f"{path} is of a {kind_of(stored.config).name}; previews take a tiny_vae")
     return stored
 
 
-def read_previewer(path: Path, latent_channels: int) -> TinyVAE:
+def read_previewer(path: str | Path, latent_channels: int) -> TinyVAE:
     """Loads a TAESD-style autoencoder in float32.
 
     Raises UserError as `open_previewer` does, and for another number of latent channels.

@@ -61,8 +61,8 @@ def _own_tokenizer(stored: StoredPipeline, folder: str, length: int) -> Tokenize
     own = stored.tokenizers / _TOKENIZER_OF[folder]
     if not own.is_dir():
         raise UserError(
-            f"{own} is not there; it is the tokenizer of {folder}: copy that folder from the "
-            "original"
+            f"{own} is not there; it is the tokenizer of {folder}: copy that folder of the "
+            "model's page there, or give tokenizers=, a folder that has it or a model of the hub"
         )
     return load_tokenizer(str(own), length)
 

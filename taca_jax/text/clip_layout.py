@@ -61,6 +61,11 @@ def is_clip(tensors: Tensors) -> bool:
     return f"{_prefix(tensors)}embeddings.token_embedding.weight" in tensors.shapes
 
 
+def is_known(tensors: Tensors) -> bool:
+    """Whether it is a CLIP whose config its shapes determine."""
+    return is_clip(tensors) and _size(tensors) in _KNOWN
+
+
 def config_of(settings: Settings, tensors: Tensors) -> CLIPConfig:
     """The config that transformers' config.json describes; the tensors show the projection.
 
@@ -98,7 +103,7 @@ def inferred(
     vocab_size, dim = shape_of(tensors, f"{prefix}embeddings.token_embedding.weight", 2)
     max_tokens, _ = shape_of(tensors, f"{prefix}embeddings.position_embedding.weight", 2)
     ff_dim, _ = shape_of(tensors, f"{prefix}encoder.layers.0.mlp.fc1.weight", 2)
-    num_layers = layers_of(tensors, rf"{re.escape(prefix)}encoder\.layers\.(\d+)\..*")
+    _, num_layers = _size(tensors)
     known = _KNOWN.get((dim, num_layers))
     if known is not None:
         num_heads = known.num_heads if num_heads is None else num_heads
@@ -120,6 +125,13 @@ def inferred(
         projection_dim=_projection_dim(tensors),
         end_token=None,
     )
+
+
+def _size(tensors: Tensors) -> tuple[int, int]:
+    """Width and number of layers."""
+    prefix = _prefix(tensors)
+    _, dim = shape_of(tensors, f"{prefix}embeddings.token_embedding.weight", 2)
+    return dim, layers_of(tensors, rf"{re.escape(prefix)}encoder\.layers\.(\d+)\..*")
 
 
 def _prefix(tensors: Tensors) -> str:

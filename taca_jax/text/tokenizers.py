@@ -11,6 +11,7 @@ import numpy as np
 
 from taca_jax.data.shapes.captions import VOCABULARY
 from taca_jax.errors import UserError
+from taca_jax.hub.ids import HubId, Selection, hint, hub_id, names_in
 
 LOGGER = logging.getLogger(__name__)
 
@@ -105,16 +106,18 @@ class ByteTokenizer:
 
 
 _PAD = "<pad>"
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _BARE_CLIP = ("vocab.json", "merges.txt")
 _SAYS_ITS_CLASS = ("tokenizer.json", "tokenizer_config.json")
+_ENDS = (".json", ".txt", ".model", ".jinja")
+"""Of the names of a tokenizer's files."""
 
 
 class FolderTokenizer:
-    """A Hugging Face tokenizer from a local folder, or by its hub id (`google/t5-v1_1-xxl`).
+    """A Hugging Face tokenizer from a local folder, or by its hub id (`google/t5-v1_1-xxl`, or
+    `owner/repo:tokenizer_2`).
 
     For CLIP, vocab.json and merges.txt are enough. Raises UserError if there is no tokenizer, it
-    cannot be read, or the hub cannot be reached.
+    cannot be read, or the hub does not give it.
     """
 
     def __init__(self, path: str | Path, length: int):
@@ -209,29 +212,36 @@ def announce_cuts(tokenizer: Tokenizer, captions: Sequence[str]) -> None:
         LOGGER.warning("warning: %s", line)
 
 
+def tokenizer_files(found: HubId, names: Sequence[str]) -> Selection:
+    """The files of a tokenizer, and of the config beside it, which may say what it is."""
+    inside = [name for name in names_in(found, names, found.inside) if "/" not in name]
+    chosen = [name for name in inside if name.endswith(_ENDS) and ".index." not in name]
+    folder = f"{found.inside}/" if found.inside else ""
+    return Selection(tuple(folder + name for name in chosen), found.inside)
+
+
 def _read_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer, CLIPTokenizer  # slow to import, and needed only here
 
     folder = Path(path)
-    local = folder.is_dir()
-    if not local and not _HUB_ID.fullmatch(str(path)):
-        raise UserError(
-            f"text.tokenizer {str(path)!r} is neither shapes, bytes nor a folder with a tokenizer"
-        )
+    if not folder.is_dir():
+        if (found := hub_id(str(path))) is None:
+            raise UserError(
+                f"text.tokenizer {str(path)!r} is neither shapes, bytes nor a folder with a "
+                f"tokenizer; {hint(path)}"
+            )
+        from taca_jax.hub.fetching import fetch  # slow to import, too
+
+        folder = fetch(found, tokenizer_files)
     bare_clip = all((folder / name).is_file() for name in _BARE_CLIP) and not any(
         (folder / name).is_file() for name in _SAYS_ITS_CLASS
     )
     reader = CLIPTokenizer if bare_clip else AutoTokenizer
     try:
-        return reader.from_pretrained(str(path), local_files_only=local)
+        return reader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises almost anything for a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        if local:
-            raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
-        raise UserError(
-            f"{path} is no folder here, and as a hub id gave no tokenizer ({reason}); download it "
-            "and give its folder"
-        ) from error
+        raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
 
 
 def _valid(caption: str) -> str:

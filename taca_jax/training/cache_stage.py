@@ -4,6 +4,7 @@ An interrupted stage continues where it stopped, and a complete cache serves eve
 data and encoders.
 """
 
+import glob
 import hashlib
 import sys
 from dataclasses import replace
@@ -30,8 +31,10 @@ from taca_jax.pipelines.text import encoders_by_folder
 from taca_jax.training.checkpoints import sum_of
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.encoding import Encoders, encode_to
-from taca_jax.training.models import PIXELS, InputModels, RunModels
+from taca_jax.training.models import InputModels, RunModels
 from taca_jax.training.signals import Notice
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE
+from taca_jax.weights.original_pipelines import TOKENIZERS
 from taca_jax.weights.pipeline_folders import AUTOENCODER, TRANSFORMER
 
 _PROBE = "Two red cups, left of a blue book: ½ é 漢字"
@@ -122,18 +125,22 @@ def _made_with(inputs: InputModels) -> dict[str, Any]:
 def _files_stamp(models: RunModels) -> str:
     """A digest of the names, sizes and times of all files that the encoders are read from, and of
     the format of their kernels."""
-    config, base = models.config, models.stored.where
-    if base.is_dir():  # everything except the transformer
-        roots = [each for each in base.iterdir() if each.name != TRANSFORMER]
-    else:
-        beside = ["text_encoder*", "tokenizer*", "vae"]
-        if (own := models.family.original.autoencoder_file) is not None:
-            beside.append(own)
-        roots = [base, *(each for names in beside for each in base.parent.glob(names))]
-    if config.autoencoder != PIXELS:
-        roots.append(Path(config.autoencoder))
-    files = sorted({file for root in roots for file in (root, *root.rglob("*"))})
-    return _digest(b"".join(map(stamp_of, files)) + config.quantize_text.encode())
+    stored = models.stored
+    read = [model.where for name, model in stored.models.items() if name != TRANSFORMER]
+    roots = [Path(each) for each in read]
+    roots += [stored.where / PIPELINE_FILE, *(stored.tokenizers / name for name in TOKENIZERS)]
+    files = sorted({file for root in roots for file in _files_of(root)})
+    return _digest(b"".join(map(stamp_of, files)) + models.config.quantize_text.encode())
+
+
+def _files_of(root: Path) -> list[Path]:
+    """The files of a model: a folder's, a file with those beside it if they have a config, or those
+    whose names begin with `root`."""
+    if (root.parent / CONFIG).is_file() and root.is_file():
+        root = root.parent
+    if root.is_dir():
+        return [root, *root.rglob("*")]
+    return [root, *root.parent.glob(f"{glob.escape(root.name)}_*")]
 
 
 def _digest(content: bytes) -> str:

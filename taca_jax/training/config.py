@@ -36,8 +36,10 @@ class TrainConfig:
 
     name: of the run, and of its folder.
     steps: optimizer steps.
-    base: the model folder to start from (`transformer/`, `text_encoder/`, ...); none starts with a
-      new `model`, randomly initialised.
+    base: the model to start from: its folder (`transformer/`, `text_encoder/`, ...), original
+      weights, or a model of the hub (owner/repo, owner/repo@revision, owner/repo:file); none starts
+      with a new `model`, randomly initialised.
+    tokenizers: the folder, or the model of the hub, with the tokenizers of a base that has none.
     model: the config of a new transformer, where there is no base.
     lora: the LoRA to train; none trains all parameters, unless gamma_knots are trained.
     quantize: the format of the frozen transformer's kernels under a LoRA: `int8`, `nf4` (4 bits),
@@ -45,7 +47,7 @@ class TrainConfig:
     quantize_text: the same for T5's kernels.
     text: the tokenizer and text encoder of a new model.
     autoencoder: `pixels` trains a new model on pixels, and a base with its own autoencoder; a path
-      trains on the latents of the autoencoder in that folder.
+      or hub id (owner/repo:vae) trains on the latents of the autoencoder there.
     pixels: how a new model on pixels normalises them.
     taca: draws the timesteps at which TACA is active, and applies it (the paper's equations 11-13);
       none trains over all timesteps with plain attention.
@@ -79,6 +81,7 @@ class TrainConfig:
     name: str
     steps: int
     base: str | None = None
+    tokenizers: str | None = None
     model: TransformerConfig | None = None
     lora: LoRAConfig | None = None
     quantize: Quantization = "none"
@@ -165,6 +168,10 @@ class TrainConfig:
         if self.base is not None and self.model is not None:
             raise UserError(
                 f"base={self.base} says what the model is; leave model out (model=none)"
+            )
+        if self.base is None and self.tokenizers is not None:
+            raise UserError(
+                f"tokenizers={self.tokenizers} is for a base; a new model has text.tokenizer"
             )
         if self.base is None and self.adapts:
             key, verb = ("gamma_knots", "adapt") if self.lora is None else ("lora", "adapts")

@@ -42,11 +42,11 @@ from taca_jax.weights.pipeline_folders import (
     PipelineSettings,
     StoredModel,
     StoredPipeline,
+    open_autoencoder,
     open_pipeline,
     published_pipeline,
-    stored_model,
 )
-from taca_jax.weights.shipped import find_weights
+from taca_jax.weights.shipped import is_here
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.0
 """Of a new model's calls: sampling steps, and no guidance unless an evaluation finds it better."""
@@ -264,7 +264,8 @@ class RunModels:
 def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
     """The models of a run: those of its base, or new ones.
 
-    With `published`, a base that does not exist may be the name of a released model, to plan with.
+    With `published`, a base that does not exist may be the name or hub id of a released model, to
+    plan with, and nothing is fetched.
     Raises UserError for a base that is missing or lacks what training needs, and for models,
     pictures or settings that do not fit together.
     """
@@ -275,17 +276,17 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
             raise UserError(f"base={config.base} says how text is read; leave out text.*")
         if config.pixels != PixelsConfig():
             raise UserError(f"base={config.base} says how pixels are read; leave out pixels.*")
-        is_there = find_weights(config.base).exists()
-        if published and not is_there:
+        if published and not is_here(config.base):
             stored = published_pipeline(config.base)
         else:
-            stored = open_pipeline(config.base)
+            tokenizers = None if published else config.tokenizers
+            stored = open_pipeline(config.base, tokenizers, download=not published)
     if config.autoencoder != PIXELS:
         if config.pixels != PixelsConfig():
             raise UserError(
                 f"autoencoder={config.autoencoder} says what latents are; leave out pixels.*"
             )
-        given = stored_model(Path(config.autoencoder))
+        given = open_autoencoder(config.autoencoder, stored.family.name, download=not published)
         stored = replace(stored, models={**stored.models, AUTOENCODER: given})
     family, reading = stored.family, stored.reading
     if config.features is not None and family.with_features is None:

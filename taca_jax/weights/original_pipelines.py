@@ -1,4 +1,4 @@
-"""Original weights of a pipeline: a diffusers folder, or a single file and others in its folder.
+"""Original weights of a pipeline: a diffusers folder, or single files in one folder.
 
 Only headers and configs are read here.
 """
@@ -18,6 +18,7 @@ from taca_jax.formats.tensor_files import open_tensors, under
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.weights.folders import CONFIG
+from taca_jax.weights.loose_files import LooseFiles, loose_files, root_of
 from taca_jax.weights.originals import (
     Original,
     autoencoder_prefixes,
@@ -45,12 +46,13 @@ PIPELINE_PARTS = (
 class OriginalPipeline:
     """Original weights of a pipeline.
 
-    models: by our folder names. schedule: the sampler's noise levels. notes: messages about missing
-    parts and what is used instead.
+    models: by our folder names. schedule: the sampler's noise levels. tokenizers: the folder that
+    theirs are in, if there are any. notes: messages about missing parts and what is used instead.
     """
 
     models: Mapping[str, Original]
     schedule: FlowSchedule
+    tokenizers: Path
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,46 +86,64 @@ def open_folder(src: Path, family: Family | None = None, **fields: Any) -> Origi
     else:
         schedule = family.schedule_of(config)
         notes.append(f"{src} has no scheduler; the published noise levels are taken: {schedule}")
-    return OriginalPipeline(models, schedule, tuple(notes))
+    return OriginalPipeline(models, schedule, src, tuple(notes))
+
+
+def is_diffusers(path: Path) -> bool:
+    return (path / "transformer" / CONFIG).is_file()
 
 
 def is_original(path: Path) -> bool:
     """Whether `path` looks like the original weights of a pipeline."""
-    return path.suffix == ".safetensors" or (path / "transformer" / CONFIG).is_file()
+    if path.suffix == ".safetensors" or is_diffusers(path):
+        return True
+    return path.is_dir() and loose_files(path).has_pipeline
 
 
-def open_original(path: Path) -> OriginalPipeline:
-    """A diffusers pipeline folder, or a single file of the authors or of ComfyUI.
+def open_original(path: Path, family: Family | None = None, **fields: Any) -> OriginalPipeline:
+    """A diffusers pipeline folder; a single file of the authors or of ComfyUI; or a folder with
+    such files, which `loose_files` tells apart.
 
-    Parts that a file does not contain are taken from its folder if they are there: the autoencoder
-    (such as FLUX's `ae.safetensors`, or diffusers' `vae/`), and text encoders (`text_encoder/`,
-    ...). Raises UserError for a file without a transformer, and as `open_folder` does.
+    Parts that a transformer's file does not contain are taken from its folder: the autoencoder
+    (such as FLUX's `ae.safetensors`, or diffusers' `vae/`), and text encoders (`text_encoder/`, or
+    files such as `clip_l.safetensors`). family, fields: as for `originals.transformer`. Raises
+    UserError for a file or folder without a transformer, and as `open_folder` does.
     """
-    if path.is_dir():
-        return open_folder(path)
-    if vae_original.is_autoencoder(open_tensors(path)):
-        raise UserError(f"{path} is an autoencoder alone; give the transformer's file beside it")
-    parts = parts_in_file(path)
+    if is_diffusers(path):
+        return open_folder(path, family, **fields)
+    root = path if path.is_dir() else root_of(path)
+    loose = loose_files(root)
+    file = loose.transformer(family) if path.is_dir() else path
+    if vae_original.is_autoencoder(open_tensors(file)):
+        raise UserError(f"{file} is an autoencoder alone; give the transformer's file beside it")
+    parts = parts_in_file(file, family, **fields)
     config = parts["transformer"].config
     family = family_of(config)
-    beside = _beside(path.parent, parts, family)
-    taken = ", ".join(source.where for source in beside.values())
-    notes = (f"{path}: what is not within is taken from beside it: {taken}",) if beside else ()
-    return OriginalPipeline({**parts, **beside}, family.schedule_of(config), notes)
+    beside = _beside(loose, parts, family)
+    notes = [*loose.unread]
+    if beside:
+        taken = ", ".join(source.where for source in beside.values())
+        notes.append(f"{file}: what is not within is taken from beside it: {taken}")
+    models = {**parts, **beside}
+    return OriginalPipeline(models, family.schedule_of(config), root, tuple(notes))
 
 
-def _beside(folder: Path, parts: Mapping[str, Original], family: Family) -> dict[str, Original]:
-    found = {}
+def _beside(
+    loose: LooseFiles, parts: Mapping[str, Original], family: Family
+) -> dict[str, Original]:
+    """The parts of a pipeline that are not in its transformer's file, from the same folder."""
+    root, found = loose.root, {}
     if "autoencoder" not in parts:
-        file = family.original.autoencoder_file
-        if file is not None and (folder / file).is_file():
-            found["autoencoder"] = vae(folder / file, family.name)
-        elif (folder / "vae" / CONFIG).is_file():
-            found["autoencoder"] = vae(folder / "vae")
+        channels = parts["transformer"].config.latent_channels
+        if (file := loose.autoencoder(family, channels)) is not None:
+            found["autoencoder"] = file
+        elif (root / "vae" / CONFIG).is_file():
+            found["autoencoder"] = vae(root / "vae")
     for name in TEXT_ENCODERS:
-        if name not in parts and (folder / name / CONFIG).is_file():
-            found[name] = text_encoder(folder / name)
-    return found
+        if name not in parts and (root / name / CONFIG).is_file():
+            found[name] = text_encoder(root / name)
+    lacking = [name for name in TEXT_ENCODERS if name not in parts and name not in found]
+    return found | loose.text_encoders(family, lacking)
 
 
 def parts_in_file(src: Path, family: Family | None = None, **fields: Any) -> dict[str, Original]:

@@ -225,7 +225,8 @@ def original_vae(tensors: TensorFiles, family: Family | None) -> Original:
 
 
 def tiny_vae(src: Path) -> Original:
-    """The two files of a TAESD-style autoencoder; all published ones have the same sizes."""
+    """A TAESD-style autoencoder, in two files or of diffusers; all published ones have the same
+    sizes."""
     return Original(tiny_vae_layout.TABLE, TAEF1, tiny_vae_layout.open_taesd(src))
 
 

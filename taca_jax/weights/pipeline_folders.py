@@ -2,22 +2,27 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from taca_jax.autoencoders.tiny_vae_layout import is_taesd
 from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import family_of, published_models
 from taca_jax.formats.atomic import whole_file
+from taca_jax.formats.settings import read_settings
+from taca_jax.hub.ids import hint, hub_id
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.text.encoders import StoredEncoders, TextReading
-from taca_jax.weights.folders import PIPELINE_FILE, load_config, load_model
+from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, load_model
+from taca_jax.weights.hub_files import model_files, tokenizer_folders
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.original_pipelines import is_original, open_original
+from taca_jax.weights.original_pipelines import TOKENIZERS, is_original, open_original
+from taca_jax.weights.originals import Original, tiny_vae, vae
 from taca_jax.weights.shipped import find_weights
 
 _LOG = logging.getLogger(__name__)
@@ -94,40 +99,96 @@ class StoredPipeline:
         return self.family.read_text(self.transformer.config, stored)
 
 
-def open_pipeline(path: str | Path) -> StoredPipeline:
+def open_pipeline(
+    path: str | Path, tokenizers: str | Path | None = None, *, download: bool = True
+) -> StoredPipeline:
     """The pipeline at `path`: a converted folder, the name of one that comes with the package, a
-    diffusers folder, or a single file in an original layout.
+    diffusers folder, single files in an original layout (`open_original`), or the id of one of
+    these on the hub, which is fetched.
 
+    tokenizers: the folder or hub id of the pipeline whose tokenizers are read; None is this one.
+    download: whether the hub may be asked; else only its cache is read.
     Reads configs only. Raises UserError if there is none, or if a part of it is not a known model.
     """
-    path = find_weights(path)
+    stored = _open(find_weights(path, download=download))
+    if tokenizers is None:
+        return stored
+    return replace(stored, tokenizers=find_tokenizers(tokenizers))
+
+
+def find_tokenizers(path: str | Path) -> Path:
+    """The folder of a pipeline's tokenizers, from a path or a hub id. Raises UserError if it has
+    none."""
+    folder = find_weights(path, tokenizer_folders)
+    if not any((folder / name).is_dir() for name in TOKENIZERS):
+        raise UserError(
+            f"tokenizers={path} has no {' nor '.join(TOKENIZERS)}; give a folder that has them, or "
+            f"a model of the hub, such as {_an_id()}"
+        )
+    return folder
+
+
+def _an_id() -> str:
+    return next(model.repo for _, model in published_models().values() if model.repo is not None)
+
+
+def _open(path: Path) -> StoredPipeline:
     settings_file = path / PIPELINE_FILE
     if settings_file.is_file():
         settings = from_json(PipelineSettings, settings_file.read_text(), str(settings_file))
         load_config(path / TRANSFORMER)  # raises UserError if it is missing
         return converted_pipeline(path, settings)
     if not path.exists():
+        _, model = published_models().get(path.name, (None, None))
+        of_the_hub = hint(path) if model is None else f"on the hub it is base={model.repo}"
         raise UserError(
             f"{path} is not there; give base= a folder that `python -m convert` made, a diffusers "
-            "folder, or an original's .safetensors file"
+            f"folder, or an original's .safetensors file; {of_the_hub}"
         )
     if not is_original(path):
         raise UserError(
             f"{path} is no pipeline folder: it has no {PIPELINE_FILE}; nor is it an original, "
-            "which is a diffusers folder with transformer/, or a .safetensors file"
+            "which is a diffusers folder with transformer/, or a .safetensors file or a folder "
+            "with such files"
         )
     original = open_original(path)
     for note in original.notes:
         _LOG.warning("%s", note)
     return StoredPipeline(
         where=path,
-        models={
-            name: StoredModel(model.where, model.config, model.load)
-            for name, model in original.models.items()
-        },
+        models={name: _of_original(model) for name, model in original.models.items()},
         settings=default_settings(original.models[TRANSFORMER].config, original.schedule),
-        tokenizers=path if path.is_dir() else path.parent,
+        tokenizers=original.tokenizers,
     )
+
+
+def open_autoencoder(
+    path: str | Path, latents: str | None = None, *, download: bool = True
+) -> StoredModel:
+    """An autoencoder alone: a converted folder, a diffusers folder, a file in the original layout,
+    a TAESD-style one (the beginning of its two files' names, their folder, or diffusers'), or the
+    hub id of one.
+
+    latents: the family whose scale and shift the latents of a single file have. download: whether
+    the hub may be asked. Raises UserError if there is none.
+    """
+    found = find_weights(path, model_files, download=download)
+    if is_taesd(found):
+        return _of_original(tiny_vae(found))
+    if not found.exists():
+        raise UserError(
+            f"{path} is not there; give an autoencoder's folder or file, or the beginning of the "
+            f"names of a tiny one's two files (DIR/taef1); {hint(path)}"
+        )
+    if found.is_file():
+        return _of_original(vae(found, latents))
+    if (found / CONFIG).is_file() and "kind" not in read_settings(found).fields:
+        return _of_original(vae(found))
+    return stored_model(found)
+
+
+def _of_original(model: Original) -> StoredModel:
+    return StoredModel(model.where, model.config, model.load)
 
 
 def converted_pipeline(folder: Path, settings: PipelineSettings) -> StoredPipeline:
@@ -149,14 +210,20 @@ def stored_model(folder: Path) -> StoredModel:
 
 
 def published_pipeline(base: str) -> StoredPipeline:
-    """The configs of a released model, by its folder name; the folder need not exist. For planning.
+    """The configs of a released model, by its folder name or hub id; nothing need be there. For
+    planning.
 
     Raises UserError for an unknown name.
     """
     known = published_models()
-    name = Path(base).name
+    repo = base if (found := hub_id(base)) is None else found.repo
+    of_hub = [name for name, (_, model) in known.items() if model.repo == repo]
+    name = of_hub[0] if of_hub else Path(base).name
     if name not in known:
-        raise UserError(f"base={base} is not there; plan for {', '.join(known)} needs no folder")
+        raise UserError(
+            f"base={base} is not there; plan for {', '.join(known)} needs no folder; of the hub "
+            "only what is in the cache is planned with"
+        )
     family, model = known[name]
     configs = {
         TRANSFORMER: model.transformer,

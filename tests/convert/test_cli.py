@@ -60,6 +60,7 @@ def test_options():
         "dst": Path("b"),
         "axes_dim": (16, 56, 56),
         "dtype": "float16",
+        "tokenizers": None,
     }
     assert parsed("flux --src=a --dst=b --axes_dim=16,56,56 --dtype=float16") == given
     assert parsed("flux --src a --dst b")["dtype"] is None

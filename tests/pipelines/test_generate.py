@@ -80,7 +80,7 @@ def test_previews_are_written_beside_the_picture(tmp_path, capsys):
 
 def test_a_missing_previewer_is_refused_before_the_model_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(LOADING, lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=r"taef1_encoder\.safetensors is not there"):
+    with pytest.raises(UserError, match=r"taef1 is not there; .* tiny one's two files"):
         generate(config(tmp_path / "x.png", preview=str(tmp_path / "taef1")))
 
 

@@ -21,7 +21,6 @@ from taca_jax.data.cache.manifest import read_manifest
 from taca_jax.data.cache.writer import CacheWriter
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import StoppedError, UserError
-from taca_jax.families.flux.family import FLUX as FLUX_FAMILY
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.parallel.mesh import MeshConfig
@@ -266,17 +265,32 @@ def test_processes_that_see_other_files_compare_the_models_together(made, tmp_pa
         ready(config)
 
 
-@pytest.mark.parametrize("name", ["ae.safetensors", "vae/a", "text_encoder_2/a", "tokenizer/a"])
-def test_what_lies_beside_a_single_file_is_told_apart_too(pictures, tmp_path, name):
-    base = tmp_path / "flux.safetensors"
-    base.touch()
-    config = config_of(base, pictures, tmp_path / "run")
-    models = SimpleNamespace(config=config, family=FLUX_FAMILY, stored=SimpleNamespace(where=base))
+@pytest.mark.parametrize(
+    "name", ["ae.safetensors", "vae/shard", "clip/t5.safetensors", "tokenizer/a", "taef1_decoder"]
+)
+def test_what_a_pipeline_is_read_from_is_told_apart(pictures, tmp_path, name):
+    files = {
+        "transformer": "flux.safetensors",
+        "autoencoder": "vae/index",
+        "text_encoder": "clip/t5.safetensors",
+        "text_encoder_2": "ae.safetensors",
+        "text_encoder_3": "taef1",
+    }
+    for file in (*files.values(), "vae/config.json", "clip/other", "tokenizer/b"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    stored = SimpleNamespace(
+        where=tmp_path / files["transformer"],
+        tokenizers=tmp_path,
+        models={part: SimpleNamespace(where=str(tmp_path / file)) for part, file in files.items()},
+    )
+    models = SimpleNamespace(config=config_of(stored.where, pictures, tmp_path), stored=stored)
+    (tmp_path / "taef1").unlink()  # the beginning of two files' names
     before = cache_stage._files_stamp(models)
-    (tmp_path / "other.safetensors").touch()
+    for other in ("other.safetensors", "flux.safetensors", "clip/another"):
+        (tmp_path / other).write_text("changed")
     assert cache_stage._files_stamp(models) == before
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
+    (tmp_path / name).write_text("changed")
     assert cache_stage._files_stamp(models) != before
 
 

@@ -64,9 +64,15 @@ FLUX = Family(
     tiny_autoencoder="TAEF1",
     read_text=read_text,
     published={
-        "flux1-dev": Published("flux.1-dev", FLUX_DEV, TEXT_ENCODERS),
-        "flux1-krea-dev": Published("flux.1-krea-dev", FLUX_KREA, TEXT_ENCODERS),
-        "flux1-schnell": Published("flux.1-schnell", FLUX_SCHNELL, TEXT_ENCODERS),
+        "flux1-dev": Published(
+            "flux.1-dev", FLUX_DEV, TEXT_ENCODERS, "black-forest-labs/FLUX.1-dev"
+        ),
+        "flux1-krea-dev": Published(
+            "flux.1-krea-dev", FLUX_KREA, TEXT_ENCODERS, "black-forest-labs/FLUX.1-Krea-dev"
+        ),
+        "flux1-schnell": Published(
+            "flux.1-schnell", FLUX_SCHNELL, TEXT_ENCODERS, "black-forest-labs/FLUX.1-schnell"
+        ),
     },
     autoencoder=FLUX_VAE,
     defaults_of=_defaults_of,

@@ -70,9 +70,21 @@ SD3 = Family(
     tiny_autoencoder="TAESD3",
     read_text=read_text,
     published={
-        "sd35-medium": Published("sd3.5-medium", SD35_MEDIUM, TEXT_ENCODERS),
-        "sd35-large": Published("sd3.5-large", SD35_LARGE, TEXT_ENCODERS),
-        "sd3-medium": Published("sd3-medium", SD3_MEDIUM, TEXT_ENCODERS),
+        "sd35-medium": Published(
+            "sd3.5-medium",
+            SD35_MEDIUM,
+            TEXT_ENCODERS,
+            "stabilityai/stable-diffusion-3.5-medium",
+        ),
+        "sd35-large": Published(
+            "sd3.5-large", SD35_LARGE, TEXT_ENCODERS, "stabilityai/stable-diffusion-3.5-large"
+        ),
+        "sd3-medium": Published(
+            "sd3-medium",
+            SD3_MEDIUM,
+            TEXT_ENCODERS,
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+        ),
     },
     autoencoder=SD3_VAE,
     defaults_of=_defaults_of,

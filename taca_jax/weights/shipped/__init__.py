@@ -2,9 +2,36 @@
 
 from pathlib import Path
 
+from taca_jax.errors import UserError
+from taca_jax.hub.ids import Select, hub_id
+from taca_jax.weights.hub_files import pipeline_files
 
-def find_weights(path: str | Path) -> Path:
-    """`path`, or if it does not exist and is a plain name, the weights shipped under that name."""
+
+def find_weights(
+    path: str | Path, select: Select = pipeline_files, *, download: bool = True
+) -> Path:
+    """Where the weights called `path` are: a path that exists; else, for a plain name, the weights
+    shipped under it; else what `select` opens of a model on the hub, fetched if the cache lacks it.
+
+    `path` itself if there is nothing of the three. Raises UserError for an id of the hub (`hub_id`)
+    whose files cannot be had; without `download` for what is not in the cache.
+    """
     path = Path(path)
     shipped = Path(__file__).parent / path.name
-    return shipped if not path.exists() and path.name == str(path) and shipped.exists() else path
+    if path.exists():
+        return path
+    if path.name == str(path) and shipped.exists():
+        return shipped
+    if (found := hub_id(str(path))) is not None:
+        from taca_jax.hub.fetching import fetch  # slow to import
+
+        return fetch(found, select, download=download)
+    return path
+
+
+def is_here(path: str | Path) -> bool:
+    """Whether `find_weights` finds something without asking the hub."""
+    try:
+        return find_weights(path, download=False).exists()
+    except UserError:  # a model of the hub that is not in the cache, or not whole
+        return False
