@@ -21,7 +21,7 @@ from taca_jax.families.base import Family
 from taca_jax.families.flops import forward_flops
 from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
-from taca_jax.nn.lora import add_lora
+from taca_jax.nn.lora import AttachedLoRA, add_lora
 from taca_jax.parallel.batches import samples_together
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
@@ -206,7 +206,13 @@ class RunModels:
             autoencoder=inputs.autoencoder,
             settings=self.stored.settings,
             mesh=self.mesh,
+            loras=() if self.config.lora is None else (self.lora,),
         )
+
+    @property
+    def lora(self) -> AttachedLoRA:
+        """How the LoRA that is trained acts: with TACA if it is trained under TACA."""
+        return AttachedLoRA(self.config.name, 1.0, "always" if self.config.taca is None else "taca")
 
     def abstract(self) -> tuple[TextToImage, Any]:
         """The model to train and its autoencoder, as abstract models on the mesh."""

@@ -241,7 +241,7 @@ def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache
     config = models.config
     taca = trained.taca(config)
     if config.lora is not None:
-        _write_lora(config, trained.transformer)
+        _write_lora(models, trained.transformer)
     if config.gamma_knots is not None and taca is not None and is_first():
         _write_gamma(config.run_dir / "taca.json", taca)
     if config.adapts and config.evaluate is None:
@@ -279,10 +279,11 @@ def _keep_guidance(model: Path, guidance: float) -> None:
     print(f"best on seen compositions, and now the model's default: guidance {guidance:g}")
 
 
-def _write_lora(config: TrainConfig, transformer: nnx.Module) -> None:
+def _write_lora(models: RunModels, transformer: nnx.Module) -> None:
     graph, factors, others = nnx.split(transformer, LoRAParam, ...)
     if jax.process_count() > 1:  # each process holds a part of the factors
         factors = jax.tree.map(on_host, factors)
     if is_first():
-        write_lora(config.run_dir / "lora.safetensors", nnx.merge(graph, factors, others))
-        print(f"LoRA written to {config.run_dir / 'lora.safetensors'}")
+        file, whole = models.config.run_dir / "lora.safetensors", nnx.merge(graph, factors, others)
+        write_lora(file, whole, gate=models.lora.gate)
+        print(f"LoRA written to {file}")
