@@ -67,8 +67,9 @@ def digests_of_loras(loras: Sequence[LoRAChoice]) -> dict[str, str]:
     for number, lora in enumerate(loras, 1):
         path = find_weights(lora.path)
         digests = digests_in(path)
-        own = gate_in(open_tensors(path)) or "always"
-        acts = [] if lora.gate in (None, own) else [f"@{lora.gate}"]
+        acts = []
+        if lora.gate is not None and lora.gate != (gate_in(open_tensors(path)) or "always"):
+            acts.append(f"@{lora.gate}")
         acts += [] if lora.strength == 1 else [f":{lora.strength!r}"]
         if len(loras) == 1 and not acts:
             return digests

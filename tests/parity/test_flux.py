@@ -200,7 +200,7 @@ def test_trajectory_and_image(pipeline, golden, name):
     taca = TacaConfig(gamma=settings["gamma"], first_steps=settings["taca_steps"])
     pipeline.unload_lora()
     if name == "taca_lora":
-        pipeline.load_lora(lora_file())
+        pipeline.load_lora(lora_file(), gate="taca")
     out = pipeline(
         steps=settings["steps"],
         guidance=settings["guidance_scale"],
