@@ -193,7 +193,7 @@ def noise():
 
 
 def test_guidance_of_1_is_no_guidance(model, prompt, noise):
-    plan = make_plan(SIGMAS, TacaConfig(threshold=850))
+    plan = make_plan(SIGMAS, TacaConfig(threshold=850), loras=[with_taca()])
     plain, _ = denoise(model, noise, plan, prompt)
     guided, _ = denoise(model, noise, plan, prompt, text(), jnp.float32(1.0))
     np.testing.assert_allclose(guided, plain, atol=2e-5)
@@ -202,7 +202,7 @@ def test_guidance_of_1_is_no_guidance(model, prompt, noise):
 
 
 def test_a_trajectory_ends_in_the_latents_and_predicts_x0(model, prompt, noise):
-    plan = make_plan(SIGMAS, TacaConfig(threshold=850))
+    plan = make_plan(SIGMAS, TacaConfig(threshold=850), loras=[with_taca()])
     end, seen = denoise(model, noise, plan, prompt, trajectory=True)
     without, nothing = denoise(model, noise, plan, prompt)
     assert nothing is None
