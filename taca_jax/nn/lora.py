@@ -31,11 +31,13 @@ class LoRAConfig:
     alpha: the factors' product is multiplied by alpha / rank.
     targets: regular expressions; a layer whose whole dotted path matches one gets factors. None
       selects the attention's projections (`LoRANames.targets` of the model's family).
+    init: a LoRA file to start from, of this rank or a smaller one; none starts anew.
     """
 
     rank: int = 16
     alpha: float = 16.0
     targets: tuple[str, ...] | None = None
+    init: str | None = None
 
     def __post_init__(self):
         if self.rank < 1:

@@ -64,8 +64,9 @@ class TrainConfig:
     timestep_shift: above 1 draws noisier timesteps: SD3's and FLUX's shift, in training.
     guidance: the guidance scale given to models that embed one; others do not use it.
     log_every: optimizer steps between two lines of metrics.
-    save_every: optimizer steps between two checkpoints; the last step is always saved.
-    keep_checkpoints: how many checkpoints are kept.
+    save_every: optimizer steps between two checkpoints, each with the LoRA of that step as a file
+      in loras/; the last step is always saved.
+    keep_checkpoints: how many checkpoints and such files are kept.
     sample_every: optimizer steps between two grids of samples; 0 draws none.
     sample_prompts: the prompts of those grids.
     seed: of parameters, noise and timesteps.

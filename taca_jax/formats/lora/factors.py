@@ -89,6 +89,25 @@ def append_adapter(
     append_lora(model, factors)
 
 
+def fill_adapter(adapter: Adapter, model: nnx.Module) -> None:
+    """Sets the factors that a model has, of one LoRA, to those of a file, so that they act as it
+    does: where a layer has a larger rank, the rest of its b stays as it is, and zero in new ones.
+
+    Layers that the file lacks stay as they are. The model has factors of all of the file's layers.
+    """
+    layers = dict(linears(model))
+    for (path, index), factors in adapter.items():
+        layer = layers[path]
+        assert layer.lora_a is not None
+        assert layer.lora_b is not None
+        at = () if index is None else (index,)
+        a, b = (np.array(each.get_value()) for each in (layer.lora_a, layer.lora_b))
+        a[at][:, : factors.rank] = factors.a
+        b[at][: factors.rank] = factors.b * (factors.strength / layer.lora_alpha_over_rank)
+        layer.lora_a.set_value(jnp.asarray(a))
+        layer.lora_b.set_value(jnp.asarray(b))
+
+
 def kernels_of(model: nnx.Module) -> dict[str, Shape]:
     """The shapes of the kernels of a model's linear layers, by path."""
     return {path: layer.kernel.shape for path, layer in linears(model)}
