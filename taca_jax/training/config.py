@@ -130,9 +130,6 @@ class TrainConfig:
         check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
         local = "://" not in (self.out_dir or "")
         check(local, "out_dir", self.out_dir, "a folder (for buckets see docs/launching.md)")
-        warmup = self.optimizer.warmup_steps
-        below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
-        check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
         decay = self.optimizer.decay_steps
         check(decay <= self.steps, "optimizer.decay_steps", decay, f"at most steps={self.steps}")
         if self.gamma_knots is not None:

@@ -83,6 +83,11 @@ def _run(models: RunModels, notice: Notice) -> None:
             f"training under TACA: {describe_gamma(config.taca)} at times above "
             f"{config.taca.threshold:g}, from which all are drawn"
         )
+    if config.optimizer.warmup_steps > config.steps:
+        print_once(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is cut to steps="
+            f"{config.steps}: the learning rate rises to the end"
+        )
     if config.sample_every and isinstance(inputs, InputModels):
         # Prompts that cannot be tokenized fail now, and not at the first grid of samples.
         inputs.tokenizer(config.sample_prompts)

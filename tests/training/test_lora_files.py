@@ -1,5 +1,7 @@
 """The LoRA files of a run: those that it leaves at its checkpoints, and the one it starts from."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -70,11 +72,17 @@ def test_each_checkpoint_has_its_lora_as_a_file(base, tmp_path, taca, gate):
         assert load_adapter(file).gate == gate
 
 
+def test_a_warm_up_that_is_cut_is_said(base, tmp_path, capsys):
+    optimizer = OptimizerConfig(warmup_steps=100, schedule="linear")
+    train(config_for(base, tmp_path, steps=1, optimizer=optimizer))
+    assert "optimizer.warmup_steps=100 is cut to steps=1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 3.0), (5, 10.0)])
 def test_a_run_starts_from_a_lora(base, start, tmp_path, rank, alpha):
     """In as many ranks as it has; what further ones may learn begins at nothing."""
     config = config_for(base, tmp_path, lora=LoRAConfig(rank=rank, alpha=alpha, init=start))
-    adapter = load_adapter(start).adapter
+    adapter = load_adapter(Path(start)).adapter
     compared = 0
     for path, layer in linears(open_models(config).load_transformer()):
         if layer.lora_a is None:
