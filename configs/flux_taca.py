@@ -31,4 +31,4 @@ CONFIG = TrainConfig(
     save_every=500,
 )
 
-GENERATE = GenerateConfig(base="flux1-dev", lora="runs/flux_taca/lora.safetensors", taca=TACA)
+GENERATE = GenerateConfig(base="flux1-dev", lora="runs/flux_taca/lora.safetensors@taca", taca=TACA)

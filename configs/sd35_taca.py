@@ -30,4 +30,6 @@ CONFIG = TrainConfig(
     save_every=500,
 )
 
-GENERATE = GenerateConfig(base="sd35-medium", lora="runs/sd35_taca/lora.safetensors", taca=TACA)
+GENERATE = GenerateConfig(
+    base="sd35-medium", lora="runs/sd35_taca/lora.safetensors@taca", taca=TACA
+)

@@ -52,7 +52,7 @@ def convert_lora(src: Path, dst: Path, to: Layout, model: str | None = None) -> 
         shapes = shapes_of(config)
         kernels = {path.removesuffix(".kernel"): shape for path, shape in shapes.items()}
         check_fits(file.adapter, kernels, str(src))
-    written = save_adapter(dst, file.adapter, to, file.family, config=config)
+    written = save_adapter(dst, file.adapter, to, file.family, config=config, gate=file.gate)
     return [f"{src}: {file.summary}", *doubts(file), f"{dst}: {written}"]
 
 

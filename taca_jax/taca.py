@@ -22,6 +22,10 @@ MAX_TIMESTEP = 1000.0
 
 Schedule = Literal["step", "linear", "cosine", "sigmoid"]
 
+Gate = Literal["always", "taca"]
+"""When a LoRA acts: always, as a style does, or exactly while TACA is `active`, as one that was
+trained under TACA."""
+
 _SIGMOID_STEEPNESS = 10.0
 
 

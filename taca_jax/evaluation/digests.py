@@ -2,9 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from taca_jax.errors import UserError
+from taca_jax.formats.tensor_files import open_tensors
+from taca_jax.pipelines.lora_choice import LoRAChoice
+from taca_jax.weights.lora_files import gate_in
+from taca_jax.weights.shipped import find_weights
 
 WHOLE = 64 * 2**20
 """Files of more bytes than this are identified by their size and their ends."""
@@ -52,4 +57,30 @@ def digests_in(path: Path) -> dict[str, str]:
 
 def digest_of(path: Path) -> str:
     """One digest of a file, or of all files of a folder and their names. Raises as `digests_in`."""
-    return hashlib.sha256(json.dumps(digests_in(path)).encode()).hexdigest()
+    return _joined(digests_in(path))
+
+
+def digests_of_loras(loras: Sequence[LoRAChoice]) -> dict[str, str]:
+    """The digests of LoRAs' files and of how they act: of one at its full strength and by its own
+    gate those of its file, of others by their numbers, counted from 1. Raises as `digests_in`."""
+    found = {}
+    for number, lora in enumerate(loras, 1):
+        path = find_weights(lora.path)
+        digests = digests_in(path)
+        acts = []
+        if lora.gate is not None and lora.gate != (gate_in(open_tensors(path)) or "always"):
+            acts.append(f"@{lora.gate}")
+        acts += [] if lora.strength == 1 else [f":{lora.strength!r}"]
+        if len(loras) == 1 and not acts:
+            return digests
+        found[str(number)] = " ".join([_joined(digests), *acts])
+    return found
+
+
+def digest_of_loras(loras: Sequence[LoRAChoice]) -> str:
+    """One digest of LoRAs' files and of how they act. Raises as `digests_in`."""
+    return _joined(digests_of_loras(loras))
+
+
+def _joined(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -14,9 +14,11 @@ from typing import Any
 from taca_jax.config.fields import difference, show
 from taca_jax.config.json_text import from_json, to_tree
 from taca_jax.errors import UserError
-from taca_jax.evaluation.digests import digests_in
+from taca_jax.evaluation.digests import digests_in, digests_of_loras
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import SamplingConfig
+from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras
+from taca_jax.pipelines.loras import used_loras
 from taca_jax.weights.shipped import find_weights
 
 RECORD = "config.json"
@@ -34,23 +36,25 @@ class _Record:
     digests: Mapping[str, dict[str, str]]
 
 
-def model_files(config: SamplingConfig) -> dict[str, str]:
-    """The fields that name the weights which the pictures depend on: the base, and the LoRA unless
-    taca=none turns it off."""
-    files = {"base": config.base}
-    if config.used_lora is not None:
-        files["lora"] = config.used_lora
-    return files
+Files = Mapping[str, str | tuple[LoRAChoice, ...]]
+"""By field of a configuration, the file or folder, or the LoRAs, that it names."""
+
+
+def model_files(config: SamplingConfig) -> Files:
+    """The fields that name the weights which the pictures depend on: the base, and the LoRAs unless
+    taca=none turns them off."""
+    loras = used_loras(config)
+    return {"base": config.base, **({"lora": loras} if loras else {})}
 
 
 def check_record(
-    out: Path, config: SamplingConfig, files: Mapping[str, str], *, free: Collection[str] = ()
+    out: Path, config: SamplingConfig, files: Files, *, free: Collection[str] = ()
 ) -> None:
     """Raises UserError, naming what differs, if the folder belongs to another configuration or to
     files of other content; also if it holds something else, or cannot be written to.
 
-    files: by field of the configuration, the file or folder that it names; these fields are
-    compared by content (`digests.file_digest`), not by name. free: other fields that may change.
+    files: fields of the configuration that are compared by the content of the files which they
+    name (`digests.file_digest`), not by name. free: other fields that may change.
     """
     record = out / RECORD
     if not record.is_file():
@@ -75,7 +79,12 @@ def check_record(
             differing.append(f"{name} is used {'there' if new is None else 'here'} alone")
         else:
             changed = min(part for part in old | new if old.get(part) != new.get(part))
-            differing.append(f"{Path(there, changed)} has changed since")
+            place = Path(there, changed)
+            if name == "lora":
+                named = parse_loras(there)
+                number = int(changed) if changed.isdecimal() else 1
+                place = Path(named[number - 1].path, "" if changed.isdecimal() else changed)
+            differing.append(f"{place} has changed since")
     if differing:
         raise UserError(
             f"{out} holds results of something else: {', '.join(differing)}; name another out, or "
@@ -83,7 +92,7 @@ def check_record(
         )
 
 
-def write_record(out: Path, config: SamplingConfig, files: Mapping[str, str]) -> None:
+def write_record(out: Path, config: SamplingConfig, files: Files) -> None:
     """Writes what `check_record` reads, creating the folder. Raises UserError if it cannot."""
     settings = {name: value for name, value in to_tree(config).items() if name != OUT}
     content = {"config": settings, "files": _digests(files)}
@@ -95,8 +104,11 @@ def _shown(value: Any) -> str:
     return "set" if is_dataclass(value) else show(value) or "empty"
 
 
-def _digests(files: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    return {name: digests_in(find_weights(path)) for name, path in files.items()}
+def _digests(files: Files) -> dict[str, dict[str, str]]:
+    return {
+        name: digests_in(find_weights(named)) if isinstance(named, str) else digests_of_loras(named)
+        for name, named in files.items()
+    }
 
 
 def _read(record: Path, kind: type[SamplingConfig]) -> _Record:

@@ -18,6 +18,7 @@ from taca_jax.nn.layers import (
     ZEROS,
     LayerOptions,
     Linear,
+    LoRAScale,
     RMSNorm,
     from_tiles,
     modulate,
@@ -35,7 +36,7 @@ class BlockInputs:
     vec: Float[Array, "b d"]
     text_len: int
     gamma: Float[Array, " b"] | None
-    lora_scale: Float[Array, " b"] | None
+    lora_scale: LoRAScale | None
     attention: Implementation
 
 
@@ -62,7 +63,7 @@ class QKV(nnx.Module):
             )
 
     def __call__(
-        self, x: Float[Array, "b s d"], lora_scale: Float[Array, " b"] | None
+        self, x: Float[Array, "b s d"], lora_scale: LoRAScale | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Each [b, s, h, d]."""
 
@@ -111,7 +112,7 @@ class Stream(nnx.Module):
         x: Float[Array, "b s d"],
         attended: Float[Array, "b s d"],
         modulation: list[jax.Array],
-        lora_scale: Float[Array, " b"] | None,
+        lora_scale: LoRAScale | None,
         extra: Float[Array, "b s d"] | None = None,
     ) -> Float[Array, "b s d"]:
         """The residual stream after the attention's output projection and the MLP; `extra` is added

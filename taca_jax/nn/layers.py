@@ -28,6 +28,11 @@ class Quantized(Fixed):
     """The codes of a quantised kernel, or their scales; casts of the parameters skip them."""
 
 
+LoRAScale = Float[Array, "b *n"]
+"""The strength of attached LoRA factors in each sample: `[b]` of all LoRAs alike, or `[b, n]` of
+each of n LoRAs, in the order in which they were attached."""
+
+
 class LayerOptions(TypedDict):
     """How layers are created: random keys, and the dtypes of parameters and of computation."""
 
@@ -76,6 +81,9 @@ class Linear(nnx.Module):
     stack of layers each has a leading layer axis. `kernel_init` initialises the kernel
     (adaptive-norm layers and output heads use zeros); the bias starts at zero.
 
+    The factors of several LoRAs stand side by side along r; `lora_ranks` says how much of r is of
+    each of them, 0 of one that does not adapt this layer.
+
     When the kernel is quantised (`nn.quantization`), `kernel` holds codes, `kernel_scale` scales.
     """
 
@@ -96,10 +104,11 @@ class Linear(nnx.Module):
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_alpha_over_rank = 1.0
+        self.lora_ranks: tuple[int, ...] = ()
         self.dtype = options["dtype"]
 
     def __call__(
-        self, x: Float[Array, "b *s i"], lora_scale: Float[Array, " b"] | None = None
+        self, x: Float[Array, "b *s i"], lora_scale: LoRAScale | None = None
     ) -> Float[Array, "b *s o"]:
         x = x.astype(self.dtype)
         if self.kernel_scale is None:
@@ -110,9 +119,22 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:
             down = matmul(x, self.lora_a[...].astype(self.dtype))
-            gate = lora_scale.reshape(-1, *(1,) * (x.ndim - 1)) * self.lora_alpha_over_rank
-            y = y + matmul(down * gate.astype(self.dtype), self.lora_b[...].astype(self.dtype))
+            gate = self._by_rank(lora_scale) * self.lora_alpha_over_rank
+            gate = gate.reshape(len(gate), *(1,) * (x.ndim - 2), -1).astype(self.dtype)
+            y = y + matmul(down * gate, self.lora_b[...].astype(self.dtype))
         return y
+
+    def _by_rank(self, lora_scale: LoRAScale) -> Float[Array, "b r"]:
+        """The strength of each of r, or one for all of r if it is that of all LoRAs alike.
+
+        Raises ValueError for strengths of another number of LoRAs than are attached.
+        """
+        if lora_scale.ndim == 1:
+            return lora_scale[:, None]
+        given, attached = lora_scale.shape[1], len(self.lora_ranks)
+        if given != attached:
+            raise ValueError(f"lora_scale has strengths of {given} LoRAs; {attached} are attached")
+        return lora_scale[:, np.repeat(np.arange(attached), self.lora_ranks)]
 
 
 class RMSNorm(nnx.Module):
@@ -186,7 +208,7 @@ class MLPEmbedder(nnx.Module):
         self.linear_2 = Linear(features, features, **options)
 
     def __call__(
-        self, x: Float[Array, "b i"], lora_scale: Float[Array, " b"] | None = None
+        self, x: Float[Array, "b i"], lora_scale: LoRAScale | None = None
     ) -> Float[Array, "b d"]:
         return self.linear_2(nnx.silu(self.linear_1(x, lora_scale)), lora_scale)
 

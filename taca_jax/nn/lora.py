@@ -1,21 +1,26 @@
 """Low-rank adapters on a model's linear layers: kernel + alpha / rank * A B.
 
 The factors are `LoRAParam`s of the layers themselves (`nn.layers.Linear`), so that one compiled
-model runs with and without them: the traced `lora_scale` argument is their strength, which is
-nonzero exactly while TACA is on. The base's own parameters never change.
+model runs with and without them: the traced `lora_scale` argument is their strength, for LoRAs that
+act with TACA nonzero exactly while TACA is on. The base's own parameters never change.
+
+A model may have several LoRAs: their factors stand side by side along the rank, each part with a
+strength of its own, so that x A B is the sum of all of them in two products.
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.nn.layers import Linear, LoRAParam
+from taca_jax.taca import Gate
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,28 @@ class LoRAConfig:
     alpha: the factors' product is multiplied by alpha / rank.
     targets: regular expressions; a layer whose whole dotted path matches one gets factors. None
       selects the attention's projections (`LoRANames.targets` of the model's family).
+    init: a LoRA file to start from, of this rank or a smaller one; none starts anew.
     """
 
     rank: int = 16
     alpha: float = 16.0
     targets: tuple[str, ...] | None = None
+    init: str | None = None
 
     def __post_init__(self):
         if self.rank < 1:
             raise UserError(f"lora.rank is {self.rank}; it must be 1 or more")
         if not 0 < self.alpha < math.inf:
             raise UserError(f"lora.alpha is {self.alpha}; it must be positive and finite")
+
+
+@dataclass(frozen=True)
+class AttachedLoRA:
+    """How one of a model's LoRAs acts: what it is called, how strongly it acts, and when."""
+
+    name: str
+    strength: float
+    gate: Gate
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
@@ -47,7 +63,8 @@ def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def attach(layer: Linear, lora_a: jax.Array, lora_b: jax.Array, alpha_over_rank: float) -> None:
-    """Attaches factors `[.., in, r]` and `[.., r, out]` to one layer (or stack of layers).
+    """Attaches factors `[.., in, r]` and `[.., r, out]` to one layer (or stack of layers), in place
+    of any that it has.
 
     Raises ValueError if they do not fit the layer's kernel.
     """
@@ -62,6 +79,50 @@ def attach(layer: Linear, lora_a: jax.Array, lora_b: jax.Array, alpha_over_rank:
     layer.lora_a = LoRAParam(lora_a)
     layer.lora_b = LoRAParam(lora_b)
     layer.lora_alpha_over_rank = alpha_over_rank
+    layer.lora_ranks = (rank,)
+
+
+def count_loras(model: nnx.Module) -> int:
+    """How many LoRAs are attached to a model."""
+    return max((len(layer.lora_ranks) for _, layer in linears(model)), default=0)
+
+
+def append_lora(model: nnx.Module, factors: Mapping[str, tuple[jax.Array, jax.Array]]) -> None:
+    """Attaches one more LoRA, after those that the model has: by path `[.., in, r]` and
+    `[.., r, out]`, which fit the layers' kernels."""
+    before = count_loras(model)
+    for path, layer in linears(model):
+        if layer.lora_a is None or layer.lora_b is None:
+            if path in factors:
+                attach(layer, *factors[path], 1.0)
+                layer.lora_ranks = (*(0,) * before, *layer.lora_ranks)
+            continue
+        ranks = (*layer.lora_ranks, 0)
+        if path in factors:
+            a, b = factors[path]
+            ranks = (*layer.lora_ranks, a.shape[-1])
+            old = layer.lora_b.get_value() * layer.lora_alpha_over_rank
+            a = jnp.concatenate([layer.lora_a.get_value(), a], axis=-1)
+            attach(layer, a, jnp.concatenate([old, b], axis=-2), 1.0)
+        layer.lora_ranks = ranks
+
+
+def drop_lora(model: nnx.Module, index: int) -> None:
+    """Removes the LoRA that was attached as number `index`, counted from 0; the others stay."""
+    for _, layer in linears(model):
+        if layer.lora_a is None or layer.lora_b is None:
+            continue
+        ranks = [*layer.lora_ranks]
+        start = sum(ranks[:index])
+        dropped = np.arange(start, start + ranks.pop(index))
+        if not any(ranks):
+            _remove(layer)
+            continue
+        if len(dropped):
+            a = jnp.delete(layer.lora_a.get_value(), dropped, axis=-1)
+            b = jnp.delete(layer.lora_b.get_value(), dropped, axis=-2)
+            attach(layer, a, b, layer.lora_alpha_over_rank)
+        layer.lora_ranks = tuple(ranks)
 
 
 def add_lora(
@@ -98,5 +159,10 @@ def add_lora(
 def remove_lora(model: nnx.Module) -> None:
     """Removes all factors."""
     for _, layer in linears(model):
-        layer.lora_a = layer.lora_b = None
-        layer.lora_alpha_over_rank = 1.0
+        _remove(layer)
+
+
+def _remove(layer: Linear) -> None:
+    layer.lora_a = layer.lora_b = None
+    layer.lora_alpha_over_rank = 1.0
+    layer.lora_ranks = ()

@@ -17,6 +17,7 @@ from taca_jax.nn.layers import (
     ZEROS,
     LayerOptions,
     Linear,
+    LoRAScale,
     MLPEmbedder,
     modulate,
     patchify,
@@ -70,7 +71,7 @@ class MMDiT(nnx.Module):
         timestep: Float[Array, " b"],
         txt: Float[Array, "b t k"],
         pooled: Float[Array, "b p"],
-        lora_scale: Float[Array, " b"] | None,
+        lora_scale: LoRAScale | None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"], Float[Array, "b d"]]:
         """Embedded image and text tokens, and the vector that modulates them.
 
@@ -93,7 +94,7 @@ class MMDiT(nnx.Module):
         self,
         img: Float[Array, "b s d"],
         vec: Float[Array, "b d"],
-        lora_scale: Float[Array, " b"] | None,
+        lora_scale: LoRAScale | None,
         size: tuple[int, int],
     ) -> Float[Array, "b H W c"]:
         """The output of the image tokens as latents of `size`, float32; `vec` is after its SiLU."""

@@ -9,6 +9,7 @@ from taca_jax.autoencoders.tiling import Tiling
 from taca_jax.config.fields import check
 from taca_jax.errors import UserError
 from taca_jax.nn.low_bit import Quantization
+from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras
 from taca_jax.sampling.loop import MAX_SEED
 from taca_jax.taca import TacaConfig
 
@@ -20,8 +21,12 @@ class SamplingConfig:
     base: the model folder, the name of a model that comes with the package, original weights, or a
       model of the hub (owner/repo, owner/repo@revision, owner/repo:file).
     tokenizers: the folder, or the model of the hub, with the tokenizers of a base that has none.
-    lora: a LoRA file, or one of the hub; none for the base alone.
-    taca: TACA's strength and schedule; none is plain attention, and turns the LoRA off too.
+    lora: LoRA files, or ones of the hub, each with its strength and gate:
+      `style.safetensors:0.8,own.safetensors@taca`. `@taca` acts while TACA does, `@always` at every
+      step; without one, the file says which (if this project trained it), else always. None for the
+      base alone.
+    taca: TACA's strength and schedule; none is plain attention, and turns LoRAs off that act with
+      TACA.
     steps: sampling steps.
     guidance: strength of guidance.
     height: of the picture, in pixels.
@@ -58,21 +63,22 @@ class SamplingConfig:
         right = guidance is None or 0 <= guidance < math.inf
         check(right, "guidance", guidance, "0 or more, or none")
         check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+        _ = self.lora_choices  # raises for a text that names none
 
     @property
-    def used_lora(self) -> str | None:
-        """The LoRA that acts: none where TACA does not."""
-        return None if self.taca is None else self.lora
+    def lora_choices(self) -> tuple[LoRAChoice, ...]:
+        """The LoRAs that `lora` names."""
+        return () if self.lora is None else parse_loras(self.lora)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of sampling a model: TACA's settings (None: plain attention), the LoRA's strength,
-    the strength of guidance (None: the model's own)."""
+    """One way of sampling a model: TACA's settings (None: plain attention), a factor of the LoRAs'
+    strengths (one for all, or one for each), the strength of guidance (None: the model's own)."""
 
     name: str
     taca: TacaConfig | None
-    lora_strength: float
+    lora_strength: float | tuple[float, ...]
     guidance: float | None = None
 
 
@@ -83,7 +89,8 @@ class GenerateConfig(SamplingConfig):
     prompt: what to draw.
     negative_prompt: what to avoid, with classifier-free guidance.
     num_images: number of pictures; their seeds are seed, seed + 1, ... .
-    compare: draw the same noise plainly, with TACA, and with TACA and the LoRA, side by side.
+    compare: draw the same noise plainly, with TACA, and with TACA and its LoRA, side by side; those
+      that are always on are on in all of them.
     tiling: how large pictures are decoded in overlapping tiles, to save memory; none decodes at
       once.
     preview: a tiny autoencoder (TAEF1, TAESD3: a folder, or one of the hub) that draws the

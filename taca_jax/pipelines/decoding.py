@@ -1,5 +1,7 @@
 """Latents to pictures: at once or in tiles, as arrays or PIL images."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,20 @@ from PIL import Image
 from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles
+from taca_jax.errors import UserError
 from taca_jax.parallel.processes import on_host
+
+Output = Literal["pil", "array", "latents"]
+"""What a pipeline makes of its latents."""
+
+
+def check_output(output: str, autoencoder: Autoencoder | None) -> None:
+    """Raises UserError for an output that is unknown, or needs an autoencoder that is not there."""
+    if output not in get_args(Output):
+        known = ", ".join(get_args(Output))
+        raise UserError(f"output is {output!r}; it must be one of {known}")
+    if output != "latents" and autoencoder is None:
+        raise UserError('this pipeline has no autoencoder; ask for output="latents"')
 
 
 def decode(

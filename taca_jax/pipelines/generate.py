@@ -16,17 +16,14 @@ from PIL.PngImagePlugin import PngInfo
 from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
-from taca_jax.formats.tensor_files import open_tensors
-from taca_jax.hub.ids import hint
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.processes import print_once
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
 from taca_jax.pipelines.grids import caption_grid, enlarged
+from taca_jax.pipelines.loras import check_lora, used_loras
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.previews import open_previewer
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
-from taca_jax.weights.hub_files import lora_files
-from taca_jax.weights.shipped import find_weights
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -58,8 +55,12 @@ def generate(config: GenerateConfig) -> list[Path]:
             _write(name, picture, config)
         return names
 
-    columns = [Variant("plain", None, 0.0), Variant(_describe(config.taca), config.taca, 0.0)]
-    if config.lora is not None:
+    without = tuple(float(lora.gate == "always") for lora in pipeline.loras)
+    columns = [
+        Variant("plain", None, without),
+        Variant(_describe(config.taca), config.taca, without),
+    ]
+    if not all(without):
         columns.append(Variant("TACA + LoRA", config.taca, 1.0))
     drawn = [_draw(pipeline, config, column) for column in columns]
     captions = [f"{config.prompt} (seed {config.seed + i})" for i in range(config.num_images)]
@@ -73,19 +74,6 @@ def generate(config: GenerateConfig) -> list[Path]:
     return [out]
 
 
-def check_lora(config: SamplingConfig) -> None:
-    """Raises UserError unless the LoRA, if one is used, is a readable file."""
-    if config.used_lora is None:
-        return
-    found = find_weights(config.used_lora, lora_files)
-    if not found.exists():
-        raise UserError(
-            f"lora={config.used_lora} is not there; train it, name another file, or set lora=none "
-            f"to draw without one; {hint(config.used_lora)}"
-        )
-    open_tensors(found)
-
-
 def local_mesh() -> Mesh | None:
     """A mesh over this process's devices, which share the samples and the parameters; None if there
     is one device in all."""
@@ -95,7 +83,7 @@ def local_mesh() -> Mesh | None:
 
 
 def load_pipeline(config: SamplingConfig, mesh: Mesh | None = None) -> Pipeline:
-    """The pipeline that is configured, with its LoRA; says which LoRA that is and when TACA acts.
+    """The pipeline that is configured, with its LoRAs; says which they are and when TACA acts.
 
     Raises UserError as `Pipeline.from_pretrained` and `load_lora` do.
     """
@@ -108,11 +96,12 @@ def load_pipeline(config: SamplingConfig, mesh: Mesh | None = None) -> Pipeline:
         attention=config.attention,
         tokenizers=config.tokenizers,
     )
-    if config.used_lora is not None:
-        said = pipeline.load_lora(config.used_lora)
-        print_once(f"LoRA: {said}")
-    elif config.lora is not None:
-        print_once(f"LoRA: {config.lora} is not used: it acts only while TACA does, and taca=none")
+    used = used_loras(config)
+    for choice in config.lora_choices:
+        if choice in used:
+            print_once(f"LoRA: {pipeline.load_lora(choice)}")
+        else:
+            print_once(f"LoRA: {choice.path} is not used: it acts only while TACA does (taca=none)")
     if config.taca is not None:
         times = pipeline.timesteps(config.height, config.width, config.steps)
         print_once(describe_steps(config.taca, times))

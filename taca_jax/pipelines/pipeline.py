@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ from taca_jax.families.base import Family
 from taca_jax.families.registry import family_of
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.nn.conditioning import Conditioning
-from taca_jax.nn.lora import remove_lora
+from taca_jax.nn.lora import AttachedLoRA, remove_lora
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.mesh import on
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.decoding import decode, to_pil
+from taca_jax.pipelines.decoding import Output, check_output, decode, to_pil
 from taca_jax.pipelines.inputs import (
     NO_DOWNSCALE,
     Prompt,
@@ -39,6 +39,7 @@ from taca_jax.pipelines.inputs import (
     repeated,
     skip_guidance,
 )
+from taca_jax.pipelines.loras import LoRAs, acting_loras, attach_loras, choices_of, detach_lora
 from taca_jax.pipelines.previews import (
     Callback,
     Preview,
@@ -50,13 +51,11 @@ from taca_jax.pipelines.previews import (
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.pipelines.text import encoders_by_folder, load_text, save_tokenizers
 from taca_jax.sampling.loop import SkipLayers, Trajectory, denoise, make_plan
-from taca_jax.taca import MAX_TIMESTEP, TacaConfig
+from taca_jax.taca import MAX_TIMESTEP, Gate, TacaConfig
 from taca_jax.text.encoders import TextEncoder
 from taca_jax.text.tokenizers import Tokenizer, announce_cuts
 from taca_jax.weights.folders import PIPELINE_FILE, save_model
-from taca_jax.weights.hub_files import lora_files
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.lora_files import read_lora
 from taca_jax.weights.pipeline_folders import (
     AUTOENCODER,
     TRANSFORMER,
@@ -64,9 +63,6 @@ from taca_jax.weights.pipeline_folders import (
     open_pipeline,
     write_settings,
 )
-from taca_jax.weights.shipped import find_weights
-
-Output = Literal["pil", "array", "latents"]
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -104,13 +100,16 @@ class Pipeline:
         autoencoder: Autoencoder | None,
         settings: PipelineSettings,
         mesh: Mesh | None = None,
+        loras: Sequence[AttachedLoRA] = (),
     ):
+        """`loras`: how those that are attached to the transformer act, in their order."""
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.autoencoder = autoencoder
         self.settings = settings
         self.mesh = mesh
+        self.loras = tuple(loras)
         self.previewer: Previewer | None = None
 
     @property
@@ -210,17 +209,26 @@ class Pipeline:
                     settings = replace(settings, tokenizer=None)
                 write_settings(folder, settings)
 
-    def load_lora(self, path: str | Path) -> str:
-        """Attaches a LoRA file, replacing any other, and returns a one-line summary of it. `path`
-        may be a hub id (`owner/repo`, `owner/repo:file`).
+    def load_lora(self, lora: LoRAs, *, strength: float = 1.0, gate: Gate | None = None) -> str:
+        """Attaches LoRA files to those that are attached, and returns a line about each.
 
-        Raises UserError for a file that is damaged or made for another model.
+        `lora` is a path, a text as `generate.py` takes it (`style.safetensors:0.8`, or the id of
+        one on the hub), or several of them. `gate` says when they act: `always`, or with TACA
+        (`taca`); None is as the file says, and always if it says nothing. A file that is attached
+        already is replaced. Raises
+        UserError, with nothing attached, for one that is damaged or made for another model.
         """
-        return str(read_lora(find_weights(path, lora_files), self.transformer, self.mesh))
+        choices = choices_of(lora, strength, gate)
+        self.loras, lines = attach_loras(self.transformer, self.loras, choices, self.mesh)
+        return "\n".join(lines)
 
-    def unload_lora(self) -> None:
-        """Removes the attached LoRA factors, if there are any."""
-        remove_lora(self.transformer)
+    def unload_lora(self, path: str | Path | None = None) -> None:
+        """Removes the LoRA of a file, or all of them, if there are any."""
+        if path is not None:
+            self.loras = detach_lora(self.transformer, self.loras, path)
+        else:
+            remove_lora(self.transformer)
+            self.loras = ()
 
     def load_previewer(self, path: str | Path) -> None:
         """Loads the tiny autoencoder that draws previews (TAEF1 for FLUX.1, TAESD3 for Stable
@@ -293,7 +301,7 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         num_images: int = 1,
         taca: TacaConfig | None = None,
-        lora_strength: float = 1.0,
+        lora_strength: float | Sequence[float] = 1.0,
         prompt_embeds: Float[Array, "b t k"] | None = None,
         pooled_prompt_embeds: Float[Array, "b p"] | None = None,
         negative_prompt_embeds: Float[Array, "b t k"] | None = None,
@@ -313,7 +321,8 @@ class Pipeline:
         refuses `negative_prompt`; other models use `guidance` above 1 for classifier-free guidance
         against `negative_prompt` ("" by default; one for all, or one for each prompt). Picture i
         starts from the noise of `seed` + i, or of `seed`[i], or from `latents`. `taca` None is
-        plain attention; attached LoRA factors act while TACA is active, at `lora_strength`.
+        plain attention. LoRAs act always or while TACA is active, as they were loaded, each at its
+        strength times `lora_strength`: one number for all, or one for each.
         `skip_layers` adds skip-layer guidance to classifier-free guidance, for models that have it:
         it guides away from the model without those layers (7, 8, 9 of Stable Diffusion 3.5-Medium).
         It is a sequence of layers, or a SkipLayers, which also sets the strength and the range of
@@ -327,7 +336,7 @@ class Pipeline:
         Raises UserError for arguments that do not fit together.
         """
         family, config, settings = self.family, self.transformer.config, self.settings
-        self._check_output(output)
+        check_output(output, self.autoencoder)
         draw = drawer(preview, self.previewer, self.autoencoder, family.tiny_autoencoder)
         if guidance is None:
             guidance = settings.guidance
@@ -362,7 +371,9 @@ class Pipeline:
         sigmas = self.sigmas(x.shape[1] * downscale, x.shape[2] * downscale, steps)
         if skip is not None:
             skip.announce(len(sigmas) - 1)
-        plan = make_plan(sigmas, taca, lora_strength=lora_strength, skip=skip)
+        plan = make_plan(
+            sigmas, taca, loras=acting_loras(self.transformer, self.loras, lora_strength), skip=skip
+        )
         with on(self.mesh), step_bar(len(sigmas) - 1, progress) as advance:
             x, seen = denoise(
                 self.transformer,
@@ -377,14 +388,6 @@ class Pipeline:
             )
         with on(self.mesh):
             return PipelineOutput(self._pictures(x, output, tiling), x, seen)
-
-    def _check_output(self, output: str) -> None:
-        """Raises UserError for an output that this pipeline cannot produce."""
-        if output not in get_args(Output):
-            known = ", ".join(get_args(Output))
-            raise UserError(f"output is {output!r}; it must be one of {known}")
-        if output != "latents" and self.autoencoder is None:
-            raise UserError('this pipeline has no autoencoder; ask for output="latents"')
 
     def _pictures(
         self, latents: Float[Array, "b h w c"], output: Output, tiling: Tiling | None

@@ -1,11 +1,11 @@
 """From noise to latents: the Euler loop of flow matching, with TACA's state as traced values.
 
-Everything that changes from step to step (time, gamma, the LoRA's strength) is an array over the
-steps, so that one compiled loop serves plain sampling, every TACA schedule and every LoRA strength.
+Everything that changes from step to step (time, gamma, the LoRAs' strengths) is an array over the
+steps, so that one compiled loop serves plain sampling, every TACA schedule and all LoRA strengths.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.errors import UserError
 from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.layers import LoRAScale
+from taca_jax.nn.lora import AttachedLoRA
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
 
 _LOG = logging.getLogger(__name__)
@@ -27,10 +29,10 @@ MAX_SEED = 2**31 - 1 - 2**16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """The values of each sampling step; float32 arrays `[steps]`.
+    """The values of each sampling step; float32 arrays `[steps]`, of n LoRAs `[steps, n]`.
 
     sigma, next_sigma: noise level before and after. gamma: TACA's temperature. lora_scale: strength
-    of attached LoRA factors. negative_gamma, negative_lora_scale: the same for the negative prompt
+    of each attached LoRA. negative_gamma, negative_lora_scale: the same for the negative prompt
     of classifier-free guidance. skip_scale: strength of skip-layer guidance.
     """
 
@@ -38,8 +40,8 @@ class Plan:
     next_sigma: Float[Array, " n"]
     gamma: Float[Array, " n"]
     negative_gamma: Float[Array, " n"]
-    lora_scale: Float[Array, " n"]
-    negative_lora_scale: Float[Array, " n"]
+    lora_scale: Float[Array, "n loras"]
+    negative_lora_scale: Float[Array, "n loras"]
     skip_scale: Float[Array, " n"]
 
 
@@ -96,31 +98,40 @@ def make_plan(
     sigmas: np.ndarray,
     taca: TacaConfig | None,
     *,
-    lora_strength: float = 1.0,
+    loras: Sequence[AttachedLoRA] = (),
     skip: SkipLayers | None = None,
 ) -> Plan:
     """The plan of a run over `sigmas` with TACA, or with plain attention if `taca` is None.
 
-    The LoRA is on, at `lora_strength`, exactly while TACA is (with `cond_only` not for the negative
-    prompt). For the LoRA alone set gamma to 1, for TACA alone set lora_strength to 0. `skip` adds
-    skip-layer guidance.
+    Each of the attached `loras` is on at its strength: always, or if its gate is `taca` exactly
+    while TACA is (with `cond_only` not for the negative prompt). For such a LoRA alone set gamma to
+    1, for TACA alone set its strength to 0. `skip` adds skip-layer guidance.
     """
     timestep = jnp.asarray(sigmas[:-1]) * MAX_TIMESTEP
     step = jnp.arange(len(timestep))
     plain = jnp.ones_like(timestep)
     gamma = plain if taca is None else gamma_at(taca, timestep, step)
-    on = jnp.zeros_like(timestep) if taca is None else active(taca, timestep, step)
-    lora_scale = on * jnp.float32(lora_strength)
+    off = jnp.zeros_like(timestep)
+    on = off if taca is None else active(taca, timestep, step).astype(jnp.float32)
     cond_only = taca is not None and taca.cond_only
     return Plan(
         sigma=jnp.asarray(sigmas[:-1]),
         next_sigma=jnp.asarray(sigmas[1:]),
         gamma=gamma,
         negative_gamma=plain if cond_only else gamma,
-        lora_scale=lora_scale,
-        negative_lora_scale=jnp.zeros_like(lora_scale) if cond_only else lora_scale,
-        skip_scale=jnp.zeros_like(timestep) if skip is None else skip.scales(len(timestep)),
+        lora_scale=_scales(loras, on),
+        negative_lora_scale=_scales(loras, off if cond_only else on),
+        skip_scale=off if skip is None else skip.scales(len(timestep)),
     )
+
+
+def _scales(
+    loras: Sequence[AttachedLoRA], with_taca: Float[Array, " n"]
+) -> Float[Array, "n loras"]:
+    """The strength of each LoRA at each step; `with_taca` is 1 while TACA acts, else 0."""
+    gates = {"always": jnp.ones_like(with_taca), "taca": with_taca}
+    columns = [gates[lora.gate] * jnp.float32(lora.strength) for lora in loras]
+    return jnp.stack(columns, axis=1) if columns else jnp.zeros((len(with_taca), 0))
 
 
 @jax.tree_util.register_dataclass
@@ -225,7 +236,7 @@ def guided_velocity(
         text: Conditioning,
         now: Plan,
         gamma: Float[Array, " b"],
-        lora_scale: Float[Array, " b"],
+        lora_scale: LoRAScale,
         **options: jax.Array,
     ) -> Float[Array, "b H W c"]:
         if text.guidance is not None:
@@ -241,10 +252,10 @@ def guided_velocity(
         )
 
     def plain(x: jax.Array, now: Plan, **options: jax.Array) -> jax.Array:
-        b = x.shape[0]
-        return call(
-            x, positive, now, jnp.full(b, now.gamma), jnp.full(b, now.lora_scale), **options
+        gamma, lora_scale = (
+            jnp.repeat(v[None], len(x), axis=0) for v in (now.gamma, now.lora_scale)
         )
+        return call(x, positive, now, gamma, lora_scale, **options)
 
     if negative is None:
         return plain
@@ -252,7 +263,7 @@ def guided_velocity(
 
     def guided(x: jax.Array, now: Plan) -> jax.Array:
         gamma, lora_scale = (
-            jnp.repeat(jnp.stack(pair), x.shape[0])
+            jnp.repeat(jnp.stack(pair), len(x), axis=0)
             for pair in (
                 (now.negative_gamma, now.gamma),
                 (now.negative_lora_scale, now.lora_scale),

@@ -66,8 +66,9 @@ class TrainConfig:
     timestep_shift: above 1 draws noisier timesteps: SD3's and FLUX's shift, in training.
     guidance: the guidance scale given to models that embed one; others do not use it.
     log_every: optimizer steps between two lines of metrics.
-    save_every: optimizer steps between two checkpoints; the last step is always saved.
-    keep_checkpoints: how many checkpoints are kept.
+    save_every: optimizer steps between two checkpoints, each with the LoRA of that step as a file
+      in loras/; the last step is always saved.
+    keep_checkpoints: how many checkpoints and such files are kept.
     sample_every: optimizer steps between two grids of samples; 0 draws none.
     sample_prompts: the prompts of those grids.
     seed: of parameters, noise and timesteps.
@@ -132,9 +133,6 @@ class TrainConfig:
         check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
         local = "://" not in (self.out_dir or "")
         check(local, "out_dir", self.out_dir, "a folder (for buckets see docs/launching.md)")
-        warmup = self.optimizer.warmup_steps
-        below = f"below steps={self.steps}; optimizer.warmup_steps=0 warms up none"
-        check(warmup < self.steps, "optimizer.warmup_steps", warmup, below)
         decay = self.optimizer.decay_steps
         check(decay <= self.steps, "optimizer.decay_steps", decay, f"at most steps={self.steps}")
         if self.gamma_knots is not None:

@@ -19,9 +19,10 @@ from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.flops import forward_flops
+from taca_jax.formats.lora.factors import fill_adapter
 from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
-from taca_jax.nn.lora import add_lora
+from taca_jax.nn.lora import AttachedLoRA, add_lora
 from taca_jax.parallel.batches import samples_together
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
@@ -35,7 +36,9 @@ from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.features import LABELS, Readout
 from taca_jax.training.learned_gamma import LearnedGamma
+from taca_jax.training.lora_start import open_start
 from taca_jax.weights.loading import LoadOptions
+from taca_jax.weights.lora_files import LoRAFile
 from taca_jax.weights.pipeline_folders import (
     AUTOENCODER,
     TRANSFORMER,
@@ -94,8 +97,8 @@ class InputModels:
 class RunModels:
     """The models of a run, which fit together; none of them is loaded yet.
 
-    reading: how captions are read. autoencoder: its config. mesh: the devices to load them on; None
-    is the first device.
+    reading: how captions are read. autoencoder: its config. start: the LoRA file to start from, if
+    any. mesh: the devices to load them on; None is the first device.
     """
 
     config: TrainConfig
@@ -103,6 +106,7 @@ class RunModels:
     family: Family
     reading: TextReading
     autoencoder: AutoencoderConfig
+    start: LoRAFile | None = None
     mesh: Mesh | None = None
 
     def on_mesh(self, mesh: Mesh | None) -> "RunModels":
@@ -170,9 +174,11 @@ class RunModels:
         return forward_flops(self.transformer, **self.tokens) * times * samples
 
     def load_transformer(self) -> Any:
-        """The transformer, with fresh LoRA factors if the run trains them."""
+        """The transformer, with LoRA factors as they begin if the run trains them."""
         transformer = self.stored.transformer.load(self._transformer_options)
         self._add_lora(transformer)
+        if self.start is not None:
+            fill_adapter(self.start.adapter, transformer)
         return transformer
 
     def load_inputs(self) -> InputModels:
@@ -206,7 +212,13 @@ class RunModels:
             autoencoder=inputs.autoencoder,
             settings=self.stored.settings,
             mesh=self.mesh,
+            loras=() if self.config.lora is None else (self.lora,),
         )
+
+    @property
+    def lora(self) -> AttachedLoRA:
+        """How the LoRA that is trained acts: with TACA if it is trained under TACA."""
+        return AttachedLoRA(self.config.name, 1.0, "always" if self.config.taca is None else "taca")
 
     def abstract(self) -> tuple[TextToImage, Any]:
         """The model to train and its autoencoder, as abstract models on the mesh."""
@@ -300,7 +312,8 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
     if reading is None or autoencoder is None:
         raise UserError(f"base={config.base} lacks {' and '.join(lacking)}, which training needs")
     _check_sizes(config, stored.transformer.config, autoencoder)
-    return RunModels(config, stored, family, reading, autoencoder.config)
+    start = open_start(config.lora, family, stored.transformer.config)
+    return RunModels(config, stored, family, reading, autoencoder.config, start)
 
 
 def _new_pipeline(config: TrainConfig) -> StoredPipeline:

@@ -24,8 +24,8 @@ class OptimizerConfig:
       img_in, of modulations and of the output, and all other parameters, are updated by AdamW with
       Nesterov momentum.
     learning_rate: the maximum, reached after warm-up.
-    warmup_steps: optimizer steps of linear warm-up.
-    schedule: after warm-up, `constant`, or `cosine` down to 0 at the last step.
+    warmup_steps: optimizer steps of linear warm-up; all steps of a run that has fewer.
+    schedule: after warm-up, `constant`, or `linear` or `cosine` down to 0 at the last step.
     decay_steps: optimizer steps at the end of a constant schedule in which the rate falls linearly
       to 0.
     weight_decay: decoupled, on matrices (kernels, LoRA factors, embeddings) only; with kind=muon on
@@ -40,7 +40,7 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     decay_steps: int = 0
     weight_decay: float = 0.0
     b1: float = 0.9
@@ -108,13 +108,15 @@ class OptimizerConfig:
         Warm-up starts and a decline ends above 0, so that every step has an effect.
         """
         count = jnp.asarray(count, jnp.float32)
-        warm = jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1))
+        warmup = min(self.warmup_steps, total_steps)
+        warm = jnp.minimum(1.0, (count + 1) / max(warmup, 1))
         if self.schedule == "constant":
             declining = (total_steps - count) / max(self.decay_steps, 1)
             left = jnp.clip(declining, 0, 1) if self.decay_steps else 1.0
             return self.learning_rate * warm * left
-        progress = (count - self.warmup_steps) / max(total_steps - self.warmup_steps, 1)
-        return self.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        progress = jnp.clip((count - warmup) / max(total_steps - warmup, 1), 0, 1)
+        left = 1 - progress if self.schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return self.learning_rate * warm * left
 
 
 def _muon_axes(params: Any) -> Any:

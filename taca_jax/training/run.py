@@ -16,7 +16,6 @@ from taca_jax.data.loader import Loader
 from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.shapes.evaluate import evaluate_shapes
 from taca_jax.formats.atomic import whole_file
-from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.batches import put_rows
 from taca_jax.parallel.chips import chip_of
 from taca_jax.parallel.choice import choose_mesh
@@ -25,7 +24,6 @@ from taca_jax.parallel.processes import (
     do_not_wait_at_exit,
     is_first,
     join_processes,
-    on_host,
     print_once,
     wait_for_all,
 )
@@ -38,6 +36,7 @@ from taca_jax.training.config import TrainConfig
 from taca_jax.training.health import Health, Step
 from taca_jax.training.inputs import open_loader
 from taca_jax.training.log import RunLog
+from taca_jax.training.lora_files import write_final, write_step
 from taca_jax.training.models import (
     InputModels,
     RunModels,
@@ -48,7 +47,6 @@ from taca_jax.training.record import check_record, write_record
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.training.text_lessons import teach_text
-from taca_jax.weights.lora_files import write_lora
 from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
 
@@ -56,10 +54,10 @@ def train(config: TrainConfig) -> None:
     """Trains as configured and writes all results into `config.run_dir`.
 
     That folder then contains config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/,
-    `lora.safetensors` (with config.lora) or `model/` (a pipeline folder), and `evaluation.json` and
-    `.png` if configured. If there are several processes, all call this and the first writes. Raises
-    UserError for problems that the user can fix, and StoppedError after SIGTERM, once everything is
-    saved.
+    `lora.safetensors` and loras/ (with config.lora) or `model/` (a pipeline folder), and
+    `evaluation.json` and `.png` if configured. If there are several processes, all call this and
+    the first writes. Raises UserError for problems that the user can fix, and StoppedError after
+    SIGTERM, once everything is saved.
     """
     join_processes()
     try:
@@ -87,6 +85,11 @@ def _run(models: RunModels, notice: Notice) -> None:
         print_once(
             f"training under TACA: {describe_gamma(config.taca)} at times above "
             f"{config.taca.threshold:g}, from which all are drawn"
+        )
+    if config.optimizer.warmup_steps > config.steps:
+        print_once(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is cut to steps="
+            f"{config.steps}: the learning rate rises to the end"
         )
     if config.sample_every and isinstance(inputs, InputModels):
         # Prompts that cannot be tokenized fail now, and not at the first grid of samples.
@@ -175,6 +178,8 @@ def _loop(
                 # A checkpoint of NaNs would displace the good ones.
                 health.check(before)
                 checkpoints.save(state, loader.get_state())
+                if config.lora is not None:
+                    write_step(models, trainer.merge(state.best).transformer, number)
             if stopping:
                 report(before)
                 checkpoints.wait()
@@ -244,7 +249,7 @@ def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache
     config = models.config
     taca = trained.taca(config)
     if config.lora is not None:
-        _write_lora(config, trained.transformer)
+        write_final(models, trained.transformer)
     if config.gamma_knots is not None and taca is not None and is_first():
         _write_gamma(config.run_dir / "taca.json", taca)
     if config.adapts and config.evaluate is None:
@@ -280,12 +285,3 @@ def _keep_guidance(model: Path, guidance: float) -> None:
     settings = open_pipeline(model).settings
     write_settings(model, replace(settings, guidance=guidance))
     print(f"best on seen compositions, and now the model's default: guidance {guidance:g}")
-
-
-def _write_lora(config: TrainConfig, transformer: nnx.Module) -> None:
-    graph, factors, others = nnx.split(transformer, LoRAParam, ...)
-    if jax.process_count() > 1:  # each process holds a part of the factors
-        factors = jax.tree.map(on_host, factors)
-    if is_first():
-        write_lora(config.run_dir / "lora.safetensors", nnx.merge(graph, factors, others))
-        print(f"LoRA written to {config.run_dir / 'lora.safetensors'}")

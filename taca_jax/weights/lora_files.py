@@ -4,9 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from taca_jax.errors import UserError
@@ -18,14 +20,20 @@ from taca_jax.formats.lora.factors import (
     Adapter,
     LoRASummary,
     adapter_of,
-    attach_adapter,
+    append_adapter,
+    check_fits,
+    kernels_of,
     summarise,
 )
 from taca_jax.formats.tensor_files import TensorFiles, open_tensors, write_tensors
-from taca_jax.nn.lora import linears
+from taca_jax.nn.lora import count_loras, remove_lora
 from taca_jax.parallel.rules import parameter_sharding
+from taca_jax.taca import Gate
 
 Layout = Literal["peft", "kohya", "native"]
+
+GATE = "taca_jax_gate"
+"""In a file's metadata, when the LoRA acts: a `Gate`. Others' files do not say."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class LoRAFile:
     """A LoRA file that was read.
 
     family: of the model that it is for. guessed: whether the file did not determine the family.
-    left_out: keys of text encoders, which are not read.
+    left_out: keys of text encoders, which are not read. gate: when it acts, if the file says so.
     """
 
     family: Family
@@ -41,6 +49,7 @@ class LoRAFile:
     adapter: Adapter
     left_out: tuple[str, ...] = ()
     guessed: bool = False
+    gate: Gate | None = None
 
     @property
     def summary(self) -> LoRASummary:
@@ -51,34 +60,69 @@ def read_lora(path: Path | str, model: Any, mesh: Mesh | None = None) -> LoRASum
     """Attaches the factors of a LoRA file, in any dialect (or PEFT's folder), to a transformer,
     sharded over `mesh`; existing factors are replaced.
 
-    Factors become float32, strengths are multiplied into b. Raises UserError, with the model
-    unchanged, for a file that is absent, truncated, or of another model, with keys and both sizes.
+    Factors become float32, strengths are multiplied into b. Raises UserError as `open_lora` does,
+    with the model unchanged.
     """
-    family = family_of(model.config)
-    file = load_adapter(Path(path), family, model.config)
-    attach_adapter(file.adapter, model, str(path))
-    if mesh is not None:
-        for name, layer in linears(model):
-            for factor in ("lora_a", "lora_b"):
-                if (param := getattr(layer, factor)) is not None:
-                    sharding = parameter_sharding(
-                        family.kind.sharding, f"{name}.{factor}", param.shape, mesh
-                    )
-                    param.set_value(jax.device_put(param.get_value(), sharding))
+    file = open_lora(path, model)
+    remove_lora(model)
+    append_lora_file(file, model, mesh)
     return file.summary
 
 
-def write_lora(path: Path | str, model: Any, layout: Layout = "peft") -> LoRASummary:
+def open_lora(path: Path | str, model: Any) -> LoRAFile:
+    """Reads a LoRA file, in any dialect (or PEFT's folder), for a transformer, and leaves it as is.
+
+    Raises UserError for a file that is absent, truncated, or of another model, with keys and both
+    sizes.
+    """
+    file = load_adapter(Path(path), family_of(model.config), model.config)
+    check_fits(file.adapter, kernels_of(model), str(path))
+    return file
+
+
+def append_lora_file(file: LoRAFile, model: Any, mesh: Mesh | None = None) -> None:
+    """Attaches the factors of a file that `open_lora` read for this transformer, after those that
+    it has, in float32 and sharded over `mesh`."""
+
+    def put(path: str, factor: np.ndarray) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(factor)
+        sharding = parameter_sharding(file.family.kind.sharding, path, factor.shape, mesh)
+        return jax.device_put(factor, sharding)
+
+    append_adapter(file.adapter, model, put)
+
+
+def write_lora(
+    path: Path | str, model: Any, layout: Layout = "peft", *, gate: Gate | None = None
+) -> LoRASummary:
     """Writes the factors attached to a model, atomically; in the file alpha is the rank.
 
-    Raises UserError if the model has none, or the file cannot be written.
+    gate: when the LoRA acts, which the file then says. Raises UserError if the model has none or
+    several, or the file cannot be written.
     """
     adapter = adapter_of(model)
     if not adapter:
         raise UserError(f"nothing to write to {path}: the model has no LoRA factors")
-    outputs = {name: layer.kernel.shape[-1] for name, layer in linears(model)}
+    if (count := count_loras(model)) > 1:
+        raise UserError(f"nothing is written to {path}: the model has {count} LoRAs; keep one")
+    outputs = {name: kernel[-1] for name, kernel in kernels_of(model).items()}
     family = family_of(model.config)
-    return save_adapter(Path(path), adapter, layout, family, outputs, config=model.config)
+    return save_adapter(
+        Path(path), adapter, layout, family, outputs, config=model.config, gate=gate
+    )
+
+
+def gate_in(tensors: TensorFiles) -> Gate | None:
+    """When a LoRA acts, if its file says so. Raises UserError for a word that is unknown."""
+    said = tensors.metadata.get(GATE)
+    for gate in get_args(Gate):
+        if said == gate:
+            return gate
+    if said is None:
+        return None
+    known = " or ".join(get_args(Gate))
+    raise UserError(f"{tensors.where}: {GATE} is {said!r} in its metadata; expected {known}")
 
 
 def load_adapter(path: Path, family: Family | None = None, config: Any = None) -> LoRAFile:
@@ -89,15 +133,17 @@ def load_adapter(path: Path, family: Family | None = None, config: Any = None) -
     accepts. Raises as `read_lora` does, except that sizes are not compared with a model's.
     """
     tensors = open_tensors(path)
+    gate = gate_in(tensors)
     if native.is_native(tensors):
         adapter = native.parse(tensors)
-        return LoRAFile(family or _family_of_layers([p for p, _ in adapter]), "native", adapter)
+        family = family or _family_of_layers([p for p, _ in adapter])
+        return LoRAFile(family, "native", adapter, gate=gate)
     guessed = False
     if family is None:
         family, guessed = recognise_family(tensors)
     dialect = recognise(tensors, family.lora.dialects(config))
     left_out = tuple(key for key in tensors.shapes if is_text_encoders(key))
-    return LoRAFile(family, dialect.name, parse(tensors, dialect), left_out, guessed)
+    return LoRAFile(family, dialect.name, parse(tensors, dialect), left_out, guessed, gate)
 
 
 def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
@@ -147,11 +193,13 @@ def save_adapter(
     outputs: Mapping[str, int] | None = None,
     *,
     config: Any = None,
+    gate: Gate | None = None,
 ) -> LoRASummary:
     """Writes factors as one safetensors file in a layout.
 
     outputs: output channels by path, for `kohya.tensors_of`. family, config: those that the file
-    was read with. Raises UserError for factors without a name in the layout.
+    was read with. gate: when the LoRA acts, for the metadata; None says nothing. Raises UserError
+    for factors without a name in the layout.
     """
     in_peft, in_kohya, *_ = family.lora.dialects(config)
     placeholder = family.lora.placeholder_stack
@@ -164,10 +212,13 @@ def save_adapter(
                 f"{instead}load the file into a pipeline"
             )
     if layout == "native":
-        write_tensors(path, native.tensors_of(adapter), {"format": "taca_jax"})
-        return summarise(adapter, "native")
-    if layout == "kohya":
-        write_tensors(path, *kohya.tensors_of(adapter, outputs or {}, in_kohya))
-        return summarise(adapter, in_kohya.name)
-    write_tensors(path, *peft.tensors_of(adapter, in_peft.table))
-    return summarise(adapter, in_peft.name)
+        name = "native"
+        tensors, metadata = native.tensors_of(adapter), {"format": "taca_jax"}
+    elif layout == "kohya":
+        name = in_kohya.name
+        tensors, metadata = kohya.tensors_of(adapter, outputs or {}, in_kohya)
+    else:
+        name = in_peft.name
+        tensors, metadata = peft.tensors_of(adapter, in_peft.table)
+    write_tensors(path, tensors, metadata | ({} if gate is None else {GATE: gate}))
+    return summarise(adapter, name)

@@ -78,8 +78,6 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (SCRATCH, {"quantize_text": "nf4"}, "give a lora, or quantize_text=none"),
         (DRAW, {"quantize_text": "int4"}, "quantize_text=int4: expected one of none, int8, nf4"),
         (SCRATCH, {"text.encoder": "none"}, "without a base there is no text encoder"),
-        (ADAPT, {"optimizer.warmup_steps": "100"}, "warmup_steps is 100; it must be below steps"),
-        (ADAPT, {"optimizer.warmup_steps": "100"}, "optimizer.warmup_steps=0 warms up none"),
         (
             ADAPT,
             {"data.source": "folder:x", "evaluate.prompts": "1"},
@@ -379,3 +377,16 @@ def test_annotations_are_types_that_the_command_line_can_read():
                 ]
                 flat = {leaf for item in plain_ones for leaf in typing.get_args(item) or (item,)}
                 assert flat <= plain, f"{name}: {field.annotation}"
+
+
+def test_the_linear_schedule_falls_to_zero_behind_the_last_step():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule="linear")
+    rates = config.learning_rate_at(jnp.arange(12), 12)
+    np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
+    np.testing.assert_allclose(rates[4:], 2 * (1 - np.arange(8) / 8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_warm_up_is_cut_to_the_length_of_the_run(schedule):
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=100, schedule=schedule)
+    np.testing.assert_allclose(config.learning_rate_at(jnp.arange(4), 4), [0.5, 1.0, 1.5, 2.0])

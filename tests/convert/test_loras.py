@@ -47,7 +47,7 @@ def test_loras_are_renamed_without_a_model(tmp_path, capsys):
     add_lora(model, LoRAConfig(rank=2, alpha=3.0), targets, rngs=nnx.Rngs(0))
     randomise(model, LoRAParam, scale=0.2)
     first, kohya, again = (tmp_path / f"{name}.safetensors" for name in ("a", "kohya", "b"))
-    write_lora(first, model)
+    write_lora(first, model, gate="taca")
     main(["lora", "--src", str(first), "--dst", str(kohya), "--to", "kohya"])
     assert any(name.startswith("lora_unet_joint_blocks_3_") for name in open_tensors(kohya).shapes)
     main(["lora", "--src", str(kohya), "--dst", str(again), "--to", "peft"])
@@ -60,6 +60,7 @@ def test_loras_are_renamed_without_a_model(tmp_path, capsys):
             delta = factors.strength * factors.a @ factors.b
             np.testing.assert_allclose(delta, expected[place], atol=1e-5)
         assert "LoRA of" in str(read_lora(file, model))
+        assert load_adapter(file).gate == "taca"
     with pytest.raises(SystemExit, match=r"tells which layers .*; give --model"):
         main(["lora", "--src", str(first), "--dst", str(tmp_path / "n"), "--to", "native"])
     ours = tmp_path / "ours.safetensors"

@@ -5,13 +5,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.record import RECORD, check_record, model_files, write_record
 from taca_jax.evaluation.shapes.config import ShapesConfig
+from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.taca import TacaConfig
+from taca_jax.weights.lora_files import GATE
+
+
+def write_factors(file: Path, value: float) -> None:
+    """A LoRA that acts with TACA, as far as the record reads it."""
+    write_tensors(file, {"a": np.full(1, value, np.float32)}, {GATE: "taca"})
 
 
 @pytest.fixture
@@ -20,7 +28,7 @@ def config(tmp_path):
     base = tmp_path / "base"
     (base / "transformer").mkdir(parents=True)
     (base / "transformer" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "lora.safetensors").write_bytes(b"factors")
+    write_factors(tmp_path / "lora.safetensors", 1)
     config = ShapesConfig(
         base=str(base), lora=str(tmp_path / "lora.safetensors"), out=str(tmp_path / "out")
     )
@@ -57,11 +65,11 @@ def test_changed_weights_are_named_and_moved_ones_are_the_same(tmp_path, config)
         out=str(out),
     )
     check_record(out, moved, model_files(moved))
-    lora.write_bytes(b"retrained factors")
+    write_factors(lora, 2)
     assert f"{lora} has changed since" in refused(out, config)
     weights = base / "transformer" / "model.safetensors"
     weights.write_bytes(b"WEIGHTS")
-    (tmp_path / "moved.safetensors").write_bytes(b"retrained factors")
+    write_factors(tmp_path / "moved.safetensors", 2)
     said = refused(out, replace(config, lora=moved.lora))
     assert f"{weights} has changed since" in said
     assert f"lora is {lora} there, {moved.lora} here" in said
@@ -72,9 +80,31 @@ def test_a_lora_that_taca_turns_off_is_not_part_of_it(config):
     without = replace(config, taca=None)
     said = refused(Path(config.out), without)
     assert "taca is set there, none here, lora is used there alone; name" in said
+    # Gated like this, the file is not even looked at.
+    without = replace(without, lora=f"{config.lora}@taca")
     write_record(Path(config.out), without, model_files(without))
     Path(config.lora).unlink()
     check_record(Path(config.out), without, model_files(without))
+
+
+def test_strengths_and_gates_are_part_of_it(tmp_path, config):
+    out, own = tmp_path / "out", config.lora
+    check_record(out, replace(config, lora=f"{own}@taca:1.0"), model_files(config))
+    for other in (f"{own}:0.8", f"{own}@always", f"{own}@always:0.5"):
+        said = refused(out, replace(config, lora=other))
+        assert f"lora is {own} there, {other} here" in said
+
+
+def test_of_several_loras_the_one_that_changed_is_named(tmp_path, config):
+    style = tmp_path / "style.safetensors"
+    write_factors(style, 3)
+    config = replace(config, lora=f"{config.lora}:0.5,{style}@always", out=str(tmp_path / "two"))
+    write_record(tmp_path / "two", config, model_files(config))
+    check_record(tmp_path / "two", config, model_files(config))
+    plain = replace(config, taca=None)
+    assert [lora.path for lora in model_files(plain)["lora"]] == [str(style)]
+    write_factors(style, 4)
+    assert f" {style} has changed since; name another out" in refused(tmp_path / "two", config)
 
 
 def test_the_files_of_a_model(config):

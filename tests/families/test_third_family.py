@@ -132,6 +132,7 @@ def test_its_lora_is_trained_drawn_with_and_renamed(run, tmp_path, capsys):
     pipeline = Pipeline.from_pretrained(run.base, "float32")
     drawn = []
     for file in (run.run_dir / "lora.safetensors", lora):
+        pipeline.unload_lora()
         pipeline.load_lora(file)
         drawn.append(pipeline(PROMPT, output="array", taca=TACA).images)
     np.testing.assert_allclose(*drawn, atol=1e-6)

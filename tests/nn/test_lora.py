@@ -10,7 +10,16 @@ from taca_jax.errors import UserError
 from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import FLUX_DEV, FluxTransformer
 from taca_jax.nn.layers import Linear, LoRAParam
-from taca_jax.nn.lora import LoRAConfig, add_lora, attach, linears, remove_lora
+from taca_jax.nn.lora import (
+    LoRAConfig,
+    add_lora,
+    append_lora,
+    attach,
+    count_loras,
+    drop_lora,
+    linears,
+    remove_lora,
+)
 from tests.models import FLUX_SCHNELL as FLUX
 from tests.random_models import random_model, randomise
 
@@ -166,3 +175,104 @@ def test_sizes_and_factors_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"do not fit a kernel \(4, 6\); expected \(4, 2\) and"):
         attach(layer, jnp.zeros((6, 2)), jnp.zeros((2, 4)), 1.0)
     assert layer.lora_a is None
+
+
+def random_factors(model, seed, rank, paths=None):
+    """Factors by path, of every layer or of some."""
+    rng = np.random.default_rng(seed)
+    return {
+        path: tuple(
+            jnp.asarray(rng.normal(0, 0.3, (*stack, *shape)), jnp.float32)
+            for shape in ((inputs, rank), (rank, outputs))
+        )
+        for path, layer in linears(model)
+        for *stack, inputs, outputs in [layer.kernel.shape]
+        if paths is None or path in paths
+    }
+
+
+STYLE = {"img_in", "single_blocks.qkv.q", "double_blocks.img.out", "single_blocks.mlp_in"}
+"""Some are layers that a LoRA of the attention adapts too, others not."""
+
+
+def merged(model, *loras):
+    """The model with kernels W + s1 A1 B1 + s2 A2 B2, summed in float64."""
+    whole = nnx.clone(model)
+    remove_lora(whole)
+    for path, layer in linears(whole):
+        kernel = np.asarray(layer.kernel[...], np.float64)
+        for factors, strength in loras:
+            if path in factors:
+                a, b = (np.asarray(factor, np.float64) for factor in factors[path])
+                kernel = kernel + strength * a @ b
+        layer.kernel[...] = jnp.asarray(kernel, jnp.float32)
+    return whole
+
+
+def relative(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def test_two_loras_are_the_sum_of_their_changes(model, inputs):
+    """Of different ranks, and on different layers; each with a strength for each sample."""
+    one, two = random_factors(model, 0, 3, ADAPTED), random_factors(model, 1, 5, STYLE)
+    plain = run(model, inputs)
+    for factors in (one, two):
+        append_lora(model, factors)
+    assert count_loras(model) == 2
+    ranks = {path: layer.lora_ranks for path, layer in linears(model) if layer.lora_ranks}
+    assert ranks["single_blocks.qkv.q"] == (3, 5)
+    assert ranks["single_blocks.qkv.k"] == (3, 0)
+    assert ranks["img_in"] == (0, 5)
+    strengths = jnp.array([[0.8, -0.5], [0.0, 1.5]])
+    ours = run(model, inputs, strengths)
+    for sample, (first, second) in enumerate(strengths):
+        expected = run(merged(model, (one, first), (two, second)), inputs)
+        assert relative(ours[sample], expected[sample]) <= 1e-5
+        assert relative(ours[sample], plain[sample]) > 0.01
+    # One number for each sample is the strength of all.
+    both = run(merged(model, (one, 0.7), (two, 0.7)), inputs)
+    assert relative(run(model, inputs, jnp.full(2, 0.7)), both) <= 1e-5
+    np.testing.assert_allclose(run(model, inputs, jnp.zeros((2, 2))), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_each_of_several_loras_comes_off_alone(model, inputs):
+    one, two, three = (
+        random_factors(model, seed, rank, paths)
+        for seed, rank, paths in ((0, 3, ADAPTED), (1, 5, STYLE), (2, 2, ADAPTED))
+    )
+    for factors in (one, two, three):
+        append_lora(model, factors)
+    drop_lora(model, 1)
+    left = run(model, inputs, jnp.array([[0.5, 2.0]] * 2))
+    assert relative(left, run(merged(model, (one, 0.5), (three, 2.0)), inputs)) <= 1e-5
+    assert dict(linears(model))["img_in"].lora_a is None
+    drop_lora(model, 0)
+    append_lora(model, two)  # attached anew, now as the last
+    left = run(model, inputs, jnp.array([[2.0, 0.5]] * 2))
+    assert relative(left, run(merged(model, (three, 2.0), (two, 0.5)), inputs)) <= 1e-5
+    drop_lora(model, 0)
+    drop_lora(model, 0)
+    assert count_loras(model) == 0
+    assert not jax.tree.leaves(lora_of(model))
+
+
+def test_a_lora_beside_one_that_was_made_for_training(model, inputs):
+    """Whose alpha is not its rank."""
+    add_lora(model, LoRAConfig(rank=2, alpha=3), ATTENTION_TARGETS, rngs=nnx.Rngs(0))
+    randomise(model, LoRAParam, scale=0.3)
+    own = {
+        path: (layer.lora_a.get_value(), layer.lora_b.get_value() * 1.5)
+        for path, layer in linears(model)
+        if layer.lora_a is not None
+    }
+    style = random_factors(model, 1, 5, STYLE)
+    append_lora(model, style)
+    expected = run(merged(model, (own, 1.0), (style, 0.5)), inputs)
+    assert relative(run(model, inputs, jnp.array([[1.0, 0.5]] * 2)), expected) <= 1e-5
+
+
+def test_strengths_of_another_number_of_loras_are_refused(model, inputs):
+    append_lora(model, random_factors(model, 0, 2, ADAPTED))
+    with pytest.raises(ValueError, match="strengths of 2 LoRAs; 1 are attached"):
+        run(model, inputs, jnp.ones((2, 2)))

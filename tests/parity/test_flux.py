@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from convert.cli import main
 from taca_jax.families.flux import diffusers as flux_diffusers
+from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import (
     FLUX_DEV,
     FLUX_KREA,
@@ -34,7 +35,7 @@ from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.lora_files import read_lora, write_lora
+from taca_jax.weights.lora_files import append_lora_file, open_lora, read_lora, write_lora
 from tests.compare import relative_error
 from tests.golden import inputs_at_700, nhwc
 from tests.models import FLUX, in_layout, layout_shapes
@@ -200,7 +201,7 @@ def test_trajectory_and_image(pipeline, golden, name):
     taca = TacaConfig(gamma=settings["gamma"], first_steps=settings["taca_steps"])
     pipeline.unload_lora()
     if name == "taca_lora":
-        pipeline.load_lora(lora_file())
+        pipeline.load_lora(lora_file(), gate="taca")
     out = pipeline(
         steps=settings["steps"],
         guidance=settings["guidance_scale"],
@@ -318,5 +319,28 @@ def test_a_lora_of_ours_does_the_same_in_diffusers(tmp_path):
     theirs.load_lora_adapter(tmp_path / "lora.safetensors")
     expected = diffusers_velocity(theirs, inputs, guidance)
     ours = tokens_of(model, inputs, guidance=guidance, lora_scale=jnp.ones(2))
+    assert relative_error(expected, plain) > 0.05
+    assert relative_error(ours, expected) <= 1e-5
+
+
+def test_two_loras_with_strengths_are_two_adapters_in_diffusers(tmp_path):
+    pytest.importorskip("peft")
+    model, inputs = random_model(FLUX), random_inputs(FLUX)
+    guidance = jnp.array([1.0, 4.0])
+    theirs = in_diffusers(model, tmp_path)
+    plain = diffusers_velocity(theirs, inputs, guidance)
+    targets = {"own": ATTENTION_TARGETS, "style": (r"single_blocks\..*", "img_in")}
+    for rank, (name, layers) in enumerate(targets.items(), 3):
+        adapted = random_model(FLUX)
+        add_lora(adapted, LoRAConfig(rank=rank, alpha=6.0), layers, rngs=nnx.Rngs(rank))
+        randomise(adapted, LoRAParam, seed=rank, scale=0.1)
+        file = tmp_path / f"{name}.safetensors"
+        write_lora(file, adapted)
+        theirs.load_lora_adapter(file, adapter_name=name)
+        append_lora_file(open_lora(file, model), model)
+    theirs.set_adapters(["own", "style"], [0.8, -0.6])
+    expected = diffusers_velocity(theirs, inputs, guidance)
+    strengths = jnp.array([[0.8, -0.6]] * 2)
+    ours = tokens_of(model, inputs, guidance=guidance, lora_scale=strengths)
     assert relative_error(expected, plain) > 0.05
     assert relative_error(ours, expected) <= 1e-5

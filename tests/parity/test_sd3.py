@@ -199,7 +199,7 @@ def embeddings(golden) -> dict[str, np.ndarray]:
 def test_trajectory(pipeline, golden, name):
     """At 1024 px, with the LoRA loaded in all, and on in one: that all are one program."""
     settings = json.loads(shared_path("golden/sd3/golden.json").read_text())
-    pipeline.load_lora(lora_file())
+    pipeline.load_lora(lora_file(), gate="taca")
     taca = TacaConfig(gamma=settings["gamma"], first_steps=settings["taca_steps"])
     out = pipeline(
         steps=settings["steps"],

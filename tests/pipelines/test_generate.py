@@ -1,6 +1,7 @@
 """generate.py on the small model that comes with the package: files, metadata, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from PIL import Image
 
 from taca_jax.errors import UserError
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.generate import check_lora, generate
+from taca_jax.pipelines.generate import generate
+from taca_jax.pipelines.loras import check_lora
 from taca_jax.taca import TacaConfig
+from taca_jax.weights.shipped import find_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red circle and a blue square"
@@ -71,6 +74,33 @@ def test_compare_shows_plain_taca_and_lora(tmp_path):
     assert pixels(three).shape[1] > pixels(two).shape[1]
 
 
+def test_a_style_is_in_all_columns_and_without_taca_too(tmp_path, capsys):
+    style = tmp_path / "style.safetensors"
+    shutil.copy(find_weights("shapes_taca.safetensors"), style)
+    both = f"{style}@always:2,shapes_taca.safetensors"
+
+    def columns(lora: str, count: int) -> list[np.ndarray]:
+        [path] = generate(config(tmp_path / f"{count}.png", compare=True, lora=lora))
+        return np.split(pixels(path)[40:-60, 8:], count, axis=1)
+
+    plain, taca, with_lora = columns(both, 3)
+    said = capsys.readouterr().out
+    assert "used at 2, always on" in said
+    assert "used at 1, with TACA" in said
+    assert (taca != with_lora).any()
+    without, _ = columns(f"{style}@always:0", 2)
+    assert (plain != without).any()
+    [alone] = generate(config(tmp_path / "a.png", taca=None, lora=f"{style}@always:2"))
+    [none] = generate(config(tmp_path / "b.png", taca=None))
+    assert (pixels(alone) != pixels(none)).any()
+
+
+def test_a_lora_that_is_written_wrongly_says_how_it_is_written(tmp_path):
+    lora = "shapes_taca.safetensors@tacca"
+    with pytest.raises(UserError, match=r"is not there; .* \(a LoRA is FILE, FILE:STRENGTH, FILE@"):
+        generate(config(tmp_path / "x.png", lora=lora))
+
+
 def test_previews_are_written_beside_the_picture(tmp_path, capsys):
     [path] = generate(config(tmp_path / "x.png", preview="own"))
     assert f"previews: {tmp_path / 'x-preview.png'}, after each step" in capsys.readouterr().out
@@ -93,7 +123,10 @@ def test_a_missing_lora_is_refused_before_the_model_loads(tmp_path, monkeypatch)
 def test_without_taca_a_lora_is_said_not_to_be_used(tmp_path, capsys):
     generate(config(tmp_path / "x.png", taca=None, lora="shapes_taca.safetensors"))
     assert "shapes_taca.safetensors is not used: it acts only while" in capsys.readouterr().out
-    check_lora(config(tmp_path / "x.png", taca=None, lora="not_yet_trained.safetensors"))
+    # What is gated with TACA need not be there; of others only the file says how they are gated.
+    check_lora(config(tmp_path / "x.png", taca=None, lora="not_yet_trained.safetensors@taca"))
+    with pytest.raises(UserError, match=r"lora=not_yet_trained\.safetensors is not there"):
+        check_lora(config(tmp_path / "x.png", taca=None, lora="not_yet_trained.safetensors"))
     with pytest.raises(UserError, match=r"lora=not_yet_trained\.safetensors is not there"):
         check_lora(config(tmp_path / "x.png", lora="not_yet_trained.safetensors"))
 

@@ -53,7 +53,7 @@ def lora_file(tmp_path_factory):
     add_lora(other.transformer, LoRAConfig(rank=2, alpha=4), ATTENTION_TARGETS, rngs=nnx.Rngs(3))
     randomise(other.transformer, LoRAParam, scale=0.2)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    write_lora(path, other.transformer)
+    write_lora(path, other.transformer, gate="taca")
     return path
 
 

@@ -10,7 +10,7 @@ from taca_jax.errors import UserError
 from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.layers import LoRAParam
-from taca_jax.nn.lora import LoRAConfig, add_lora
+from taca_jax.nn.lora import AttachedLoRA, LoRAConfig, add_lora
 from taca_jax.sampling.loop import denoise, make_plan
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
@@ -57,8 +57,12 @@ def test_a_run_has_at_least_one_step():
         FlowSchedule().sigmas(0, 256)
 
 
+def with_taca(strength: float = 1.0) -> AttachedLoRA:
+    return AttachedLoRA("own", strength, "taca")
+
+
 def test_a_plain_plan_has_no_gamma_and_no_lora():
-    plan = make_plan(SIGMAS, None, lora_strength=2.0)
+    plan = make_plan(SIGMAS, None, loras=[with_taca(2.0)])
     assert np.array_equal(plan.sigma, SIGMAS[:-1])
     assert np.array_equal(plan.next_sigma, SIGMAS[1:])
     for gamma in (plan.gamma, plan.negative_gamma):
@@ -69,37 +73,49 @@ def test_a_plain_plan_has_no_gamma_and_no_lora():
 
 def test_the_plan_acts_above_the_threshold():
     timestep = 1000 * SIGMAS[:-1]
-    plan = make_plan(SIGMAS, TacaConfig(gamma=1.5, threshold=850), lora_strength=0.5)
+    plan = make_plan(SIGMAS, TacaConfig(gamma=1.5, threshold=850), loras=[with_taca(0.5)])
     acts = timestep >= 850
     assert 0 < acts.sum() < 6
     np.testing.assert_allclose(plan.gamma, np.where(acts, 1.5, 1.0))
-    np.testing.assert_allclose(plan.lora_scale, np.where(acts, 0.5, 0.0))
+    np.testing.assert_allclose(plan.lora_scale[:, 0], np.where(acts, 0.5, 0.0))
     assert np.array_equal(plan.negative_gamma, plan.gamma)
     assert np.array_equal(plan.negative_lora_scale, plan.lora_scale)
 
 
 @pytest.mark.parametrize("first", [0, 1, 3, 10])
 def test_the_plan_acts_on_the_first_steps(first):
-    plan = make_plan(SIGMAS, TacaConfig(threshold=0, schedule="linear", first_steps=first))
+    taca = TacaConfig(threshold=0, schedule="linear", first_steps=first)
+    plan = make_plan(SIGMAS, taca, loras=[with_taca()])
     acts = np.arange(6) < first
     np.testing.assert_allclose(plan.gamma, np.where(acts, 1.2, 1.0), rtol=1e-6)
-    np.testing.assert_allclose(plan.lora_scale, acts)
+    np.testing.assert_allclose(plan.lora_scale[:, 0], acts)
 
 
 def test_a_smooth_schedule_falls_while_the_lora_stays_on():
-    plan = make_plan(SIGMAS, TacaConfig(threshold=600, schedule="cosine"))
+    plan = make_plan(SIGMAS, TacaConfig(threshold=600, schedule="cosine"), loras=[with_taca()])
     acts = SIGMAS[:-1] >= 0.6
     assert (np.diff(plan.gamma) <= 0).all()
     assert plan.gamma[0] == np.float32(1.2)
-    assert np.array_equal(plan.lora_scale, acts)
+    assert np.array_equal(plan.lora_scale[:, 0], acts)
 
 
 def test_cond_only_leaves_the_negative_prompt_plain():
-    plan = make_plan(SIGMAS, TacaConfig(threshold=0, cond_only=True))
+    style = AttachedLoRA("style", 0.8, "always")
+    plan = make_plan(SIGMAS, TacaConfig(threshold=0, cond_only=True), loras=[style, with_taca()])
     assert (np.asarray(plan.gamma) == np.float32(1.2)).all()
     assert np.array_equal(plan.negative_gamma, np.ones(6))
-    assert np.array_equal(plan.lora_scale, np.ones(6))
-    assert not np.any(plan.negative_lora_scale)
+    np.testing.assert_allclose(plan.lora_scale, [[0.8, 1.0]] * 6)
+    np.testing.assert_allclose(plan.negative_lora_scale, [[0.8, 0.0]] * 6)
+
+
+def test_a_lora_that_is_always_on_acts_at_every_step():
+    loras = [with_taca(), AttachedLoRA("style", 0.8, "always")]
+    plan = make_plan(SIGMAS, TacaConfig(threshold=850), loras=loras)
+    assert np.array_equal(plan.lora_scale[:, 0], SIGMAS[:-1] >= 0.85)
+    np.testing.assert_allclose(plan.lora_scale[:, 1], np.full(6, 0.8))
+    plain = make_plan(SIGMAS, None, loras=loras)
+    np.testing.assert_allclose(plain.lora_scale, [[0.0, 0.8]] * 6)
+    assert np.array_equal(plain.negative_lora_scale, plain.lora_scale)
 
 
 class Constant(nnx.Module):
@@ -116,7 +132,7 @@ class Records(nnx.Module):
     """A velocity that tells what the model was called with: (time, gamma, lora_scale, text)."""
 
     def __call__(self, latents, timestep, txt, pooled, *, gamma, lora_scale, guidance=None):
-        seen = jnp.stack([timestep, gamma, lora_scale, txt[:, 0, 0]], axis=-1)
+        seen = jnp.stack([timestep, gamma, lora_scale[:, 0], txt[:, 0, 0]], axis=-1)
         return jnp.broadcast_to(seen[:, None, None, :], latents.shape)
 
 
@@ -135,17 +151,18 @@ def test_a_constant_velocity_is_integrated_exactly():
 
 
 def test_the_model_is_told_each_steps_state():
-    plan = make_plan(SIGMAS, TacaConfig(gamma=1.5, threshold=850), lora_strength=0.5)
+    plan = make_plan(SIGMAS, TacaConfig(gamma=1.5, threshold=850), loras=[with_taca(0.5)])
     start = jnp.zeros((BATCH, 4, 4, 4))
     _, seen = denoise(Records(), start, plan, text(), trajectory=True)
     latents = np.concatenate([start[None], seen.latents])
     velocity = np.diff(latents, axis=0) / np.diff(SIGMAS)[:, None, None, None, None]
-    for column, values in enumerate([1000 * plan.sigma, plan.gamma, plan.lora_scale]):
+    for column, values in enumerate([1000 * plan.sigma, plan.gamma, plan.lora_scale[:, 0]]):
         np.testing.assert_allclose(velocity[:, 0, 0, 0, column], values, rtol=1e-3, atol=1e-3)
 
 
 def test_guidance_runs_both_prompts_each_with_its_state():
-    plan = make_plan(SIGMAS[:1].repeat(2) * [1, 0], TacaConfig(threshold=0, cond_only=True))
+    taca = TacaConfig(threshold=0, cond_only=True)
+    plan = make_plan(SIGMAS[:1].repeat(2) * [1, 0], taca, loras=[with_taca()])
     start = jnp.zeros((BATCH, 4, 4, 4))
     end, _ = denoise(Records(), start, plan, text(value=5.0), text(value=1.0), jnp.float32(3.0))
     # v = low + 3 (high - low); one step from 1 to 0 gives -v.
@@ -176,7 +193,7 @@ def noise():
 
 
 def test_guidance_of_1_is_no_guidance(model, prompt, noise):
-    plan = make_plan(SIGMAS, TacaConfig(threshold=850))
+    plan = make_plan(SIGMAS, TacaConfig(threshold=850), loras=[with_taca()])
     plain, _ = denoise(model, noise, plan, prompt)
     guided, _ = denoise(model, noise, plan, prompt, text(), jnp.float32(1.0))
     np.testing.assert_allclose(guided, plain, atol=2e-5)
@@ -185,7 +202,7 @@ def test_guidance_of_1_is_no_guidance(model, prompt, noise):
 
 
 def test_a_trajectory_ends_in_the_latents_and_predicts_x0(model, prompt, noise):
-    plan = make_plan(SIGMAS, TacaConfig(threshold=850))
+    plan = make_plan(SIGMAS, TacaConfig(threshold=850), loras=[with_taca()])
     end, seen = denoise(model, noise, plan, prompt, trajectory=True)
     without, nothing = denoise(model, noise, plan, prompt)
     assert nothing is None
@@ -210,7 +227,7 @@ def test_one_program_serves_every_taca_and_lora(prompt, noise):
 
     wide = jnp.concatenate([noise, noise[..., :1]], axis=-1)
     model = Counted()
-    denoise(model, wide, make_plan(SIGMAS, None), prompt)
+    denoise(model, wide, make_plan(SIGMAS, None, loras=[with_taca()]), prompt)
     traced = len(calls)
     assert traced >= 1
     for taca in (
@@ -222,34 +239,38 @@ def test_one_program_serves_every_taca_and_lora(prompt, noise):
         TacaConfig(cond_only=True),
     ):
         for strength in (0.0, 1.0, 0.5):
-            denoise(model, wide, make_plan(SIGMAS, taca, lora_strength=strength), prompt)
+            denoise(model, wide, make_plan(SIGMAS, taca, loras=[with_taca(strength)]), prompt)
     other = FlowSchedule(shift=1.0).sigmas(6, 64)
-    denoise(model, wide, make_plan(other, None), prompt)
+    denoise(model, wide, make_plan(other, None, loras=[with_taca()]), prompt)
     assert len(calls) == traced
-    denoise(model, wide, make_plan(FlowSchedule().sigmas(5, 64), None), prompt)
+    denoise(model, wide, make_plan(FlowSchedule().sigmas(5, 64), None, loras=[with_taca()]), prompt)
     assert len(calls) > traced  # another number of steps is another program
 
 
 def test_an_inactive_taca_with_a_lora_is_the_base(model, prompt, noise):
-    plain, _ = denoise(model, noise, make_plan(SIGMAS, None), prompt)
+    plain, _ = denoise(model, noise, make_plan(SIGMAS, None, loras=[with_taca()]), prompt)
     off = TacaConfig(first_steps=0)
-    inactive, _ = denoise(model, noise, make_plan(SIGMAS, off), prompt)
+    inactive, _ = denoise(model, noise, make_plan(SIGMAS, off, loras=[with_taca()]), prompt)
     assert np.array_equal(plain, inactive)
     graph, lora, rest = nnx.split(model, LoRAParam, ...)
     base = nnx.merge(graph, jax.tree.map(jnp.zeros_like, lora), rest)
-    without, _ = denoise(base, noise, make_plan(SIGMAS, None), prompt)
+    without, _ = denoise(base, noise, make_plan(SIGMAS, None, loras=[with_taca()]), prompt)
     assert np.array_equal(plain, without)
-    acting, _ = denoise(model, noise, make_plan(SIGMAS, TacaConfig(gamma=1.0)), prompt)
+    acting, _ = denoise(
+        model, noise, make_plan(SIGMAS, TacaConfig(gamma=1.0), loras=[with_taca()]), prompt
+    )
     assert not np.allclose(acting, plain, atol=1e-3)
 
 
 def test_low_precision_latents_become_float32(model, prompt, noise):
-    end, _ = denoise(model, noise.astype(jnp.bfloat16), make_plan(SIGMAS, None), prompt)
+    end, _ = denoise(
+        model, noise.astype(jnp.bfloat16), make_plan(SIGMAS, None, loras=[with_taca()]), prompt
+    )
     assert end.dtype == jnp.float32
 
 
 def test_a_watched_run_is_the_same_to_the_bit(model, prompt, noise):
-    plan = make_plan(SIGMAS, TacaConfig(threshold=850))
+    plan = make_plan(SIGMAS, TacaConfig(threshold=850), loras=[with_taca()])
     whole, _ = denoise(model, noise, plan, prompt)
     seen = []
     end, _ = denoise(

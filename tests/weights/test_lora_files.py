@@ -14,7 +14,14 @@ from taca_jax.families.flux.model import FluxTransformer
 from taca_jax.families.sd3.family import SD3
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
 from taca_jax.nn.lora import LoRAConfig, add_lora, linears
-from taca_jax.weights.lora_files import load_adapter, read_lora, write_lora
+from taca_jax.weights.lora_files import (
+    append_lora_file,
+    load_adapter,
+    open_lora,
+    read_lora,
+    write_lora,
+)
+from taca_jax.weights.shipped import find_weights
 from tests import models as tiny
 from tests.models import FLUX_SCHNELL
 from tests.random_models import random_model
@@ -287,3 +294,30 @@ def test_every_dialect_has_its_own_name():
             names = [dialect.name for dialect in family.lora.dialects(told)]
             assert names[:2] == ["PEFT", "kohya"]
             assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya", "native"])
+@pytest.mark.parametrize("gate", [None, "taca", "always"])
+def test_a_file_says_when_its_lora_acts(tmp_path, model, layout, gate):
+    read_lora(written(tmp_path, factors(0, 2)), model)
+    write_lora(tmp_path / "out.safetensors", model, layout, gate=gate)
+    assert load_adapter(tmp_path / "out.safetensors").gate == gate
+
+
+def test_the_lora_that_comes_with_the_package_acts_with_taca():
+    assert load_adapter(find_weights("shapes_taca.safetensors")).gate == "taca"
+
+
+def test_a_gate_that_is_unknown_is_refused(tmp_path, model):
+    file = tmp_path / "x.safetensors"
+    write_tensors(file, factors(0, 2), {"taca_jax_gate": "sometimes"})
+    assert "taca_jax_gate is 'sometimes' in its metadata; expected always or taca" in refused(
+        file, model
+    )
+
+
+def test_several_loras_are_not_written_as_one(tmp_path, model):
+    for rank in (2, 3):
+        append_lora_file(open_lora(written(tmp_path, factors(0, rank)), model), model)
+    with pytest.raises(UserError, match="the model has 2 LoRAs; keep one"):
+        write_lora(tmp_path / "out.safetensors", model)

@@ -23,7 +23,8 @@ from taca_jax.evaluation.plots import need_matplotlib
 from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
+from taca_jax.pipelines.generate import load_pipeline, local_mesh
+from taca_jax.pipelines.loras import check_lora
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.sampling.loop import make_plan
@@ -109,7 +110,8 @@ def _check(pipeline: Pipeline, config: AttentionConfig, words: Sequence[str]) ->
     assert config.taca is not None
     text = conditioning(pipeline, config.prompts[:1], config.guidance)
     pipeline.encode_prompts(config.prompts)
-    plan = make_plan(pipeline.sigmas(config.height, config.width, 1), config.taca)
+    sigmas = pipeline.sigmas(config.height, config.width, 1)
+    plan = make_plan(sigmas, config.taca, loras=pipeline.loras)
     jax.eval_shape(
         partial(shares_of_step, pipeline.transformer, layer=config.layer),
         text,

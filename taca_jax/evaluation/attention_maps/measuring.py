@@ -19,6 +19,7 @@ from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.mesh import on
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.decoding import decode, eight_bit
+from taca_jax.pipelines.loras import acting_loras
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.sampling.loop import make_plan
 from taca_jax.text.words import ids_of_word
@@ -141,7 +142,8 @@ def _measure_batch(
     assert out.trajectory is not None
     assert isinstance(out.images, np.ndarray)
     sigmas = pipeline.sigmas(config.height, config.width, config.steps)
-    plan = make_plan(sigmas, variant.taca, lora_strength=variant.lora_strength)
+    loras = acting_loras(pipeline.transformer, pipeline.loras, variant.lora_strength)
+    plan = make_plan(sigmas, variant.taca, loras=loras)
     text = conditioning(pipeline, batch, config.guidance)
     groups = jnp.concatenate(
         [

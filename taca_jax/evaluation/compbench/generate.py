@@ -36,7 +36,8 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
-from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh, png_info
+from taca_jax.pipelines.generate import load_pipeline, local_mesh, png_info
+from taca_jax.pipelines.loras import check_lora
 from taca_jax.pipelines.pipeline import Pipeline
 
 FREE_FIELDS = ("prompts", "out", "categories", "limit")

@@ -18,14 +18,16 @@ from taca_jax.taca import TacaConfig
 def variants(
     taca: TacaConfig | None, *, lora: bool, guidances: Sequence[float | None]
 ) -> list[Variant]:
-    """The variants to compare: the base; with `taca` TACA alone; with a LoRA also both, and the
-    LoRA alone. Each at all of `guidances`, of which None is the model's own."""
+    """The variants to compare: the base; with `taca` TACA alone; with LoRAs also both, and the
+    LoRAs alone. Each at all of `guidances`, of which None is the model's own."""
     ways = [Variant("base", None, 0.0)]
     if taca is not None:
         ways.append(Variant("base + TACA", taca, 0.0))
     if taca is not None and lora:
         ways.append(Variant("TACA + LoRA", taca, 1.0))
         ways.append(Variant("LoRA alone", replace(taca, gamma=1.0, knots=None), 1.0))
+    elif lora:  # one that is always on
+        ways.append(Variant("base + LoRA", None, 1.0))
     if len(guidances) == 1:
         return [replace(way, guidance=guidances[0]) for way in ways]
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from taca_jax.evaluation.digests import digest_of
+from taca_jax.evaluation.digests import digest_of_loras
 from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.evaluation.shapes.alignment import Alignment, best_guidance, measure, variants
 from taca_jax.evaluation.shapes.base import check_base
@@ -18,10 +18,10 @@ from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
+from taca_jax.pipelines.generate import load_pipeline, local_mesh
+from taca_jax.pipelines.loras import check_lora, used_loras
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
-from taca_jax.weights.shipped import find_weights
 
 
 def evaluate_shapes(
@@ -60,8 +60,9 @@ def evaluate_command(config: ShapesConfig) -> None:
     check_record(out, config, files)
     pipeline = load_pipeline(config, local_mesh())
     write_record(out, config, files)
+    loras = used_loras(config)
     which = variants(
-        config.taca, lora=config.lora is not None, guidances=config.guidances or (config.guidance,)
+        config.taca, lora=bool(loras), guidances=config.guidances or (config.guidance,)
     )
     sampler = Sampler(
         pipeline,
@@ -71,7 +72,7 @@ def evaluate_command(config: ShapesConfig) -> None:
         config.width,
         config.seed,
         kept=out / PICTURES,
-        lora=digest_of(find_weights(files["lora"])) if "lora" in files else None,
+        lora=digest_of_loras(loras) if loras else None,
     )
     alignments, grid = measure(sampler, which, make_halves(config.prompts, config.num_images))
     _report(pipeline, alignments, which, grid, out)

@@ -30,7 +30,7 @@ class Sampler:
 
     steps, height, width: as in a call of the pipeline. kept: a folder that keeps every batch, as
     one picture of all its pictures in a column; what it has is not drawn again. None keeps none.
-    lora: the digest of the pipeline's LoRA, which tells apart what is kept of one and of another.
+    lora: the digest of the pipeline's LoRAs, which tells apart what is kept of one and of another.
     """
 
     pipeline: Pipeline

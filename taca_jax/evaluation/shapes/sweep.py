@@ -18,7 +18,7 @@ from rich.table import Table
 
 from taca_jax.config.json_text import from_json, to_tree
 from taca_jax.errors import UserError
-from taca_jax.evaluation.digests import digest_of
+from taca_jax.evaluation.digests import digest_of_loras
 from taca_jax.evaluation.plots import need_matplotlib
 from taca_jax.evaluation.record import check_record, write_record
 from taca_jax.evaluation.shapes.alignment import Alignment, measure
@@ -29,10 +29,11 @@ from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
 from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import check_lora, load_pipeline, local_mesh
+from taca_jax.pipelines.generate import load_pipeline, local_mesh
+from taca_jax.pipelines.lora_choice import parse_loras
+from taca_jax.pipelines.loras import check_lora
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.pipeline_folders import open_pipeline
-from taca_jax.weights.shipped import find_weights
 
 AXES = ("gammas", "thresholds", "schedules", "cond_only", "loras", "gammas_learned", "guidances")
 """The fields of SweepConfig that hold the values of an axis."""
@@ -180,6 +181,7 @@ def sweep(config: SweepConfig) -> None:
     check_record(out, config, files, free=FREE_FIELDS)
     pipeline = load_pipeline(replace(config, lora=None), local_mesh())
     for lora in loras:
+        pipeline.unload_lora()
         pipeline.load_lora(lora)  # one that does not fit is refused before anything is drawn
     write_record(out, config, files)
     sampler = Sampler(
@@ -209,12 +211,11 @@ def _measure(sampler: Sampler, group: Sequence[Setting], halves: Sequence[Half])
     correct: list[dict[str, np.ndarray]] = [{} for _ in halves]
     exact: list[dict[str, np.ndarray]] = [{} for _ in halves]
     for lora in dict.fromkeys(point.lora for point in group):
-        if lora is None:
-            sampler.pipeline.unload_lora()
-            drawing = sampler
-        else:
+        sampler.pipeline.unload_lora()
+        drawing = sampler
+        if lora is not None:
             sampler.pipeline.load_lora(lora)
-            drawing = replace(sampler, lora=digest_of(find_weights(lora)))
+            drawing = replace(sampler, lora=digest_of_loras(parse_loras(lora)))
         for point in group:
             if point.lora != lora:
                 continue

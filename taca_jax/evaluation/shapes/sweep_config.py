@@ -20,7 +20,8 @@ class SweepConfig(SamplingConfig):
     thresholds: values of taca.threshold.
     schedules: values of taca.schedule, each instead of the center's knots if it has any.
     cond_only: values of taca.cond_only; at guidance of at most 1 all of them are the same.
-    loras: LoRA files; `none` is the base alone.
+    loras: LoRA files, one for each setting (as `lora`, which may name several at once); `none` is
+      the base alone.
     gammas_learned: files `taca.json` of runs with gamma_knots; each is one more setting.
     guidances: strengths of guidance; each setting is compared with the plain base at its own.
     vary: `each` changes one axis at a time, `all` combines all values of all axes.

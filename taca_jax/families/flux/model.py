@@ -22,6 +22,7 @@ from taca_jax.nn.layers import (
     ZEROS,
     LayerOptions,
     Linear,
+    LoRAScale,
     MLPEmbedder,
     modulate,
     timestep_embedding,
@@ -102,7 +103,7 @@ class FluxTransformer(MMDiT):
         *,
         guidance: Float[Array, " b"] | None = None,
         gamma: Float[Array, " b"] | None = None,
-        lora_scale: Float[Array, " b"] | None = None,
+        lora_scale: LoRAScale | None = None,
         attention: Implementation | None = None,
     ) -> Float[Array, "b H W c"]:
         """The velocity, float32, shaped as `latents`; arguments and errors: see `with_features`."""
@@ -129,7 +130,7 @@ class FluxTransformer(MMDiT):
         blocks: int,
         guidance: Float[Array, " b"] | None = None,
         gamma: Float[Array, " b"] | None = None,
-        lora_scale: Float[Array, " b"] | None = None,
+        lora_scale: LoRAScale | None = None,
         attention: Implementation | None = None,
     ) -> tuple[Float[Array, "b H W c"], Float[Array, "b s d"]]:
         """The velocity, float32, shaped as `latents`, and the image tokens after so many `blocks`:

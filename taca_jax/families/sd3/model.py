@@ -19,7 +19,7 @@ from taca_jax.errors import UserError
 from taca_jax.families.sd3.positions import PositionTable
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
-from taca_jax.nn.layers import ZEROS, LayerOptions, Linear, modulate
+from taca_jax.nn.layers import ZEROS, LayerOptions, Linear, LoRAScale, modulate
 from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.stacking import make_stack, run_stack
 from taca_jax.parallel.mesh import constrain_vectors
@@ -109,7 +109,7 @@ class SD3Transformer(MMDiT):
         pooled: Float[Array, "b p"],
         *,
         gamma: Float[Array, " b"] | None = None,
-        lora_scale: Float[Array, " b"] | None = None,
+        lora_scale: LoRAScale | None = None,
         skip: Bool[Array, " layers"] | None = None,
         attention: Implementation | None = None,
     ) -> Float[Array, "b H W c"]:

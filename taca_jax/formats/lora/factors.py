@@ -1,15 +1,16 @@
 """The contents of a LoRA file, in any dialect: two factors for each adapted layer of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import Shape, summary
-from taca_jax.nn.lora import attach, linears, remove_lora
+from taca_jax.nn.lora import append_lora, linears
 
 LayerId = tuple[str, int | None]
 """A linear layer: its dotted path, and its index in a stack of layers (None: not stacked)."""
@@ -69,18 +70,47 @@ def summarise(adapter: Adapter, dialect: str, left_out: tuple[str, ...] = ()) ->
     )
 
 
-def attach_adapter(adapter: Adapter, model: nnx.Module, where: str) -> None:
-    """Attaches the factors to the model's layers, in float32, replacing all existing factors.
+def append_adapter(
+    adapter: Adapter,
+    model: nnx.Module,
+    put: Callable[[str, np.ndarray], jax.Array] = lambda _, factor: jnp.asarray(factor),
+) -> None:
+    """Attaches the factors to the model's layers, in float32, as one more LoRA of it.
 
-    Strengths are multiplied into b, so that all layers of a stack have strength 1. Raises UserError
-    as `check_fits` does, with the model unchanged.
+    Strengths are multiplied into b, so that all layers of a stack have strength 1. `put` places a
+    factor on devices, by its path in the model. The factors must fit (`check_fits`).
+    """
+    kernels = kernels_of(model)
+    depths = {path: kernels[path][0] for path, index in adapter if index is not None}
+    factors = {
+        path: (put(f"{path}.lora_a", a), put(f"{path}.lora_b", b))
+        for path, (a, b) in stacked(adapter, depths).items()
+    }
+    append_lora(model, factors)
+
+
+def fill_adapter(adapter: Adapter, model: nnx.Module) -> None:
+    """Sets the factors that a model has, of one LoRA, to those of a file, so that they act as it
+    does: where a layer has a larger rank, the rest of its b stays as it is, and zero in new ones.
+
+    Layers that the file lacks stay as they are. The model has factors of all of the file's layers.
     """
     layers = dict(linears(model))
-    check_fits(adapter, {path: layer.kernel.shape for path, layer in layers.items()}, where)
-    depths = {path: layers[path].kernel.shape[0] for path, index in adapter if index is not None}
-    remove_lora(model)
-    for path, (a, b) in stacked(adapter, depths).items():
-        attach(layers[path], jnp.asarray(a), jnp.asarray(b), 1.0)
+    for (path, index), factors in adapter.items():
+        layer = layers[path]
+        assert layer.lora_a is not None
+        assert layer.lora_b is not None
+        at = () if index is None else (index,)
+        a, b = (np.array(each.get_value()) for each in (layer.lora_a, layer.lora_b))
+        a[at][:, : factors.rank] = factors.a
+        b[at][: factors.rank] = factors.b * (factors.strength / layer.lora_alpha_over_rank)
+        layer.lora_a.set_value(jnp.asarray(a))
+        layer.lora_b.set_value(jnp.asarray(b))
+
+
+def kernels_of(model: nnx.Module) -> dict[str, Shape]:
+    """The shapes of the kernels of a model's linear layers, by path."""
+    return {path: layer.kernel.shape for path, layer in linears(model)}
 
 
 def check_fits(adapter: Adapter, kernels: Mapping[str, Shape], where: str) -> None:

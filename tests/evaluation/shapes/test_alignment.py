@@ -21,9 +21,12 @@ HALVES = make_halves(2)
 
 
 def test_without_taca_the_base_alone_is_measured():
-    for lora in (False, True):
-        (base,) = variants(None, lora=lora, guidances=(None,))
-        assert base == Variant("base", None, 0.0, None)
+    (base,) = variants(None, lora=False, guidances=(None,))
+    assert base == Variant("base", None, 0.0, None)
+    # A LoRA that acts without TACA is always on.
+    base, with_lora = variants(None, lora=True, guidances=(None,))
+    assert base == Variant("base", None, 0.0, None)
+    assert with_lora == Variant("base + LoRA", None, 1.0, None)
     base, with_taca = variants(TACA, lora=False, guidances=(2.0,))
     assert base == Variant("base", None, 0.0, 2.0)
     assert with_taca == Variant("base + TACA", TACA, 0.0, 2.0)

@@ -174,9 +174,17 @@ def test_two_devices_draw_the_pictures_of_one(tmp_path):
 
 
 def test_the_baseline_needs_no_lora(tmp_path, painter):
-    config = config_for(tmp_path / "out", taca=None, lora="not_yet_trained.safetensors", prompts=1)
-    evaluate_command(config)
+    for lora in ("not_yet_trained.safetensors@taca", "shapes_taca.safetensors"):
+        evaluate_command(config_for(tmp_path / lora, taca=None, lora=lora, prompts=1))
     assert {options["lora_strength"] for _, options in painter.calls} == {0.0}
+
+
+def test_a_lora_that_is_always_on_is_measured_without_taca(tmp_path, painter):
+    lora = "shapes_taca.safetensors@always:0.5"
+    evaluate_command(config_for(tmp_path / "out", taca=None, lora=lora, prompts=1))
+    rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())["seen"]
+    assert list(rows) == ["base", "base + LoRA"]
+    assert {options["lora_strength"] for _, options in painter.calls} == {0.0, 1.0}
 
 
 def test_what_is_missing_is_refused_before_the_model_loads(tmp_path, monkeypatch):

@@ -1,0 +1,47 @@
+"""The LoRA file that a run starts from (`lora.init`)."""
+
+import re
+from typing import Any
+
+from taca_jax.errors import UserError
+from taca_jax.families.base import Family
+from taca_jax.formats.lora.factors import check_fits
+from taca_jax.formats.tensor_files import summary
+from taca_jax.nn.kinds import shapes_of
+from taca_jax.nn.lora import LoRAConfig
+from taca_jax.weights.hub_files import lora_files
+from taca_jax.weights.lora_files import LoRAFile, load_adapter
+from taca_jax.weights.shipped import find_weights
+
+
+def open_start(lora: LoRAConfig | None, family: Family, transformer: Any) -> LoRAFile | None:
+    """The file of `lora.init` for a transformer of this config; None if there is none.
+
+    Raises UserError for a file that is absent, damaged or of another model, and for one that has
+    layers which are not targets, or a larger rank than is trained.
+    """
+    if lora is None or lora.init is None:
+        return None
+    file = load_adapter(find_weights(lora.init, lora_files), family, transformer)
+    kernels = {
+        path.removesuffix(".kernel"): shape for path, shape in shapes_of(transformer).items()
+    }
+    check_fits(file.adapter, kernels, lora.init)
+    targets = family.lora.targets if lora.targets is None else lora.targets
+    beyond = {
+        path: None
+        for path, _ in file.adapter
+        if not any(re.fullmatch(target, path) for target in targets)
+    }
+    if beyond:
+        raise UserError(
+            f"lora.init={lora.init} has factors of {summary([*beyond])}, which are no targets of "
+            "this run; add them to lora.targets"
+        )
+    rank = max(file.summary.ranks)
+    if rank > lora.rank:
+        raise UserError(
+            f"lora.init={lora.init} is of rank {rank}, and lora.rank is {lora.rank}; set "
+            f"lora.rank={rank} or more"
+        )
+    return file
