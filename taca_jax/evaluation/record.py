@@ -25,6 +25,9 @@ RECORD = "config.json"
 OUT = "out"
 """The field that names the folder; it is not recorded, so that the folder can be moved."""
 
+MESH = "mesh"
+"""The field that says which devices share the work. It is recorded, and may change."""
+
 
 @dataclass(frozen=True)
 class _Record:
@@ -50,7 +53,8 @@ def check_record(
     files of other content; also if it holds something else, or cannot be written to.
 
     files: by field of the configuration, the file or folder that it names; these fields are
-    compared by content (`digests.file_digest`), not by name. free: other fields that may change.
+    compared by content (`digests.file_digest`), not by name. free: other fields that may change, as
+    `mesh` may.
     """
     record = out / RECORD
     if not record.is_file():
@@ -62,7 +66,7 @@ def check_record(
     differing = [
         f"{name} is {_shown(there)} there, {_shown(here)} here"
         for name, (there, here) in difference(before.config, config).items()
-        if name.partition(".")[0] not in {OUT, *free, *compared}
+        if name.partition(".")[0] not in {OUT, MESH, *free, *compared}
     ]
     for name in sorted(compared):
         there, here = getattr(before.config, name), getattr(config, name)

@@ -10,6 +10,7 @@ from PIL import Image
 from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles
+from taca_jax.parallel.mesh import constrain_samples
 from taca_jax.parallel.processes import on_host
 
 
@@ -45,5 +46,6 @@ def eight_bit(images: Float[np.ndarray, "b H W 3"]) -> UInt8[np.ndarray, "b H W 
 def _decode(
     graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
 ) -> Float[Array, "b H W 3"]:
+    latents = constrain_samples(latents)
     images = nnx.merge(graph, state).decode(latents).astype(jnp.float32)
     return jnp.clip((images + 1) / 2, 0, 1)

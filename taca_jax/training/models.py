@@ -23,7 +23,7 @@ from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import add_lora
 from taca_jax.parallel.batches import samples_together
-from taca_jax.parallel.mesh import MeshConfig, make_mesh
+from taca_jax.parallel.mesh import MeshConfig, check_heads, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options, load_text
 from taca_jax.sampling.schedule import FlowSchedule
@@ -31,10 +31,10 @@ from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import TextEncoder, TextReading, token_count
 from taca_jax.text.tokenizers import Tokenizer, load_tokenizer
-from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.features import LABELS, Readout
 from taca_jax.training.learned_gamma import LearnedGamma
+from taca_jax.weights.abstract import abstract_on_mesh, local_bytes
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.pipeline_folders import (
     AUTOENCODER,
@@ -118,11 +118,7 @@ class RunModels:
                 f"mesh.fsdp) share; give a multiple of {groups}, or share tokens or heads as well "
                 "(mesh.context, mesh.tensor)"
             )
-        heads, parts = self.transformer.num_heads, 1 if mesh is None else mesh.shape["tensor"]
-        if heads % parts:
-            raise UserError(
-                f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
-            )
+        check_heads(mesh, self.transformer.num_heads)
         return replace(self, mesh=mesh)
 
     @property

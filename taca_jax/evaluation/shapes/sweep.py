@@ -178,7 +178,7 @@ def sweep(config: SweepConfig) -> None:
     for lora in loras:
         check_lora(replace(config, lora=lora))
     check_record(out, config, files, free=FREE_FIELDS)
-    pipeline = load_pipeline(replace(config, lora=None), local_mesh())
+    pipeline = load_pipeline(replace(config, lora=None), local_mesh(config))
     for lora in loras:
         pipeline.load_lora(lora)  # one that does not fit is refused before anything is drawn
     write_record(out, config, files)

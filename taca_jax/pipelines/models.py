@@ -1,0 +1,211 @@
+"""What a pipeline consists of: its models, in memory or in turns, from and to files."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from taca_jax.attention import Implementation
+from taca_jax.autoencoders.kinds import Autoencoder
+from taca_jax.errors import UserError
+from taca_jax.families.base import Family
+from taca_jax.families.registry import family_of
+from taca_jax.formats.atomic import whole_folder
+from taca_jax.nn.lora import remove_lora
+from taca_jax.nn.low_bit import Quantization
+from taca_jax.nn.stacking import Remat
+from taca_jax.parallel.mesh import MeshConfig
+from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.opening import open_parts
+from taca_jax.pipelines.stages import Staged, present
+from taca_jax.pipelines.text import encoders_by_folder, save_tokenizers
+from taca_jax.text.encoders import TextEncoder
+from taca_jax.text.tokenizers import Tokenizer
+from taca_jax.weights.folders import PIPELINE_FILE, save_model
+from taca_jax.weights.loading import LoadOptions
+from taca_jax.weights.lora_files import read_lora
+from taca_jax.weights.pipeline_folders import (
+    AUTOENCODER,
+    TRANSFORMER,
+    PipelineSettings,
+    StoredPipeline,
+    open_pipeline,
+    write_settings,
+)
+from taca_jax.weights.shipped import find_weights
+
+Precision = Literal["float32", "bfloat16"]
+
+ALL_DEVICES = MeshConfig()
+"""The axes of the mesh, left open."""
+
+
+class PipelineModels:
+    """A transformer of any family with its text encoder, tokenizer and autoencoder."""
+
+    reads: ClassVar[Family | None] = None
+    """The family that `from_pretrained` accepts; None accepts all."""
+
+    def __init__(
+        self,
+        transformer: Any,
+        *,
+        text_encoder: TextEncoder | Staged | None,
+        tokenizer: Tokenizer | None,
+        autoencoder: Autoencoder | Staged | None,
+        settings: PipelineSettings,
+        mesh: Mesh | None = None,
+    ):
+        self._transformer = transformer
+        self._text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self._autoencoder = autoencoder
+        self.settings = settings
+        self.mesh = mesh
+
+    @property
+    def transformer(self) -> Any:
+        return present(self._transformer)
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        return present(self._text_encoder)
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        return present(self._autoencoder)
+
+    @autoencoder.setter
+    def autoencoder(self, autoencoder: Autoencoder | None) -> None:
+        self._autoencoder = autoencoder
+
+    @property
+    def has_text_encoder(self) -> bool:
+        return self._text_encoder is not None
+
+    @property
+    def autoencoder_config(self) -> Any:
+        """The autoencoder's config; None if there is none."""
+        return None if self._autoencoder is None else self._autoencoder.config
+
+    @property
+    def staged(self) -> bool:
+        """Whether the models take turns in memory: each is read when it is needed."""
+        return isinstance(self._transformer, Staged)
+
+    @property
+    def config(self) -> Any:
+        """The transformer's config."""
+        return self._transformer.config
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | StoredPipeline,
+        dtype: Precision = "bfloat16",
+        *,
+        param_dtype: Precision | None = None,
+        mesh: Mesh | MeshConfig | None = ALL_DEVICES,
+        stages: bool | None = None,
+        samples: int | None = None,
+        remat: Remat = "none",
+        quantize: Quantization = "none",
+        quantize_text: Quantization = "none",
+        attention: Implementation = "auto",
+    ) -> Self:
+        """Loads a pipeline folder: `pipeline.json`, `transformer/`, and where present the text
+        encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
+
+        `path` may also be the name of a model that comes with the package (`shapes_base`), or
+        original weights that have not been converted: a diffusers pipeline folder, or the authors'
+        single file with the files beside it (`open_original`).
+
+        `dtype` is that of activations, and of parameters unless `param_dtype` is given. `remat`
+        matters only to training. `quantize` is the format of the kernels in the transformer's
+        blocks: `int8`, `nf4` or `none` (param_dtype); `quantize_text` is that of T5's kernels.
+        Kernels are quantised as they are read. `attention` is the implementation of the joint
+        attention.
+
+        Parameters are loaded tensor by tensor onto `mesh`, on which the pipeline then runs: the
+        devices along each axis (MeshConfig), a mesh, or None for the first device alone. By default
+        all devices draw, those of other processes included, which then must make the same calls.
+        Where the axes are left open they are chosen for drawing `samples` at a time, by default one
+        picture (`parallel.choice`). With `stages` the models take turns in memory: each is read
+        when it is needed, once another's memory is free. None does so where the size of the
+        devices' memory is known, and not all models fit.
+
+        Raises UserError if the pipeline or a part of it is missing, damaged, or of another kind of
+        model, and for a mesh that does not fit.
+        """
+        stored = path if isinstance(path, StoredPipeline) else open_pipeline(path)
+        family = stored.family
+        if cls.reads not in (None, family):
+            raise UserError(
+                f"{stored.where} is of kind {family.name}; {cls.__name__} reads {cls.reads.name}"
+            )
+        options = LoadOptions(
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype or dtype),
+            quantize=quantize,
+            remat=remat,
+            attention=attention,
+        )
+        parts = open_parts(stored, options, quantize_text, mesh, stages=stages, samples=samples)
+        return cls(
+            parts.transformer,
+            text_encoder=parts.text_encoder,
+            tokenizer=parts.tokenizer,
+            autoencoder=parts.autoencoder,
+            settings=stored.settings,
+            mesh=parts.mesh,
+        )
+
+    def save(self, path: str | Path, *, dtype: Precision | None = None) -> None:
+        """Writes the folder that `from_pretrained` reads, atomically, without LoRA factors; an
+        existing pipeline folder is replaced.
+
+        If there are several processes, all must call this. Raises UserError if `path` holds
+        something else or cannot be written, and for quantised models.
+        """
+        path = Path(path)
+        is_ours = (path / PIPELINE_FILE).is_file()
+        if path.exists() and not is_ours and (path.is_file() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is no pipeline folder; save elsewhere")
+        in_turn: tuple[Callable[[], dict[str, Any]], ...] = (
+            lambda: {TRANSFORMER: self.transformer},
+            lambda: encoders_by_folder(self.text_encoder),
+            lambda: {AUTOENCODER: self.autoencoder},
+        )
+        with whole_folder(path) if is_first() else nullcontext(path) as folder:
+            for models in in_turn:
+                for name, model in models().items():
+                    if model is not None:
+                        save_model(folder / name, model, dtype=dtype)
+            if is_first():
+                settings = self.settings
+                if save_tokenizers(folder, self.tokenizer):
+                    settings = replace(settings, tokenizer=None)
+                write_settings(folder, settings)
+
+    def load_lora(self, path: str | Path) -> str:
+        """Attaches a LoRA file, replacing any other, and returns a one-line summary of it.
+
+        Raises UserError for a file that is damaged or made for another model.
+        """
+        read = partial(read_lora, find_weights(path), mesh=self.mesh)
+        kept = self._transformer
+        return str(kept.adapted(read) if isinstance(kept, Staged) else read(kept))
+
+    def unload_lora(self) -> None:
+        """Removes the attached LoRA factors, if there are any."""
+        kept = self._transformer
+        kept.plain() if isinstance(kept, Staged) else remove_lora(kept)
