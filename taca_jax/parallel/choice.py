@@ -69,8 +69,7 @@ def choose_place(
     take turns; None leaves it open, and prefers all of them in memory. Where the size of the
     devices' memory is not known, all are in memory, on the second mesh if there is one.
     """
-    first = meshes[0]
-    memory = memory_of(jax.devices()[0] if first is None else first.devices.flat[0])
+    memory = memory_of(_first_device(meshes[0]))
     if memory is None:
         return Place(meshes[min(1, len(meshes) - 1)], bool(stages))
     for staged in (False, True) if stages is None else (stages,):
@@ -109,9 +108,18 @@ def drawing_meshes(
     return tuple(dict.fromkeys((whole, shared, spread)))
 
 
+def _first_device(mesh: Mesh | None) -> Any:
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def memory_of(device: Any) -> float | None:
-    """Bytes of a device's memory; None where that is not known, as on CPUs."""
+    """Bytes of a device's memory; None where that is not known, as on CPUs.
+
+    Other devices than TPUs say it themselves, in a single process; several need not say the same.
+    """
     chip = chip_of(device.device_kind)
     if chip is not None:
         return chip.memory
+    if jax.process_count() > 1:
+        return None
     return (device.memory_stats() or {}).get("bytes_limit")

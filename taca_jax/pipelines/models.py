@@ -1,12 +1,13 @@
 """What a pipeline consists of: its models, in memory or in turns, from and to files."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -21,7 +22,7 @@ from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.opening import open_parts
+from taca_jax.pipelines.opening import Opening
 from taca_jax.pipelines.stages import Staged, present
 from taca_jax.pipelines.text import encoders_by_folder, save_tokenizers
 from taca_jax.text.encoders import TextEncoder
@@ -159,7 +160,11 @@ class PipelineModels:
             remat=remat,
             attention=attention,
         )
-        parts = open_parts(stored, options, quantize_text, mesh, stages=stages, samples=samples)
+        opening = Opening(stored, options, quantize_text)
+        place = opening.place(mesh, jax.devices(), stages=stages, samples=samples)
+        if isinstance(mesh, MeshConfig) and len(jax.devices()) == 1:
+            place = replace(place, mesh=None)
+        parts = opening.parts(place)
         return cls(
             parts.transformer,
             text_encoder=parts.text_encoder,
@@ -180,16 +185,17 @@ class PipelineModels:
         is_ours = (path / PIPELINE_FILE).is_file()
         if path.exists() and not is_ours and (path.is_file() or any(path.iterdir())):
             raise UserError(f"{path} exists and is no pipeline folder; save elsewhere")
-        in_turn: tuple[Callable[[], dict[str, Any]], ...] = (
-            lambda: {TRANSFORMER: self.transformer},
-            lambda: encoders_by_folder(self.text_encoder),
-            lambda: {AUTOENCODER: self.autoencoder},
-        )
+
+        def save_each(models: Mapping[str, Any]) -> None:
+            for name, model in models.items():
+                if model is not None:
+                    save_model(folder / name, model, dtype=dtype)
+
         with whole_folder(path) if is_first() else nullcontext(path) as folder:
-            for models in in_turn:
-                for name, model in models().items():
-                    if model is not None:
-                        save_model(folder / name, model, dtype=dtype)
+            # Nothing here holds a model any longer than it is its turn.
+            save_each({TRANSFORMER: self.transformer})
+            save_each(encoders_by_folder(self.text_encoder))
+            save_each({AUTOENCODER: self.autoencoder})
             if is_first():
                 settings = self.settings
                 if save_tokenizers(folder, self.tokenizer):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -17,7 +16,7 @@ from taca_jax.pipelines.text import encoder_options, load_encoders, load_tokeniz
 from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.weights.abstract import abstract_on_mesh, local_bytes
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline
+from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredModel, StoredPipeline
 
 
 @dataclass(frozen=True)
@@ -42,77 +41,121 @@ def samples_of(stored: StoredPipeline, pictures: int = 1, guidance: float | None
     return 2 * pictures if guided else pictures
 
 
-def open_parts(
-    stored: StoredPipeline,
-    options: LoadOptions,
-    quantize_text: Quantization,
-    mesh: Mesh | MeshConfig | None,
-    *,
-    stages: bool | None,
-    samples: int | None,
-) -> Parts:
-    """The models of a pipeline, as `Pipeline.from_pretrained` describes its arguments.
+@dataclass(frozen=True)
+class Opening:
+    """A stored pipeline and how its models are loaded.
 
-    options: the transformer's, of which `mesh` is not read. Raises UserError for models that do not
-    fit together, and for a mesh that fits neither the devices nor the transformer.
+    options: the transformer's, of which `mesh` is not read. quantize_text: of T5's kernels.
     """
-    config, reading = stored.transformer.config, stored.reading
-    autoencoder = stored.models.get(AUTOENCODER)
-    if autoencoder is not None:
-        given, expected = autoencoder.config.latent_channels, config.latent_channels
-        if given != expected:
-            raise UserError(
-                f"{autoencoder.where} has {given} latent channels, the transformer expects "
-                f"{expected}; it is of another model"
-            )
-    tokenizer = None if reading is None else load_tokenizers(stored, reading)
-    other = replace(options, quantize="none", remat="none", attention="auto")
-    text = replace(other, quantize=quantize_text)
-    folders = () if reading is None else reading.folders
 
-    def model_bytes(mesh: Mesh | None) -> dict[str, int]:
-        def held(configs: Sequence[Any], options: LoadOptions) -> int:
-            models = [
-                abstract_on_mesh(each, replace(encoder_options(each, options), mesh=mesh))
-                for each in configs
-            ]
-            return local_bytes(nnx.state(models))
+    stored: StoredPipeline
+    options: LoadOptions
+    quantize_text: Quantization = "none"
 
+    def place(
+        self,
+        mesh: Mesh | MeshConfig | None,
+        devices: Sequence[Any],
+        *,
+        stages: bool | None = None,
+        samples: int | None = None,
+    ) -> Place:
+        """Where the models go, as `Pipeline.from_pretrained` describes the arguments; `devices` are
+        those that a MeshConfig is about.
+
+        Raises UserError for a mesh that fits neither the devices nor the transformer.
+        """
+        heads = self.stored.transformer.config.num_heads
+        meshes = [mesh] if not isinstance(mesh, MeshConfig) else []
+        if isinstance(mesh, MeshConfig):
+            samples = samples_of(self.stored) if samples is None else samples
+            for each in drawing_meshes(mesh, len(devices), samples, heads):
+                meshes.append(make_mesh(each, devices))
+        place = choose_place(meshes, self.model_bytes, stages=stages)
+        check_heads(place.mesh, heads)
+        return place
+
+    def model_bytes(self, mesh: Mesh | None) -> dict[str, int]:
+        """The bytes of each model's parameters that one device of a mesh holds."""
         return {
-            "text encoders": held([stored.models[folder].config for folder in folders], text),
-            "transformer": held([config], options),
-            "autoencoder": held([] if autoencoder is None else [autoencoder.config], other),
+            name: local_bytes([nnx.state(model) for model in models])
+            for name, models in self.abstract(mesh).items()
         }
 
-    if isinstance(mesh, MeshConfig):
-        devices = jax.devices()
-        samples = samples_of(stored) if samples is None else samples
-        wanted = drawing_meshes(mesh, len(devices), samples, config.num_heads)
-        meshes = [make_mesh(each, devices) for each in wanted]
-        meshes = meshes if len(devices) > 1 else [None]
-    else:
-        meshes = [mesh]
-    place = choose_place(meshes, model_bytes, stages=stages)
-    check_heads(place.mesh, config.num_heads)
-    options, text, other = (replace(each, mesh=place.mesh) for each in (options, text, other))
-    loaders: list[tuple[Any, Callable[[], Any]] | None] = [
-        None
-        if reading is None or tokenizer is None
-        else (None, lambda: load_encoders(stored, reading, text, tokenizer)),
-        (config, lambda: stored.transformer.load(options)),
-        None if autoencoder is None else (autoencoder.config, lambda: autoencoder.load(other)),
-    ]
-    return _parts(loaders, tokenizer, place)
+    def abstract(self, mesh: Mesh | None) -> dict[str, list[Any]]:
+        """The models on a mesh, with shapes in place of arrays."""
+        configs = {
+            "text encoders": [self.stored.models[folder].config for folder in self._text_folders],
+            "transformer": [self.stored.transformer.config],
+            "autoencoder": [] if self._autoencoder is None else [self._autoencoder.config],
+        }
+        options = {
+            "text encoders": self._text_options,
+            "transformer": self.options,
+            "autoencoder": self._other_options,
+        }
+        return {
+            name: [
+                abstract_on_mesh(each, replace(encoder_options(each, options[name]), mesh=mesh))
+                for each in found
+            ]
+            for name, found in configs.items()
+        }
 
+    def parts(self, place: Place) -> Parts:
+        """The models at a place: loaded, or in stages what loads them.
 
-def _parts(
-    loaders: Sequence[tuple[Any, Callable[[], Any]] | None],
-    tokenizer: Tokenizer | None,
-    place: Place,
-) -> Parts:
-    turn = Turn()
-    text_encoder, transformer, autoencoder = (
-        None if each is None else Staged(*each, turn) if place.stages else each[1]()
-        for each in loaders
-    )
-    return Parts(transformer, text_encoder, tokenizer, autoencoder, place.mesh)
+        Raises UserError for models that are damaged or do not fit together.
+        """
+        self._check_autoencoder()
+        stored, reading, autoencoder = self.stored, self.stored.reading, self._autoencoder
+        tokenizer = None if reading is None else load_tokenizers(stored, reading)
+        transformer, text, other = (
+            replace(each, mesh=place.mesh)
+            for each in (self.options, self._text_options, self._other_options)
+        )
+        turn = Turn()
+
+        def part(config: Any, load: Callable[[], Any]) -> Any:
+            return Staged(config, load, turn) if place.stages else load()
+
+        text_encoder = None
+        if reading is not None and tokenizer is not None:
+            text_encoder = part(None, lambda: load_encoders(stored, reading, text, tokenizer))
+        return Parts(
+            part(stored.transformer.config, lambda: stored.transformer.load(transformer)),
+            text_encoder,
+            tokenizer,
+            None
+            if autoencoder is None
+            else part(autoencoder.config, lambda: autoencoder.load(other)),
+            place.mesh,
+        )
+
+    @property
+    def _autoencoder(self) -> StoredModel | None:
+        return self.stored.models.get(AUTOENCODER)
+
+    @property
+    def _text_folders(self) -> tuple[str, ...]:
+        reading = self.stored.reading
+        return () if reading is None else reading.folders
+
+    @property
+    def _text_options(self) -> LoadOptions:
+        return replace(self._other_options, quantize=self.quantize_text)
+
+    @property
+    def _other_options(self) -> LoadOptions:
+        return replace(self.options, quantize="none", remat="none", attention="auto")
+
+    def _check_autoencoder(self) -> None:
+        if self._autoencoder is None:
+            return
+        given = self._autoencoder.config.latent_channels
+        expected = self.stored.transformer.config.latent_channels
+        if given != expected:
+            raise UserError(
+                f"{self._autoencoder.where} has {given} latent channels, the transformer expects "
+                f"{expected}; it is of another model"
+            )
