@@ -98,6 +98,8 @@ class GenerateConfig(SamplingConfig):
       predicted picture after each step, into a file beside `out`; `own` is the model's own
       autoencoder, if that is small; none draws no previews.
     progress: a progress bar of the steps; none shows it on a terminal only.
+    plan: a slice of TPUs (v6e-4): instead of drawing, compile for it and say how much memory each
+      stage takes, and how long a step at least; needs neither TPU nor weights.
     out: the PNG to write (numbered for several pictures); small ones are enlarged in it, and its
       settings are its metadata.
     """
@@ -111,6 +113,7 @@ class GenerateConfig(SamplingConfig):
     tiling: Tiling | None = field(default_factory=Tiling)
     preview: str | None = None
     progress: bool | None = None
+    plan: str | None = None
     out: str = "out.png"
 
     def __post_init__(self):

@@ -42,10 +42,16 @@ def eight_bit(images: Float[np.ndarray, "b H W 3"]) -> UInt8[np.ndarray, "b H W 
     return np.round(images * 255).astype(np.uint8)
 
 
+def pictures_of(
+    autoencoder: Autoencoder, latents: Float[Array, "b h w c"]
+) -> Float[Array, "b H W 3"]:
+    """Pictures in [0, 1], float32; devices share them where their number divides evenly."""
+    images = autoencoder.decode(constrain_samples(latents)).astype(jnp.float32)
+    return jnp.clip((images + 1) / 2, 0, 1)
+
+
 @jax.jit(static_argnames=("graph",))
 def _decode(
     graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
 ) -> Float[Array, "b H W 3"]:
-    latents = constrain_samples(latents)
-    images = nnx.merge(graph, state).decode(latents).astype(jnp.float32)
-    return jnp.clip((images + 1) / 2, 0, 1)
+    return pictures_of(nnx.merge(graph, state), latents)

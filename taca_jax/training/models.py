@@ -42,11 +42,10 @@ from taca_jax.weights.pipeline_folders import (
     PipelineSettings,
     StoredModel,
     StoredPipeline,
+    open_or_published,
     open_pipeline,
-    published_pipeline,
     stored_model,
 )
-from taca_jax.weights.shipped import find_weights
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.0
 """Of a new model's calls: sampling steps, and no guidance unless an evaluation finds it better."""
@@ -270,11 +269,7 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
             raise UserError(f"base={config.base} says how text is read; leave out text.*")
         if config.pixels != PixelsConfig():
             raise UserError(f"base={config.base} says how pixels are read; leave out pixels.*")
-        is_there = find_weights(config.base).exists()
-        if published and not is_there:
-            stored = published_pipeline(config.base)
-        else:
-            stored = open_pipeline(config.base)
+        stored = (open_or_published if published else open_pipeline)(config.base)
     if config.autoencoder != PIXELS:
         if config.pixels != PixelsConfig():
             raise UserError(

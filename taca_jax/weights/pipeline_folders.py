@@ -175,3 +175,11 @@ def published_pipeline(base: str) -> StoredPipeline:
         settings=default_settings(model.transformer, family.schedule_of(model.transformer)),
         tokenizers=Path(base),
     )
+
+
+def open_or_published(base: str) -> StoredPipeline:
+    """The pipeline at `base`, or where nothing is the released model of that name. For planning.
+
+    Raises UserError as `open_pipeline` and `published_pipeline` do.
+    """
+    return open_pipeline(base) if find_weights(base).exists() else published_pipeline(base)
