@@ -200,7 +200,8 @@ def _draw(
             guidance=_array(mesh, batch) if embeds_guidance else None,
         )
 
-    plan = make_plan(stored.settings.schedule.sigmas(1, image), TacaConfig())
+    sigmas = stored.settings.schedule.sigmas(1, image)
+    plan = jax.eval_shape(lambda: make_plan(sigmas, TacaConfig()))
     plan = jax.tree.map(lambda x: _array(mesh, *x.shape), plan)
     latents = _array(mesh, batch, rows, columns, config.latent_channels)
     inputs = (latents, plan, conditioning(), conditioning() if guided else None)
