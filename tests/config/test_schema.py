@@ -152,7 +152,7 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (
             DRAW,
             {"seed": str(MAX_SEED), "num_images": "2"},
-            rf"seed \+ num_images - 1 is {MAX_SEED + 1}; it must be at most {MAX_SEED}",
+            f"seed + num_images - 1 is {MAX_SEED + 1}; it must be at most {MAX_SEED}",
         ),
         (DRAW, {"mesh.tensor": "0"}, "mesh.tensor is 0; it must be 1 or more"),
         (DRAW, {"height": "7"}, "height is 7; it must be 8 or more pixels"),

@@ -1,4 +1,4 @@
-"""What drawing would take on a slice of TPUs: what is chosen for released models, and a small plan."""
+"""What drawing takes on a slice of TPUs: what is chosen for released models, and a small plan."""
 
 import importlib.util
 from dataclasses import replace
