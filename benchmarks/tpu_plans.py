@@ -39,9 +39,9 @@ from taca_jax.planning.slices import Slice
 from taca_jax.sampling.loop import denoise, make_plan
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
-from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import open_models
+from taca_jax.weights.abstract import abstract_on_mesh, local_bytes
 from taca_jax.weights.loading import LoadOptions
 
 RESOLUTION = 1024

@@ -27,6 +27,9 @@ RECORD = "config.json"
 OUT = "out"
 """The field that names the folder; it is not recorded, so that the folder can be moved."""
 
+MESH = "mesh"
+"""The field that says which devices share the work. It is recorded, and may change."""
+
 
 @dataclass(frozen=True)
 class _Record:
@@ -54,7 +57,7 @@ def check_record(
     files of other content; also if it holds something else, or cannot be written to.
 
     files: fields of the configuration that are compared by the content of the files which they
-    name (`digests.file_digest`), not by name. free: other fields that may change.
+    name (`digests.file_digest`), not by name. free: other fields that may change, as `mesh` may.
     """
     record = out / RECORD
     if not record.is_file():
@@ -66,7 +69,7 @@ def check_record(
     differing = [
         f"{name} is {_shown(there)} there, {_shown(here)} here"
         for name, (there, here) in difference(before.config, config).items()
-        if name.partition(".")[0] not in {OUT, *free, *compared}
+        if name.partition(".")[0] not in {OUT, MESH, *free, *compared}
     ]
     for name in sorted(compared):
         there, here = getattr(before.config, name), getattr(config, name)

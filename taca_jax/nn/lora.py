@@ -68,7 +68,7 @@ def attach(layer: Linear, lora_a: jax.Array, lora_b: jax.Array, alpha_over_rank:
 
     Raises ValueError if they do not fit the layer's kernel.
     """
-    kernel = layer.kernel[...].shape
+    kernel = layer.kernel.shape  # of abstract models too
     rank = lora_a.shape[-1]
     expected = ((*kernel[:-1], rank), (*kernel[:-2], rank, kernel[-1]))
     if (lora_a.shape, lora_b.shape) != expected:

@@ -1,5 +1,7 @@
 """Which devices, and which processes, hold which samples of a batch."""
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -45,3 +47,10 @@ def own_rows(mesh: Mesh, samples: int) -> np.ndarray:
 def samples_together(mesh: Mesh) -> int:
     """The number of groups of devices that split a batch; it must divide the batch size."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def filled_size(mesh: Mesh | None, samples: int, times: int = 1) -> int:
+    """The least number, from `samples` on, of which `times` as many divide evenly over the mesh."""
+    groups = 1 if mesh is None else samples_together(mesh)
+    multiple = groups // math.gcd(groups, times)
+    return -(-samples // multiple) * multiple

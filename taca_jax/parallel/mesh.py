@@ -105,6 +105,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def check_heads(mesh: Mesh | None, heads: int) -> None:
+    """Raises UserError unless a transformer's heads divide over the mesh."""
+    parts = 1 if mesh is None else mesh.shape[TENSOR_AXIS]
+    if heads % parts:
+        raise UserError(
+            f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
+        )
+
+
 def on(mesh: Mesh | None) -> AbstractContextManager[object]:
     """A context in which `mesh` is the current mesh; None changes nothing."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -135,6 +144,11 @@ def constrain_vectors(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
     slices of them had wrong values on a mesh of data 2, fsdp 2 and tensor 2.
     """
     return _constrained(x, BATCH_AXES, ())
+
+
+def constrain_samples(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Shards samples over the current mesh, where they divide evenly, and nothing else."""
+    return _constrained(x, BATCH_AXES, (), (), ())
 
 
 def _constrained(x: Array, *axes: tuple[str, ...]) -> Array:

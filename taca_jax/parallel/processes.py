@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from taca_jax.errors import UserError
 
@@ -117,6 +118,18 @@ def first_before_others(what: str) -> Iterator[None]:
 def all_of(holds: bool) -> bool:
     """Whether `holds` is true in every process."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))
+
+
+def first_says(holds: bool) -> bool:
+    """Whether `holds` is true in the first process."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(holds)))
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether devices of several processes are on a mesh."""
+    if mesh is None:
+        return False
+    return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def do_not_wait_at_exit() -> None:

@@ -9,6 +9,7 @@ from taca_jax.autoencoders.tiling import Tiling
 from taca_jax.config.fields import check
 from taca_jax.errors import UserError
 from taca_jax.nn.low_bit import Quantization
+from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras
 from taca_jax.sampling.loop import MAX_SEED
 from taca_jax.taca import TacaConfig
@@ -37,6 +38,8 @@ class SamplingConfig:
       dtype.
     quantize_text: the same for T5's kernels.
     attention: the implementation of the joint attention: `auto` takes the fastest for the device.
+    mesh: how many devices split samples, parameters, tokens and heads. Evaluations let every
+      process draw a share of its own, on its own devices.
 
     Raises UserError for values out of range.
     """
@@ -54,6 +57,7 @@ class SamplingConfig:
     quantize: Quantization = "none"
     quantize_text: Quantization = "none"
     attention: Implementation = "auto"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         steps, guidance = self.steps, self.guidance
@@ -86,9 +90,16 @@ class Variant:
 class GenerateConfig(SamplingConfig):
     """One call of generate.py.
 
+    Where `mesh` is left open, it is chosen for a batch of pictures: devices take different pictures
+    as far as those divide evenly, and share each of them otherwise.
+
     prompt: what to draw.
     negative_prompt: what to avoid, with classifier-free guidance.
     num_images: number of pictures; their seeds are seed, seed + 1, ... .
+    batch_size: pictures that are drawn at a time, and written when they are ready; none takes as
+      many as have 4,096 image tokens together (one picture of 1024 px), times the devices.
+    stages: text encoders, transformer and autoencoder take turns in memory, so that pictures are
+      decoded when all are drawn; none does so only where not all of them fit.
     compare: draw the same noise plainly, with TACA, and with TACA and its LoRA, side by side; those
       that are always on are on in all of them.
     tiling: how large pictures are decoded in overlapping tiles, to save memory; none decodes at
@@ -97,6 +108,8 @@ class GenerateConfig(SamplingConfig):
       predicted picture after each step, into a file beside `out`; `own` is the model's own
       autoencoder, if that is small; none draws no previews.
     progress: a progress bar of the steps; none shows it on a terminal only.
+    plan: a slice of TPUs (v6e-4): instead of drawing, compile for it and say how much memory each
+      stage takes, and how long a step at least; needs neither TPU nor weights.
     out: the PNG to write (numbered for several pictures); small ones are enlarged in it, and its
       settings are its metadata.
     """
@@ -104,15 +117,22 @@ class GenerateConfig(SamplingConfig):
     prompt: str = ""
     negative_prompt: str | None = None
     num_images: int = 1
+    batch_size: int | None = None
+    stages: bool | None = None
     compare: bool = False
     tiling: Tiling | None = field(default_factory=Tiling)
     preview: str | None = None
     progress: bool | None = None
+    plan: str | None = None
     out: str = "out.png"
 
     def __post_init__(self):
         super().__post_init__()
         check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
+        size = self.batch_size
+        check(size is None or size >= 1, "batch_size", size, "1 or more, or none")
+        last = self.seed + self.num_images - 1
+        check(last <= MAX_SEED, "seed + num_images - 1", last, f"at most {MAX_SEED}")
         check(self.out.endswith(".png"), "out", self.out or "empty", "the name of a .png file")
         if self.compare and self.taca is None:
             raise UserError("compare=true compares plain with TACA; leave taca on (not taca=none)")

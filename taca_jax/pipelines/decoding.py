@@ -9,17 +9,18 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from taca_jax.autoencoders.kinds import Autoencoder
+from taca_jax.autoencoders.kinds import Autoencoder, AutoencoderConfig
 from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.autoencoders.tiling import Tiling, decode_in_tiles
 from taca_jax.errors import UserError
+from taca_jax.parallel.mesh import constrain_samples
 from taca_jax.parallel.processes import on_host
 
 Output = Literal["pil", "array", "latents"]
 """What a pipeline makes of its latents."""
 
 
-def check_output(output: str, autoencoder: Autoencoder | None) -> None:
+def check_output(output: str, autoencoder: AutoencoderConfig | None) -> None:
     """Raises UserError for an output that is unknown, or needs an autoencoder that is not there."""
     if output not in get_args(Output):
         known = ", ".join(get_args(Output))
@@ -56,9 +57,16 @@ def eight_bit(images: Float[np.ndarray, "b H W 3"]) -> UInt8[np.ndarray, "b H W 
     return np.round(images * 255).astype(np.uint8)
 
 
+def pictures_of(
+    autoencoder: Autoencoder, latents: Float[Array, "b h w c"]
+) -> Float[Array, "b H W 3"]:
+    """Pictures in [0, 1], float32; devices share them where their number divides evenly."""
+    images = autoencoder.decode(constrain_samples(latents)).astype(jnp.float32)
+    return jnp.clip((images + 1) / 2, 0, 1)
+
+
 @jax.jit(static_argnames=("graph",))
 def _decode(
     graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
 ) -> Float[Array, "b H W 3"]:
-    images = nnx.merge(graph, state).decode(latents).astype(jnp.float32)
-    return jnp.clip((images + 1) / 2, 0, 1)
+    return pictures_of(nnx.merge(graph, state), latents)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,19 @@ def negative_conditioning(
 def repeated(text: Conditioning, times: int) -> Conditioning:
     """The conditioning with each sample repeated `times` times in succession."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), text)
+
+
+Tree = TypeVar("Tree")
+
+
+def filled(samples: Tree, size: int) -> Tree:
+    """Arrays over samples with copies of the last sample at their end, so that there are `size`."""
+
+    def of(x: jax.Array) -> jax.Array:
+        extra = size - x.shape[0]
+        return jnp.concatenate([x, jnp.repeat(x[-1:], extra, axis=0)]) if extra else x
+
+    return jax.tree.map(of, samples)
 
 
 def skip_guidance(

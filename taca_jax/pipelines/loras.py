@@ -64,12 +64,19 @@ def detach_lora(
     transformer: Any, attached: Sequence[AttachedLoRA], path: str | Path
 ) -> tuple[AttachedLoRA, ...]:
     """Removes the LoRA of a file, if it is attached; returns those that are attached then."""
-    wanted = find_weights(path, lora_files).resolve()
+    left = without(attached, path)
     for i, lora in enumerate(attached):
-        if find_weights(lora.name, lora_files).resolve() == wanted:
+        if lora not in left:
             drop_lora(transformer, i)
-            return (*attached[:i], *attached[i + 1 :])
-    return tuple(attached)
+    return left
+
+
+def without(attached: Sequence[AttachedLoRA], path: str | Path) -> tuple[AttachedLoRA, ...]:
+    """Those of the attached LoRAs that are not of this file."""
+    wanted = find_weights(path, lora_files).resolve()
+    return tuple(
+        lora for lora in attached if find_weights(lora.name, lora_files).resolve() != wanted
+    )
 
 
 def acting_loras(

@@ -1,37 +1,30 @@
 """From prompts to pictures: a transformer with its text encoders, tokenizers and autoencoder."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Literal, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
-from taca_jax.attention import Implementation
-from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.autoencoders.tiling import TILING, Tiling
 from taca_jax.errors import UserError
-from taca_jax.families.base import Family
-from taca_jax.families.registry import family_of
-from taca_jax.formats.atomic import whole_folder
 from taca_jax.nn.conditioning import Conditioning
-from taca_jax.nn.lora import AttachedLoRA, remove_lora
-from taca_jax.nn.low_bit import Quantization
-from taca_jax.nn.stacking import Remat
+from taca_jax.parallel.batches import filled_size
 from taca_jax.parallel.mesh import on
-from taca_jax.parallel.processes import is_first
+from taca_jax.parallel.processes import spans_processes
 from taca_jax.pipelines.decoding import Output, check_output, decode, to_pil
 from taca_jax.pipelines.inputs import (
     NO_DOWNSCALE,
     Prompt,
     check_guidance,
+    filled,
     given_latents,
     negative_conditioning,
     noise,
@@ -39,7 +32,8 @@ from taca_jax.pipelines.inputs import (
     repeated,
     skip_guidance,
 )
-from taca_jax.pipelines.loras import LoRAs, acting_loras, attach_loras, choices_of, detach_lora
+from taca_jax.pipelines.loras import acting_loras
+from taca_jax.pipelines.models import PipelineModels
 from taca_jax.pipelines.previews import (
     Callback,
     Preview,
@@ -49,22 +43,18 @@ from taca_jax.pipelines.previews import (
     watcher,
 )
 from taca_jax.pipelines.progress import step_bar
-from taca_jax.pipelines.text import encoders_by_folder, load_text, save_tokenizers
-from taca_jax.sampling.loop import SkipLayers, Trajectory, denoise, make_plan
-from taca_jax.taca import MAX_TIMESTEP, Gate, TacaConfig
-from taca_jax.text.encoders import TextEncoder
-from taca_jax.text.tokenizers import Tokenizer, announce_cuts
-from taca_jax.weights.folders import PIPELINE_FILE, save_model
-from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.pipeline_folders import (
-    AUTOENCODER,
-    TRANSFORMER,
-    PipelineSettings,
-    open_pipeline,
-    write_settings,
-)
+from taca_jax.sampling.loop import Sampled, SkipLayers, Trajectory, denoise, make_plan
+from taca_jax.taca import MAX_TIMESTEP, TacaConfig
+from taca_jax.text.tokenizers import announce_cuts
 
-Precision = Literal["float32", "bfloat16"]
+
+class Embeds(TypedDict):
+    """Arguments of a call: embeddings in place of prompts."""
+
+    prompt_embeds: Float[Array, "b t k"]
+    pooled_prompt_embeds: Float[Array, "b p"]
+    negative_prompt_embeds: NotRequired[Float[Array, "b t k"]]
+    negative_pooled_prompt_embeds: NotRequired[Float[Array, "b p"]]
 
 
 @dataclass(frozen=True)
@@ -81,164 +71,22 @@ class PipelineOutput:
     trajectory: Trajectory | None
 
 
-class Pipeline:
+class Pipeline(PipelineModels):
     """A transformer of any family with its text encoder, tokenizer and autoencoder.
 
     The text encoder may be absent when calls give embeddings, the autoencoder when they ask for
     latents.
     """
 
-    reads: ClassVar[Family | None] = None
-    """The family that `from_pretrained` accepts; None accepts all."""
-
-    def __init__(
-        self,
-        transformer: Any,
-        *,
-        text_encoder: TextEncoder | None,
-        tokenizer: Tokenizer | None,
-        autoencoder: Autoencoder | None,
-        settings: PipelineSettings,
-        mesh: Mesh | None = None,
-        loras: Sequence[AttachedLoRA] = (),
-    ):
-        """`loras`: how those that are attached to the transformer act, in their order."""
-        self.transformer = transformer
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        self.autoencoder = autoencoder
-        self.settings = settings
-        self.mesh = mesh
-        self.loras = tuple(loras)
-        self.previewer: Previewer | None = None
-
-    @property
-    def family(self) -> Family:
-        return family_of(self.transformer.config)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        dtype: Precision = "bfloat16",
-        *,
-        param_dtype: Precision | None = None,
-        mesh: Mesh | None = None,
-        remat: Remat = "none",
-        quantize: Quantization = "none",
-        quantize_text: Quantization = "none",
-        attention: Implementation = "auto",
-        tokenizers: str | Path | None = None,
-    ) -> Self:
-        """Loads a pipeline folder: `pipeline.json`, `transformer/`, and where present the text
-        encoders (`text_encoder/`, `text_encoder_2/`, ...) and `autoencoder/`.
-
-        `path` may also be the name of a model that comes with the package (`shapes_base`),
-        original weights that have not been converted (a diffusers pipeline folder, or single files
-        in one folder: `open_original`), or the hub id of any of these (`owner/repo`,
-        `owner/repo@revision`, `owner/repo:file`). `tokenizers` is the folder or hub id of the
-        pipeline whose tokenizers are read, where `path` has none.
-
-        `dtype` is that of activations, and of parameters unless `param_dtype` is given. Parameters
-        are loaded tensor by tensor and sharded over `mesh` (`parallel.mesh.make_mesh`), on which
-        the pipeline then runs; without a mesh they go to the first device. `remat` matters only to
-        training. `quantize` is the format of the kernels in the transformer's blocks: `int8`, `nf4`
-        or `none` (param_dtype); `quantize_text` is that of T5's kernels. Kernels are quantised as
-        they are read. `attention` is the implementation of the joint attention.
-
-        Raises UserError if the pipeline or a part of it is missing, damaged, or of another kind of
-        model.
-        """
-        stored = open_pipeline(path, tokenizers)
-        config, family = stored.transformer.config, stored.family
-        if cls.reads not in (None, family):
-            raise UserError(
-                f"{stored.where} is of kind {family.name}; {cls.__name__} reads {cls.reads.name}"
-            )
-        options = LoadOptions(
-            dtype=jnp.dtype(dtype),
-            param_dtype=jnp.dtype(param_dtype or dtype),
-            mesh=mesh,
-        )
-        autoencoder = stored.models.get(AUTOENCODER)
-        if autoencoder is not None:
-            given, expected = autoencoder.config.latent_channels, config.latent_channels
-            if given != expected:
-                raise UserError(
-                    f"{autoencoder.where} has {given} latent channels, the transformer expects "
-                    f"{expected}; it is of another model"
-                )
-        text_encoder, tokenizer = None, None
-        if (reading := stored.reading) is not None:
-            text_options = replace(options, quantize=quantize_text)
-            text_encoder, tokenizer = load_text(stored, reading, text_options)
-        return cls(
-            stored.transformer.load(
-                replace(options, quantize=quantize, remat=remat, attention=attention)
-            ),
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            autoencoder=None if autoencoder is None else autoencoder.load(options),
-            settings=stored.settings,
-            mesh=mesh,
-        )
-
-    def save(self, path: str | Path, *, dtype: Precision | None = None) -> None:
-        """Writes the folder that `from_pretrained` reads, atomically, without LoRA factors; an
-        existing pipeline folder is replaced.
-
-        If there are several processes, all must call this. Raises UserError if `path` holds
-        something else or cannot be written, and for quantised models.
-        """
-        path = Path(path)
-        is_ours = (path / PIPELINE_FILE).is_file()
-        if path.exists() and not is_ours and (path.is_file() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is no pipeline folder; save elsewhere")
-        models = {
-            TRANSFORMER: self.transformer,
-            **encoders_by_folder(self.text_encoder),
-            AUTOENCODER: self.autoencoder,
-        }
-        with whole_folder(path) if is_first() else nullcontext(path) as folder:
-            for name, model in models.items():
-                if model is not None:
-                    save_model(folder / name, model, dtype=dtype)
-            if is_first():
-                settings = self.settings
-                if save_tokenizers(folder, self.tokenizer):
-                    settings = replace(settings, tokenizer=None)
-                write_settings(folder, settings)
-
-    def load_lora(self, lora: LoRAs, *, strength: float = 1.0, gate: Gate | None = None) -> str:
-        """Attaches LoRA files to those that are attached, and returns a line about each.
-
-        `lora` is a path, a text as `generate.py` takes it (`style.safetensors:0.8`, or the id of
-        one on the hub), or several of them. `gate` says when they act: `always`, or with TACA
-        (`taca`); None is as the file says, and always if it says nothing. A file that is attached
-        already is replaced. Raises
-        UserError, with nothing attached, for one that is damaged or made for another model.
-        """
-        choices = choices_of(lora, strength, gate)
-        self.loras, lines = attach_loras(self.transformer, self.loras, choices, self.mesh)
-        return "\n".join(lines)
-
-    def unload_lora(self, path: str | Path | None = None) -> None:
-        """Removes the LoRA of a file, or all of them, if there are any."""
-        if path is not None:
-            self.loras = detach_lora(self.transformer, self.loras, path)
-        else:
-            remove_lora(self.transformer)
-            self.loras = ()
+    previewer: Previewer | None = None
 
     def load_previewer(self, path: str | Path) -> None:
         """Loads the tiny autoencoder that draws previews (TAEF1 for FLUX.1, TAESD3 for Stable
-        Diffusion 3): a converted folder, the common prefix of its two published files' names, or
-        its hub id.
+        Diffusion 3): a converted folder, or the common prefix of its two published files' names.
 
         Raises UserError if it is missing, damaged, or made for another model.
         """
-        config = self.transformer.config
-        self.previewer = read_previewer(path, config.latent_channels)
+        self.previewer = read_previewer(path, self.config.latent_channels, self.mesh)
 
     def sigmas(
         self, height: int | None = None, width: int | None = None, steps: int | None = None
@@ -248,7 +96,7 @@ class Pipeline:
         Sizes are in pixels; defaults are those of a call.
         """
         height, width = picture_size(height, width, self.settings.resolution)
-        side = self._downscale * self.transformer.config.patch_size  # of a token
+        side = self._downscale * self.config.patch_size  # of a token
         steps = self.settings.steps if steps is None else steps
         return self.settings.schedule.sigmas(steps, (height // side) * (width // side))
 
@@ -267,27 +115,52 @@ class Pipeline:
     ) -> Float[Array, "b h w c"]:
         """The latents from which a call with these arguments draws `count` pictures, float32."""
         size = picture_size(height, width, self.settings.resolution)
-        return noise(self.transformer.config, count, size, self._downscale, seed)
+        return noise(self.config, count, size, self._downscale, seed)
 
     @property
     def _downscale(self) -> int:
-        return NO_DOWNSCALE if self.autoencoder is None else self.autoencoder.config.downscale
+        config = self.autoencoder_config
+        return NO_DOWNSCALE if config is None else config.downscale
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of prompts; a warning is logged for each prompt that has to be truncated.
 
         Raises UserError if the pipeline has no text encoder.
         """
-        if self.text_encoder is None or self.tokenizer is None:
+        if not self.has_text_encoder or self.tokenizer is None:
             raise UserError(
                 f"this pipeline lacks a text encoder ({self.family.text_encoders}); add "
                 "text_encoder/, text_encoder_2/, ... and their tokenizers beside its transformer, "
                 "or from Python give prompt_embeds and pooled_prompt_embeds"
             )
         announce_cuts(self.tokenizer, prompts)
+        tokens = self.tokenizer(prompts)  # what cannot be read is refused before encoders are read
         graph, state = nnx.split(self.text_encoder)
         with on(self.mesh):
-            return _encode(graph, state, self.tokenizer(prompts))
+            return _encode(graph, state, tokens)
+
+    def embeds(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        guidance: float | None = None,
+    ) -> Embeds:
+        """What prompts become: the arguments of calls that draw with this `guidance` without
+        reading prompts again, which saves a staged pipeline from reading its text encoders for each
+        call.
+
+        Raises UserError as a call does.
+        """
+        wanted = Prompt("prompt", prompt, None, None)
+        unwanted = Prompt("negative_prompt", negative_prompt, None, None)
+        strength = self._guidance(guidance)
+        positive, negative = self._text(wanted, unwanted, strength, 1)
+        found = Embeds(prompt_embeds=positive.txt, pooled_prompt_embeds=positive.pooled)
+        if negative is not None:
+            found["negative_prompt_embeds"] = negative.txt
+            found["negative_pooled_prompt_embeds"] = negative.pooled
+        return found
 
     def __call__(
         self,
@@ -335,67 +208,101 @@ class Pipeline:
 
         Raises UserError for arguments that do not fit together.
         """
-        family, config, settings = self.family, self.transformer.config, self.settings
-        check_output(output, self.autoencoder)
-        draw = drawer(preview, self.previewer, self.autoencoder, family.tiny_autoencoder)
-        if guidance is None:
-            guidance = settings.guidance
-        check_guidance(guidance)
+        check_output(output, self.autoencoder_config)
+        # Only where it may draw previews: in stages reading it is a turn of its own.
+        own = self.autoencoder if preview is not None and self.previewer is None else None
+        draw = drawer(preview, self.previewer, own, self.family.tiny_autoencoder)
+        guidance = self._guidance(guidance)
         if num_images < 1:
             raise UserError(f"num_images is {num_images}; it must be 1 or more")
         wanted = Prompt("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
-        positive = repeated(wanted.conditioning(config, self.encode_prompts), num_images)
+        unwanted = Prompt(
+            "negative_prompt",
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        positive, negative = self._text(wanted, unwanted, guidance, num_images)
         batch = positive.txt.shape[0]
-        if family.embeds_guidance(config):
-            if negative_prompt is not None or negative_prompt_embeds is not None:
-                raise UserError("this model embeds its guidance and takes no negative prompt")
-            positive = replace(positive, guidance=jnp.full(batch, guidance, jnp.float32))
-            negative = None
-        else:
-            unwanted = Prompt(
-                "negative_prompt",
-                negative_prompt,
-                negative_prompt_embeds,
-                negative_pooled_prompt_embeds,
-            )
-            negative = negative_conditioning(
-                unwanted, guidance, positive, num_images, config, self.encode_prompts
-            )
-        layers = family.skippable_layers(config)
+        layers = self.family.skippable_layers(self.config)
         skip = skip_guidance(skip_layers, guidance, layers)
         downscale = self._downscale
         if latents is not None:
-            x = given_latents(config, latents, batch, (height, width), downscale)
+            x = given_latents(self.config, latents, batch, (height, width), downscale)
         else:
             x = self.noise(batch, height, width, seed)
         sigmas = self.sigmas(x.shape[1] * downscale, x.shape[2] * downscale, steps)
         if skip is not None:
             skip.announce(len(sigmas) - 1)
-        plan = make_plan(
-            sigmas, taca, loras=acting_loras(self.transformer, self.loras, lora_strength), skip=skip
-        )
-        with on(self.mesh), step_bar(len(sigmas) - 1, progress) as advance:
+        loras = acting_loras(self.transformer, self.loras, lora_strength)
+        plan = make_plan(sigmas, taca, loras=loras, skip=skip)
+        # Devices share a batch only if it divides evenly: copies of its last sample fill it up.
+        size = filled_size(self.mesh, batch, 1 if negative is None else 2)
+        together = spans_processes(self.mesh)
+        with on(self.mesh), step_bar(len(sigmas) - 1, progress, together=together) as advance:
+            watch = watcher(advance, callback, draw)
             x, seen = denoise(
                 self.transformer,
-                x,
+                filled(x, size),
                 plan,
-                positive,
-                negative,
+                filled(positive, size),
+                filled(negative, size),
                 jnp.float32(guidance),
                 skip=None if skip is None else skip.mask(layers),
                 trajectory=trajectory,
-                watch=watcher(advance, callback, draw),
+                watch=watch if watch is None or size == batch else partial(_of_first, batch, watch),
             )
-        with on(self.mesh):
-            return PipelineOutput(self._pictures(x, output, tiling), x, seen)
+            if size > batch:
+                x, seen = x[:batch], jax.tree.map(lambda steps: steps[:, :batch], seen)
+        images = None if output == "latents" else self.decode(x, output=output, tiling=tiling)
+        return PipelineOutput(images, x, seen)
 
-    def _pictures(
-        self, latents: Float[Array, "b h w c"], output: Output, tiling: Tiling | None
-    ) -> list[Image.Image] | np.ndarray | None:
-        if output == "latents" or self.autoencoder is None:
-            return None
-        images = decode(self.autoencoder, latents, tiling)
+    def decode(
+        self,
+        latents: Float[Array, "b h w c"],
+        *,
+        output: Literal["pil", "array"] = "pil",
+        tiling: Tiling | None = TILING,
+    ) -> list[Image.Image] | np.ndarray:
+        """The pictures of final latents, as a call makes them; `output` and `tiling` are a call's.
+
+        Raises UserError if the pipeline has no autoencoder.
+        """
+        check_output(output, self.autoencoder_config)
+        autoencoder = self.autoencoder
+        assert autoencoder is not None  # which has been checked
+        with on(self.mesh):
+            images = decode(autoencoder, latents, tiling)
         return images if output == "array" else to_pil(images)
+
+    def _guidance(self, guidance: float | None) -> float:
+        """The strength of a call's guidance. Raises UserError for one that is not allowed."""
+        guidance = self.settings.guidance if guidance is None else guidance
+        check_guidance(guidance)
+        return guidance
+
+    def _text(
+        self, wanted: Prompt, unwanted: Prompt, guidance: float, num_images: int
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """The transformer's inputs from prompts, and those of classifier-free guidance if it is on,
+        for each picture. Raises UserError for prompts that do not fit the model."""
+        config = self.config
+        positive = repeated(wanted.conditioning(config, self.encode_prompts), num_images)
+        if not self.family.embeds_guidance(config):
+            negative = negative_conditioning(
+                unwanted, guidance, positive, num_images, config, self.encode_prompts
+            )
+            return positive, negative
+        if unwanted.is_given:
+            raise UserError("this model embeds its guidance and takes no negative prompt")
+        strengths = jnp.full(positive.txt.shape[0], guidance, jnp.float32)
+        return replace(positive, guidance=strengths), None
+
+
+def _of_first(count: int, watch: Callable[[int, Sampled], None], step: int, now: Sampled) -> None:
+    """Watches the first `count` samples, without those that fill up the batch. Trajectories are
+    left out, which watching does not need."""
+    watch(step, Sampled(latents=now.latents[:count], x0=now.x0[:count], trajectory=None))
 
 
 @jax.jit(static_argnames=("graph",))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from PIL import Image
 
 from taca_jax.autoencoders.kinds import Autoencoder
@@ -77,8 +78,8 @@ def open_previewer(path: str | Path) -> StoredModel:
     return stored
 
 
-def read_previewer(path: str | Path, latent_channels: int) -> TinyVAE:
-    """Loads a TAESD-style autoencoder in float32.
+def read_previewer(path: str | Path, latent_channels: int, mesh: Mesh | None = None) -> TinyVAE:
+    """Loads a TAESD-style autoencoder in float32, onto a mesh or the first device.
 
     Raises UserError as `open_previewer` does, and for another number of latent channels.
     """
@@ -89,4 +90,4 @@ def read_previewer(path: str | Path, latent_channels: int) -> TinyVAE:
             f"{path} has {given} latent channels, the transformer expects {latent_channels}; it is "
             "of another model"
         )
-    return stored.load(LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32))
+    return stored.load(LoadOptions(dtype=jnp.float32, param_dtype=jnp.float32, mesh=mesh))

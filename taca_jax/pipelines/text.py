@@ -27,16 +27,31 @@ _TOKENIZER_OF: dict[str, str] = dict(zip(FOLDERS, TOKENIZERS, strict=True))
 def load_text(
     stored: StoredPipeline, reading: TextReading, options: LoadOptions
 ) -> tuple[TextEncoder, Tokenizer]:
-    """The text encoders of a pipeline, joined as `reading` says, and their tokenizers, joined too.
+    """The text encoders of a pipeline and their tokenizers, joined as `reading` says.
+
+    Raises UserError as `load_tokenizers` and `load_encoders` do.
+    """
+    tokenizer = load_tokenizers(stored, reading)
+    return load_encoders(stored, reading, options, tokenizer), tokenizer
+
+
+def load_tokenizers(stored: StoredPipeline, reading: TextReading) -> Tokenizer:
+    """The tokenizers of a pipeline, joined. Raises UserError where one is missing."""
+    tokenizers = tuple(_tokenizer(stored, folder) for folder in reading.folders)
+    return tokenizers[0] if len(tokenizers) == 1 else JoinedTokenizer(tokenizers)
+
+
+def load_encoders(
+    stored: StoredPipeline, reading: TextReading, options: LoadOptions, tokenizer: Tokenizer
+) -> TextEncoder:
+    """The text encoders of a pipeline, joined as `reading` says.
 
     `options.quantize` acts on those encoders that can be quantised. Raises UserError where encoders
-    are damaged or do not fit the transformer, and where a tokenizer is missing.
+    are damaged or do not fit the transformer.
     """
-    tokenizers = tuple(_tokenizer(stored, folder) for folder in reading.folders)
-    tokenizer = tokenizers[0] if len(tokenizers) == 1 else JoinedTokenizer(tokenizers)
     models = [stored.models[folder] for folder in reading.folders]
     encoders = [model.load(encoder_options(model.config, options)) for model in models]
-    return reading.join(encoders, tokenizer.pad_id), tokenizer
+    return reading.join(encoders, tokenizer.pad_id)
 
 
 def encoder_options(config: Any, options: LoadOptions) -> LoadOptions:

@@ -27,10 +27,10 @@ from taca_jax.parallel.choice import choose_mesh, settled
 from taca_jax.parallel.mesh import on
 from taca_jax.planning.slices import Slice
 from taca_jax.planning.traffic import Traffic, read_traffic
-from taca_jax.training.abstract import local_bytes
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import RunModels, open_models
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
+from taca_jax.weights.abstract import local_bytes
 
 GB = 1e9
 

@@ -24,7 +24,7 @@ from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import AttachedLoRA, add_lora
 from taca_jax.parallel.batches import samples_together
-from taca_jax.parallel.mesh import MeshConfig, make_mesh
+from taca_jax.parallel.mesh import MeshConfig, check_heads, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options, load_text
 from taca_jax.sampling.schedule import FlowSchedule
@@ -32,11 +32,11 @@ from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import TextEncoder, TextReading, token_count
 from taca_jax.text.tokenizers import Tokenizer, load_tokenizer
-from taca_jax.training.abstract import abstract_on_mesh, local_bytes
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.features import LABELS, Readout
 from taca_jax.training.learned_gamma import LearnedGamma
 from taca_jax.training.lora_start import open_start
+from taca_jax.weights.abstract import abstract_on_mesh, local_bytes
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import LoRAFile
 from taca_jax.weights.pipeline_folders import (
@@ -46,10 +46,9 @@ from taca_jax.weights.pipeline_folders import (
     StoredModel,
     StoredPipeline,
     open_autoencoder,
+    open_or_published,
     open_pipeline,
-    published_pipeline,
 )
-from taca_jax.weights.shipped import is_here
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.0
 """Of a new model's calls: sampling steps, and no guidance unless an evaluation finds it better."""
@@ -122,11 +121,7 @@ class RunModels:
                 f"mesh.fsdp) share; give a multiple of {groups}, or share tokens or heads as well "
                 "(mesh.context, mesh.tensor)"
             )
-        heads, parts = self.transformer.num_heads, 1 if mesh is None else mesh.shape["tensor"]
-        if heads % parts:
-            raise UserError(
-                f"mesh.tensor is {parts}; the transformer's {heads} heads do not divide over it"
-            )
+        check_heads(mesh, self.transformer.num_heads)
         return replace(self, mesh=mesh)
 
     @property
@@ -288,11 +283,10 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
             raise UserError(f"base={config.base} says how text is read; leave out text.*")
         if config.pixels != PixelsConfig():
             raise UserError(f"base={config.base} says how pixels are read; leave out pixels.*")
-        if published and not is_here(config.base):
-            stored = published_pipeline(config.base)
+        if published:
+            stored = open_or_published(config.base)
         else:
-            tokenizers = None if published else config.tokenizers
-            stored = open_pipeline(config.base, tokenizers, download=not published)
+            stored = open_pipeline(config.base, config.tokenizers)
     if config.autoencoder != PIXELS:
         if config.pixels != PixelsConfig():
             raise UserError(

@@ -23,7 +23,7 @@ from taca_jax.weights.hub_files import model_files, tokenizer_folders
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.original_pipelines import TOKENIZERS, is_original, open_original
 from taca_jax.weights.originals import Original, tiny_vae, vae
-from taca_jax.weights.shipped import find_weights
+from taca_jax.weights.shipped import find_weights, is_here
 
 _LOG = logging.getLogger(__name__)
 
@@ -242,3 +242,11 @@ def published_pipeline(base: str) -> StoredPipeline:
         settings=default_settings(model.transformer, family.schedule_of(model.transformer)),
         tokenizers=Path(base),
     )
+
+
+def open_or_published(base: str) -> StoredPipeline:
+    """The pipeline at `base`, or where nothing is the released model of that name. For planning.
+
+    Raises UserError as `open_pipeline` and `published_pipeline` do.
+    """
+    return open_pipeline(base, download=False) if is_here(base) else published_pipeline(base)

@@ -146,6 +146,13 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (SCRATCH, {"features.weight": "1"}, "labels of generated:shapes, and data.source is tfds"),
         (DRAW, {"steps": "0"}, "steps is 0; it must be 1 or more"),
         (DRAW, {"num_images": "0"}, "num_images is 0; it must be 1 or more"),
+        (DRAW, {"batch_size": "0"}, "batch_size is 0; it must be 1 or more, or none"),
+        (
+            DRAW,
+            {"seed": str(MAX_SEED), "num_images": "2"},
+            f"seed + num_images - 1 is {MAX_SEED + 1}; it must be at most {MAX_SEED}",
+        ),
+        (DRAW, {"mesh.tensor": "0"}, "mesh.tensor is 0; it must be 1 or more"),
         (DRAW, {"height": "7"}, "height is 7; it must be 8 or more pixels"),
         (DRAW, {"width": "0"}, "width is 0; it must be 8 or more pixels"),
         (DRAW, {"guidance": "-2"}, "guidance is -2.0; it must be 0 or more, or none"),

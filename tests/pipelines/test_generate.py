@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from taca_jax.errors import UserError
+from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.generate import generate
+from taca_jax.pipelines.generate import batch_size, generate
 from taca_jax.pipelines.loras import check_lora
+from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
+from taca_jax.weights.pipeline_folders import StoredModel, open_pipeline
 from taca_jax.weights.shipped import find_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +69,69 @@ def test_several_pictures_are_numbered_and_go_on_from_the_seed(tmp_path):
     assert [path.name for path in paths] == ["many-000.png", "many-001.png"]
     [single] = generate(config(tmp_path / "single.png", seed=4))
     assert abs(pixels(paths[1]) - pixels(single)).max() <= 1  # other batch sizes, other rounding
+
+
+def test_batches_of_any_size_draw_the_same_pictures(tmp_path, capsys):
+    at_once = generate(config(tmp_path / "once.png", num_images=4, seed=3))
+    assert "in batches of" not in capsys.readouterr().out
+    for given, size in {1: 1, 3: 2}.items():
+        name = f"batched{given}"
+        batched = generate(config(tmp_path / f"{name}.png", num_images=4, seed=3, batch_size=given))
+        assert f"4 pictures in batches of {size} (batch_size)" in capsys.readouterr().out
+        assert [path.name for path in batched] == [f"{name}-{i:03d}.png" for i in range(4)]
+        for one, other in zip(at_once, batched, strict=True):
+            assert abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_pictures_are_written_as_they_come(tmp_path, monkeypatch):
+    written, call = [], Pipeline.__call__
+
+    def counted(self, *arguments, **options):
+        written.append(len(list(tmp_path.glob("*.png"))))
+        assert len(options["prompt_embeds"]) * options["num_images"] == 2  # the last filled up
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "__call__", counted)
+    generate(config(tmp_path / "many.png", num_images=3, batch_size=2))
+    assert written == [0, 2]
+
+
+def test_batches_are_of_one_size_and_fit_the_devices():
+    stored = open_pipeline("shapes_base")  # 100 image tokens a picture
+
+    def sizes(devices, **changes):
+        return batch_size(config(Path("x.png"), **changes), stored, devices)
+
+    assert sizes(1) == 1
+    assert sizes(1, num_images=40) == 40
+    assert sizes(1, num_images=64) == 32
+    assert sizes(2, num_images=64) == 64
+    assert sizes(1, num_images=4, height=256, width=256) == 1
+    assert sizes(8, num_images=9, height=256, width=256) == 5
+    assert sizes(1, num_images=9, batch_size=4) == 3
+
+
+def test_in_stages_the_pictures_are_exactly_the_same(tmp_path, capsys):
+    changes = {"num_images": 3, "batch_size": 2, "lora": "shapes_taca.safetensors"}
+    resident = generate(config(tmp_path / "resident.png", **changes))
+    assert "take turns" not in capsys.readouterr().out
+    staged = generate(config(tmp_path / "staged.png", **changes, stages=True))
+    assert "models take turns in memory" in capsys.readouterr().out
+    for one, other in zip(resident, staged, strict=True):
+        np.testing.assert_array_equal(pixels(one), pixels(other))
+
+
+def test_in_stages_each_model_is_read_once_whatever_is_drawn(tmp_path, monkeypatch):
+    read, original = [], StoredModel.__init__
+
+    def init(self, where, config, load):
+        original(self, where, config, lambda options: read.append(where) or load(options))
+
+    monkeypatch.setattr(StoredModel, "__init__", init)
+    lora = "shapes_taca.safetensors"
+    changes = {"num_images": 2, "batch_size": 1, "guidance": 2.0, "lora": lora, "stages": True}
+    generate(config(tmp_path / "x.png", **changes, compare=True))
+    assert [Path(where).name for where in read] == ["text_encoder", "transformer", "autoencoder"]
 
 
 def test_compare_shows_plain_taca_and_lora(tmp_path):
@@ -138,6 +204,7 @@ def test_without_taca_a_lora_is_said_not_to_be_used(tmp_path, capsys):
         ({"prompt": "a red dragon"}, "dragon"),
         ({"base": "nowhere"}, "nowhere is not there"),
         ({"height": 41}, "multiples of 4"),
+        ({"mesh": MeshConfig(tensor=2)}, "2 does not divide the 1 device"),
     ],
 )
 def test_refusals_are_one_line(tmp_path, changes, message):

@@ -432,7 +432,7 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(pipeline, image, tmp_path
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("taca_jax.pipelines.pipeline.save_tokenizers", full)
+    monkeypatch.setattr("taca_jax.pipelines.models.save_tokenizers", full)
     with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
         pipeline.save(tmp_path / "p")
     assert {p: p.read_bytes() for p in (tmp_path / "p").rglob("*") if p.is_file()} == before

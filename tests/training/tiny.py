@@ -10,7 +10,6 @@ from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.data.config import DataConfig
 from taca_jax.families.flux.model import FluxConfig
 from taca_jax.families.flux.pipeline import FluxPipeline
-from taca_jax.pipelines.pipeline import PipelineSettings
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import T5Text
@@ -18,6 +17,7 @@ from taca_jax.text.t5 import T5Config
 from taca_jax.text.tokenizers import load_tokenizer
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.optimizer import OptimizerConfig
+from taca_jax.weights.pipeline_folders import PipelineSettings
 from tests.random_models import random_model
 
 FLUX = FluxConfig(

@@ -50,7 +50,7 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
     out, files = Path(config.out), model_files(config)
     check_lora(config)
     check_record(out, config, files)
-    pipeline = load_pipeline(config, local_mesh())
+    pipeline = load_pipeline(config, local_mesh(config))
     words = words_of(config.prompts[0]) if config.word is None else [config.word]
     _check(pipeline, config, words)
     write_record(out, config, files)

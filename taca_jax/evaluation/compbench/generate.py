@@ -97,7 +97,7 @@ def _generate(config: PicturesConfig) -> None:
 
 
 def _ready_pipeline(config: PicturesConfig, lists: Lists) -> Pipeline:
-    pipeline = load_pipeline(config, local_mesh())
+    pipeline = load_pipeline(config, local_mesh(config))
     if pipeline.tokenizer is not None:
         # A prompt that the model cannot read fails now, and not when its turn comes.
         pipeline.tokenizer([prompt for prompts in lists.values() for prompt in prompts])

@@ -58,7 +58,7 @@ def evaluate_command(config: ShapesConfig) -> None:
     check_base(config)
     check_lora(config)
     check_record(out, config, files)
-    pipeline = load_pipeline(config, local_mesh())
+    pipeline = load_pipeline(config, local_mesh(config))
     write_record(out, config, files)
     loras = used_loras(config)
     which = variants(

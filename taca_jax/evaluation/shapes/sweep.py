@@ -179,7 +179,7 @@ def sweep(config: SweepConfig) -> None:
     for lora in loras:
         check_lora(replace(config, lora=lora))
     check_record(out, config, files, free=FREE_FIELDS)
-    pipeline = load_pipeline(replace(config, lora=None), local_mesh())
+    pipeline = load_pipeline(replace(config, lora=None), local_mesh(config))
     for lora in loras:
         pipeline.unload_lora()
         pipeline.load_lora(lora)  # one that does not fit is refused before anything is drawn

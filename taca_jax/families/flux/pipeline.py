@@ -14,4 +14,7 @@ class FluxPipeline(Pipeline):
     """
 
     reads = FLUX
-    transformer: FluxTransformer
+
+    @property
+    def transformer(self) -> FluxTransformer:
+        return super().transformer

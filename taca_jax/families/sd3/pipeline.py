@@ -14,4 +14,7 @@ class SD3Pipeline(Pipeline):
     """
 
     reads = SD3
-    transformer: SD3Transformer
+
+    @property
+    def transformer(self) -> SD3Transformer:
+        return super().transformer

@@ -12,7 +12,7 @@ from taca_jax.families.sd3.diffusers import SCHEDULE
 from taca_jax.families.sd3.family import SD3
 from taca_jax.families.sd3.pipeline import SD3Pipeline
 from taca_jax.families.sd3.text import SD3Text
-from taca_jax.pipelines.pipeline import Pipeline, PipelineSettings
+from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.sampling.loop import SkipLayers
 from taca_jax.taca import TacaConfig
 from taca_jax.text.tokenizers import ByteTokenizer, JoinedTokenizer
