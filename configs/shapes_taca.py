@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
     timestep_sampling="uniform",
     log_every=10,
     save_every=100,
-    evaluate=EvalConfig(prompts=50, batch_size=60),
+    evaluate=EvalConfig(prompts=30, batch_size=60),
 )
 
 GENERATE = GenerateConfig(
