@@ -16,6 +16,7 @@ from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.sampling.loop import SkipLayers
 from taca_jax.taca import TacaConfig
 from taca_jax.text.tokenizers import ByteTokenizer, JoinedTokenizer
+from taca_jax.weights.pipeline_folders import PipelineSettings
 from tests import models as tiny
 from tests.random_models import random_model
 
