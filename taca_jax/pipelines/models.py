@@ -132,9 +132,8 @@ class PipelineModels:
 
         `path` may also be the name of a model that comes with the package (`shapes_base`),
         original weights that have not been converted (a diffusers pipeline folder, or single files
-        in one folder: `open_original`), or the hub id of any of these (`owner/repo`,
-        `owner/repo@revision`, `owner/repo:file`). `tokenizers` is the folder or hub id of the
-        pipeline whose tokenizers are read, where `path` has none.
+        in one folder: `open_original`), or the hub id of any of these (`hub.ids.FORMS`).
+        `tokenizers` is the folder or hub id of the tokenizers where `path` has none.
 
         `dtype` is that of activations, and of parameters unless `param_dtype` is given. `remat`
         matters only to training. `quantize` is the format of the kernels in the transformer's
