@@ -90,7 +90,7 @@ def test_a_wrong_command_line_exits_with_2(monkeypatch, capsys, arguments, messa
         ({"data__source": "generated:shapes/none"}, "after generated:shapes/ comes a number"),
         ({"data__resolution": "48"}, "shapes are drawn at 40 pixels"),
         ({"autoencoder": "nowhere"}, "autoencoder=nowhere says what latents are; leave out pixels"),
-        ({"autoencoder": "nowhere"} | IDENTITY, "nowhere is no model folder"),
+        ({"autoencoder": "nowhere"} | IDENTITY, "nowhere is not there; give an autoencoder"),
         ({"text__tokenizer": "nowhere"}, "is neither shapes, bytes nor a folder with a tokenizer"),
         ({"text__encoder__dim": "48"}, "text.encoder.dim is 48"),
         ({"sample_every": "1", "sample_prompts": "a dog"}, "the word 'dog' is unknown to this"),

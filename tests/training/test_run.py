@@ -631,7 +631,7 @@ def test_words_that_the_tokenizer_lacks_are_named(tmp_path):
     ("changes", "message"),
     [
         ({"model": None, "base": "nowhere", "text": TextConfig()}, "nowhere"),
-        ({"autoencoder": "nowhere"}, "nowhere is no model folder"),
+        ({"autoencoder": "nowhere"}, "nowhere is not there; give an autoencoder"),
         ({"text": TextConfig("nowhere", 16, T5Config(33, 32, 32, 2, 16, 1))}, "neither shapes, by"),
         ({"text": TextConfig("shapes", 16, T5Config(33, 48, 32, 2, 16, 1))}, "encoder.dim is 48"),
         ({"model": None, "base": "nowhere"}, r"base=nowhere says how text is read; leave out text"),
