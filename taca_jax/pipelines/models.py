@@ -80,6 +80,10 @@ class PipelineModels:
     def text_encoder(self) -> TextEncoder | None:
         return present(self._text_encoder)
 
+    @text_encoder.setter
+    def text_encoder(self, text_encoder: TextEncoder | None) -> None:
+        self._text_encoder = text_encoder
+
     @property
     def autoencoder(self) -> Autoencoder | None:
         return present(self._autoencoder)
