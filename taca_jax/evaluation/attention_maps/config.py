@@ -24,7 +24,7 @@ class AttentionConfig(SamplingConfig):
     Raises UserError for values out of range.
     """
 
-    prompt: str = "a diamond above a cross"
+    prompt: str = "a green circle above a blue square"
     negative_prompt: str | None = None
     num_images: int = 8
     gammas: tuple[float, ...] = (1.0, 1.1, 1.2, 1.3)
