@@ -75,6 +75,19 @@ VAE = VAEConfig(
     scaling_factor=0.5,
     shift_factor=0.1,
 )
+
+
+def vae_of(released: VAEConfig) -> VAEConfig:
+    """A small autoencoder that has all of a released one's that its weights' shapes do not show."""
+    return replace(
+        VAE,
+        channels=(32, 32),
+        groups=32,
+        scaling_factor=released.scaling_factor,
+        shift_factor=released.shift_factor,
+    )
+
+
 TINY_VAE = TinyVAEConfig(
     latent_channels=4, image_channels=3, width=8, encoder_blocks=(1, 1), decoder_blocks=(1, 1)
 )

@@ -186,8 +186,8 @@ def _draw(
     """A loop of one step, which takes the memory of any number of steps."""
     config, family, reading = stored.transformer.config, stored.family, stored.reading
     embeds_guidance = family.embeds_guidance(config)
-    guided = drawing.guidance > 1 and not embeds_guidance
-    batch = filled_size(mesh, drawing.pictures, 2 if guided else 1)
+    times = samples_of(stored, 1, drawing.guidance)  # 2 with classifier-free guidance
+    batch = filled_size(mesh, drawing.pictures, times)
     graph, state = nnx.split(models[0])
     rows, columns = (side // _downscale(stored) for side in (drawing.height, drawing.width))
     image = (rows // config.patch_size) * (columns // config.patch_size)
@@ -204,7 +204,7 @@ def _draw(
     plan = jax.eval_shape(lambda: make_plan(sigmas, TacaConfig()))
     plan = jax.tree.map(lambda x: _array(mesh, *x.shape), plan)
     latents = _array(mesh, batch, rows, columns, config.latent_channels)
-    inputs = (latents, plan, conditioning(), conditioning() if guided else None)
+    inputs = (latents, plan, conditioning(), conditioning() if times > 1 else None)
 
     def draw(
         state: nnx.State,
@@ -217,7 +217,7 @@ def _draw(
         return denoise(model, latents, plan, positive, negative, drawing.guidance)[0]
 
     flops = forward_flops(config, image=image, text=tokens)
-    flops *= drawing.pictures * (2 if guided else 1)
+    flops *= drawing.pictures * times
     return jax.jit(draw).lower(state, *inputs), local_bytes(inputs), flops
 
 

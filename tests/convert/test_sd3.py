@@ -21,14 +21,7 @@ from tests import models as tiny
 from tests.models import CLIP, SD3, in_layout
 from tests.random_models import random_model
 
-VAE = replace(
-    tiny.VAE,
-    channels=(32, 32),
-    groups=32,
-    scaling_factor=SD3_VAE.scaling_factor,
-    shift_factor=SD3_VAE.shift_factor,
-)
-"""As the original's code has it, and no shape."""
+VAE = tiny.vae_of(SD3_VAE)
 T5 = replace(tiny.T5, dim=SD3.txt_dim)
 
 

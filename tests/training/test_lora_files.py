@@ -12,13 +12,12 @@ from taca_jax.formats.tensor_files import open_tensors
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora, linears
 from taca_jax.taca import TacaConfig
-from taca_jax.text.config import TextConfig
 from taca_jax.training.models import open_models
 from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.run import train
 from taca_jax.weights.lora_files import load_adapter, write_lora
 from tests.random_models import randomise
-from tests.training.tiny import tiny_config, tiny_pipeline
+from tests.training.tiny import lora_changes, tiny_config, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +39,7 @@ def start(tmp_path_factory):
 
 
 def config_for(base, out_dir, **changes):
-    adapt = {
-        "base": base,
-        "model": None,
-        "text": TextConfig(),
-        "lora": LoRAConfig(rank=2, alpha=4),
-        "taca": TacaConfig(threshold=800),
-        "optimizer": OptimizerConfig(learning_rate=1e-2),
-    }
-    return tiny_config(out_dir, **(adapt | changes))
+    return tiny_config(out_dir, **(lora_changes(base) | changes))
 
 
 def tensors_in(file):

@@ -25,7 +25,7 @@ from taca_jax.errors import StoppedError, UserError
 from taca_jax.evaluation.shapes.config import EvalConfig
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.nn.layers import Quantized
-from taca_jax.nn.lora import LoRAConfig, linears
+from taca_jax.nn.lora import linears
 from taca_jax.nn.quantization import encode
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.taca import TacaConfig
@@ -39,7 +39,7 @@ from taca_jax.training.step import TrainState
 from taca_jax.weights.folders import load_config
 from tests.processes import run_python
 from tests.training.checkpoints import saved_checkpoint, saved_steps
-from tests.training.tiny import tiny_config
+from tests.training.tiny import lora_changes, tiny_config
 
 STEPS, SAVE_EVERY = 6, 2
 PROMPTS = ("a red circle", "three cyan triangles")
@@ -68,15 +68,7 @@ def base(finished):
 
 
 def lora_config(base, out_dir, **changes):
-    adapt = {
-        "base": base,
-        "model": None,
-        "text": TextConfig(),
-        "lora": LoRAConfig(rank=2, alpha=4),
-        "taca": TacaConfig(threshold=800),
-        "optimizer": OptimizerConfig(learning_rate=1e-2),
-    }
-    return base_config(out_dir, **(adapt | changes))
+    return base_config(out_dir, **(lora_changes(base) | changes))
 
 
 def saved(config, step=STEPS):

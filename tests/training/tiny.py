@@ -10,7 +10,9 @@ from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.data.config import DataConfig
 from taca_jax.families.flux.model import FluxConfig
 from taca_jax.families.flux.pipeline import FluxPipeline
+from taca_jax.nn.lora import LoRAConfig
 from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.text.encoders import T5Text
 from taca_jax.text.t5 import T5Config
@@ -52,6 +54,18 @@ def tiny_config(out_dir: Path, **changes: Any) -> TrainConfig:
         "out_dir": str(out_dir),
     }
     return TrainConfig(**(values | changes))
+
+
+def lora_changes(base: str) -> dict[str, Any]:
+    """What makes of a `tiny_config` the training of a LoRA on this base, under TACA."""
+    return {
+        "base": base,
+        "model": None,
+        "text": TextConfig(),
+        "lora": LoRAConfig(rank=2, alpha=4),
+        "taca": TacaConfig(threshold=800),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+    }
 
 
 def tiny_pipeline(config: FluxConfig = FLUX, *, seed: int = 0, steps: int = 3) -> FluxPipeline:

@@ -24,14 +24,7 @@ from tests import models as tiny
 from tests.models import in_layout
 from tests.random_models import random_model
 
-# What no shape shows is as in the released models.
-VAE = replace(
-    tiny.VAE,
-    channels=(32, 32),
-    groups=32,
-    scaling_factor=FLUX_VAE.scaling_factor,
-    shift_factor=FLUX_VAE.shift_factor,
-)
+VAE = tiny.vae_of(FLUX_VAE)
 CLIP = replace(tiny.CLIP, projection_dim=None)
 T5 = replace(tiny.T5, dim=12)
 FLUX = replace(

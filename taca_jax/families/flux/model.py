@@ -182,17 +182,21 @@ class FluxTransformer(MMDiT):
             (img, txt),
             remat=self.remat,
         )
-        joint = jnp.concatenate([txt, img], axis=1)
-        for layers in (slice(single), slice(single, None)) if single else (None,):
-            joint = run_stack(
+
+        def run_single(joint: Float[Array, "b s d"], layers: slice | None) -> Float[Array, "b s d"]:
+            return run_stack(
                 self.single_blocks,
                 lambda block, x: block(x, inputs),
                 joint,
                 remat=self.remat,
                 layers=layers,
             )
-            if layers == slice(single):
-                img = joint[:, text_len:]
+
+        joint = jnp.concatenate([txt, img], axis=1)
+        if single:
+            joint = run_single(joint, slice(single))
+            img = joint[:, text_len:]
+        joint = run_single(joint, slice(single, None) if single else None)
         size = (height, width)
         return self.velocity(joint[:, text_len:], inputs.vec, lora_scale, size), img
 
