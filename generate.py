@@ -9,14 +9,15 @@ from taca_jax.pipelines.config import GenerateConfig
 
 def main() -> None:
     config = parse_cli(sys.argv[1:], GenerateConfig, attribute="GENERATE")
-    # These imports take seconds, as in train.py; drawing needs nothing of planning.
-    if config.plan is None:
-        from taca_jax.pipelines.generate import generate as run
-    else:
-        from taca_jax.planning.drawing import plan_drawing as run
+    # These imports take seconds, as in train.py.
+    from taca_jax.pipelines.generate import generate
+    from taca_jax.planning.drawing import plan_drawing
 
     try:
-        run(config)
+        if config.plan is None:
+            generate(config)
+        else:
+            plan_drawing(config)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

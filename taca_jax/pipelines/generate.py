@@ -178,10 +178,12 @@ def load_pipeline(
         tokenizers=config.tokenizers,
     )
     used = used_loras(config)
+    # All at once: in stages, a transformer that is read gets all of its LoRAs anew.
+    if used:
+        for said in pipeline.load_lora(used).splitlines():
+            print_once(f"LoRA: {said}")
     for choice in config.lora_choices:
-        if choice in used:
-            print_once(f"LoRA: {pipeline.load_lora(choice)}")
-        else:
+        if choice not in used:
             print_once(f"LoRA: {choice.path} is not used: it acts only while TACA does (taca=none)")
     if config.taca is not None:
         times = pipeline.timesteps(config.height, config.width, config.steps)
