@@ -34,16 +34,19 @@ def page() -> str:
 
 
 def _rows(kind: type) -> Iterator[str]:
-    head = "| key | default | value | meaning |\n|---|---|---|---|"
-    yield head
-    for name, field in fields_of(kind).items():
-        if field.group is not None:
-            yield f"\n### `{name}.*`\n\n{_text(field.doc)}\n\n{head}"
-            continue
-        required = field.default is dataclasses.MISSING
-        default = "required" if required else f"`{show(field.default)}`"
-        kinds = describe(field.annotation).replace("|", "\\|")
-        yield f"| `{name}` | {default} | {kinds} | {_text(field.doc)} |"
+    """A table of the keys that are in no group, and one of each group."""
+    fields = fields_of(kind)
+    groups = ["", *(name for name, field in fields.items() if field.group is not None)]
+    for group in groups:
+        if group:
+            yield f"\n### `{group}.*`\n\n{_text(fields[group].doc)}"
+        yield "\n| key | default | value | meaning |\n|---|---|---|---|"
+        for name, field in fields.items():
+            if field.group is None and name.rpartition(".")[0] == group:
+                required = field.default is dataclasses.MISSING
+                default = "required" if required else f"`{show(field.default)}`"
+                kinds = _text(describe(field.annotation))
+                yield f"| `{name}` | {default} | {kinds} | {_text(field.doc)} |"
 
 
 def _text(doc: str) -> str:

@@ -21,7 +21,8 @@ from taca_jax.parallel.rules import ShardingTable
 class TransformerConfig(Variants):
     """The fields that every transformer's config has; each family adds its own.
 
-    patch_size: latent pixels per token side. latent_channels: of the autoencoder.
+    patch_size: latent pixels per token side.
+    latent_channels: of the autoencoder.
     num_heads, head_dim: of attention.
     mlp_ratio: width of the MLPs' hidden layer, relative to the blocks'.
     txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
