@@ -13,9 +13,9 @@ from taca_jax.training.config import TrainConfig
 PAGE = "reference/configuration.md"
 INTRODUCTION = """# Configuration
 
-Every key of the commands, as their `--help` prints them: `key=value`, with a dot for keys of a group
-(`lora.rank=64`). `none` leaves out what may be left out. A preset (`--config NAME`, a file in `configs/`) sets some of
-them; the values below are the defaults without one.
+Every key of the commands, as their `--help` prints them: `key=value`, with a dot for keys of a
+group (`lora.rank=64`). `none` leaves out what may be left out. A preset (`--config NAME`, a file in
+`configs/`) sets some of them; the values below are the defaults without one.
 """
 
 
