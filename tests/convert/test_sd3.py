@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.cli import main
 from taca_jax.autoencoders import vae_original
+from taca_jax.convert.cli import main
 from taca_jax.families.sd3 import stability
 from taca_jax.families.sd3.family import SD3_VAE
 from taca_jax.families.sd3.pipeline import SD3Pipeline
