@@ -1,4 +1,4 @@
-"""Exports our model folders to other layouts: `python -m convert export`."""
+"""Exports our model folders to other layouts: `taca-convert export`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Describes a file or folder: `python -m convert inspect`."""
+"""Describes a file or folder: `taca-convert inspect`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Compares a converted checkpoint with its source: `python -m convert verify`."""
+"""Compares a converted checkpoint with its source: `taca-convert verify`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -53,6 +53,12 @@ def test_an_unknown_program_is_refused_with_the_nearest(capsys):
     assert capsys.readouterr().err.startswith("error: unknown program trian; there are train, ")
 
 
+def test_importing_the_package_is_quick():
+    """No library is imported before it is needed, not even JAX."""
+    words = "import sys, taca_jax; print(*sorted({'jax', 'flax', 'numpy'} & set(sys.modules)))"
+    assert run_python("-c", words).stdout.strip() == ""
+
+
 def test_as_a_module():
     done = run_python("-m", "taca_jax", "generate", "--config", "no_such_preset")
     assert done.returncode == 2
