@@ -39,7 +39,7 @@ SINGLE_PER_DOUBLE = 2
 
 PROGRAM = """
 import sys
-from convert.cli import main
+from taca_jax.convert.cli import main
 main(sys.argv[1:])
 fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
 print("peak", int(fields["VmHWM"].split()[0]) * 1024)
@@ -148,7 +148,7 @@ def command(*words: str) -> tuple[float, int, str]:
 def start_seconds() -> float:
     """Seconds to start Python and import the command."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import convert.cli"], check=True)
+    subprocess.run([sys.executable, "-c", "import taca_jax.convert.cli"], check=True)
     return time.perf_counter() - start
 
 

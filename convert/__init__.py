@@ -1,1 +1,1 @@
-"""`python -m convert`: original weights to model folders, LoRA files from one layout to another."""
+"""`python -m convert`, in a checkout: what `taca-convert` is where the package is installed."""

@@ -1,4 +1,4 @@
-from convert.cli import main
+from taca_jax.convert.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(program="python -m convert")

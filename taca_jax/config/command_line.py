@@ -4,14 +4,12 @@ A program without presets takes `key=value ...` alone.
 """
 
 import dataclasses
-import importlib
 import inspect
 import os
-import pkgutil
 import sys
 import textwrap
-import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from taca_jax.config.fields import (
@@ -19,11 +17,11 @@ from taca_jax.config.fields import (
     create,
     describe,
     fields_of,
-    nearest,
     required_fields,
     show,
     update,
 )
+from taca_jax.config.presets import OWN, Presets
 from taca_jax.errors import UserError
 
 _WIDTH = 100
@@ -34,9 +32,10 @@ def parse_cli(
     argv: Sequence[str],
     kind: type[C],
     *,
-    package: str = "configs",
+    package: str = "taca_jax.presets",
     attribute: str | None = "CONFIG",
     preset_kind: type | None = None,
+    saved: Callable[[Path], Any] | None = None,
     program: str | None = None,
 ) -> C:
     """The configuration that the command line `argv` (without the program's name) asks for.
@@ -45,6 +44,10 @@ def parse_cli(
     `kind`; or of class `preset_kind`, of which then all is taken that it sets of the fields that it
     shares with `kind`, and which need not be given. Without an `attribute` there are no presets.
     What neither a preset nor the line gives has its default.
+
+    In place of a name, `--config` takes the path of a Python file with such a value, or of a saved
+    configuration: a run's folder or the `config.json` in it. saved: reads the latter; by default
+    the JSON of a preset.
 
     Each `key=value` then replaces a field (`lora.rank=64`, `resume=true`, `lora=none`). `--help`
     prints the presets and every key, `--config` without a name the presets; both exit with status
@@ -55,12 +58,18 @@ def parse_cli(
     presets = None
     if attribute is not None:
         required = preset_kind is None
-        presets = _Presets(package, attribute, preset_kind or kind, required)
+        presets = Presets(package, attribute, preset_kind or kind, required, saved)
     try:
-        return _parse(list(argv), kind, presets, program or sys.argv[0])
+        return _parse(list(argv), kind, presets, program or called())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def called() -> str:
+    """How this program is called: `python FILE.py`, or the name of an installed command."""
+    name = Path(sys.argv[0]).name
+    return f"python {name}" if name.endswith(".py") else name
 
 
 def say(lines: Sequence[str]) -> None:
@@ -72,7 +81,7 @@ def say(lines: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(argv: list[str], kind: type[C], presets: "_Presets | None", program: str) -> C:
+def _parse(argv: list[str], kind: type[C], presets: Presets | None, program: str) -> C:
     preset, values = None, {}
     wants_help = False
     rest = iter(argv)
@@ -135,54 +144,8 @@ def _as_assignment(argument: str) -> str:
     return f"; write {name}=VALUE" if name.replace(".", "").isidentifier() else ""
 
 
-PURPOSES = {"CONFIG": "trains", "GENERATE": "draws"}
-"""What presets are for in this repository's modules, by the attribute that holds them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Presets:
-    """The values called `attribute`, of class `kind`, in the modules of a package.
-
-    required: whether a command line must name one.
-    """
-
-    package: str
-    attribute: str
-    kind: type
-    required: bool
-
-    def names(self) -> list[str]:
-        """The names of the modules that have one."""
-        return [name for name in self._modules() if isinstance(self._value(name), self.kind)]
-
-    def load(self, name: str) -> Any:
-        """The preset of that name. Raises UserError that names the others where there is none."""
-        presets = self.names()
-        if name in presets:
-            return self._value(name)
-        problem = f"unknown preset {name}"
-        if name in self._modules():
-            purposes = [
-                purpose
-                for each, purpose in PURPOSES.items()
-                if getattr(self._module(name), each, None) is not None
-            ]
-            problem = f"the preset {name} only {' and '.join(purposes)}" if purposes else problem
-        raise UserError(f"{problem}; there are {', '.join(nearest(name, presets))}")
-
-    def _modules(self) -> list[str]:
-        path = importlib.import_module(self.package).__path__
-        return [module.name for module in pkgutil.iter_modules(path)]
-
-    def _module(self, name: str) -> types.ModuleType:
-        return importlib.import_module(f"{self.package}.{name}")
-
-    def _value(self, name: str) -> Any:
-        return getattr(self._module(name), self.attribute, None)
-
-
 def _help(
-    kind: type, config: Any, preset: str | None, presets: "_Presets | None", program: str
+    kind: type, config: Any, preset: str | None, presets: Presets | None, program: str
 ) -> str:
     """The help: usage, presets (None: there are none), and each key with its value, its type and
     its documentation.
@@ -191,13 +154,14 @@ def _help(
     """
     whose = f"values of {preset}" if preset else "default values; add --config NAME for a preset's"
     if presets is None:
-        lines = [f"usage: python {program} key=value ...", "", "keys (default values):"]
+        lines = [f"usage: {program} key=value ...", "", "keys (default values):"]
     else:
         named = "--config NAME" if presets.required else "[--config NAME]"
         lines = [
-            f"usage: python {program} {named} [key=value ...]",
+            f"usage: {program} {named} [key=value ...]",
             "",
             f"presets: {', '.join(presets.names())}",
+            f"or, in place of NAME, {OWN}",
             "",
             f"keys ({whose}):",
         ]

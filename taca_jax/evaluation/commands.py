@@ -1,13 +1,15 @@
-"""The commands of `python -m taca_jax.evaluation`."""
+"""The commands of `taca-eval` (`python -m taca_jax.evaluation`)."""
 
 import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
 
-from taca_jax.config.command_line import parse_cli, say
+from taca_jax.config.command_line import called, parse_cli, say
 from taca_jax.config.fields import nearest
+from taca_jax.errors import UserError
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
+from taca_jax.pipelines.saved import saved_drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +69,27 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def run(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Runs one command, by default that of this process; problems are one line on stderr.
+
+    program: how the program is called, for the help; by default the file that runs.
+    """
+    try:
+        run(sys.argv[1:] if argv is None else argv, program or called())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command keeps what is written and does the rest")
+
+
+def run(argv: Sequence[str], program: str = "taca-eval") -> None:
     """Runs the command line `COMMAND [--config NAME] [key=value ...]`.
 
     Raises UserError for problems that the user can fix; a line that cannot be parsed is reported
     and ends the program with status 2.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        say([_help()])
+        say([_help(program)])
         raise SystemExit(0)
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1  # "compbench score" is one command
     name, rest = " ".join(argv[:words]), argv[words:]
@@ -89,13 +104,14 @@ def run(argv: Sequence[str]) -> None:
         kind,
         attribute="GENERATE" if issubclass(kind, SamplingConfig) else None,
         preset_kind=GenerateConfig,
-        program=f"-m taca_jax.evaluation {name}",
+        saved=saved_drawing,
+        program=f"{program} {name}",
     )
     _named(command.run)(config)  # imported only now: it takes seconds, as in train.py
 
 
-def _help() -> str:
-    lines = ["usage: python -m taca_jax.evaluation COMMAND [--config NAME] key=value ...", ""]
+def _help(program: str) -> str:
+    lines = [f"usage: {program} COMMAND [--config NAME] key=value ...", ""]
     width = max(map(len, COMMANDS), default=0)
     lines += [f"  {name:<{width}}  {command.purpose}" for name, command in COMMANDS.items()]
     return "\n".join(

@@ -111,7 +111,7 @@ def inferred(
     if num_heads is None or activation is None:
         raise UserError(
             f"{tensors.where} has a CLIP {dim} wide with {num_layers} layers, neither CLIP-L nor "
-            "CLIP-bigG; give --num-heads and --activation to `python -m convert clip`, which reads "
+            "CLIP-bigG; give --num-heads and --activation to `taca-convert clip`, which reads "
             "it from a file of its own, without a prefix"
         )
     return CLIPConfig(

@@ -89,14 +89,14 @@ def load_config(path: Path | str) -> Any:
     except OSError:
         raise UserError(
             f"{path} is no model folder: it has no readable {CONFIG}; convert the original weights "
-            "with `python -m convert`"
+            "with `taca-convert`"
         ) from None
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); write the folder again") from None
     kinds = model_kinds()
     name = tree.pop("kind", None) if isinstance(tree, dict) else None
     if not isinstance(name, str) or name not in kinds:
-        hint = "; original weights need `python -m convert` first" if name is None else ""
+        hint = "; original weights need `taca-convert` first" if name is None else ""
         raise UserError(f"{file} says kind {name!r}; expected one of {', '.join(kinds)}{hint}")
     return from_json(kinds[name].config, json.dumps(tree), where=str(file))
 
@@ -127,7 +127,7 @@ def open_parameters(path: Path) -> Tensors:
     if (path / _ORBAX).is_dir():
         raise UserError(
             f"{path} was written by an older version, with its parameters in {_ORBAX}/; make it "
-            f"anew: python -m convert {kind_of(config).name} --src ORIGINAL --dst NEW_FOLDER"
+            f"anew: taca-convert {kind_of(config).name} --src ORIGINAL --dst NEW_FOLDER"
         )
     if shapes_of(config):
         raise UserError(f"{path} has no {WEIGHTS}; write the folder again")

@@ -142,7 +142,7 @@ def _open(path: Path) -> StoredPipeline:
         _, model = published_models().get(path.name, (None, None))
         of_the_hub = hint(path) if model is None else f"on the hub it is base={model.repo}"
         raise UserError(
-            f"{path} is not there; give base= a folder that `python -m convert` made, a diffusers "
+            f"{path} is not there; give base= a folder that `taca-convert` made, a diffusers "
             f"folder, or an original's .safetensors file; {of_the_hub}"
         )
     if not is_original(path):

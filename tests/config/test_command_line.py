@@ -135,7 +135,7 @@ def test_a_command_without_presets(capsys):
         assert stop.value.code == 2
         assert capsys.readouterr().err == f"error: {message}\n"
     with pytest.raises(SystemExit) as stop:
-        parse_cli(["--help"], Drawing, attribute=None, program="-m drawing")
+        parse_cli(["--help"], Drawing, attribute=None, program="python -m drawing")
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith("usage: python -m drawing key=value ...\n\nkeys (default values):\n")

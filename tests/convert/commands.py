@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.text import clip_layout, t5_layout
 from taca_jax.text.t5 import T5Encoder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import main, parse
+from taca_jax.convert.cli import main, parse
 from taca_jax.families.registry import families
 from tests.processes import ROOT
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.families.sd3.family import SD3 as FAMILY
 from taca_jax.families.sd3.lora import ATTENTION_TARGETS
 from taca_jax.formats.tensor_files import open_tensors, write_tensors

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.cli import main
 from taca_jax.autoencoders import vae_original
+from taca_jax.convert.cli import main
 from taca_jax.families.sd3 import stability
 from taca_jax.families.sd3.family import SD3_VAE
 from taca_jax.families.sd3.pipeline import SD3Pipeline
@@ -87,7 +87,7 @@ def test_every_model_of_a_file_is_said(whole, tmp_path, capsys):
         f"under text_encoders.t5xxl.transformer.: a T5 v1.1 {encoder}",
         "1 other tensors: model_ema.decay",
     ]
-    with pytest.raises(SystemExit, match="--num-heads and --activation to `python -m convert clip"):
+    with pytest.raises(SystemExit, match="--num-heads and --activation to `taca-convert clip"):
         main(["sd3", "--src", str(file), "--dst", str(tmp_path / "made")])
 
 

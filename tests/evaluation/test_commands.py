@@ -33,7 +33,7 @@ def test_the_help_lists_every_command(capsys):
 def test_every_command_has_help_a_configuration_and_a_function(name, capsys):
     code, out, _ = ended(capsys, *name.split(), "--help")
     assert code == 0
-    assert out.startswith(f"usage: python -m taca_jax.evaluation {name} ")
+    assert out.startswith(f"usage: taca-eval {name} ")
     config, function = (
         commands._named(each) for each in (COMMANDS[name].config, COMMANDS[name].run)
     )

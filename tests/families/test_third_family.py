@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert.cli import main as convert
 from taca_jax.autoencoders.pixels import Pixels
 from taca_jax.config.fields import update
 from taca_jax.config.json_text import from_json, to_json
+from taca_jax.convert.cli import main as convert
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.families import registry

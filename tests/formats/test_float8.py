@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.families.flux import bfl
 from taca_jax.families.sd3 import stability

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import main
 from taca_jax.autoencoders.tiny_vae_layout import open_taesd
 from taca_jax.config.json_text import to_tree
+from taca_jax.convert.cli import main
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import write_tensors

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import (

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from convert.cli import main
 from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.convert.cli import main
 from taca_jax.families.flux import bfl as flux_bfl
 from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.sd3.family import SD3_VAE

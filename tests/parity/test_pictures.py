@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.families.flux.family import FLUX
 from taca_jax.families.sd3.family import SD3
 from taca_jax.nn.layers import patchify

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.families.flux.text import FluxText

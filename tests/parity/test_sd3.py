@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.families.sd3 import diffusers as sd3_diffusers
 from taca_jax.families.sd3 import stability as sd3_native
 from taca_jax.families.sd3.model import (

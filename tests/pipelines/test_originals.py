@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.cli import main
 from taca_jax.autoencoders import vae_original as vae_bfl
+from taca_jax.convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.families.flux.pipeline import FluxPipeline
 from taca_jax.families.sd3 import stability as sd3_native

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.scorers import blip_layout
 from taca_jax.scorers.blip import BLIP_VQA, BLIPVQA

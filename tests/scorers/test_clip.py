@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.scorers import clip_layout
 from taca_jax.scorers.clip import CLIP_VIT_B_32, CLIPScore

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.nn.kinds import abstract_model, flat_params
 from taca_jax.text import clip_layout as clip_format

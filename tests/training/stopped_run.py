@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-import train as program
+from taca_jax.commands import train as program
 from taca_jax.config.json_text import from_json
 from taca_jax.training import run
 from taca_jax.training.config import TrainConfig
@@ -30,7 +30,7 @@ def main() -> None:
         return real(*arguments)
 
     run._next_batch = next_batch
-    program.parse_cli = lambda *_: config
+    program.parse_cli = lambda *_, **__: config
     program.main()
 
 

@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from convert.cli import main as convert
 from taca_jax.autoencoders.tiny_vae import TinyVAE
+from taca_jax.convert.cli import main as convert
 from taca_jax.data.config import DataConfig
 from taca_jax.families.flux.model import FluxConfig
 from taca_jax.families.flux.pipeline import FluxPipeline

@@ -145,7 +145,7 @@ def test_no_config_is_no_model(tmp_path, model):
     known = "blip_vqa, clip, clip_score, flux, pixels, sd3, t5, tiny_vae, vae"
     assert f"says kind 'sdxl'; expected one of {known}" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    assert "python -m convert" in message(tmp_path)
+    assert "taca-convert" in message(tmp_path)
     save_model(tmp_path / "m", model)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_heds": 2}))
@@ -194,7 +194,7 @@ def test_a_folder_of_an_older_version_says_how_to_make_it_anew(tmp_path, model):
     (tmp_path / "m" / "params").mkdir()
     said = message(tmp_path / "m")
     assert "was written by an older version, with its parameters in params/; make it anew" in said
-    assert "python -m convert flux --src ORIGINAL --dst NEW_FOLDER" in said
+    assert "taca-convert flux --src ORIGINAL --dst NEW_FOLDER" in said
     with pytest.raises(UserError, match="written by an older version"):
         open_parameters(tmp_path / "m")
 

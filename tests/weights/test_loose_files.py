@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.pipelines.pipeline import Pipeline

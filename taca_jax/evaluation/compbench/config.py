@@ -55,8 +55,8 @@ class ScoreConfig:
 
     pictures: the folder that `compbench generate` wrote; upstream's layout in a folder for each
       category (`color/samples/*.png`) will do.
-    blip: the folder that `python -m convert blip_vqa` made; none leaves its categories out.
-    clip: the folder that `python -m convert clip_score` made; none leaves its category out.
+    blip: the folder that `taca-convert blip_vqa` made; none leaves its categories out.
+    clip: the folder that `taca-convert clip_score` made; none leaves its category out.
     phrases: where the noun phrases come from that BLIP is asked about: `spacy` as in upstream,
       `rules` of our own, which need no model, or a JSON file that maps prompts to lists of phrases.
     batch_size: pictures scored at a time.

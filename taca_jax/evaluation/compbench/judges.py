@@ -181,7 +181,7 @@ def _checked(folder: Path, kind: ModelKind) -> Any:
     found = kind_of(config).name
     if found != kind.name:
         raise UserError(
-            f"{folder} is of kind {found}; expected {kind.name}, which `python -m convert "
+            f"{folder} is of kind {found}; expected {kind.name}, which `taca-convert "
             f"{kind.name}` makes"
         )
     if not any((folder / TOKENIZER / name).is_file() for name in TOKENIZER_FILES):

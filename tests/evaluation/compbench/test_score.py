@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert.cli import main as convert
+from taca_jax.convert.cli import main as convert
 from taca_jax.errors import UserError
 from taca_jax.evaluation.commands import run
 from taca_jax.evaluation.compbench import judges

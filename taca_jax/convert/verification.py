@@ -1,4 +1,4 @@
-"""Compares a converted checkpoint with its source: `python -m convert verify`."""
+"""Compares a converted checkpoint with its source: `taca-convert verify`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.models import source_of
 from taca_jax.autoencoders.tiny_vae import TINY_VAE_KIND
 from taca_jax.autoencoders.vae import VAE_KIND, VAEConfig
+from taca_jax.convert.models import source_of
 from taca_jax.errors import UserError
 from taca_jax.families.registry import families, family_of
 from taca_jax.formats.engine import contiguous, match

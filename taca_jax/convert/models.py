@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.writing import check_free, progress
 from taca_jax.config.json_text import to_json
+from taca_jax.convert.writing import check_free, progress
 from taca_jax.families.base import Family
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.formats.engine import streamed

@@ -1,4 +1,4 @@
-"""Exports our model folders to other layouts: `python -m convert export`."""
+"""Exports our model folders to other layouts: `taca-convert export`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.models import counting
-from convert.writing import check_free, progress
 from taca_jax.autoencoders import vae_diffusers, vae_original
 from taca_jax.autoencoders.vae import VAE_KIND
+from taca_jax.convert.models import counting
+from taca_jax.convert.writing import check_free, progress
 from taca_jax.errors import UserError
 from taca_jax.families.registry import families
 from taca_jax.formats.atomic import whole_folder

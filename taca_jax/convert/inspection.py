@@ -1,4 +1,4 @@
-"""Describes a file or folder: `python -m convert inspect`."""
+"""Describes a file or folder: `taca-convert inspect`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.loras import doubts
 from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
+from taca_jax.convert.loras import doubts
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families

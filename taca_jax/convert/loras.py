@@ -1,4 +1,4 @@
-"""Converts LoRA files between layouts: `python -m convert lora`."""
+"""Converts LoRA files between layouts: `taca-convert lora`."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The command line of `python -m convert`."""
+"""The command line of `taca-convert` (`python -m convert` in a checkout)."""
 
 import argparse
 import sys
@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from convert.exporting import Layout as ExportLayout
-from convert.exporting import export
-from convert.inspection import inspect
-from convert.loras import convert_lora, lora_models
-from convert.models import convert_family, convert_model, convert_scorer
-from convert.verification import verify
-from taca_jax.config.command_line import say
+import taca_jax.convert
+from taca_jax.config.command_line import called, say
 from taca_jax.config.fields import nearest, unknown, value_of
+from taca_jax.convert.exporting import Layout as ExportLayout
+from taca_jax.convert.exporting import export
+from taca_jax.convert.inspection import inspect
+from taca_jax.convert.loras import convert_lora, lora_models
+from taca_jax.convert.models import convert_family, convert_model, convert_scorer
+from taca_jax.convert.verification import verify
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families
@@ -278,12 +279,12 @@ def _export(
     return export(src, dst, to, dtype, int(shard_gb * 1e9))
 
 
-def parse(words: Sequence[str]) -> Callable[[], list[str]]:
+def parse(words: Sequence[str], program: str = "taca-convert") -> Callable[[], list[str]]:
     """A function that runs the command of this command line and returns lines to print.
 
     `--help` prints help and exits with status 0. Raises UserError for an invalid command line.
     """
-    parser = _Parser(prog="python -m convert", description=sys.modules["convert"].__doc__)
+    parser = _Parser(prog=program, description=taca_jax.convert.__doc__)
     commands = _commands(parser)
     if not words:
         raise UserError(f"no command given; there are {', '.join(commands)} (--help says more)")
@@ -317,15 +318,17 @@ def _with_dashes(word: str) -> str:
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and prints its result.
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Runs one command, by default that of this process, and prints its result.
+
+    program: how the program is called, for the help; by default the file that runs.
 
     Errors print one line, `error: ...`, on stderr, and nothing is written. The exit status is 2 for
     an invalid command line, 1 for bad input and for a checkpoint that differs from its source.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
-        run = parse(words)
+        run = parse(words, program or called())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

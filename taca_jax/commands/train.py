@@ -1,0 +1,32 @@
+"""taca-train --config NAME [key=value ...]   (--help lists presets and keys)"""
+
+import sys
+from collections.abc import Sequence
+
+from taca_jax.config.command_line import parse_cli
+from taca_jax.errors import StoppedError, UserError
+from taca_jax.training.config import TrainConfig
+
+
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Trains as the command line says, by default that of this process.
+
+    program: how the program is called, for the help; by default the file that runs.
+    """
+    config = parse_cli(sys.argv[1:] if argv is None else argv, TrainConfig, program=program)
+    # These imports take seconds; a mistyped key is reported before them.
+    from taca_jax.parallel.processes import print_once
+    from taca_jax.planning.plan import plan
+    from taca_jax.training.run import train
+
+    try:
+        if config.plan is None:
+            train(config)
+        else:
+            plan(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except StoppedError as stopped:
+        print_once(str(stopped), sys.stderr)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; go on with resume=true out_dir={config.run_dir}")

@@ -1,0 +1,1 @@
+"""Original weights to model folders, LoRA files from one layout to another."""
