@@ -50,6 +50,18 @@ def check_drawing(config: GenerateConfig) -> StoredPipeline:
     return stored
 
 
+def check_evaluation(config: SamplingConfig, prompts: Sequence[str] = ()) -> StoredPipeline:
+    """The pipeline that an evaluation is to draw `prompts` with, on the devices of this process;
+    opened and not loaded.
+
+    Raises UserError as `check_sampling` does.
+    """
+    check_lora(config)
+    stored = open_pipeline(config.base, config.tokenizers)
+    check_sampling(config, stored, prompts, jax.local_devices())
+    return stored
+
+
 def check_sampling(
     config: SamplingConfig,
     stored: StoredPipeline,
@@ -75,7 +87,9 @@ def check_sampling(
     find_tokenizers(stored, reading)
     # What follows takes a second or two: devices are found, and tokenizers of the hub read.
     check_heads(make_mesh(config.mesh, devices), stored.transformer.config.num_heads)
-    load_tokenizers(stored, reading)(prompts)
+    tokenizer = load_tokenizers(stored, reading)
+    if prompts:
+        tokenizer(prompts)
 
 
 def _check_pictures(config: GenerateConfig, stored: StoredPipeline) -> None:
