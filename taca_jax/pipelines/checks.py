@@ -1,7 +1,7 @@
 """What is wrong with a command that draws, as far as configs and headers of files show it.
 
-No weights are read here, so that a mistake is reported within seconds, however large the model is.
-Each check is the one that would fail later.
+No weights are read here, nor fetched from the hub, so that a mistake is reported within seconds,
+however large the model is. Each check is the one that would fail later.
 """
 
 import os
@@ -25,6 +25,7 @@ from taca_jax.pipelines.loras import check_lora, check_loras_fit
 from taca_jax.pipelines.opening import check_autoencoder, size_in, tokens_in
 from taca_jax.pipelines.previews import OWN, check_own_previewer, open_previewer
 from taca_jax.pipelines.text import find_tokenizers, lacks_encoders, load_tokenizers
+from taca_jax.weights.hub_headers import headers_alone
 from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
 
 
@@ -44,10 +45,11 @@ def check_drawing(config: GenerateConfig) -> StoredPipeline:
     if config.preview not in (None, OWN):
         open_previewer(config.preview)  # a path that is wrong, before a base is fetched
     check_lora(config)
-    stored = open_pipeline(config.base, config.tokenizers)
-    _check_pictures(config, stored)
-    check_sampling(config, stored, prompts, jax.devices())
-    return stored
+    with headers_alone(config.base) as base:
+        stored = open_pipeline(base, config.tokenizers)
+        _check_pictures(config, stored)
+        check_sampling(config, stored, prompts, jax.devices())
+    return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
 
 
 def check_evaluation(config: SamplingConfig, prompts: Sequence[str] = ()) -> StoredPipeline:
@@ -57,9 +59,10 @@ def check_evaluation(config: SamplingConfig, prompts: Sequence[str] = ()) -> Sto
     Raises UserError as `check_sampling` does.
     """
     check_lora(config)
-    stored = open_pipeline(config.base, config.tokenizers)
-    check_sampling(config, stored, prompts, jax.local_devices())
-    return stored
+    with headers_alone(config.base) as base:
+        stored = open_pipeline(base, config.tokenizers)
+        check_sampling(config, stored, prompts, jax.local_devices())
+    return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
 
 
 def check_sampling(

@@ -1,10 +1,11 @@
 """What is wrong with a run, as far as configs, headers of files and the names of pictures show it.
 
-No weights are read here, so that a mistake is reported within seconds, however large the base is.
+No weights are read here, nor fetched from the hub as part of a base, so that a mistake is reported
+within seconds, however large that is.
 Each check is the one that would fail later. Nothing here needs what takes seconds to import.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -18,6 +19,7 @@ from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import RunModels, open_models
 from taca_jax.training.record import check_record
 from taca_jax.training.run_data import RunData, first_captions, open_data
+from taca_jax.weights.hub_headers import headers_alone
 from taca_jax.weights.lora_files import kernel_shapes
 
 
@@ -48,15 +50,26 @@ def check_run(config: TrainConfig) -> CheckedRun:
 
 def _checked(config: TrainConfig) -> CheckedRun:
     check_record(config)
-    models = open_models(config)
+    if is_first():
+        check_writable(config.run_dir)
+    if config.base is None:
+        return _checked_models(open_models(config))
+    with headers_alone(config.base) as base:
+        checked = _checked_models(open_models(replace(config, base=base)))
+    if base == config.base:
+        return checked
+    fetched = open_models(config).on_mesh(checked.models.mesh)
+    return replace(checked, models=fetched)
+
+
+def _checked_models(models: RunModels) -> CheckedRun:
+    config = models.config
     for model in models.stored.models.values():
         model.check()
     find_tokenizers(models.stored, models.reading)
     _check_targets(models)
     if config.evaluate is not None:
         check_pixels(models.stored.settings.resolution, "set evaluate=none")
-    if is_first():
-        check_writable(config.run_dir)
     data = _checked_data(models)
     mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
     models = models.on_mesh(None if mesh.size == 1 else mesh)

@@ -1,16 +1,23 @@
-"""`python -m convert inspect` of a model on the hub: only headers of its weights are fetched."""
+"""Models of the hub are described and checked by headers, before their weights are fetched."""
 
+import importlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import generate
+import train
 from convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.hub.fetching import fetch_headers
 from taca_jax.hub.ids import HubId
+from taca_jax.training.checks import check_run
 from taca_jax.weights.hub_files import pipeline_files
 from taca_jax.weights.pipeline_folders import open_pipeline
 from taca_jax.weights.shipped import find_weights
+from tests.refusals import refusal
 from tests.weights.small_flux import write_diffusers
 
 REPO = "our/shapes"
@@ -42,6 +49,46 @@ def test_only_headers_are_fetched(shapes, capsys, cache):
     shapes.sent.clear()
     assert said(capsys, REPO).startswith(f"{REPO}: a pipeline folder")
     assert not shapes.sent
+
+
+def test_mistakes_are_found_before_weights_are_fetched(shapes, monkeypatch, tmp_path):
+    drawing = ["--config", "shapes_taca", f"base={REPO}", "lora=none", f"out={tmp_path / 'x.png'}"]
+    line = refusal(monkeypatch, generate.main, *drawing, "prompt=a red circle", "height=41")
+    assert line == "error: 41 x 40 pixels: both must be multiples of 4"
+    line = refusal(monkeypatch, generate.main, *drawing, "prompt=a red dragon")
+    assert "the word 'dragon' is unknown" in line
+    run = ["--config", "shapes_taca", f"base={REPO}", f"out_dir={tmp_path}", "evaluate=none"]
+    line = refusal(monkeypatch, train.main, *run, "data.source=folder:nowhere")
+    assert line.startswith("error: nowhere does not exist")
+    run += ["data.source=generated:shapes/64"]
+    line = refusal(monkeypatch, train.main, *run, "lora.targets=nothing")
+    assert line == "error: lora.targets match no layer of this model: nothing"
+    counts = {name: n for name, n in shapes.sent.items() if name.endswith(".safetensors")}
+    assert set(counts.values()) == {4 * FIRST}
+
+
+def test_what_a_repository_lacks_is_said_by_its_id(hub, monkeypatch, tmp_path):
+    folder = write_diffusers(tmp_path / "flux")
+    shutil.rmtree(folder / "text_encoder_2")
+    hub.add_folder("some/flux", folder)
+    words = ["--config", "flux_taca", "base=some/flux", "lora=none", "prompt=x", "height=64"]
+    line = refusal(monkeypatch, generate.main, *words, "width=64", f"out={tmp_path / 'x.png'}")
+    assert "this pipeline lacks a text encoder" in line
+    shutil.rmtree(folder / "vae")
+    hub.add_folder("other/flux", folder)
+    words[2] = "base=other/flux"
+    line = refusal(monkeypatch, generate.main, *words, "width=64", f"out={tmp_path / 'x.png'}")
+    assert line.startswith("error: other/flux has no autoencoder")
+
+
+def test_a_checked_run_is_of_the_fetched_files(shapes, tmp_path):
+    shapes_taca = importlib.import_module("configs.shapes_taca").CONFIG
+    data = replace(shapes_taca.data, source=("generated:shapes/64",))
+    config = replace(shapes_taca, base=REPO, out_dir=str(tmp_path / "run"), data=data)
+    run = check_run(config)
+    assert run.models.config == config
+    assert run.models.stored.where == find_weights(REPO)
+    assert run.models.stored.where.is_dir()
 
 
 def test_a_long_header_is_fetched_whole(hub, tmp_path):
