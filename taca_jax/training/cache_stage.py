@@ -153,13 +153,14 @@ def _made_with(inputs: InputModels) -> dict[str, Any]:
     found: dict[str, Any] = {}
     models = {**encoders_by_folder(inputs.text_encoder), AUTOENCODER: inputs.autoencoder}
     for name, model in models.items():
-        found[name] = _described(model.config) | {"sum": sum_of(nnx.state(model))}
+        kind, config = _described(model.config).values()
+        found[name] = {"kind": kind, "sum": sum_of(nnx.state(model)), "config": config}
     found["tokenizer"] = _digest(np.asarray(inputs.tokenizer([_PROBE, ""]), np.int32).tobytes())
     return found
 
 
-def _described(config: Any) -> dict[str, Any]:
-    """What is known of a model without its parameters."""
+def _described(config: Any) -> dict[str, str]:
+    """What is known of a model without its parameters: its kind, and a digest of its config."""
     return {"kind": kind_of(config).name, "config": _digest(to_json(config).encode())}
 
 
