@@ -21,28 +21,21 @@ from typing import Any, Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import flux_taca, sd35_taca
-from taca_jax.families.flops import forward_flops
-from taca_jax.families.flux.family import FLUX, FLUX_VAE
-from taca_jax.families.flux.model import FLUX_DEV
-from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.low_bit import Quantization
-from taca_jax.parallel.mesh import MeshConfig, make_mesh, on
+from taca_jax.parallel.mesh import MeshConfig
+from taca_jax.pipelines.opening import Opening
 from taca_jax.planning import plan as plans
+from taca_jax.planning.drawing import DRAWING, Drawing, drawing_plans
 from taca_jax.planning.plan import GB, OutOfMemoryError, Plan
 from taca_jax.planning.slices import Slice
-from taca_jax.sampling.loop import denoise, make_plan
-from taca_jax.sampling.schedule import FlowSchedule
-from taca_jax.taca import TacaConfig
+from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import open_models
-from taca_jax.weights.abstract import abstract_on_mesh, local_bytes
 from taca_jax.weights.loading import LoadOptions
+from taca_jax.weights.pipeline_folders import published_pipeline
 
 RESOLUTION = 1024
 
@@ -87,53 +80,17 @@ def training(
 def sampling(where: Slice, quantize: Quantization) -> Plan:
     """FLUX.1-dev draws one picture with TACA, from given embeddings: FLOPs and times of a denoising
     step, and the memory of the loop or of decoding, whichever needs more."""
-    mesh = make_mesh(MeshConfig(), plans.devices_of(where))
-    options = LoadOptions(dtype=jnp.dtype("bfloat16"), mesh=mesh)
-    graph, state = nnx.split(abstract_on_mesh(FLUX_DEV, replace(options, quantize=quantize)))
-    ae_graph, ae_state = nnx.split(abstract_on_mesh(FLUX_VAE, options))
-    side, tokens = RESOLUTION // FLUX_VAE.downscale, FLUX.defaults_of(FLUX_DEV).text_length
-    image = (side // FLUX_DEV.patch_size) ** 2
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated)
-
-    def draw(state: nnx.State, latents: jax.Array, steps: Any, text: Conditioning) -> jax.Array:
-        return denoise(nnx.merge(graph, state), latents, steps, text)[0]
-
-    def decode(state: nnx.State, latents: jax.Array) -> jax.Array:
-        return nnx.merge(ae_graph, state).decode(latents)
-
-    steps = make_plan(FlowSchedule().sigmas(1, image), TacaConfig())
-    steps = jax.tree.map(lambda x: array(*x.shape), steps)
-    latents = array(1, side, side, FLUX_DEV.latent_channels)
-    conditioning = Conditioning(
-        txt=array(1, tokens, FLUX_DEV.txt_dim),
-        pooled=array(1, FLUX_DEV.pooled_dim),
-        guidance=array(1),
-    )
-    inputs = local_bytes((latents, steps, conditioning))
-    sizes: dict[str, Any] = {"batch": 1, "resolution": RESOLUTION}
-    with on(mesh):
-        drawn = plans.compiled_plan(
-            jax.jit(draw).lower(state, latents, steps, conditioning),
-            *(where, mesh),
-            parts={"transformer": local_bytes(state), "inputs": inputs},
-            flops=forward_flops(FLUX_DEV, image=image, text=tokens),
-            **sizes,
-        )
-        decoded = plans.compiled_plan(
-            jax.jit(decode).lower(ae_state, latents),
-            *(where, mesh),
-            parts={"autoencoder": local_bytes(ae_state), "latents": local_bytes(latents)},
-            flops=0.0,
-            **sizes,
-        )
+    stored = published_pipeline("flux1-dev")
+    models = {name: each for name, each in stored.models.items() if name not in TEXT_ENCODERS}
+    dtype = jnp.dtype("bfloat16")
+    opening = Opening(replace(stored, models=models), LoadOptions(dtype, dtype, quantize=quantize))
+    place = opening.place(MeshConfig(), plans.devices_of(where), stages=False)
+    picture = Drawing(1, RESOLUTION, RESOLUTION, stored.settings.guidance)
+    found = drawing_plans(opening, place, where, picture)
     return replace(
-        drawn,
-        parts={**drawn.parts, "autoencoder": local_bytes(ae_state)},
-        program=max(drawn.program, decoded.program),
-        compile_seconds=drawn.compile_seconds + decoded.compile_seconds,
+        found[DRAWING],
+        program=max(plan.program for plan in found.values()),
+        compile_seconds=sum(plan.compile_seconds for plan in found.values()),
     )
 
 

@@ -107,7 +107,7 @@ def test_what_the_user_can_mend_exits_with_1(monkeypatch, capsys, tmp_path, valu
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    def interrupted(config):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("taca_jax.training.run.train", interrupted)
@@ -117,7 +117,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
 
 
 def test_a_run_that_was_told_to_stop_exits_with_0(monkeypatch, capsys, tmp_path):
-    def stopped(config):
+    def stopped(*_):
         raise StoppedError("told to stop: saved after step 3 of 6")
 
     monkeypatch.setattr("taca_jax.training.run.train", stopped)

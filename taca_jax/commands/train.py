@@ -14,15 +14,20 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     program: how the program is called, for the help; by default the file that runs.
     """
     config = parse_cli(sys.argv[1:] if argv is None else argv, TrainConfig, program=program)
-    # These imports take seconds; a mistyped key is reported before them.
+    # Imports take seconds: a mistyped key is reported before these, and what is wrong with a run
+    # before those that train it.
     from taca_jax.parallel.processes import print_once
-    from taca_jax.planning.plan import plan
-    from taca_jax.training.run import train
+    from taca_jax.training.checks import check_run
 
     try:
         if config.plan is None:
-            train(config)
+            checked = check_run(config)
+            from taca_jax.training.run import train
+
+            train(config, checked)
         else:
+            from taca_jax.planning.plan import plan
+
             plan(config)
     except UserError as error:
         sys.exit(f"error: {error}")

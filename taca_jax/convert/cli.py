@@ -12,7 +12,7 @@ from taca_jax.config.command_line import called, say
 from taca_jax.config.fields import nearest, unknown, value_of
 from taca_jax.convert.exporting import Layout as ExportLayout
 from taca_jax.convert.exporting import export
-from taca_jax.convert.inspection import inspect
+from taca_jax.convert.inspection import inspect_weights
 from taca_jax.convert.loras import convert_lora, lora_models
 from taca_jax.convert.models import convert_family, convert_model, convert_scorer
 from taca_jax.convert.verification import verify
@@ -202,15 +202,15 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     made = command(
         "inspect",
         "Says what a file or folder is: layout, model, config, dtype, size; of a LoRA its targets.",
-        inspect,
+        inspect_weights,
     )
-    made.set_defaults(select=pipeline_files)
+    made.set_defaults(select=None)
     made.add_argument(
         "path",
         metavar="PATH",
         type=Path,
         help="a safetensors file, or a folder of a model or a pipeline, converted or not; or a hub "
-        "id of it",
+        "id of it, of whose weights only headers are fetched",
     )
     made = command(
         "verify",
@@ -306,10 +306,12 @@ def parse(words: Sequence[str], program: str = "taca-convert") -> Callable[[], l
     return partial(_run, found.run, found.select, **values)
 
 
-def _run(run: Callable[..., list[str]], select: Select, **values: Any) -> list[str]:
-    """Runs a command, with what it reads fetched from the hub if that is where it is."""
-    read = {name: find_weights(values[name], select) for name in ("src", "path") if name in values}
-    return run(**{**values, **read})
+def _run(run: Callable[..., list[str]], select: Select | None, **values: Any) -> list[str]:
+    """Runs a command, with its SRC fetched from the hub if that is where it is; without `select`
+    the command itself reads what it needs."""
+    if select is not None:
+        values["src"] = find_weights(values["src"], select)
+    return run(**values)
 
 
 def _with_dashes(word: str) -> str:

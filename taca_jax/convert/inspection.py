@@ -1,6 +1,7 @@
 """Describes a file or folder: `taca-convert inspect`."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,13 @@ from taca_jax.formats.float8 import ScaledTensors, unscaled
 from taca_jax.formats.lora.native import is_native
 from taca_jax.formats.settings import read_settings
 from taca_jax.formats.tensor_files import TensorFiles, Tensors, open_tensors, summary, under
+from taca_jax.hub.ids import hub_id
 from taca_jax.nn.kinds import kind_of
 from taca_jax.scorers import blip_layout
 from taca_jax.scorers import clip_layout as clip_score_layout
 from taca_jax.text import clip_layout, t5_layout
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
+from taca_jax.weights.hub_files import pipeline_files
 from taca_jax.weights.loose_files import loose_files
 from taca_jax.weights.lora_files import load_adapter
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS
@@ -38,6 +41,7 @@ from taca_jax.weights.originals import (
     transformer,
     vae,
 )
+from taca_jax.weights.shipped import find_weights
 
 
 def _readers() -> dict[str, Callable[[Path], Original]]:
@@ -51,6 +55,28 @@ def _readers() -> dict[str, Callable[[Path], Original]]:
         clip_score_layout.MODEL_TYPE: clip_score,
         blip_layout.MODEL_TYPE: blip_vqa,
     }
+
+
+def inspect_weights(path: Path) -> list[str]:
+    """Lines that describe `path`, as `inspect` does, or a model of the hub. Of the hub's files only
+    headers and configs are fetched; a LoRA is fetched whole, since some of what is said of it is in
+    its values.
+
+    Raises UserError as `inspect` does, and for what the hub does not give.
+    """
+    found = None if path.exists() else hub_id(str(path))
+    if found is None:
+        return inspect(find_weights(path))
+    from taca_jax.hub.fetching import fetch, fetch_headers  # slow to import
+
+    with tempfile.TemporaryDirectory() as folder:
+        opened = fetch_headers(found, pipeline_files, Path(folder))
+        if opened.is_file() and _is_lora(open_tensors(opened)):
+            return inspect(fetch(found, pipeline_files))
+        try:
+            return [line.replace(f"{folder}/", "") for line in inspect(opened)]
+        except UserError as error:
+            raise UserError(str(error).replace(f"{folder}/", "")) from error
 
 
 def inspect(path: Path) -> list[str]:
@@ -106,8 +132,7 @@ def _original_folder(folder: Path) -> list[str]:
 def _tensors(path: Path) -> list[str]:
     """Describes weights without a config: a LoRA, or models recognised by their tensors' names."""
     tensors = open_tensors(path)
-    dialects = [each for family in families() for each in family.lora.dialects(None)]
-    if is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes):
+    if _is_lora(tensors):
         file = load_adapter(path)
         return [
             f"{path}: of {file.family.name}: {file.summary}",
@@ -127,6 +152,11 @@ def _tensors(path: Path) -> list[str]:
     if not lines:
         raise UserError(f"{path} is nothing that is known: it has {summary(left) or 'no tensors'}")
     return [*lines, *([f"{path}: {len(left)} other tensors: {summary(left)}"] if left else [])]
+
+
+def _is_lora(tensors: TensorFiles) -> bool:
+    dialects = [each for family in families() for each in family.lora.dialects(None)]
+    return is_native(tensors) or any(d.find(key) for d in dialects for key in tensors.shapes)
 
 
 Describe = Callable[[str, TensorFiles], list[str]]

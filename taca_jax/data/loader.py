@@ -20,7 +20,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.order import CHOOSE, DROP, Bucket, Stream, uniform
 from taca_jax.data.sources.bad_examples import BadExampleError
 from taca_jax.data.sources.mixing import parts_of, read_example, summaries
-from taca_jax.data.sources.source import Example, PictureSource, Source
+from taca_jax.data.sources.source import Example, PictureSource, Source, captions_of
 from taca_jax.data.threads import usable_cores
 from taca_jax.data.wait_monitor import WaitMonitor
 from taca_jax.errors import UserError
@@ -291,12 +291,6 @@ def one_bucket(source: Source) -> Bucket:
     """A bucket of all examples, with their pictures as the source gives them."""
     starts = np.cumsum([0, *map(len, parts_of(source))])
     return Bucket(None, tuple(map(np.arange, starts[:-1], starts[1:])))
-
-
-def captions_of(example: Example) -> Sequence[str]:
-    """All captions of an example."""
-    caption = example["caption"]
-    return (caption,) if isinstance(caption, str) else caption
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

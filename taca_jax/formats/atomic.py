@@ -46,6 +46,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         made.replace(path)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError unless files can be written into a folder, which need not be there yet.
+
+    Nothing is left behind.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"{there} is a file" if there.is_file() else f"{there}: {error.strerror}"
+        raise UserError(f"{folder} cannot be written to ({reason}); write elsewhere") from error
+
+
 @contextlib.contextmanager
 def _os_errors_as_user_errors(path: Path) -> Iterator[None]:
     try:

@@ -119,6 +119,24 @@ class TensorFiles:
         return _read(stored, bounds)
 
 
+@dataclass(frozen=True)
+class TensorHeaders(TensorFiles):
+    """The tensors of files of which only headers are read, to check what needs no values: all are
+    of ones, except single numbers, and take no memory."""
+
+    def read(self, name: str, *part: slice | None) -> np.ndarray:
+        stored = self.stored[name]
+        if math.prod(stored.shape) == 1:
+            return super().read(name, *part)
+        ones = np.broadcast_to(np.ones((), stored.dtype), stored.shape)
+        return ones[tuple(slice(None) if each is None else each for each in part)]
+
+
+def headers_of(tensors: TensorFiles) -> TensorHeaders:
+    """The same files, of which only headers are read."""
+    return TensorHeaders(tensors.where, tensors.stored, tensors.duplicates, tensors.metadata)
+
+
 def open_tensors(path: Path) -> TensorFiles:
     """The safetensors at `path`: a file, an index (`*.index.json`), or a folder with one of either.
 

@@ -10,7 +10,7 @@ import glob
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import disable_progress_bars
 
@@ -65,6 +66,53 @@ def fetch(found: HubId, select: Select, *, download: bool = True) -> Path:
     return _cached(found, select, refused)
 
 
+def fetch_headers(found: HubId, select: Select, folder: Path) -> Path:
+    """Like `fetch`, but of weights that the cache lacks only headers are fetched.
+
+    The files appear in a `folder` of the caller's: those in the cache as links, and other weights
+    as files that have their headers, and a hole where the tensors are. Raises UserError as `fetch`
+    does.
+    """
+    try:
+        info = HfApi().model_info(found.repo, revision=found.revision)
+    except (HTTPError, OSError):
+        return fetch(found, select)  # which says why, or takes what is in the cache
+    selection = select(found, [each.rfilename for each in info.siblings or ()])
+    weights = [name for name in selection.files if name.endswith(".safetensors")]
+    others = [name for name in selection.files if name not in weights]
+    root = _downloaded(found, others) if others else folder
+    for name in selection.files:
+        made = folder / found.repo / name
+        made.parent.mkdir(parents=True, exist_ok=True)
+        cached = try_to_load_from_cache(found.repo, name, revision=info.sha)
+        if isinstance(cached, str):
+            made.symlink_to(cached)
+        elif name in weights:
+            _write_header(found, name, info.sha, made)
+        else:
+            made.symlink_to(root / name)
+    return folder / found.repo / selection.opened
+
+
+def _write_header(found: HubId, name: str, commit: str | None, made: Path) -> None:
+    """Writes a safetensors file with the header of the hub's, and a hole in place of its data."""
+    try:
+        header = HfApi().parse_safetensors_file_metadata(found.repo, name, revision=commit)
+    except SafetensorsParsingError as error:
+        raise UserError(f"{found.repo}:{name} is no safetensors file ({error})") from error
+    except (HTTPError, OSError) as error:
+        raise UserError(_why(found, error)) from error
+    entries: dict[str, object] = {"__metadata__": header.metadata} if header.metadata else {}
+    for tensor, about in header.tensors.items():
+        offsets = list(about.data_offsets)
+        entries[tensor] = {"dtype": about.dtype, "shape": about.shape, "data_offsets": offsets}
+    text = json.dumps(entries).encode()
+    end = max((about.data_offsets[1] for about in header.tensors.values()), default=0)
+    with made.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 def _fetched(found: HubId, select: Select, sizes: Mapping[str, int], commit: str | None) -> Path:
     selection = select(found, list(sizes))
     absent = [
@@ -76,13 +124,18 @@ def _fetched(found: HubId, select: Select, sizes: Mapping[str, int], commit: str
         size = sum(sizes[name] for name in absent) / 1e9
         files = f"{len(absent)} files" if len(absent) > 1 else absent[0]
         _LOG.warning("fetching %s (%.2f GB) of %s", files, size, found.repo)
+    return _downloaded(found, selection.files) / selection.opened
+
+
+def _downloaded(found: HubId, names: Sequence[str]) -> Path:
+    """The folder of a repository in the cache, with these files."""
     try:
         # Names are patterns here. The revision by its name, which is so found offline too.
         with _bars_of_terminals():
             folder = snapshot_download(
                 found.repo,
                 revision=found.revision,
-                allow_patterns=[glob.escape(name) for name in selection.files],
+                allow_patterns=[glob.escape(name) for name in names],
             )
     except (HTTPError, OSError) as error:
         if isinstance(error, RepositoryNotFoundError):
@@ -91,7 +144,7 @@ def _fetched(found: HubId, select: Select, sizes: Mapping[str, int], commit: str
             f"{found.repo} could not be fetched whole ({_first_line(error)}); the same command "
             "goes on where it stopped"
         ) from error
-    return Path(folder, selection.opened)
+    return Path(folder)
 
 
 def _bars_of_terminals() -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ strength of its own, so that x A B is the sum of all of them in two products.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -138,19 +138,34 @@ def add_lora(
     `targets` are those of the config, or the family's if the config has none. With B = 0 the
     model's outputs are unchanged. Raises UserError for a target that matches no layer.
     """
-    unused = set(targets)
-    adapted = []
+    adapted = adapted_paths([path for path, _ in linears(model)], targets)
     for path, layer in linears(model):
-        matching = {target for target in targets if re.fullmatch(target, path)}
-        unused -= matching
-        if not matching:
+        if path not in adapted:
             continue
         *stack, inputs, outputs = layer.kernel[...].shape
         bound = inputs**-0.5
         a = jax.random.uniform(rngs.params(), (*stack, inputs, config.rank), dtype, -bound, bound)
         b = jnp.zeros((*stack, config.rank, outputs), dtype)
         attach(layer, a, b, config.alpha / config.rank)
-        adapted.append(path)
+    return adapted
+
+
+def adapted_paths(layers: Iterable[str], targets: Sequence[str]) -> list[str]:
+    """Those of the paths of layers that a target matches.
+
+    Raises UserError for a target that matches none, or is no regular expression.
+    """
+    unused, adapted = set(targets), []
+    for path in layers:
+        try:
+            matching = {target for target in targets if re.fullmatch(target, path)}
+        except re.error as error:
+            raise UserError(
+                f"lora.targets has {error.pattern}, which is no regular expression: {error}"
+            ) from None
+        unused -= matching
+        if matching:
+            adapted.append(path)
     if unused:
         raise UserError(f"lora.targets match no layer of this model: {', '.join(sorted(unused))}")
     return adapted

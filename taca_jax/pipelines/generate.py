@@ -1,7 +1,6 @@
 """Draws pictures from a prompt and writes them with their settings."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +15,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from taca_jax.config.json_text import to_tree
-from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.processes import (
@@ -26,16 +24,16 @@ from taca_jax.parallel.processes import (
     on_host,
     print_once,
 )
+from taca_jax.pipelines.checks import check_drawing
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
 from taca_jax.pipelines.decoding import Output
 from taca_jax.pipelines.grids import caption_grid, enlarged
-from taca_jax.pipelines.inputs import NO_DOWNSCALE, picture_size
-from taca_jax.pipelines.loras import check_lora, used_loras
-from taca_jax.pipelines.opening import samples_of
+from taca_jax.pipelines.loras import used_loras
+from taca_jax.pipelines.opening import samples_of, tokens_in
 from taca_jax.pipelines.pipeline import Pipeline, PipelineOutput
-from taca_jax.pipelines.previews import open_previewer
+from taca_jax.pipelines.previews import OWN
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
-from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
+from taca_jax.weights.pipeline_folders import StoredPipeline
 
 TOKENS_TOGETHER = 4096
 """Image tokens that are drawn at a time on each device, unless batch_size says otherwise. More
@@ -57,14 +55,7 @@ def generate(config: GenerateConfig) -> list[Path]:
 
 
 def _generate(config: GenerateConfig) -> list[Path]:
-    if not config.prompt:
-        raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
-    if is_first():
-        _check_out(Path(config.out))
-    check_lora(config)  # before the model loads
-    if config.preview not in (None, OWN):
-        open_previewer(config.preview)  # also before the model loads
-    stored = open_pipeline(config.base, config.tokenizers)
+    stored = check_drawing(config)  # before any model loads
     size = batch_size(config, stored, len(jax.devices()))
     pipeline = load_pipeline(
         config,
@@ -87,25 +78,11 @@ def _generate(config: GenerateConfig) -> list[Path]:
     return names
 
 
-def _check_out(out: Path) -> None:
-    """Raises UserError unless the file can be written."""
-    if not out.parent.is_dir():
-        raise UserError(f"out={out}: the folder {out.parent} does not exist")
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder; name a file in it")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
-
-
 def batch_size(config: GenerateConfig, stored: StoredPipeline, devices: int) -> int:
     """How many pictures are drawn at a time: of several batches, all have this size."""
     most = config.batch_size
     if most is None:
-        autoencoder = stored.models.get(AUTOENCODER)
-        downscale = NO_DOWNSCALE if autoencoder is None else autoencoder.config.downscale
-        side = downscale * stored.transformer.config.patch_size
-        height, width = picture_size(config.height, config.width, stored.settings.resolution)
-        tokens = max(1, (height // side) * (width // side))
+        tokens = tokens_in(stored, config.height, config.width)
         most = devices * max(1, TOKENS_TOGETHER // tokens)
     batches = -(-config.num_images // most)
     return -(-config.num_images // batches)
@@ -230,10 +207,6 @@ def _drawn(
     drawn = [on_host(call(*batch, "latents").latents) for batch in batches]
     for (_, start), latents in zip(batches, drawn, strict=True):
         yield from wanted(pipeline.decode(jnp.asarray(latents), tiling=config.tiling), start)
-
-
-OWN = "own"
-"""The value of `preview` for the model's own autoencoder."""
 
 
 def preview_path(config: GenerateConfig) -> Path:

@@ -18,6 +18,11 @@ NO_DOWNSCALE = 8
 """Pixels per latent position where there is no autoencoder; that of all published autoencoders."""
 
 
+def downscale_of(autoencoder: Any | None) -> int:
+    """Pixels per latent position of an autoencoder's config, or where there is none."""
+    return NO_DOWNSCALE if autoencoder is None else autoencoder.downscale
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One or several prompts, or their embeddings, which need no text encoder.
@@ -74,6 +79,21 @@ def check_guidance(guidance: float) -> None:
         raise UserError(f"guidance is {guidance}; it must be 0 or more")
 
 
+def check_negative(prompt: Prompt, guidance: float, *, embedded: bool) -> None:
+    """Raises UserError for a negative prompt that would have no effect.
+
+    embedded: whether the model embeds its guidance.
+    """
+    if not prompt.is_given:
+        return
+    if embedded:
+        raise UserError(
+            "this model embeds its guidance and takes no negative prompt; leave negative_prompt out"
+        )
+    if guidance <= 1:
+        raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
+
+
 def negative_conditioning(
     prompt: Prompt,
     guidance: float,
@@ -84,12 +104,10 @@ def negative_conditioning(
 ) -> Conditioning | None:
     """The negative conditioning of classifier-free guidance, one for each picture; None without it.
 
-    The default is the empty prompt. Raises UserError if a negative prompt is given that would have
-    no effect, or that does not fit the positive one.
+    The default is the empty prompt. Raises UserError if a negative prompt does not fit the positive
+    one.
     """
     if guidance <= 1:
-        if prompt.is_given:
-            raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
         return None
     if prompt.text is None and prompt.embeds is None:
         prompt = Prompt(prompt.name, "", None, prompt.pooled)
@@ -144,6 +162,25 @@ def picture_size(height: int | None, width: int | None, resolution: int) -> tupl
     return resolution if height is None else height, resolution if width is None else width
 
 
+def check_size(config: Any, size: tuple[int, int], downscale: int) -> tuple[int, int]:
+    """The rows and columns of the image tokens of a picture of (height, width) pixels.
+
+    Raises UserError for a size that this transformer does not draw.
+    """
+    height, width = size
+    multiple = downscale * config.patch_size
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
+    rows, columns = height // multiple, width // multiple
+    family_of(config).check_grid(config, rows, columns)
+    return rows, columns
+
+
+def image_tokens(config: Any, size: tuple[int, int], downscale: int) -> int:
+    """The number of image tokens of a (height, width) in pixels. Raises as `check_size` does."""
+    return math.prod(check_size(config, size, downscale))
+
+
 def noise(
     config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int | Sequence[int]
 ) -> Float[Array, "b h w c"]:
@@ -152,12 +189,8 @@ def noise(
 
     Raises UserError for seeds or a size that are not allowed.
     """
-    height, width = size
-    multiple = downscale * config.patch_size
-    if min(height, width) < multiple or height % multiple or width % multiple:
-        raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
-    family_of(config).check_grid(config, height // multiple, width // multiple)
-    shape = (height // downscale, width // downscale, config.latent_channels)
+    rows, columns = check_size(config, size, downscale)
+    shape = (rows * config.patch_size, columns * config.patch_size, config.latent_channels)
     given = list(seed) if isinstance(seed, Sequence) else [seed]
     if not all(0 <= each <= MAX_SEED for each in given):
         raise UserError(f"seed is {seed}; it must be 0 to {MAX_SEED}")

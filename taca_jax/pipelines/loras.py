@@ -15,7 +15,14 @@ from taca_jax.pipelines.config import SamplingConfig
 from taca_jax.pipelines.lora_choice import FORM, LoRAChoice, parse_loras
 from taca_jax.taca import Gate
 from taca_jax.weights.hub_files import lora_files
-from taca_jax.weights.lora_files import LoRAFile, append_lora_file, gate_in, open_lora
+from taca_jax.weights.lora_files import (
+    LoRAFile,
+    append_lora_file,
+    check_lora_file,
+    gate_in,
+    open_lora,
+)
+from taca_jax.weights.pipeline_folders import StoredPipeline
 from taca_jax.weights.shipped import find_weights
 
 LoRAs = str | Path | LoRAChoice | Sequence[str | Path | LoRAChoice]
@@ -126,6 +133,13 @@ def check_lora(config: SamplingConfig) -> None:
     """Raises UserError unless each LoRA that is used is a readable file."""
     for choice in used_loras(config):
         open_tensors(_found(choice))
+
+
+def check_loras_fit(config: SamplingConfig, stored: StoredPipeline) -> None:
+    """Raises UserError unless each LoRA that is used is a whole file and of this model, as far as
+    its header shows."""
+    for choice in used_loras(config):
+        check_lora_file(_found(choice), stored.family, stored.transformer.config)
 
 
 def _found(choice: LoRAChoice) -> Path:

@@ -11,6 +11,7 @@ from taca_jax.errors import UserError
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.parallel.choice import Place, choose_place, drawing_meshes
 from taca_jax.parallel.mesh import MeshConfig, check_heads, make_mesh
+from taca_jax.pipelines.inputs import downscale_of, image_tokens, picture_size
 from taca_jax.pipelines.stages import Staged, Turn
 from taca_jax.pipelines.text import encoder_options, load_encoders, load_tokenizers
 from taca_jax.text.tokenizers import Tokenizer
@@ -39,6 +40,38 @@ def samples_of(stored: StoredPipeline, pictures: int = 1, guidance: float | None
     guidance = stored.settings.guidance if guidance is None else guidance
     guided = guidance > 1 and not stored.family.embeds_guidance(stored.transformer.config)
     return 2 * pictures if guided else pictures
+
+
+def downscale_in(stored: StoredPipeline) -> int:
+    """Pixels per latent position."""
+    autoencoder = stored.models.get(AUTOENCODER)
+    return downscale_of(None if autoencoder is None else autoencoder.config)
+
+
+def size_in(stored: StoredPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """The (height, width) in pixels of a picture; a side that is not given is the model's own."""
+    return picture_size(height, width, stored.settings.resolution)
+
+
+def tokens_in(stored: StoredPipeline, height: int | None, width: int | None) -> int:
+    """How many image tokens a picture has. Raises UserError for a size that the model does not
+    draw."""
+    size = size_in(stored, height, width)
+    return image_tokens(stored.transformer.config, size, downscale_in(stored))
+
+
+def check_autoencoder(stored: StoredPipeline) -> None:
+    """Raises UserError for an autoencoder of other latents than the transformer's."""
+    autoencoder = stored.models.get(AUTOENCODER)
+    if autoencoder is None:
+        return
+    given = autoencoder.config.latent_channels
+    expected = stored.transformer.config.latent_channels
+    if given != expected:
+        raise UserError(
+            f"{autoencoder.where} has {given} latent channels, the transformer expects {expected}; "
+            "it is of another model"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +140,7 @@ class Opening:
 
         Raises UserError for models that are damaged or do not fit together.
         """
-        self._check_autoencoder()
+        check_autoencoder(self.stored)
         stored, reading, autoencoder = self.stored, self.stored.reading, self._autoencoder
         tokenizer = None if reading is None else load_tokenizers(stored, reading)
         transformer, text, other = (
@@ -148,14 +181,3 @@ class Opening:
     @property
     def _other_options(self) -> LoadOptions:
         return replace(self.options, quantize="none", remat="none", attention="auto")
-
-    def _check_autoencoder(self) -> None:
-        if self._autoencoder is None:
-            return
-        given = self._autoencoder.config.latent_channels
-        expected = self.stored.transformer.config.latent_channels
-        if given != expected:
-            raise UserError(
-                f"{self._autoencoder.where} has {given} latent channels, the transformer expects "
-                f"{expected}; it is of another model"
-            )

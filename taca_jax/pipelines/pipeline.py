@@ -21,11 +21,13 @@ from taca_jax.parallel.mesh import on
 from taca_jax.parallel.processes import spans_processes
 from taca_jax.pipelines.decoding import Output, check_output, decode, to_pil
 from taca_jax.pipelines.inputs import (
-    NO_DOWNSCALE,
     Prompt,
     check_guidance,
+    check_negative,
+    downscale_of,
     filled,
     given_latents,
+    image_tokens,
     negative_conditioning,
     noise,
     picture_size,
@@ -43,6 +45,7 @@ from taca_jax.pipelines.previews import (
     watcher,
 )
 from taca_jax.pipelines.progress import step_bar
+from taca_jax.pipelines.text import lacks_encoders
 from taca_jax.sampling.loop import Sampled, SkipLayers, Trajectory, denoise, make_plan
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig
 from taca_jax.text.tokenizers import announce_cuts
@@ -95,10 +98,10 @@ class Pipeline(PipelineModels):
 
         Sizes are in pixels; defaults are those of a call.
         """
-        height, width = picture_size(height, width, self.settings.resolution)
-        side = self._downscale * self.config.patch_size  # of a token
+        size = picture_size(height, width, self.settings.resolution)
         steps = self.settings.steps if steps is None else steps
-        return self.settings.schedule.sigmas(steps, (height // side) * (width // side))
+        tokens = image_tokens(self.config, size, self._downscale)
+        return self.settings.schedule.sigmas(steps, tokens)
 
     def timesteps(
         self, height: int | None = None, width: int | None = None, steps: int | None = None
@@ -119,8 +122,7 @@ class Pipeline(PipelineModels):
 
     @property
     def _downscale(self) -> int:
-        config = self.autoencoder_config
-        return NO_DOWNSCALE if config is None else config.downscale
+        return downscale_of(self.autoencoder_config)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of prompts; a warning is logged for each prompt that has to be truncated.
@@ -128,11 +130,7 @@ class Pipeline(PipelineModels):
         Raises UserError if the pipeline has no text encoder.
         """
         if not self.has_text_encoder or self.tokenizer is None:
-            raise UserError(
-                f"this pipeline lacks a text encoder ({self.family.text_encoders}); add "
-                "text_encoder/, text_encoder_2/, ... and their tokenizers beside its transformer, "
-                "or from Python give prompt_embeds and pooled_prompt_embeds"
-            )
+            raise lacks_encoders(self.family)
         announce_cuts(self.tokenizer, prompts)
         tokens = self.tokenizer(prompts)  # what cannot be read is refused before encoders are read
         graph, state = nnx.split(self.text_encoder)
@@ -287,14 +285,14 @@ class Pipeline(PipelineModels):
         """The transformer's inputs from prompts, and those of classifier-free guidance if it is on,
         for each picture. Raises UserError for prompts that do not fit the model."""
         config = self.config
+        embedded = self.family.embeds_guidance(config)
+        check_negative(unwanted, guidance, embedded=embedded)
         positive = repeated(wanted.conditioning(config, self.encode_prompts), num_images)
-        if not self.family.embeds_guidance(config):
+        if not embedded:
             negative = negative_conditioning(
                 unwanted, guidance, positive, num_images, config, self.encode_prompts
             )
             return positive, negative
-        if unwanted.is_given:
-            raise UserError("this model embeds its guidance and takes no negative prompt")
         strengths = jnp.full(positive.txt.shape[0], guidance, jnp.float32)
         return replace(positive, guidance=strengths), None
 

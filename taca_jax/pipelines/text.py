@@ -13,6 +13,7 @@ from typing import Any
 from flax import nnx
 
 from taca_jax.errors import UserError
+from taca_jax.families.base import Family
 from taca_jax.nn.kinds import kind_of
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.encoders import FOLDERS, TextEncoder, TextReading
@@ -35,10 +36,26 @@ def load_text(
     return load_encoders(stored, reading, options, tokenizer), tokenizer
 
 
+def lacks_encoders(family: Family) -> UserError:
+    """What is said of a pipeline that is to read prompts and cannot."""
+    return UserError(
+        f"this pipeline lacks a text encoder ({family.text_encoders}); add text_encoder/, "
+        "text_encoder_2/, ... and their tokenizers beside its transformer, or from Python give "
+        "prompt_embeds and pooled_prompt_embeds"
+    )
+
+
 def load_tokenizers(stored: StoredPipeline, reading: TextReading) -> Tokenizer:
     """The tokenizers of a pipeline, joined. Raises UserError where one is missing."""
-    tokenizers = tuple(_tokenizer(stored, folder) for folder in reading.folders)
+    named = find_tokenizers(stored, reading)  # of several none is read if one is missing
+    tokenizers = tuple(load_tokenizer(*each) for each in named)
     return tokenizers[0] if len(tokenizers) == 1 else JoinedTokenizer(tokenizers)
+
+
+def find_tokenizers(stored: StoredPipeline, reading: TextReading) -> list[tuple[str, int]]:
+    """The name or folder of each tokenizer, and how many tokens of it are read. Raises UserError
+    where a folder is missing."""
+    return [_tokenizer(stored, folder) for folder in reading.folders]
 
 
 def load_encoders(
@@ -60,7 +77,7 @@ def encoder_options(config: Any, options: LoadOptions) -> LoadOptions:
     return replace(options, quantize=options.quantize if can_be else "none")
 
 
-def _tokenizer(stored: StoredPipeline, folder: str) -> Tokenizer:
+def _tokenizer(stored: StoredPipeline, folder: str) -> tuple[str, int]:
     config, settings = stored.models[folder].config, stored.settings
     if isinstance(config, CLIPConfig):
         return _own_tokenizer(stored, folder, config.max_tokens)
@@ -69,17 +86,17 @@ def _tokenizer(stored: StoredPipeline, folder: str) -> Tokenizer:
     # A converted pipeline contains its tokenizer's folder.
     inside = stored.tokenizers / settings.tokenizer
     name = str(inside) if inside.is_dir() else settings.tokenizer
-    return load_tokenizer(name, settings.text_length)
+    return name, settings.text_length
 
 
-def _own_tokenizer(stored: StoredPipeline, folder: str, length: int) -> Tokenizer:
+def _own_tokenizer(stored: StoredPipeline, folder: str, length: int) -> tuple[str, int]:
     own = stored.tokenizers / _TOKENIZER_OF[folder]
     if not own.is_dir():
         raise UserError(
             f"{own} is not there; it is the tokenizer of {folder}: copy that folder of the "
             "model's page there, or give tokenizers=, a folder that has it or a model of the hub"
         )
-    return load_tokenizer(str(own), length)
+    return str(own), length
 
 
 def encoders_by_folder(encoder: TextEncoder | None) -> dict[str, nnx.Module]:

@@ -26,8 +26,7 @@ from taca_jax.parallel.mesh import on
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.decoding import pictures_of
 from taca_jax.pipelines.generate import batch_size
-from taca_jax.pipelines.inputs import picture_size
-from taca_jax.pipelines.opening import Opening, samples_of
+from taca_jax.pipelines.opening import Opening, downscale_in, samples_of, size_in, tokens_in
 from taca_jax.planning.plan import GB, OutOfMemoryError, Plan, compiled_plan, devices_of, in_units
 from taca_jax.planning.slices import Slice
 from taca_jax.sampling.loop import Plan as StepValues
@@ -36,7 +35,7 @@ from taca_jax.taca import TacaConfig
 from taca_jax.text.encoders import token_count
 from taca_jax.weights.abstract import local_bytes
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_or_published
+from taca_jax.weights.pipeline_folders import StoredPipeline, open_or_published
 
 READING, DRAWING, DECODING = "reading a prompt", "drawing", "decoding"
 _MODELS = {READING: "text encoders", DRAWING: "transformer", DECODING: "autoencoder"}
@@ -74,7 +73,7 @@ def plan_drawing(config: GenerateConfig) -> None:
         samples=samples_of(stored, size, config.guidance),
     )
     guidance = stored.settings.guidance if config.guidance is None else config.guidance
-    height, width = picture_size(config.height, config.width, stored.settings.resolution)
+    height, width = size_in(stored, config.height, config.width)
     drawing = Drawing(size, height, width, guidance, config.tiling)
     try:
         plans = drawing_plans(opening, place, where, drawing)
@@ -189,8 +188,8 @@ def _draw(
     times = samples_of(stored, 1, drawing.guidance)  # 2 with classifier-free guidance
     batch = filled_size(mesh, drawing.pictures, times)
     graph, state = nnx.split(models[0])
-    rows, columns = (side // _downscale(stored) for side in (drawing.height, drawing.width))
-    image = (rows // config.patch_size) * (columns // config.patch_size)
+    rows, columns = (side // downscale_in(stored) for side in (drawing.height, drawing.width))
+    image = tokens_in(stored, drawing.height, drawing.width)
     tokens = stored.settings.text_length if reading is None else reading.tokens
 
     def conditioning() -> Conditioning:
@@ -226,7 +225,7 @@ def _decode(
 ) -> tuple[Any, int, float]:
     """The pictures, or one of their tiles."""
     graph, state = nnx.split(models[0])
-    downscale, tiling = _downscale(stored), drawing.tiling
+    downscale, tiling = downscale_in(stored), drawing.tiling
     shape = (drawing.pictures, drawing.height // downscale, drawing.width // downscale)
     if tiling is not None and tiling.is_for(drawing.height, drawing.width):
         size, _ = tiling.in_latents(downscale)
@@ -240,7 +239,3 @@ def _decode(
 
 
 _LOWER = {READING: _read, DRAWING: _draw, DECODING: _decode}
-
-
-def _downscale(stored: StoredPipeline) -> int:
-    return stored.models[AUTOENCODER].config.downscale

@@ -16,22 +16,22 @@ import numpy as np
 from flax import nnx
 
 from taca_jax.config.json_text import to_json
-from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache.files import encoded, write_sizes
 from taca_jax.data.cache.manifest import Manifest, differences, picture_fields, read_manifest
 from taca_jax.data.cache.reader import Cache, read_buckets
 from taca_jax.data.cache.writer import CacheWriter, write_empty_caption
-from taca_jax.data.sources.factory import open_source
 from taca_jax.data.sources.mixing import parts_of, summaries
+from taca_jax.data.sources.source import Source
 from taca_jax.data.sources.stored_scans import stamp_of
 from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
-from taca_jax.parallel.processes import all_of, first_before_others, is_first, wait_for_all
+from taca_jax.parallel.processes import all_of, is_first, wait_for_all
 from taca_jax.pipelines.text import encoders_by_folder
 from taca_jax.training.checkpoints import sum_of
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.encoding import Encoders, encode_to
 from taca_jax.training.models import InputModels, RunModels
+from taca_jax.training.run_data import RunData, open_data
 from taca_jax.training.signals import Notice
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE
 from taca_jax.weights.original_pipelines import TOKENIZERS
@@ -41,9 +41,37 @@ _PROBE = "Two red cups, left of a blue book: ½ é 漢字"
 """A text that different tokenizers most likely encode differently."""
 
 
-def ready_cache(models: RunModels, notice: Notice) -> Cache:
+def check_cache(models: RunModels) -> RunData | None:
+    """The pictures that are to be encoded; None if `config.cache_dir` has a complete cache.
+
+    No model is loaded. Raises UserError for a cache of other models or pictures, as far as the
+    configs of the models show it.
+    """
+    config, folder = models.config, models.config.cache_dir
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return open_data(models)
+    _check_data(config, folder, manifest)
+    if manifest.files != _files_stamp(models):
+        names = [*models.reading.folders, AUTOENCODER]
+        known = {name: _described(models.stored.models[name].config) for name in names}
+        made_with = {
+            name: {key: value for key, value in found.items() if key != "sum"}
+            for name, found in manifest.made_with.items()
+            if isinstance(found, dict)  # not the tokenizer's digest
+        }
+        _check_models(folder, replace(manifest, made_with=made_with), known)
+    if manifest.examples == len(encoded(folder)):
+        return None
+    opened = open_data(models)
+    _check_sources(folder, manifest, opened.source)
+    return opened
+
+
+def ready_cache(models: RunModels, notice: Notice, opened: RunData | None = None) -> Cache:
     """The cache in `config.cache_dir`, created or completed first if necessary.
 
+    opened: the pictures, if they are open already (`check_cache`).
     Models are loaded only to encode, or to compare them if their files have changed, and are freed
     when this returns. Raises UserError for a cache of other models or pictures, and StoppedError if
     the run was asked to stop, after everything encoded so far has been written.
@@ -69,7 +97,8 @@ def ready_cache(models: RunModels, notice: Notice) -> Cache:
         if manifest is not None:
             _check_models(folder, manifest, made_with)
         if manifest is None or not complete:
-            manifest = _encode_all(models, inputs, made_with, stamp, manifest, notice)
+            opened = open_data(models) if opened is None else opened
+            manifest = _encode_all(models, inputs, opened, made_with, stamp, manifest, notice)
         elif is_first():  # the files were copied or touched, but hold the same models
             replace(manifest, files=stamp).write(folder)
         wait_for_all("a complete cache")
@@ -101,6 +130,17 @@ def _check_models(folder: Path, manifest: Manifest, made_with: dict[str, Any]) -
         )
 
 
+def _check_sources(folder: Path, begun: Manifest, source: Source) -> None:
+    """Raises UserError unless a cache was begun with as many pictures: its shards are of the same
+    source."""
+    now = [len(part) for part in parts_of(source)]
+    if begun.sources != now:
+        raise UserError(
+            f"{folder} was begun with {sum(begun.sources)} pictures, now there are {sum(now)}; "
+            "remove it to encode anew"
+        )
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {each}" for name, each in value.items())
@@ -113,13 +153,15 @@ def _made_with(inputs: InputModels) -> dict[str, Any]:
     found: dict[str, Any] = {}
     models = {**encoders_by_folder(inputs.text_encoder), AUTOENCODER: inputs.autoencoder}
     for name, model in models.items():
-        found[name] = {
-            "kind": kind_of(model.config).name,
-            "sum": sum_of(nnx.state(model)),
-            "config": _digest(to_json(model.config).encode()),
-        }
+        kind, config = _described(model.config).values()
+        found[name] = {"kind": kind, "sum": sum_of(nnx.state(model)), "config": config}
     found["tokenizer"] = _digest(np.asarray(inputs.tokenizer([_PROBE, ""]), np.int32).tobytes())
     return found
+
+
+def _described(config: Any) -> dict[str, str]:
+    """What is known of a model without its parameters: its kind, and a digest of its config."""
+    return {"kind": kind_of(config).name, "config": _digest(to_json(config).encode())}
 
 
 def _files_stamp(models: RunModels) -> str:
@@ -150,6 +192,7 @@ def _digest(content: bytes) -> str:
 def _encode_all(
     models: RunModels,
     inputs: InputModels,
+    opened: RunData,
     made_with: dict[str, Any],
     stamp: str,
     before: Manifest | None,
@@ -158,9 +201,7 @@ def _encode_all(
     """Encodes everything that is not in the cache yet and returns the completed manifest; `before`
     is the manifest of a cache that was begun earlier."""
     config = models.config
-    data, folder = config.data, config.cache_dir
-    with first_before_others("data that is made on first use"):
-        source = open_source(data)
+    data, folder, source = config.data, config.cache_dir, opened.source
     encoders = Encoders(inputs, models.mesh, data.batch_size, config.dtype)
     (empty,) = encoders.captions([""])
     manifest = Manifest(
@@ -176,19 +217,12 @@ def _encode_all(
         text=list(empty["txt"].shape),
         pooled=list(empty["pooled"].shape),
     )
-    # The existing shards must be of the same source.
-    if before is not None and before.sources != manifest.sources:
-        raise UserError(
-            f"{folder} was begun with {sum(before.sources)} pictures, now there are "
-            f"{sum(manifest.sources)}; remove it to encode anew"
-        )
-    if before is None:
-        least = config.grad_accumulation * data.batch_size
-        buckets = make_buckets(source, data, multiple=models.multiple, least=least)
-        if is_first():
-            write_empty_caption(folder, empty)
-            write_sizes(folder, buckets, len(source), data.resolution)
-            manifest.write(folder)
+    if before is not None:
+        _check_sources(folder, before, source)
+    elif is_first():
+        write_empty_caption(folder, empty)
+        write_sizes(folder, opened.buckets, len(source), data.resolution)
+        manifest.write(folder)
     wait_for_all("the start of a cache")
     # The buckets of the cache's beginning, whatever the batch size is now.
     buckets = read_buckets(folder, manifest)

@@ -22,11 +22,11 @@ from rich.progress import track
 
 from taca_jax.autoencoders.vae import AutoencoderKL
 from taca_jax.data.cache.writer import CacheWriter, Caption
-from taca_jax.data.loader import BATCHES_AHEAD, FILES_PER_CHUNK, MAX_THREADS, captions_of
+from taca_jax.data.loader import BATCHES_AHEAD, FILES_PER_CHUNK, MAX_THREADS
 from taca_jax.data.order import Bucket
 from taca_jax.data.sources.bad_examples import BadExampleError
 from taca_jax.data.sources.mixing import read_example
-from taca_jax.data.sources.source import Example, Source
+from taca_jax.data.sources.source import Example, Source, captions_of
 from taca_jax.data.threads import usable_cores
 from taca_jax.parallel.batches import batch_sharding, local_rows, own_rows, put_rows
 from taca_jax.parallel.processes import is_first, most_of_all

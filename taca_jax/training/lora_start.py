@@ -7,10 +7,9 @@ from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.formats.lora.factors import check_fits
 from taca_jax.formats.tensor_files import summary
-from taca_jax.nn.kinds import shapes_of
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.weights.hub_files import lora_files
-from taca_jax.weights.lora_files import LoRAFile, load_adapter
+from taca_jax.weights.lora_files import LoRAFile, kernel_shapes, load_adapter
 from taca_jax.weights.shipped import find_weights
 
 
@@ -23,10 +22,7 @@ def open_start(lora: LoRAConfig | None, family: Family, transformer: Any) -> LoR
     if lora is None or lora.init is None:
         return None
     file = load_adapter(find_weights(lora.init, lora_files), family, transformer)
-    kernels = {
-        path.removesuffix(".kernel"): shape for path, shape in shapes_of(transformer).items()
-    }
-    check_fits(file.adapter, kernels, lora.init)
+    check_fits(file.adapter, kernel_shapes(transformer), lora.init)
     targets = family.lora.targets if lora.targets is None else lora.targets
     beyond = {
         path: None

@@ -10,7 +10,6 @@ from taca_jax.config.json_text import from_json, to_json
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import print_once
-from taca_jax.training.checkpoints import newest_step
 from taca_jax.training.config import TrainConfig
 
 RECORD = "config.json"
@@ -67,6 +66,8 @@ def check_record(config: TrainConfig) -> None:
             f"{run_dir} was started with other values of {', '.join(changed)}; resume with the "
             "same, or start another run with out_dir=..."
         )
+    from taca_jax.training.checkpoints import newest_step  # slow to import, and needed only here
+
     done = newest_step(run_dir)
     if done > config.steps:
         raise UserError(f"{run_dir} has done {done} steps; steps={config.steps} is fewer")

@@ -18,7 +18,6 @@ from taca_jax.evaluation.shapes.evaluate import evaluate_shapes
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.batches import put_rows
 from taca_jax.parallel.chips import chip_of
-from taca_jax.parallel.choice import choose_mesh
 from taca_jax.parallel.mesh import on
 from taca_jax.parallel.processes import (
     do_not_wait_at_exit,
@@ -32,6 +31,7 @@ from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig, describe_gamma
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
+from taca_jax.training.checks import CheckedRun, check_run
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.health import Health, Step
 from taca_jax.training.inputs import open_loader
@@ -41,18 +41,18 @@ from taca_jax.training.models import (
     InputModels,
     RunModels,
     TextToImage,
-    open_models,
 )
-from taca_jax.training.record import check_record, write_record
+from taca_jax.training.record import write_record
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.training.text_lessons import teach_text
 from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, checked: CheckedRun | None = None) -> None:
     """Trains as configured and writes all results into `config.run_dir`.
 
+    checked: of this configuration, if it has been checked already (`check_run`).
     That folder then contains config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/,
     `lora.safetensors` and loras/ (with config.lora) or `model/` (a pipeline folder), and
     `evaluation.json` and `.png` if configured. If there are several processes, all call this and
@@ -61,12 +61,9 @@ def train(config: TrainConfig) -> None:
     """
     join_processes()
     try:
-        check_record(config)
-        models = open_models(config)
-        mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
-        models = models.on_mesh(None if mesh.size == 1 else mesh)
-        with on(models.mesh):
-            _run(models, Notice(f"go on with resume=true out_dir={config.run_dir}"))
+        run = check_run(config) if checked is None else checked
+        with on(run.models.mesh):
+            _run(run, Notice(f"go on with resume=true out_dir={config.run_dir}"))
     except StoppedError:
         raise
     except BaseException:
@@ -74,10 +71,10 @@ def train(config: TrainConfig) -> None:
         raise
 
 
-def _run(models: RunModels, notice: Notice) -> None:
-    config = models.config
+def _run(run: CheckedRun, notice: Notice) -> None:
+    models, config = run.models, run.models.config
     cached = config.data.encode == "cache"
-    inputs = ready_cache(models, notice) if cached else models.load_inputs()
+    inputs = ready_cache(models, notice, run.data) if cached else models.load_inputs()
     if config.teaches_text and isinstance(inputs, InputModels):
         teach_text(models, inputs)
     transformer = models.load_transformer()
@@ -91,11 +88,8 @@ def _run(models: RunModels, notice: Notice) -> None:
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} is cut to steps="
             f"{config.steps}: the learning rate rises to the end"
         )
-    if config.sample_every and isinstance(inputs, InputModels):
-        # Prompts that cannot be tokenized fail now, and not at the first grid of samples.
-        inputs.tokenizer(config.sample_prompts)
     try:
-        with open_loader(models, inputs) as loader:
+        with open_loader(models, inputs, run.data) as loader:
             # Only now, so that a run that cannot start leaves no record behind.
             wait_for_all("a run that can begin")
             if is_first():

@@ -111,11 +111,21 @@ def load_model(path: Path | str, options: LoadOptions) -> Any:
     config = load_config(path)
     if not shapes_of(config):  # pixels have no parameters
         return abstract_model(config, dtype=options.dtype)
-    tensors = open_parameters(path)
-    if problems := differences(shapes_of(config), tensors.shapes):
-        raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
+    tensors = check_model(path)
     stored = StoredParameters(tensors.dtypes, lambda name, part: _read(tensors, name, part))
     return load_parameters(config, stored, options)
+
+
+def check_model(path: Path) -> Tensors:
+    """The parameters of a model folder, not yet read, which fit its config.
+
+    Raises UserError that lists everything missing, left over or mis-shaped, and for files that are
+    absent, truncated or damaged.
+    """
+    config, tensors = load_config(path), open_parameters(path)
+    if problems := differences(shapes_of(config), tensors.shapes):
+        raise UserError(f"{path} does not fit its {CONFIG}: {'; '.join(problems)}")
+    return tensors
 
 
 def open_parameters(path: Path) -> Tensors:

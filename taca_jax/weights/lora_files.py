@@ -25,7 +25,14 @@ from taca_jax.formats.lora.factors import (
     kernels_of,
     summarise,
 )
-from taca_jax.formats.tensor_files import TensorFiles, open_tensors, write_tensors
+from taca_jax.formats.tensor_files import (
+    Shape,
+    TensorFiles,
+    headers_of,
+    open_tensors,
+    write_tensors,
+)
+from taca_jax.nn.kinds import shapes_of
 from taca_jax.nn.lora import count_loras, remove_lora
 from taca_jax.parallel.rules import parameter_sharding
 from taca_jax.taca import Gate
@@ -132,7 +139,27 @@ def load_adapter(path: Path, family: Family | None = None, config: Any = None) -
     Without a config, layers may be in the family's `placeholder_stack`, which only `save_adapter`
     accepts. Raises as `read_lora` does, except that sizes are not compared with a model's.
     """
-    tensors = open_tensors(path)
+    return parse_lora(open_tensors(path), family, config)
+
+
+def check_lora_file(path: Path, family: Family, config: Any) -> None:
+    """Raises UserError as `open_lora` does, for a transformer of this config, from the header of
+    the file alone."""
+    file = parse_lora(headers_of(open_tensors(path)), family, config)
+    check_fits(file.adapter, kernel_shapes(config), str(path))
+
+
+def kernel_shapes(config: Any) -> dict[str, Shape]:
+    """The shapes of all kernels of a config's model, by the path of the layer."""
+    return {
+        path.removesuffix(".kernel"): shape
+        for path, shape in shapes_of(config).items()
+        if path.endswith(".kernel")
+    }
+
+
+def parse_lora(tensors: TensorFiles, family: Family | None = None, config: Any = None) -> LoRAFile:
+    """The factors in a file's tensors, as `load_adapter` describes."""
     gate = gate_in(tensors)
     if native.is_native(tensors):
         adapter = native.parse(tensors)

@@ -56,12 +56,19 @@ class Original:
         """Its file or folder, for messages."""
         return self.tensors.where
 
+    def check(self) -> dict[str, list[Piece]]:
+        """Which tensors each of our parameters is made of; none of them is read.
+
+        Raises UserError that lists every key that is missing, left over or mis-shaped.
+        """
+        return match(self.table, self.tensors, shapes_of(self.config))
+
     def load(self, options: LoadOptions) -> Any:
         """Loads the model directly onto its devices, one tensor at a time.
 
         Raises UserError that lists every key that is missing, left over or mis-shaped.
         """
-        pieces = match(self.table, self.tensors, shapes_of(self.config))
+        pieces = self.check()
         dtypes = {path: stored_dtype(self.tensors, each) for path, each in pieces.items()}
 
         def read(path: str, part: Index) -> np.ndarray:

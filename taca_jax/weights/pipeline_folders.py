@@ -18,7 +18,13 @@ from taca_jax.hub.ids import hint, hub_id
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.text.encoders import StoredEncoders, TextReading
-from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, load_model
+from taca_jax.weights.folders import (
+    CONFIG,
+    PIPELINE_FILE,
+    check_model,
+    load_config,
+    load_model,
+)
 from taca_jax.weights.hub_files import model_files, tokenizer_folders
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.original_pipelines import TOKENIZERS, is_original, open_original
@@ -64,11 +70,14 @@ def write_settings(folder: Path, settings: PipelineSettings) -> None:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that is not loaded: where it is, its config, and the function that loads it."""
+    """A model that is not loaded: where it is, its config, the function that loads it, and the one
+    that checks its files first, as far as their headers show, and raises UserError as loading does.
+    """
 
     where: str
     config: Any
     load: Callable[[LoadOptions], Any]
+    check: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ def open_autoencoder(
 
 
 def _of_original(model: Original) -> StoredModel:
-    return StoredModel(model.where, model.config, model.load)
+    return StoredModel(model.where, model.config, model.load, model.check)
 
 
 def converted_pipeline(folder: Path, settings: PipelineSettings) -> StoredPipeline:
@@ -206,7 +215,9 @@ def converted_pipeline(folder: Path, settings: PipelineSettings) -> StoredPipeli
 
 def stored_model(folder: Path) -> StoredModel:
     """The model of a model folder. Raises UserError as `load_config` does."""
-    return StoredModel(str(folder), load_config(folder), partial(load_model, folder))
+    return StoredModel(
+        str(folder), load_config(folder), partial(load_model, folder), partial(check_model, folder)
+    )
 
 
 def published_pipeline(base: str) -> StoredPipeline:

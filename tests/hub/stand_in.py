@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,11 +38,12 @@ class Repo:
 
 @dataclass
 class Hub:
-    """repos: by id. asked: (method, path, Range header) of every request. cut: files, by name, of
-    which the first answer ends after so many bytes."""
+    """repos: by id. asked: (method, path, Range header) of every request. sent: bytes, by file.
+    cut: files, by name, of which the first answer ends after so many bytes."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
     cut: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
@@ -124,19 +126,22 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return self._send_file(file[3], files[file[3]], commit)
 
         def _send_file(self, name: str, content: bytes, commit: str) -> None:
-            begins = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-            start = int(begins[1]) if begins else 0
-            self.send_response(206 if begins else 200)
+            part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            total, tag = len(content), _sha1(content)
+            start = int(part[1]) if part else 0
+            if part and part[2]:
+                content = content[: int(part[2]) + 1]
+            self.send_response(206 if part else 200)
             self.send_header("X-Repo-Commit", commit)
-            self.send_header("ETag", f'"{_sha1(content)}"')
+            self.send_header("ETag", f'"{tag}"')
             self.send_header("Content-Length", str(len(content) - start))
-            if begins:
-                total = len(content)
-                self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+            if part:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{total}")
             self.end_headers()
             if self.command == "GET":
                 end = hub.cut.pop(name, len(content))
                 self.wfile.write(content[start:end])
+                hub.sent[name] += len(content[start:end])
                 if end < len(content):
                     self.wfile.flush()
                     self.close_connection = True

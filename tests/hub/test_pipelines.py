@@ -13,7 +13,7 @@ from taca_jax.formats.tensor_files import write_tensors
 from taca_jax.hub.ids import HubId
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.generate import check_lora
+from taca_jax.pipelines.loras import check_lora
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.previews import open_previewer
 from taca_jax.text.tokenizers import FolderTokenizer

@@ -124,7 +124,7 @@ def test_in_stages_the_pictures_are_exactly_the_same(tmp_path, capsys):
 def test_in_stages_each_model_is_read_once_whatever_is_drawn(tmp_path, monkeypatch):
     read, original = [], StoredModel.__init__
 
-    def init(self, where, config, load):
+    def init(self, where, config, load, check):
         original(self, where, config, lambda options: read.append(where) or load(options))
 
     monkeypatch.setattr(StoredModel, "__init__", init)

@@ -54,7 +54,7 @@ def read(monkeypatch):
     kinds, alive = [], weakref.WeakSet()
     original = StoredModel.__init__
 
-    def init(self, where, config, load):
+    def init(self, where, config, load, check):
         def counted(options):
             others = [type(each).__name__ for each in alive]
             assert not others, f"{others} in memory when {where} is read"
@@ -63,7 +63,7 @@ def read(monkeypatch):
             alive.add(model)
             return model
 
-        original(self, where, config, counted)
+        original(self, where, config, counted, check)
 
     monkeypatch.setattr(StoredModel, "__init__", init)
     return kinds

@@ -244,7 +244,7 @@ def test_told_to_stop_it_keeps_what_is_encoded(base, pictures, tmp_path, monkeyp
 def test_a_complete_cache_needs_neither_models_nor_pictures(made, tmp_path, monkeypatch):
     config = own(made, tmp_path)
     monkeypatch.setattr(RunModels, "load_inputs", None)
-    monkeypatch.setattr(cache_stage, "open_source", None)
+    monkeypatch.setattr(cache_stage, "open_data", None)
     assert len(ready(config)) == len(SIZES)
 
 

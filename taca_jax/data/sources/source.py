@@ -46,6 +46,12 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
+def captions_of(example: Example) -> Sequence[str]:
+    """All captions of an example."""
+    caption = example["caption"]
+    return (caption,) if isinstance(caption, str) else caption
+
+
 class PictureSource(ABC):
     """Pictures of any size with captions, by index, each cropped and resized as it is read.
 

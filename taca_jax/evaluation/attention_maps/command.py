@@ -22,9 +22,9 @@ from taca_jax.evaluation.attention_maps.shares import shares_of_step
 from taca_jax.evaluation.plots import need_matplotlib
 from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.formats.atomic import whole_file
+from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import load_pipeline, local_mesh
-from taca_jax.pipelines.loras import check_lora
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.sampling.loop import make_plan
@@ -48,7 +48,7 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
 
     assert config.taca is not None  # its class checks that
     out, files = Path(config.out), model_files(config)
-    check_lora(config)
+    check_evaluation(config, config.prompts)
     check_record(out, config, files)
     pipeline = load_pipeline(config, local_mesh(config))
     words = words_of(config.prompts[0]) if config.word is None else [config.word]

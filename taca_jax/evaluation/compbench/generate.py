@@ -36,8 +36,8 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
+from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.generate import load_pipeline, local_mesh, png_info
-from taca_jax.pipelines.loras import check_lora
 from taca_jax.pipelines.pipeline import Pipeline
 
 FREE_FIELDS = ("prompts", "out", "categories", "limit")
@@ -68,7 +68,7 @@ def generate(config: PicturesConfig) -> None:
 
 def _generate(config: PicturesConfig) -> None:
     lists: Lists = {each: read_prompts(Path(config.prompts), each) for each in config.categories}
-    check_lora(config)
+    check_evaluation(config, [prompt for prompts in lists.values() for prompt in prompts])
     out, files = Path(config.out), model_files(config)
     check_record(out, config, files, free=FREE_FIELDS)
     check_prompts(out, lists, config.num_images)
@@ -76,7 +76,7 @@ def _generate(config: PicturesConfig) -> None:
     total = sum(_count(config, prompts) for prompts in lists.values())
     print_once(f"{out}: {_pictures(missing)} of {total} pictures to draw")
     share = list(missing.items())[jax.process_index() :: jax.process_count()]
-    pipeline = _ready_pipeline(config, lists) if share else None
+    pipeline = load_pipeline(config, local_mesh(config)) if share else None
     # Only now, so that a run that cannot start leaves no record behind, and nobody draws before all
     # have listed what is missing.
     wait_for_all("a run that can begin")
@@ -94,14 +94,6 @@ def _generate(config: PicturesConfig) -> None:
             "all processes write to this folder, and has nothing else changed it? Run again"
         )
     print_once(f"{out}: all {total} pictures are there")
-
-
-def _ready_pipeline(config: PicturesConfig, lists: Lists) -> Pipeline:
-    pipeline = load_pipeline(config, local_mesh(config))
-    if pipeline.tokenizer is not None:
-        # A prompt that the model cannot read fails now, and not when its turn comes.
-        pipeline.tokenizer([prompt for prompts in lists.values() for prompt in prompts])
-    return pipeline
 
 
 def batches(config: PicturesConfig, lists: Lists) -> Iterator[Batch]:

@@ -12,8 +12,14 @@ def check_base(config: SamplingConfig) -> None:
     settings = open_pipeline(config.base).settings
     for side in (config.height, config.width):
         pixels = settings.resolution if side is None else side
-        if pixels != IMAGE_SIZE:
-            raise UserError(
-                f"pictures would have {pixels} pixels a side, and shapes are read at {IMAGE_SIZE}; "
-                f"give a base of shapes, or height={IMAGE_SIZE} width={IMAGE_SIZE}"
-            )
+        check_pixels(pixels, f"height={IMAGE_SIZE} width={IMAGE_SIZE}")
+
+
+def check_pixels(side: int, instead: str) -> None:
+    """Raises UserError unless shapes can be read in pictures of so many pixels a side; `instead` is
+    what may be set otherwise."""
+    if side != IMAGE_SIZE:
+        raise UserError(
+            f"pictures would have {side} pixels a side, and shapes are read at {IMAGE_SIZE}; "
+            f"give a base of shapes, or {instead}"
+        )

@@ -17,9 +17,10 @@ from taca_jax.evaluation.shapes.report import best_prompts, summary, table
 from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import load_pipeline, local_mesh
-from taca_jax.pipelines.loras import check_lora, used_loras
+from taca_jax.pipelines.loras import used_loras
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
 
@@ -56,7 +57,7 @@ def evaluate_command(config: ShapesConfig) -> None:
     """
     out, files = Path(config.out), model_files(config)
     check_base(config)
-    check_lora(config)
+    check_evaluation(config)
     check_record(out, config, files)
     pipeline = load_pipeline(config, local_mesh(config))
     write_record(out, config, files)

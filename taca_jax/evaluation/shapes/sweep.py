@@ -28,12 +28,12 @@ from taca_jax.evaluation.shapes.report import EACH_ALONE, difference_text, share
 from taca_jax.evaluation.shapes.sampler import PICTURES, Sampler
 from taca_jax.evaluation.shapes.sweep_config import SweepConfig
 from taca_jax.formats.atomic import whole_file
+from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import load_pipeline, local_mesh
 from taca_jax.pipelines.lora_choice import parse_loras
-from taca_jax.pipelines.loras import check_lora
+from taca_jax.pipelines.loras import check_loras_fit
 from taca_jax.taca import TacaConfig
-from taca_jax.weights.pipeline_folders import open_pipeline
 
 AXES = ("gammas", "thresholds", "schedules", "cond_only", "loras", "gammas_learned", "guidances")
 """The fields of SweepConfig that hold the values of an axis."""
@@ -174,10 +174,11 @@ def sweep(config: SweepConfig) -> None:
 
     out, files = Path(config.out), {"base": config.base}
     check_base(config)
-    points = settings(config, open_pipeline(config.base).settings.guidance)
+    stored = check_evaluation(replace(config, lora=None))
+    points = settings(config, stored.settings.guidance)
     loras = dict.fromkeys(point.lora for point in points if point.lora is not None)
     for lora in loras:
-        check_lora(replace(config, lora=lora))
+        check_loras_fit(replace(config, lora=lora), stored)
     check_record(out, config, files, free=FREE_FIELDS)
     pipeline = load_pipeline(replace(config, lora=None), local_mesh(config))
     for lora in loras:

@@ -1,0 +1,129 @@
+"""What is wrong with a command that draws, as far as configs and headers of files show it.
+
+No weights are read here, nor fetched from the hub, so that a mistake is reported within seconds,
+however large the model is. Each check is the one that would fail later.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from taca_jax.autoencoders.pixels import PixelsConfig
+from taca_jax.errors import UserError
+from taca_jax.parallel.mesh import check_heads, make_mesh
+from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
+from taca_jax.pipelines.inputs import (
+    Prompt,
+    check_guidance,
+    check_negative,
+)
+from taca_jax.pipelines.loras import check_lora, check_loras_fit
+from taca_jax.pipelines.opening import check_autoencoder, size_in, tokens_in
+from taca_jax.pipelines.previews import OWN, check_own_previewer, open_previewer
+from taca_jax.pipelines.text import find_tokenizers, lacks_encoders, load_tokenizers
+from taca_jax.weights.hub_headers import headers_alone
+from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
+
+
+def check_drawing(config: GenerateConfig) -> StoredPipeline:
+    """The pipeline that `generate.py` is to draw with, opened and not loaded.
+
+    Raises UserError for all that needs no weights to be found: an `out` that cannot be written, and
+    what `check_sampling` finds, of previews and tiles too.
+    """
+    if not config.prompt:
+        raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
+    if is_first():
+        _check_out(Path(config.out))
+    prompts = [config.prompt]
+    if config.negative_prompt is not None:
+        prompts.append(config.negative_prompt)
+    if config.preview not in (None, OWN):
+        open_previewer(config.preview)  # a path that is wrong, before a base is fetched
+    check_lora(config)
+    with headers_alone(config.base) as base:
+        stored = open_pipeline(base, config.tokenizers)
+        _check_pictures(config, stored)
+        check_sampling(config, stored, prompts, jax.devices())
+    return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
+
+
+def check_evaluation(config: SamplingConfig, prompts: Sequence[str] = ()) -> StoredPipeline:
+    """The pipeline that an evaluation is to draw `prompts` with, on the devices of this process;
+    opened and not loaded.
+
+    Raises UserError as `check_sampling` does.
+    """
+    check_lora(config)
+    with headers_alone(config.base) as base:
+        stored = open_pipeline(base, config.tokenizers)
+        check_sampling(config, stored, prompts, jax.local_devices())
+    return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
+
+
+def check_sampling(
+    config: SamplingConfig,
+    stored: StoredPipeline,
+    prompts: Sequence[str],
+    devices: Sequence[Any],
+) -> None:
+    """Raises UserError for what would keep a pipeline from drawing as configured on `devices`:
+    files that are damaged or lack something, models, LoRAs, sizes or a mesh that do not fit
+    together, prompts that cannot be read."""
+    check_autoencoder(stored)
+    if _autoencoder(stored) is None:
+        raise UserError(
+            f"{stored.where} has no autoencoder, which pictures are made with; put its folder "
+            "autoencoder/ (of a diffusers folder vae/, beside a single file ae.safetensors) there"
+        )
+    reading = stored.reading
+    if reading is None:
+        raise lacks_encoders(stored.family)
+    tokens_in(stored, config.height, config.width)
+    check_loras_fit(config, stored)
+    for model in stored.models.values():
+        model.check()
+    find_tokenizers(stored, reading)
+    # What follows takes a second or two: devices are found, and tokenizers of the hub read.
+    check_heads(make_mesh(config.mesh, devices), stored.transformer.config.num_heads)
+    tokenizer = load_tokenizers(stored, reading)
+    if prompts:
+        tokenizer(prompts)
+
+
+def _check_pictures(config: GenerateConfig, stored: StoredPipeline) -> None:
+    """Raises UserError for what only generate.py takes and this model does not."""
+    transformer, autoencoder = stored.transformer.config, _autoencoder(stored)
+    family = stored.family
+    guidance = stored.settings.guidance if config.guidance is None else config.guidance
+    check_guidance(guidance)
+    negative = Prompt("negative_prompt", config.negative_prompt, None, None)
+    check_negative(negative, guidance, embedded=family.embeds_guidance(transformer))
+    if config.preview == OWN:
+        check_own_previewer(autoencoder, family.tiny_autoencoder)
+    elif config.preview is not None:
+        open_previewer(config.preview, transformer.latent_channels).check()
+    tiling = config.tiling
+    if tiling is None or autoencoder is None or isinstance(autoencoder, PixelsConfig):
+        return
+    if tiling.is_for(*size_in(stored, config.height, config.width)):
+        tiling.in_latents(autoencoder.downscale)
+
+
+def _autoencoder(stored: StoredPipeline) -> Any:
+    found = stored.models.get(AUTOENCODER)
+    return None if found is None else found.config
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError unless the file can be written."""
+    if not out.parent.is_dir():
+        raise UserError(f"out={out}: the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; name a file in it")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
