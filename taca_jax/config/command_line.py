@@ -37,6 +37,7 @@ def parse_cli(
     package: str = "configs",
     attribute: str | None = "CONFIG",
     preset_kind: type | None = None,
+    default: str | None = None,
     program: str | None = None,
 ) -> C:
     """The configuration that the command line `argv` (without the program's name) asks for.
@@ -50,6 +51,7 @@ def parse_cli(
     prints the presets and every key, `--config` without a name the presets; both exit with status
     0. Bad input prints one line, `error: ...`, on stderr and exits with status 2.
 
+    default: the preset where `--config` names none.
     program: how the program is called, for the help; by default the file that runs.
     """
     presets = None
@@ -57,7 +59,7 @@ def parse_cli(
         required = preset_kind is None
         presets = _Presets(package, attribute, preset_kind or kind, required)
     try:
-        return _parse(list(argv), kind, presets, program or sys.argv[0])
+        return _parse(list(argv), kind, presets, default, program or sys.argv[0])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -72,8 +74,14 @@ def say(lines: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(argv: list[str], kind: type[C], presets: "_Presets | None", program: str) -> C:
-    preset, values = None, {}
+def _parse(
+    argv: list[str],
+    kind: type[C],
+    presets: "_Presets | None",
+    default: str | None,
+    program: str,
+) -> C:
+    preset, values = default, {}
     wants_help = False
     rest = iter(argv)
     for argument in rest:

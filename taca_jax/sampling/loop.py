@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.errors import UserError
@@ -186,10 +187,19 @@ def denoise(
     if watch is None:
         now = run(now, 0, steps)
     else:
+        now = _beside(state, now)
         for i in range(steps):
             now = run(now, i, i + 1)
             watch(i, now)
     return now.latents, now.trajectory
+
+
+def _beside(state: nnx.State, now: Sampled) -> Sampled:
+    """`now` committed to the device of the parameters, if that is one: what a step returns is, and
+    the second step would else be compiled anew."""
+    places = {leaf.sharding for leaf in jax.tree.leaves(state)}
+    place = places.pop() if len(places) == 1 else None
+    return jax.device_put(now, place) if isinstance(place, SingleDeviceSharding) else now
 
 
 @jax.jit(static_argnames=("graph",))
