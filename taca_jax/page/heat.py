@@ -13,7 +13,8 @@ _COLORS = np.array(
 )
 """From little to much attention: five of Matplotlib's `inferno`, evenly apart."""
 
-_OPACITY = 0.65
+_LEAST_OPACITY, _MOST_OPACITY = 0.3, 0.85
+"""Of the colours of the least and of the most attention."""
 
 
 def heated(
@@ -31,10 +32,11 @@ def heated(
 
 def _heated(picture: Image.Image, values: Float[np.ndarray, "r c"]) -> Image.Image:
     """values: 0 to 1."""
-    smooth = Image.fromarray(values.astype(np.float32)).resize(
-        picture.size, Image.Resampling.BILINEAR
+    smooth = np.asarray(
+        Image.fromarray(values.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
     )
     at = np.linspace(0, 1, len(_COLORS))
-    colors = np.stack([np.interp(np.asarray(smooth), at, each) for each in _COLORS.T], axis=-1)
-    heat = Image.fromarray(colors.round().astype(np.uint8))
-    return Image.blend(picture.convert("L").convert("RGB"), heat, _OPACITY)
+    colors = np.stack([np.interp(smooth, at, each) for each in _COLORS.T], axis=-1)
+    opacity = np.interp(smooth, [0, 1], [_LEAST_OPACITY, _MOST_OPACITY])[..., None]
+    grey = np.asarray(picture.convert("L"), np.float32)[..., None]
+    return Image.fromarray((opacity * colors + (1 - opacity) * grey).round().astype(np.uint8))

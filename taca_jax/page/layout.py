@@ -39,16 +39,27 @@ _GATES: list[tuple[str, Gate | str]] = [
     ("always", "always"),
 ]
 
-CSS = """
+_FIRST = "the first step; it is compiled for a new size or number of steps"
+_CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 footer { display: none !important; }
-.pixels img { image-rendering: pixelated; }
+.prompt { align-items: flex-end; }
 .pictures { flex-wrap: nowrap !important; }
-.picture img { width: 100% !important; height: auto !important; }
-.picture .image-frame, .picture .image-container { height: auto !important; }
-.about { min-height: 1.6em; }
-@media (max-width: 640px) { h1 { font-size: 1.35rem !important; } }
+.pictures > * { justify-content: flex-end; }
+.picture { aspect-ratio: RATIO; overflow: hidden; }
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain; }
+.picture .empty { min-height: 0 !important; height: 100% !important; }
+.pixels img { image-rendering: pixelated; }
+.about { min-height: 3.2em; }
+@media (max-width: 640px) { h1 { font-size: 1.3rem !important; } }
 """
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif")
+"""Of the visitor's own machine: none is fetched."""
+
+
+def css(studio: Studio) -> str:
+    """The page's style sheet. The pictures' places keep their size while nothing is drawn."""
+    return _CSS.replace("RATIO", f"{studio.width} / {studio.height}")
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -61,7 +72,7 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_INTRODUCTION)
         name = gr.State("")
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="prompt"):
             prompt = gr.Textbox(
                 config.prompt,
                 label="Prompt",
@@ -83,28 +94,34 @@ def build(studio: Studio) -> gr.Blocks:
                         "interactive": False,
                         "buttons": ["fullscreen"],
                         "elem_classes": ["picture", small],
-                        "min_width": 120,
+                        "show_label": False,
                     }
-                    left = gr.Image(label="plain", elem_id="plain", **looks)
-                    right = gr.Image(label="TACA", elem_id="taca", **looks)
+                    names, pictures = [], []
+                    for each, heading in {"plain": "Plain", "taca": "With TACA"}.items():
+                        with gr.Column(min_width=120):
+                            names.append(gr.Markdown(f"**{heading}**"))
+                            pictures.append(gr.Image(label=heading, elem_id=each, **looks))
                 about = gr.Markdown("", elem_id="about", elem_classes="about")
                 step = gr.Slider(
                     *(1, steps, steps),
                     step=1,
-                    label="Step: what it predicts as the final picture",
+                    label="Step",
+                    info="the pictures above are what this step predicts as the final ones",
                     interactive=False,
                     elem_id="step",
                 )
                 word = gr.Radio(
-                    [("no word", _NO_WORD)],
+                    [("none", _NO_WORD)],
                     value=_NO_WORD,
-                    label="Which places attend to a word in this step",
+                    label="Word",
+                    info="shows which places attend to it in this step",
                     interactive=False,
                     elem_id="word",
                 )
                 with gr.Row():
+                    looks = {"interactive": False, "size": "md", "min_width": 120}
                     files = [
-                        gr.DownloadButton(label, interactive=False, size="md", elem_id=each)
+                        gr.DownloadButton(label, elem_id=each, **looks)
                         for each, label in {
                             "save-plain": "Download plain",
                             "save-taca": "Download TACA",
@@ -113,15 +130,15 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=1, min_width=280):
                 fields = _fields(studio, steps)
         asked = [prompt, *fields]
-        shown = [left, right, about]
+        shown = [*names, *pictures, about]
 
         def draw(*values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
             def advance(done: int, total: int) -> None:
-                which = "TACA" if done > total // 2 else "plain"
-                text = f"{which}: step {(done - 1) % (total // 2) + 1 if done else 0}"
-                progress((done, total), desc=text, unit="steps")
+                which = "plain" if done <= total // 2 else "with TACA"
+                progress((done, total), desc=which if done else _FIRST, unit="steps")
 
             with _told():
+                progress(0, desc="waiting for the model")
                 *most, gate, width, height = values
                 wanted = Asked(*most, lora_gate=gate or None, width=width, height=height)
                 drawing = studio.draw(settings_of(config, wanted, studio.max_side), advance)
@@ -133,7 +150,7 @@ def build(studio: Studio) -> gr.Blocks:
                 *_pictures(studio, drawing, last, _NO_WORD),
                 gr.Slider(maximum=last, value=last, interactive=True),
                 gr.Radio(
-                    [("no word", _NO_WORD), *((each, each) for each in words)],
+                    [("none", _NO_WORD), *((each, each) for each in words)],
                     value=_NO_WORD,
                     interactive=True,
                 ),
@@ -149,7 +166,7 @@ def build(studio: Studio) -> gr.Blocks:
                 draw,
                 asked,
                 [name, *shown, step, word, *files],
-                show_progress_on=[left, right],
+                show_progress_on=pictures,
                 api_visibility="private",
                 concurrency_id="draw",
                 concurrency_limit=1,
@@ -197,17 +214,19 @@ def _fields(studio: Studio, steps: int) -> list[Any]:
     gamma = gr.Slider(
         *(1.0, max(2.0, taca.gamma), taca.gamma),
         step=0.01,
-        label="Gamma: how much more the picture attends to the prompt",
+        label="Gamma",
+        info="how much more the picture attends to the prompt",
         elem_id="gamma",
     )
     threshold = gr.Slider(
         *(0, MAX_TIMESTEP, taca.threshold),
         step=5,
-        label="Threshold: TACA acts while t is above it (1000 is noise, 0 the picture)",
+        label="Threshold",
+        info="TACA acts from here on upwards: 1000 is noise, 0 the picture",
         elem_id="threshold",
     )
     schedule = gr.Radio(
-        list(get_args(Schedule)), value=taca.schedule, label="Schedule of gamma", elem_id="schedule"
+        list(get_args(Schedule)), value=taca.schedule, label="Schedule", elem_id="schedule"
     )
     guidance = gr.Slider(
         *(0, 15, own.guidance if config.guidance is None else config.guidance),
@@ -241,9 +260,9 @@ def _fields(studio: Studio, steps: int) -> list[Any]:
     ]
 
 
-def _pictures(studio: Studio, drawing: Drawing, step: int, word: str) -> tuple[Any, Any, str]:
-    """Both pictures as a step, counted from 1, predicts them, with a word's map if one is chosen,
-    and a line about the step."""
+def _pictures(studio: Studio, drawing: Drawing, step: int, word: str) -> tuple[Any, ...]:
+    """The names of both columns, their pictures as a step, counted from 1, predicts them, with a
+    word's map if one is chosen, and a line about the step."""
     taca = drawing.settings.taca
     assert taca is not None  # the configuration refuses that
     pictures = studio.predicted(drawing, step - 1)
@@ -260,11 +279,8 @@ def _pictures(studio: Studio, drawing: Drawing, step: int, word: str) -> tuple[A
             f". Brighter places attend more to “{html.escape(word)}”; the mean of all places is "
             f"{shares} of their attention."
         )
-    names = ["plain", f"TACA, {describe_gamma(taca)}"]
-    if drawing.settings.lora is not None:
-        names[1] += " + LoRA"
-    left, right = (gr.Image(each, label=name) for each, name in zip(pictures, names, strict=True))
-    return left, right, about
+    lora = "" if drawing.settings.lora is None else " + LoRA"
+    return "**Plain**", f"**TACA, {describe_gamma(taca)}{lora}**", *pictures, about
 
 
 @contextmanager

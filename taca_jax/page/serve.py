@@ -48,7 +48,10 @@ def open_studio(config: PageConfig) -> Studio:
         raise UserError(
             f"{config.base} lacks its autoencoder or its text encoders; the page needs both"
         )
-    return Studio(pipeline, config)
+    studio = Studio(pipeline, config)
+    for lora in pipeline.loras:
+        print(f"LoRA: {lora.name}", flush=True)
+    return studio
 
 
 def start(studio: Studio):
@@ -57,7 +60,7 @@ def start(studio: Studio):
     from starlette.middleware import Middleware
 
     from taca_jax.page.guard import Guard
-    from taca_jax.page.layout import CSS, build
+    from taca_jax.page.layout import FONT, build, css
 
     config = studio.config
     page = build(studio)
@@ -76,8 +79,8 @@ def start(studio: Studio):
             mcp_server=False,
             state_session_capacity=1000,
             app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
-            theme=gr.themes.Soft(primary_hue="orange", neutral_hue="stone"),
-            css=CSS,
+            theme=gr.themes.Default(primary_hue="orange", neutral_hue="stone", font=FONT),
+            css=css(studio),
         )
     except OSError as error:
         raise UserError(

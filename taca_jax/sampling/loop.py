@@ -195,11 +195,14 @@ def denoise(
 
 
 def _beside(state: nnx.State, now: Sampled) -> Sampled:
-    """`now` committed to the device of the parameters, if that is one: what a step returns is, and
-    the second step would else be compiled anew."""
-    places = {leaf.sharding for leaf in jax.tree.leaves(state)}
+    """`now` committed to the device of the parameters, if they are committed to one: what a step
+    returns is, and the second step would else be compiled anew."""
+    leaves = jax.tree.leaves(state)
+    places = {leaf.sharding for leaf in leaves}
     place = places.pop() if len(places) == 1 else None
-    return jax.device_put(now, place) if isinstance(place, SingleDeviceSharding) else now
+    if isinstance(place, SingleDeviceSharding) and all(leaf.committed for leaf in leaves):
+        return jax.device_put(now, place)
+    return now
 
 
 @jax.jit(static_argnames=("graph",))
