@@ -44,11 +44,11 @@ _CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 footer { display: none !important; }
 .prompt { align-items: flex-end; }
-.pictures { flex-wrap: nowrap !important; }
-.pictures > * { justify-content: flex-end; }
+.pictures { flex-wrap: nowrap !important; align-items: flex-end !important; }
 .picture { aspect-ratio: RATIO; overflow: hidden; }
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain; }
 .picture .empty { min-height: 0 !important; height: 100% !important; }
+.picture [data-testid="status-tracker"]:has(.error) { display: none !important; }
 .pixels img { image-rendering: pixelated; }
 .about { min-height: 3.2em; }
 @media (max-width: 640px) { h1 { font-size: 1.3rem !important; } }

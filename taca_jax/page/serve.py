@@ -56,7 +56,7 @@ def open_studio(config: PageConfig) -> Studio:
 
 def start(studio: Studio):
     """The page, being served in another thread. Raises UserError where nothing can listen."""
-    import gradio as gr
+    from gradio.themes import Default
     from starlette.middleware import Middleware
 
     from taca_jax.page.guard import Guard
@@ -79,7 +79,7 @@ def start(studio: Studio):
             mcp_server=False,
             state_session_capacity=1000,
             app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
-            theme=gr.themes.Default(primary_hue="orange", neutral_hue="stone", font=FONT),
+            theme=Default(primary_hue="orange", neutral_hue="stone", font=FONT),
             css=css(studio),
         )
     except OSError as error:

@@ -195,12 +195,12 @@ def denoise(
 
 
 def _beside(state: nnx.State, now: Sampled) -> Sampled:
-    """`now` committed to the device of the parameters, if they are committed to one: what a step
+    """`now` committed to the device of the parameters, if any of them is: what a step
     returns is, and the second step would else be compiled anew."""
     leaves = jax.tree.leaves(state)
     places = {leaf.sharding for leaf in leaves}
     place = places.pop() if len(places) == 1 else None
-    if isinstance(place, SingleDeviceSharding) and all(leaf.committed for leaf in leaves):
+    if isinstance(place, SingleDeviceSharding) and any(leaf.committed for leaf in leaves):
         return jax.device_put(now, place)
     return now
 

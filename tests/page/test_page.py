@@ -90,7 +90,10 @@ def settings(config) -> GenerateConfig:
 
 @pytest.fixture(scope="module")
 def drawing(studio, settings):
-    return studio.draw(settings, lambda *_: None)
+    compiled = _denoise._cache_size()
+    drawing = studio.draw(settings, lambda *_: None)
+    assert _denoise._cache_size() == compiled + 1  # for both columns, and for each step
+    return drawing
 
 
 def _free_port() -> int:
@@ -311,6 +314,7 @@ def test_in_a_browser(served, studio, drawing):
     tab.locator("#draw").click()
     tab.get_by_text("the word 'elephant' is unknown to this model").wait_for()
     assert_shown(tab, maps)
+    assert not tab.locator("#taca .error").is_visible()  # which would cover the picture
 
     # On a phone nothing stands out to the side.
     tab.set_viewport_size({"width": 390, "height": 844})
