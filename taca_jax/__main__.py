@@ -1,4 +1,4 @@
-"""python -m taca_jax train|generate|convert|eval ...   (--help says what they do)"""
+"""python -m taca_jax train|generate|page|convert|eval ...   (--help says what they do)"""
 
 import sys
 from collections.abc import Sequence

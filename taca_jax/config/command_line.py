@@ -36,6 +36,7 @@ def parse_cli(
     attribute: str | None = "CONFIG",
     preset_kind: type | None = None,
     saved: Callable[[Path], Any] | None = None,
+    default: str | None = None,
     program: str | None = None,
 ) -> C:
     """The configuration that the command line `argv` (without the program's name) asks for.
@@ -53,6 +54,7 @@ def parse_cli(
     prints the presets and every key, `--config` without a name the presets; both exit with status
     0. Bad input prints one line, `error: ...`, on stderr and exits with status 2.
 
+    default: the preset where `--config` names none.
     program: how the program is called, for the help; by default the file that runs.
     """
     presets = None
@@ -60,7 +62,7 @@ def parse_cli(
         required = preset_kind is None
         presets = Presets(package, attribute, preset_kind or kind, required, saved)
     try:
-        return _parse(list(argv), kind, presets, program or called())
+        return _parse(list(argv), kind, presets, default, program or called())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -81,8 +83,10 @@ def say(lines: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(argv: list[str], kind: type[C], presets: Presets | None, program: str) -> C:
-    preset, values = None, {}
+def _parse(
+    argv: list[str], kind: type[C], presets: Presets | None, default: str | None, program: str
+) -> C:
+    preset, values = default, {}
     wants_help = False
     rest = iter(argv)
     for argument in rest:

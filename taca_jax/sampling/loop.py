@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.errors import UserError
@@ -186,10 +187,22 @@ def denoise(
     if watch is None:
         now = run(now, 0, steps)
     else:
+        now = _beside(state, now)
         for i in range(steps):
             now = run(now, i, i + 1)
             watch(i, now)
     return now.latents, now.trajectory
+
+
+def _beside(state: nnx.State, now: Sampled) -> Sampled:
+    """`now` committed to the device of the parameters, if any of them is: what a step
+    returns is, and the second step would else be compiled anew."""
+    leaves = jax.tree.leaves(state)
+    places = {leaf.sharding for leaf in leaves}
+    place = places.pop() if len(places) == 1 else None
+    if isinstance(place, SingleDeviceSharding) and any(leaf.committed for leaf in leaves):
+        return jax.device_put(now, place)
+    return now
 
 
 @jax.jit(static_argnames=("graph",))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import parse
+from taca_jax.convert.cli import parse
 from taca_jax.config.command_line import parse_cli
 from taca_jax.evaluation import commands
 from taca_jax.pipelines.config import GenerateConfig

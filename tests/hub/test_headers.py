@@ -9,7 +9,7 @@ import pytest
 
 import generate
 import train
-from convert.cli import main
+from taca_jax.convert.cli import main
 from taca_jax.errors import UserError
 from taca_jax.hub.fetching import fetch_headers
 from taca_jax.hub.ids import HubId
