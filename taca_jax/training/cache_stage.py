@@ -19,6 +19,7 @@ from taca_jax.config.json_text import to_json
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache.files import encoded, write_sizes
 from taca_jax.data.cache.manifest import Manifest, differences, picture_fields, read_manifest
+from taca_jax.data.cache.prompts import read_prompts, write_prompts
 from taca_jax.data.cache.reader import Cache, read_buckets
 from taca_jax.data.cache.writer import CacheWriter, write_empty_caption
 from taca_jax.data.sources.factory import open_source
@@ -28,6 +29,7 @@ from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
 from taca_jax.parallel.processes import all_of, first_before_others, is_first, wait_for_all
 from taca_jax.pipelines.text import encoders_by_folder
+from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.checkpoints import sum_of
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.encoding import Encoders, encode_to
@@ -62,9 +64,13 @@ def ready_cache(models: RunModels, notice: Notice) -> Cache:
         _check_data(config, folder, manifest)
     complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
     same_files = all_of(manifest is not None and manifest.files == stamp)
-    if manifest is None or not complete or not same_files:
+    lacks_prompts = not all_of(not _lacking_prompts(config))
+    if manifest is None or not complete or not same_files or lacks_prompts:
         # Not loaded at all for a complete cache of the same files.
         inputs = models.load_inputs()
+        if lacks_prompts:
+            # Prompts that cannot be tokenized fail now, and not when all pictures are encoded.
+            inputs.tokenizer(config.sample_prompts)
         made_with = _made_with(inputs)
         if manifest is not None:
             _check_models(folder, manifest, made_with)
@@ -72,8 +78,33 @@ def ready_cache(models: RunModels, notice: Notice) -> Cache:
             manifest = _encode_all(models, inputs, made_with, stamp, manifest, notice)
         elif is_first():  # the files were copied or touched, but hold the same models
             replace(manifest, files=stamp).write(folder)
+        if lacks_prompts:
+            _add_prompts(models, inputs)
         wait_for_all("a complete cache")
     return Cache(folder, manifest)
+
+
+def _lacking_prompts(config: TrainConfig) -> list[str]:
+    """The prompts to draw samples of that are not in the cache."""
+    if not config.sample_every:
+        return []
+    there = read_prompts(config.cache_dir)
+    return [prompt for prompt in dict.fromkeys(config.sample_prompts) if prompt not in there]
+
+
+def _add_prompts(models: RunModels, inputs: InputModels) -> None:
+    """Encodes the prompts to draw samples of that are not in the cache, and adds them to it."""
+    config, folder = models.config, models.config.cache_dir
+    lacking = _lacking_prompts(config)
+    encoders = Encoders(inputs, models.mesh, config.data.batch_size, config.dtype)
+    found = dict(zip(lacking, encoders.captions(lacking), strict=True))
+    wait_for_all("the prompts of a cache")  # all have read which are lacking
+    if not is_first():
+        return
+    there = read_prompts(folder)
+    if there:
+        print(f"{folder} was made for other sample_prompts: encoded and added {', '.join(lacking)}")
+    write_prompts(folder, there | found)
 
 
 def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
@@ -118,8 +149,16 @@ def _made_with(inputs: InputModels) -> dict[str, Any]:
             "sum": sum_of(nnx.state(model)),
             "config": _digest(to_json(model.config).encode()),
         }
-    found["tokenizer"] = _digest(np.asarray(inputs.tokenizer([_PROBE, ""]), np.int32).tobytes())
+    found["tokenizer"] = _digest(_probed(inputs.tokenizer).tobytes())
     return found
+
+
+def _probed(tokenizer: Tokenizer) -> np.ndarray:
+    """What a tokenizer makes of a few texts, int32."""
+    try:
+        return np.asarray(tokenizer([_PROBE, ""]), np.int32)
+    except UserError:  # it knows a few words only
+        return np.asarray([*tokenizer([""])[0], tokenizer.vocab_size], np.int32)
 
 
 def _files_stamp(models: RunModels) -> str:

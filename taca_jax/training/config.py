@@ -69,8 +69,13 @@ class TrainConfig:
     save_every: optimizer steps between two checkpoints, each with the LoRA of that step as a file
       in loras/; the last step is always saved.
     keep_checkpoints: how many checkpoints and such files are kept.
-    sample_every: optimizer steps between two grids of samples; 0 draws none.
-    sample_prompts: the prompts of those grids.
+    sample_every: optimizer steps between two pictures of samples, of which one is drawn before the
+      first step; 0 draws none. They show each prompt plain, with TACA and with the LoRA as trained
+      so far, side by side, from the same noise.
+    sample_prompts: the prompts of those samples.
+    sample_height, sample_width: of each, in pixels; none is data.resolution.
+    sample_steps: of sampling; none takes the model's own number.
+    sample_guidance: the strength of guidance; none takes the model's own.
     seed: of parameters, noise and timesteps.
     out_dir: the run's folder; none is runs/NAME.
     plan: a slice of TPUs (v5e-16, v6e-8, v5p-8): instead of training, compile the step for it and
@@ -108,6 +113,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     sample_every: int = 0
     sample_prompts: tuple[str, ...] = ()
+    sample_height: int | None = None
+    sample_width: int | None = None
+    sample_steps: int | None = None
+    sample_guidance: float | None = None
     seed: int = 0
     out_dir: str | None = None
     plan: str | None = None
@@ -129,6 +138,9 @@ class TrainConfig:
         shift = self.timestep_shift
         check(0 < shift < math.inf, "timestep_shift", shift, "a number above 0")
         check(self.sample_every >= 0, "sample_every", self.sample_every, "0 (never) or more")
+        for name in ("sample_height", "sample_width", "sample_steps"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "1 or more, or none")
         check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
         local = "://" not in (self.out_dir or "")
@@ -192,17 +204,11 @@ class TrainConfig:
                 f"with {keys} none of them trains; set optimizer.kind=adamw, or "
                 f"{' '.join(f'{name}=none' for name in adapted)}"
             )
-        if self.data.encode == "cache":
-            if not self.adapts:
-                raise UserError(
-                    "data.encode=cache encodes captions once, and without a lora the text encoder "
-                    "trains with the model; set lora.*, or data.encode=online"
-                )
-            if self.sample_every:
-                raise UserError(
-                    f"sample_every is {self.sample_every}, and data.encode=cache trains without "
-                    "what samples are drawn with; set sample_every=0, or data.encode=online"
-                )
+        if self.data.encode == "cache" and not self.adapts:
+            raise UserError(
+                "data.encode=cache encodes captions once, and without a lora the text encoder "
+                "trains with the model; set lora.*, or data.encode=online"
+            )
         for name, to in {"quantize": self.quantize, "quantize_text": self.quantize_text}.items():
             if not self.adapts and to != "none":
                 raise UserError(

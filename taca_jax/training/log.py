@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -108,6 +109,16 @@ class RunLog:
                 left = "compiled first"
             line = f"step {step}/{self._steps}  {numbers}  {left}"
             self.console.print(line, soft_wrap=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A context whose time is no step's: samples, validation."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            then, step = self._last
+            self._last = (then + time.perf_counter() - begun, step)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, uint8 HWC, to TensorBoard."""

@@ -27,8 +27,6 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
-from taca_jax.pipelines.grids import caption_grid
-from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig, describe_gamma
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
@@ -44,6 +42,7 @@ from taca_jax.training.models import (
     open_models,
 )
 from taca_jax.training.record import check_record, write_record
+from taca_jax.training.samples import Samples, check_samples
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.training.text_lessons import teach_text
@@ -76,6 +75,7 @@ def train(config: TrainConfig) -> None:
 
 def _run(models: RunModels, notice: Notice) -> None:
     config = models.config
+    check_samples(models)
     cached = config.data.encode == "cache"
     inputs = ready_cache(models, notice) if cached else models.load_inputs()
     if config.teaches_text and isinstance(inputs, InputModels):
@@ -158,6 +158,7 @@ def _loop(
     before: Step | None = None
     log = _log(models, start) if is_first() else None
     health = Health()
+    samples = Samples(models, inputs) if config.sample_every else None
 
     def report(step: Step) -> None:
         health.check(step, state)
@@ -165,7 +166,14 @@ def _loop(
         if log is not None and due:
             log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
 
+    def aside(number: int) -> None:
+        if samples is not None and number % config.sample_every == 0:
+            with nullcontext() if log is None else log.aside():
+                samples.draw(trainer.merge(state.best), number, log)
+
     with notice.steps(), nullcontext() if log is None else log:
+        if start == 0:
+            aside(0)
         for number in range(start + 1, config.steps + 1):
             batch, names = _next_batch(loader, config.grad_accumulation, models.mesh)
             state, metrics = trainer.run(state, batch)
@@ -184,11 +192,7 @@ def _loop(
                 report(before)
                 checkpoints.wait()
                 raise notice.stopped(f"saved after step {number} of {config.steps}")
-            drawing = config.sample_every and number % config.sample_every == 0
-            if drawing and isinstance(inputs, InputModels):
-                model = trainer.merge(state.best)
-                pipeline = models.pipeline(model, inputs)
-                _sample(pipeline, config, model.taca(config), log, number)
+            aside(number)
         if before is not None:
             report(before)
         checkpoints.wait()
@@ -225,23 +229,6 @@ def _next_batch(
     arrays = {name: placed([batch[name] for batch in batches]) for name in names}
     batch = Batch(**arrays) if "image" in arrays else EncodedBatch(**arrays)
     return batch, [name for batch in batches for name in batch["id"]]
-
-
-def _sample(
-    pipeline: Pipeline,
-    config: TrainConfig,
-    taca: TacaConfig | None,
-    log: RunLog | None,
-    step: int,
-) -> None:
-    prompts = list(config.sample_prompts)
-    pictures = pipeline(prompts, taca=taca, seed=config.seed, progress=False).images
-    if log is None or not isinstance(pictures, list):
-        return  # all processes sample together, and the first writes the pictures
-    grid = caption_grid(pictures, prompts)
-    with whole_file(config.run_dir / "samples" / f"{step:07d}.png") as file:
-        grid.save(file, format="PNG")
-    log.image(step, "samples", np.asarray(grid))
 
 
 def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache) -> None:

@@ -13,6 +13,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 
 from taca_jax.data.cache.files import EMPTY, RECORDS, damaged_shard, not_opened, read_sizes, shards
 from taca_jax.data.cache.manifest import Manifest
+from taca_jax.data.cache.prompts import read_prompts
 from taca_jax.data.cache.writer import Caption
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import DROPPED, Loader
@@ -93,6 +94,15 @@ class Cache:
         if number == DROPPED:
             return self._empty
         return self._caption(self._read(example["shard"], example["first_caption"] + number))
+
+    def prompts(self) -> dict[str, Caption]:
+        """The embeddings of the prompts that were encoded to draw samples of."""
+        return read_prompts(self._folder)
+
+    @property
+    def empty(self) -> Caption:
+        """The embeddings of the empty caption."""
+        return self._empty
 
     def buckets(self) -> list[Bucket]:
         """The buckets that the cache was made with."""
