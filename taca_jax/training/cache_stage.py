@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from taca_jax.config.fields import show
 from taca_jax.config.json_text import to_json
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.cache.files import encoded, write_sizes
@@ -135,7 +136,7 @@ def _check_models(folder: Path, manifest: Manifest, made_with: dict[str, Any]) -
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {each}" for name, each in value.items())
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return ",".join(value) if isinstance(value, list) else show(value)
 
 
 def _made_with(inputs: InputModels) -> dict[str, Any]:
