@@ -277,9 +277,11 @@ class RunModels:
         return LoadOptions(dtype, jnp.dtype(jnp.float32) if trained else dtype, self.mesh)
 
 
-def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
+def open_models(config: TrainConfig, *, published: bool = False, begins: bool = True) -> RunModels:
     """The models of a run: those of its base, or new ones.
 
+    begins: whether the run is at its first step; else a checkpoint holds what became of the LoRA
+    that it started from, whose file may be gone.
     With `published`, a base that does not exist may be the name or hub id of a released model, to
     plan with, and nothing is fetched.
     Raises UserError for a base that is missing or lacks what training needs, and for models,
@@ -315,7 +317,7 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
     if reading is None or autoencoder is None:
         raise UserError(f"base={config.base} lacks {' and '.join(lacking)}, which training needs")
     _check_sizes(config, stored.transformer.config, autoencoder)
-    start = open_start(config.lora, family, stored.transformer.config)
+    start = open_start(config.lora, family, stored.transformer.config) if begins else None
     return RunModels(config, stored, family, reading, autoencoder.config, start)
 
 

@@ -60,8 +60,7 @@ def train(config: TrainConfig) -> None:
     """
     join_processes()
     try:
-        check_record(config)
-        models = open_models(config)
+        models = open_models(config, begins=check_record(config) == 0)
         mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
         models = models.on_mesh(None if mesh.size == 1 else mesh)
         with on(models.mesh):

@@ -3,7 +3,6 @@ picture."""
 
 from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -122,7 +121,7 @@ def _drawn(
         if text is None:
             chosen = pipeline.embeds([prompts[row] for row in rows], guidance=_guidance(models))
         else:
-            chosen = jax.tree.map(lambda array, rows=rows: jnp.asarray(array[rows]), text)
+            chosen = _rows_of(text, rows)
         pictures = pipeline(
             **chosen,
             height=height,
@@ -139,18 +138,26 @@ def _drawn(
 
 
 def _stored_text(models: RunModels, cache: Cache) -> Embeds:
-    """The inputs of the prompts, float arrays [n, ...], from a cache that has them."""
+    """The inputs of the prompts, from a cache that has them."""
     there, prompts = cache.prompts(), models.config.sample_prompts
-
-    def stacked(captions: Sequence) -> tuple[np.ndarray, np.ndarray]:
-        return np.stack([c["txt"] for c in captions]), np.stack([c["pooled"] for c in captions])
-
-    txt, pooled = stacked([there[prompt] for prompt in prompts])
-    text = Embeds(prompt_embeds=txt, pooled_prompt_embeds=pooled)  # pyright: ignore[reportArgumentType]
+    found = [there[prompt] for prompt in prompts]
+    text = Embeds(
+        prompt_embeds=jnp.stack([each["txt"] for each in found]),
+        pooled_prompt_embeds=jnp.stack([each["pooled"] for each in found]),
+    )
     if _guidance(models) > 1 and not models.family.embeds_guidance(models.transformer):
-        empty = stacked([cache.empty] * len(prompts))
-        text["negative_prompt_embeds"], text["negative_pooled_prompt_embeds"] = empty  # pyright: ignore[reportGeneralTypeIssues]
+        repeat = (len(prompts), 1)
+        text["negative_prompt_embeds"] = jnp.tile(cache.empty["txt"], (*repeat, 1))
+        text["negative_pooled_prompt_embeds"] = jnp.tile(cache.empty["pooled"], repeat)
     return text
+
+
+def _rows_of(text: Embeds, rows: Sequence[int]) -> Embeds:
+    chosen = jnp.asarray(rows)
+    found = text.copy()
+    for name, array in text.items():
+        found[name] = jnp.asarray(array)[chosen]
+    return found
 
 
 def _most_together(models: RunModels) -> int:

@@ -1,5 +1,7 @@
 """The LoRA files of a run: those that it leaves at its checkpoints, and the one it starts from."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,15 @@ def test_a_start_that_does_not_fit_is_refused_before_anything_loads(base, start,
     ):
         with pytest.raises(UserError, match=message):
             open_models(config_for(base, tmp_path, lora=lora))
+
+
+def test_a_run_goes_on_without_the_lora_that_it_started_from(base, start, tmp_path):
+    moved = tmp_path / "start.safetensors"
+    shutil.copy(start, moved)
+    lora = LoRAConfig(rank=3, init=str(moved))
+    config = config_for(base, tmp_path / "run", lora=lora, steps=2)
+    train(config)
+    moved.unlink()
+    train(dataclasses.replace(config, resume=True, steps=3))
+    train(dataclasses.replace(config, resume=True, steps=4, lora=LoRAConfig(rank=3)))
+    assert (tmp_path / "run" / "loras" / "step-000004.safetensors").is_file()
