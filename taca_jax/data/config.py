@@ -68,9 +68,7 @@ class DataConfig:
         if isinstance(self.source, str):
             object.__setattr__(self, "source", (self.source,))
         for source in self.source or ("",):
-            kind, _, place = source.partition(":")
-            if kind not in KINDS or not place:
-                raise UserError(f"data.source is {source or 'empty'}; it must be {_FORMS}")
+            check_source(source, "data.source")
         given, sources = len(self.weights), len(self.source)
         if given not in (0, sources):
             raise UserError(
@@ -114,3 +112,10 @@ class DataConfig:
             )
         if self.seed < 0:
             raise UserError(f"data.seed is {self.seed}; it must be 0 or more")
+
+
+def check_source(source: str, key: str) -> None:
+    """Raises UserError, with the name of the `key`, unless `source` has the form of a source."""
+    kind, _, place = source.partition(":")
+    if kind not in KINDS or not place:
+        raise UserError(f"{key} is {source or 'empty'}; it must be {_FORMS}")

@@ -14,7 +14,7 @@ import taca_jax.families.registry  # noqa: F401 - registers the configs that `mo
 from taca_jax.attention import Implementation
 from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import check, show
-from taca_jax.data.config import DataConfig
+from taca_jax.data.config import DataConfig, check_source
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.config import EvalConfig
 from taca_jax.nn.kinds import TransformerConfig
@@ -28,6 +28,38 @@ from taca_jax.text.config import TextConfig
 from taca_jax.training.features import FeaturesConfig
 from taca_jax.training.losses import TimestepSampling
 from taca_jax.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How a run is measured on pictures that it never trains on.
+
+    The loss is that of training, at noise and times that are always the same: the number is
+    comparable from step to step, and between runs with the same validation, taca and model.
+
+    every: optimizer steps between two measurements; the first is before the first step, and the
+      last after the last one.
+    pictures: how many. Without a source, so many pictures of data.source are held out of training,
+      the same ones for any seed.
+    timesteps: at how many times each picture is measured, spread evenly over those that are
+      trained.
+    source: where these pictures are instead, as in data.source; with data.encode=cache they are
+      encoded first, into CACHE-validation.
+    """
+
+    every: int = 500
+    pictures: int = 64
+    timesteps: int = 4
+    source: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", (self.source,))
+        for name in ("every", "pictures", "timesteps"):
+            value = getattr(self, name)
+            check(value >= 1, f"validation.{name}", value, "1 or more")
+        for source in self.source:
+            check_source(source, "validation.source")
 
 
 @dataclass(frozen=True)
@@ -54,6 +86,7 @@ class TrainConfig:
     gamma_knots: learns gamma(t) itself, as that many knots from taca.threshold to 1000 that begin
       as taca says, with the LoRA or alone; none leaves it as taca says.
     data: pictures and captions.
+    validation: measures the loss on pictures that are not trained on; none measures nothing.
     features: what a new model's image tokens are to say of the picture; none trains it to denoise
       only.
     mesh: how several devices share the work.
@@ -98,6 +131,7 @@ class TrainConfig:
     taca: TacaConfig | None = None
     gamma_knots: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig | None = None
     features: FeaturesConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -198,9 +232,9 @@ class TrainConfig:
             )
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
-        if self.adapts and self.optimizer.kind != "adamw":
+        if self.adapts and self.optimizer.kind == "muon":
             raise UserError(
-                f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, and "
+                "optimizer.kind=muon is for the kernels of a whole model, and "
                 f"with {keys} none of them trains; set optimizer.kind=adamw, or "
                 f"{' '.join(f'{name}=none' for name in adapted)}"
             )

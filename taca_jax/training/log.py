@@ -41,7 +41,8 @@ class RunLog:
         self._jsonl = run_dir / "metrics.jsonl"
         self._keep_before(start)
         self._file = self._jsonl.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        purge = start + 1 if start else 0
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self._samples_per_step = samples_per_step
         self._flops_per_step = flops_per_step
         self._peak_flops = peak_flops
@@ -90,10 +91,7 @@ class RunLog:
         if self._peak_flops is not None:
             used = self._flops_per_step / seconds
             record["model_flops_utilisation"] = used / self._peak_flops
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            self._board.add_scalar(name, value, step)
+        self._record(step, record)
         numbers = (
             f"loss {metrics['loss']:.4f}  {seconds:.3f} s/step  "
             f"{record['samples_per_second']:.1f} samples/s"
@@ -110,6 +108,14 @@ class RunLog:
             line = f"step {step}/{self._steps}  {numbers}  {left}"
             self.console.print(line, soft_wrap=True)
 
+    def write_first(self, metrics: Mapping[str, float]) -> None:
+        """Writes what was measured before the first step, as step 0."""
+        self._record(0, metrics)
+
+    def say(self, line: str) -> None:
+        """Shows a line, above the bar if there is one."""
+        self.console.print(line, soft_wrap=True, highlight=False)
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """A context whose time is no step's: samples, validation."""
@@ -124,13 +130,19 @@ class RunLog:
         """Writes a picture, uint8 HWC, to TensorBoard."""
         self._board.add_image(name, picture, step, dataformats="HWC")
 
+    def _record(self, step: int, record: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            self._board.add_scalar(name, value, step)
+
     def _keep_before(self, start: int) -> None:
         if not self._jsonl.exists():
             return
         kept = []
         for line in self._jsonl.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= start:
+                if json.loads(line)["step"] <= start > 0:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # a line cut off by a kill

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
     "optimizer.schedule",
+    "optimizer.cycles",
     "optimizer.decay_steps",
     "optimizer.clip_norm",
     # What it tells and keeps.
@@ -35,6 +36,7 @@ MAY_CHANGE = (
     "sample_width",
     "sample_steps",
     "sample_guidance",
+    "validation.every",
     "evaluate",
     # Where it runs, and where things are.
     "resume",
@@ -58,6 +60,7 @@ WHY_NOT = {
     "optimizer": "its checkpoints hold that optimizer's moments",
     "data.encode": "its checkpoints tell by their checksum which models were in memory",
     "data": "the order of its examples would be another one, and its place in that order unknown",
+    "validation": "which pictures are held out decides the order of all others",
     "seed": "the noise and the order of what was done so far would be another run's",
     "taca": "what was trained so far is for that TACA",
     "quantize": "what was trained so far is for a base in those bits",

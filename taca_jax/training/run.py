@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -32,7 +33,7 @@ from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.health import Health, Step
-from taca_jax.training.inputs import open_loader
+from taca_jax.training.inputs import open_examples, open_loader, open_validation
 from taca_jax.training.log import RunLog
 from taca_jax.training.lora_files import write_final, write_step
 from taca_jax.training.models import (
@@ -46,6 +47,7 @@ from taca_jax.training.samples import Samples, check_samples
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.training.text_lessons import teach_text
+from taca_jax.training.validation import LOSS, Validation
 from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
 
@@ -77,6 +79,7 @@ def _run(models: RunModels, notice: Notice) -> None:
     check_samples(models)
     cached = config.data.encode == "cache"
     inputs = ready_cache(models, notice) if cached else models.load_inputs()
+    validated = open_validation(models, inputs, notice)
     if config.teaches_text and isinstance(inputs, InputModels):
         teach_text(models, inputs)
     transformer = models.load_transformer()
@@ -94,12 +97,16 @@ def _run(models: RunModels, notice: Notice) -> None:
         # Prompts that cannot be tokenized fail now, and not at the first grid of samples.
         inputs.tokenizer(config.sample_prompts)
     try:
-        with open_loader(models, inputs) as loader:
+        examples, held_out = open_examples(models, inputs)
+        validated = held_out or validated
+        # Before the loader's threads, with which it would share the tokenizer.
+        validation = None if validated is None else Validation(models, inputs, validated)
+        with open_loader(models, inputs, examples) as loader:
             # Only now, so that a run that cannot start leaves no record behind.
             wait_for_all("a run that can begin")
             if is_first():
                 write_record(config)
-            trained = _train(models, transformer, inputs, loader, notice)
+            trained = _train(models, transformer, inputs, loader, validation, notice)
             for line in loader.skipped():
                 print(line, file=sys.stderr)
         _finish(models, trained, inputs)
@@ -115,6 +122,7 @@ def _train(
     transformer: nnx.Module,
     inputs: InputModels | Cache,
     loader: Loader,
+    validation: Validation | None,
     notice: Notice,
 ) -> TextToImage:
     """Runs all remaining steps and returns the trained model."""
@@ -139,7 +147,7 @@ def _train(
                 state, position = restored
                 loader.set_state(position)
                 print_once(f"going on after step {int(state.step)}")
-        state = _loop(models, inputs, trainer, state, loader, checkpoints, notice)
+        state = _loop(models, inputs, trainer, state, loader, checkpoints, validation, notice)
     return trainer.merge(state.best)
 
 
@@ -150,6 +158,7 @@ def _loop(
     state: TrainState,
     loader: Loader,
     checkpoints: Checkpoints,
+    validation: Validation | None,
     notice: Notice,
 ) -> TrainState:
     config = models.config
@@ -162,17 +171,28 @@ def _loop(
     def report(step: Step) -> None:
         health.check(step, state)
         due = step.number % config.log_every == 0 or step.number in (start + 1, config.steps)
+        due = due or LOSS in step.metrics
         if log is not None and due:
             log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
 
-    def aside(number: int) -> None:
-        if samples is not None and number % config.sample_every == 0:
-            with nullcontext() if log is None else log.aside():
+    def aside(number: int) -> dict[str, jax.Array]:
+        """Validates and draws samples where they are due after a step; returns what to log."""
+        found = {}
+        with nullcontext() if log is None else log.aside():
+            if validation is not None and validation.due(number):
+                loss = validation.loss(trainer, state.best)
+                found = {LOSS: jnp.float32(loss)}
+                if log is not None:
+                    log.say(f"validation loss {loss:.4f} after step {number}")
+            if samples is not None and number % config.sample_every == 0:
                 samples.draw(trainer.merge(state.best), number, log)
+        return found
 
     with notice.steps(), nullcontext() if log is None else log:
         if start == 0:
-            aside(0)
+            found = aside(0)
+            if found and log is not None:
+                log.write_first({name: float(value) for name, value in found.items()})
         for number in range(start + 1, config.steps + 1):
             batch, names = _next_batch(loader, config.grad_accumulation, models.mesh)
             state, metrics = trainer.run(state, batch)
@@ -191,7 +211,8 @@ def _loop(
                 report(before)
                 checkpoints.wait()
                 raise notice.stopped(f"saved after step {number} of {config.steps}")
-            aside(number)
+            if found := aside(number):
+                before = replace(before, metrics={**metrics, **found})
         if before is not None:
             report(before)
         checkpoints.wait()

@@ -162,13 +162,14 @@ def make_cached_loader(
     *,
     data: DataConfig,
     rows: Sequence[int] | np.ndarray | None = None,
+    buckets: Sequence[Bucket] | None = None,
     together: int = 1,
 ) -> Loader:
     """Endless batches of the encoded examples, as `make_loader` gives them of a source.
 
     A batch has `mean`, and for data.latents=sample `logvar`, of the latents, [b, h, w, c]; the
     captions' embeddings `txt`, [b, t, k], and `pooled`, [b, p]; and `id`. rows, together: as for
-    `make_loader`.
+    `make_loader`. buckets: the cache's own, or parts of them; by default all.
     """
 
     def finish(examples: list[CachedExample], numbers: list[int]) -> dict[str, np.ndarray]:
@@ -187,7 +188,7 @@ def make_cached_loader(
 
     ours = np.arange(data.batch_size) if rows is None else np.asarray(rows)
     stream = Stream(
-        cache.buckets(),
+        cache.buckets() if buckets is None else buckets,
         weights=data.weights,
         batch_size=data.batch_size,
         together=together,
