@@ -99,6 +99,9 @@ class TrainConfig:
     timestep_shift: above 1 draws noisier timesteps: SD3's and FLUX's shift, in training.
     guidance: the guidance scale given to models that embed one; others do not use it.
     log_every: optimizer steps between two lines of metrics.
+    wandb: logs all numbers and samples to Weights & Biases too (pip install -e ".[wandb]"), whose
+      own environment variables say where: WANDB_PROJECT, WANDB_MODE=offline. A resumed run goes on
+      there.
     save_every: optimizer steps between two checkpoints, each with the LoRA of that step as a file
       in loras/; the last step is always saved.
     keep_checkpoints: how many checkpoints and such files are kept.
@@ -143,6 +146,7 @@ class TrainConfig:
     timestep_shift: float = 1.0
     guidance: float = 1.0
     log_every: int = 10
+    wandb: bool = False
     save_every: int = 500
     keep_checkpoints: int = 2
     sample_every: int = 0

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from taca_jax.errors import StoppedError
 from taca_jax.formats.atomic import whole_file
+from taca_jax.training.wandb_log import WandbRun
 
 PLAIN_LINE_SECONDS = 15.0
 """Without a terminal, a plain line instead of the bar, at most this often."""
@@ -36,7 +38,9 @@ class RunLog:
         samples_per_step: int,
         flops_per_step: float = 0.0,
         peak_flops: float | None = None,
+        wandb: WandbRun | None = None,
     ):
+        """wandb: where everything is logged as well; it ends with this log."""
         self.console = Console(stderr=True)
         self._jsonl = run_dir / "metrics.jsonl"
         self._keep_before(start)
@@ -47,6 +51,7 @@ class RunLog:
         self._flops_per_step = flops_per_step
         self._peak_flops = peak_flops
         self._steps = steps
+        self._wandb = wandb
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -74,6 +79,8 @@ class RunLog:
         self._progress.stop()
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None and not issubclass(kind, StoppedError))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of `step`, counted from 1, and the mean time per step since the last
@@ -129,12 +136,16 @@ class RunLog:
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, uint8 HWC, to TensorBoard."""
         self._board.add_image(name, picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.image(step, name, picture)
 
     def _record(self, step: int, record: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
         for name, value in record.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, record)
 
     def _keep_before(self, start: int) -> None:
         if not self._jsonl.exists():

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "optimizer.clip_norm",
     # What it tells and keeps.
     "log_every",
+    "wandb",
     "save_every",
     "keep_checkpoints",
     "sample_every",

@@ -48,6 +48,7 @@ from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.training.text_lessons import teach_text
 from taca_jax.training.validation import LOSS, Validation
+from taca_jax.training.wandb_log import WandbRun, check_wandb
 from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
 
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> None:
     """
     join_processes()
     try:
+        check_wandb(config)
         models = open_models(config, begins=check_record(config) == 0)
         mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
         models = models.on_mesh(None if mesh.size == 1 else mesh)
@@ -229,6 +231,7 @@ def _log(models: RunModels, start: int) -> RunLog:
         samples_per_step=config.data.batch_size * config.grad_accumulation,
         flops_per_step=models.step_flops,
         peak_flops=None if chip is None else chip.flops * jax.device_count(),
+        wandb=WandbRun(config) if config.wandb else None,
     )
 
 
