@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "mesh",
     "attention",
     "remat",
+    "base",  # whose parameters the checkpoints know by their checksum
     "tokenizers",
     "data.cache",
     "data.max_bad_share",
@@ -56,7 +57,6 @@ MAY_CHANGE = (
 """Fields, or whole groups of them, that a resumed run may change."""
 
 WHY_NOT = {
-    "base": "its checkpoints hold what was trained on that base",
     "lora": "its checkpoints hold factors of those shapes and strengths",
     "optimizer": "its checkpoints hold that optimizer's moments",
     "data.encode": "its checkpoints tell by their checksum which models were in memory",

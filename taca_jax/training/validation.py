@@ -175,6 +175,6 @@ def _nothing(
         made = inputs.manifest
         latents = (height // made.downscale, width // made.downscale, made.channels)
         text: Any = inputs.empty
-        return {"mean": np.zeros(latents, np.float32), **text}
+        return {"mean": np.zeros(latents, jnp.dtype(made.latents_dtype)), **text}
     tokens = np.asarray(inputs.tokenizer([""]), np.int32)
     return {"image": np.zeros((height, width, 3), np.uint8), "tokens": tokens[0]}
