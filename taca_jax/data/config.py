@@ -37,7 +37,7 @@ class DataConfig:
       are as they are, and pictures without one are left out.
     caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
     encode: `online` encodes pictures and captions in every step; `cache` encodes them once, before
-      training, which then has no text encoder and no autoencoder in memory.
+      training, which then has no text encoder in memory, and the autoencoder only for samples.
     cache: the folder of encoded examples, which later runs may use again; with none, it is within
       the run's own folder.
     latents: of the autoencoder's distribution for a picture, `mean` trains on its mean, `sample` on

@@ -65,7 +65,7 @@ def ready_cache(models: RunModels, notice: Notice) -> Cache:
         _check_data(config, folder, manifest)
     complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
     same_files = all_of(manifest is not None and manifest.files == stamp)
-    lacks_prompts = not all_of(not _lacking_prompts(config))
+    lacks_prompts = config.sample_every > 0 and not all_of(not _lacking_prompts(config))
     if manifest is None or not complete or not same_files or lacks_prompts:
         # Not loaded at all for a complete cache of the same files.
         inputs = models.load_inputs()
@@ -87,8 +87,6 @@ def ready_cache(models: RunModels, notice: Notice) -> Cache:
 
 def _lacking_prompts(config: TrainConfig) -> list[str]:
     """The prompts to draw samples of that are not in the cache."""
-    if not config.sample_every:
-        return []
     there = read_prompts(config.cache_dir)
     return [prompt for prompt in dict.fromkeys(config.sample_prompts) if prompt not in there]
 
