@@ -185,7 +185,8 @@ def _loop(
                 loss = validation.loss(trainer, state.best)
                 found = {LOSS: jnp.float32(loss)}
                 if log is not None:
-                    log.say(f"validation loss {loss:.4f} after step {number}")
+                    when = f"after step {number}" if number else "before the first step"
+                    log.say(f"validation loss {loss:.4f} {when}")
             if samples is not None and number % config.sample_every == 0:
                 samples.draw(trainer.merge(state.best), number, log)
         return found
