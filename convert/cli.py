@@ -278,7 +278,7 @@ class _OfType(_Once):
 
 
 def _export(
-    src: Path, dst: Path, to: str | None, step: int | None, dtype: str | None, shard_gb: float
+    src: Path, dst: Path, to: Any, step: int | None, dtype: str | None, shard_gb: float
 ) -> list[str]:
     if not shard_gb > 0:
         raise UserError(f"--shard-gb is {shard_gb}; it must be above 0")
