@@ -24,6 +24,7 @@ from taca_jax.text.clip import Activation
 from taca_jax.weights.hub_files import lora_files, model_files, pipeline_files
 from taca_jax.weights.lora_files import Layout as LoRALayout
 from taca_jax.weights.originals import blip_vqa, clip, clip_score, t5, tiny_vae, vae
+from taca_jax.weights.run_folders import is_run
 from taca_jax.weights.shipped import find_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -175,21 +176,27 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     )
     made = command(
         "export",
-        "A converted or trained model to what others read.\n\nOf a pipeline folder all models that "
-        "have a layout there; LoRA factors have files of their own.",
+        "A converted or trained model to what others read, or a LoRA from a run's checkpoint.\n\n"
+        "Of a pipeline folder all models that have a layout there. Of the folder of a training run "
+        "the LoRA as it was at one of its checkpoints.",
         _export,
     )
     paths(
         made,
-        "the model folder, or the pipeline folder",
-        "the folder to make, new or empty; with --to original the safetensors file",
+        "the model folder, the pipeline folder, or the folder of a training run",
+        "the folder to make, new or empty; with --to original, or of a run, the safetensors file",
     )
     made.add_argument(
         "--to",
-        choices=get_args(ExportLayout),
-        default="diffusers",
-        help="diffusers: a folder with config.json that from_pretrained reads. original: one file "
-        "in the names of the model's authors, which ComfyUI reads",
+        choices=(*get_args(ExportLayout), *get_args(LoRALayout)),
+        help="diffusers (default): a folder with config.json that from_pretrained reads. original: "
+        "one file in the names of the model's authors, which ComfyUI reads. Of a run's LoRA: peft "
+        "(default), kohya or native, see lora --help",
+    )
+    made.add_argument(
+        "--step",
+        type=int,
+        help="of a run: the step of the checkpoint to take (default: the newest)",
     )
     made.add_argument("--dtype", choices=DTYPES, help="what to store tensors in; else as they are")
     made.add_argument(
@@ -272,10 +279,25 @@ class _OfType(_Once):
 
 
 def _export(
-    src: Path, dst: Path, to: ExportLayout, dtype: str | None, shard_gb: float
+    src: Path, dst: Path, to: Any, step: int | None, dtype: str | None, shard_gb: float
 ) -> list[str]:
     if not shard_gb > 0:
         raise UserError(f"--shard-gb is {shard_gb}; it must be above 0")
+    layouts, lora_layouts = get_args(ExportLayout), get_args(LoRALayout)
+    if is_run(src):
+        from convert.checkpoints import export_lora  # here because Orbax takes a second to import
+
+        to = "peft" if to is None else to
+        if to not in lora_layouts:
+            raise UserError(f"--to {to} is for models; a run's LoRA is {', '.join(lora_layouts)}")
+        if dtype is not None:
+            raise UserError("--dtype is for models; a run's LoRA is written in float32")
+        return export_lora(src, dst, to, step)
+    to = "diffusers" if to is None else to
+    if to not in layouts:
+        raise UserError(f"--to {to} is for a run's LoRA; {src} is no folder of a training run")
+    if step is not None:
+        raise UserError(f"--step is for a training run; {src} is no folder of one")
     return export(src, dst, to, dtype, int(shard_gb * 1e9))
 
 

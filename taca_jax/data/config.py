@@ -1,6 +1,7 @@
 """The configuration of the training data."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,9 +32,12 @@ class DataConfig:
       aspect is nearest to its own; a batch is of one rectangle, and the step is compiled for each.
     max_aspect: the largest ratio of a bucket's longer side to its shorter one.
     min_side: pictures with a side of fewer pixels are left out.
+    caption: with `{}` in it, what is made of each caption: the picture's own replaces `{}`
+      ("a photo of {}"). Without `{}`, the caption of pictures that have none. With none, captions
+      are as they are, and pictures without one are left out.
     caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
     encode: `online` encodes pictures and captions in every step; `cache` encodes them once, before
-      training, which then has no text encoder and no autoencoder in memory.
+      training, which then has no text encoder in memory, and the autoencoder only for samples.
     cache: the folder of encoded examples, which later runs may use again; with none, it is within
       the run's own folder.
     latents: of the autoencoder's distribution for a picture, `mean` trains on its mean, `sample` on
@@ -52,6 +56,7 @@ class DataConfig:
     aspect: Literal["square", "buckets"] = "square"
     max_aspect: float = 2.0
     min_side: int = 0
+    caption: str | None = None
     caption_dropout: float = 0.1
     encode: Literal["online", "cache"] = "online"
     cache: str | None = None
@@ -63,9 +68,7 @@ class DataConfig:
         if isinstance(self.source, str):
             object.__setattr__(self, "source", (self.source,))
         for source in self.source or ("",):
-            kind, _, place = source.partition(":")
-            if kind not in KINDS or not place:
-                raise UserError(f"data.source is {source or 'empty'}; it must be {_FORMS}")
+            check_source(source, "data.source")
         given, sources = len(self.weights), len(self.source)
         if given not in (0, sources):
             raise UserError(
@@ -88,6 +91,16 @@ class DataConfig:
             )
         if self.min_side < 0:
             raise UserError(f"data.min_side is {self.min_side}; it must be 0 or more pixels")
+        if self.caption is not None:
+            said = f"data.caption is {self.caption or 'empty'}"
+            if not self.caption.strip():
+                raise UserError(f"{said}; give a text, a template with {{}}, or none")
+            for source in self.source:
+                if re.fullmatch("(tfds|generated):shapes([/#].*)?", source):
+                    raise UserError(
+                        f"{said}, and {source} has captions of its own words for all its pictures; "
+                        "set data.caption=none"
+                    )
         shares = {"caption_dropout": self.caption_dropout, "max_bad_share": self.max_bad_share}
         for name, share in shares.items():
             if not 0 <= share <= 1:
@@ -99,3 +112,10 @@ class DataConfig:
             )
         if self.seed < 0:
             raise UserError(f"data.seed is {self.seed}; it must be 0 or more")
+
+
+def check_source(source: str, key: str) -> None:
+    """Raises UserError, with the name of the `key`, unless `source` has the form of a source."""
+    kind, _, place = source.partition(":")
+    if kind not in KINDS or not place:
+        raise UserError(f"{key} is {source or 'empty'}; it must be {_FORMS}")

@@ -15,9 +15,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from taca_jax.config.fields import show
 from taca_jax.config.json_text import to_json
 from taca_jax.data.cache.files import encoded, write_sizes
 from taca_jax.data.cache.manifest import Manifest, differences, picture_fields, read_manifest
+from taca_jax.data.cache.prompts import read_prompts, write_prompts
 from taca_jax.data.cache.reader import Cache, read_buckets
 from taca_jax.data.cache.writer import CacheWriter, write_empty_caption
 from taca_jax.data.sources.mixing import parts_of, summaries
@@ -27,11 +29,12 @@ from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
 from taca_jax.parallel.processes import all_of, is_first, wait_for_all
 from taca_jax.pipelines.text import encoders_by_folder
+from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.checkpoints import sum_of
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.encoding import Encoders, encode_to
 from taca_jax.training.models import InputModels, RunModels
-from taca_jax.training.run_data import RunData, open_data
+from taca_jax.training.run_data import Examples, open_data
 from taca_jax.training.signals import Notice
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE
 from taca_jax.weights.original_pipelines import TOKENIZERS
@@ -41,7 +44,7 @@ _PROBE = "Two red cups, left of a blue book: ½ é 漢字"
 """A text that different tokenizers most likely encode differently."""
 
 
-def check_cache(models: RunModels) -> RunData | None:
+def check_cache(models: RunModels) -> Examples | None:
     """The pictures that are to be encoded; None if `config.cache_dir` has a complete cache.
 
     No model is loaded. Raises UserError for a cache of other models or pictures, as far as the
@@ -68,7 +71,7 @@ def check_cache(models: RunModels) -> RunData | None:
     return opened
 
 
-def ready_cache(models: RunModels, notice: Notice, opened: RunData | None = None) -> Cache:
+def ready_cache(models: RunModels, notice: Notice, opened: Examples | None = None) -> Cache:
     """The cache in `config.cache_dir`, created or completed first if necessary.
 
     opened: the pictures, if they are open already (`check_cache`).
@@ -90,9 +93,13 @@ def ready_cache(models: RunModels, notice: Notice, opened: RunData | None = None
         _check_data(config, folder, manifest)
     complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
     same_files = all_of(manifest is not None and manifest.files == stamp)
-    if manifest is None or not complete or not same_files:
+    lacks_prompts = config.sample_every > 0 and not all_of(not _lacking_prompts(config))
+    if manifest is None or not complete or not same_files or lacks_prompts:
         # Not loaded at all for a complete cache of the same files.
         inputs = models.load_inputs()
+        if lacks_prompts:
+            # Prompts that cannot be tokenized fail now, and not when all pictures are encoded.
+            inputs.tokenizer(config.sample_prompts)
         made_with = _made_with(inputs)
         if manifest is not None:
             _check_models(folder, manifest, made_with)
@@ -101,8 +108,31 @@ def ready_cache(models: RunModels, notice: Notice, opened: RunData | None = None
             manifest = _encode_all(models, inputs, opened, made_with, stamp, manifest, notice)
         elif is_first():  # the files were copied or touched, but hold the same models
             replace(manifest, files=stamp).write(folder)
+        if lacks_prompts:
+            _add_prompts(models, inputs)
         wait_for_all("a complete cache")
     return Cache(folder, manifest)
+
+
+def _lacking_prompts(config: TrainConfig) -> list[str]:
+    """The prompts to draw samples of that are not in the cache."""
+    there = read_prompts(config.cache_dir)
+    return [prompt for prompt in dict.fromkeys(config.sample_prompts) if prompt not in there]
+
+
+def _add_prompts(models: RunModels, inputs: InputModels) -> None:
+    """Encodes the prompts to draw samples of that are not in the cache, and adds them to it."""
+    config, folder = models.config, models.config.cache_dir
+    lacking = _lacking_prompts(config)
+    encoders = Encoders(inputs, models.mesh, config.data.batch_size, config.dtype)
+    found = dict(zip(lacking, encoders.captions(lacking), strict=True))
+    wait_for_all("the prompts of a cache")  # all have read which are lacking
+    if not is_first():
+        return
+    there = read_prompts(folder)
+    if there:
+        print(f"{folder} was made for other sample_prompts: encoded and added {', '.join(lacking)}")
+    write_prompts(folder, there | found)
 
 
 def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
@@ -144,7 +174,7 @@ def _check_sources(folder: Path, begun: Manifest, source: Source) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {each}" for name, each in value.items())
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return ",".join(value) if isinstance(value, list) else show(value)
 
 
 def _made_with(inputs: InputModels) -> dict[str, Any]:
@@ -155,13 +185,21 @@ def _made_with(inputs: InputModels) -> dict[str, Any]:
     for name, model in models.items():
         kind, config = _described(model.config).values()
         found[name] = {"kind": kind, "sum": sum_of(nnx.state(model)), "config": config}
-    found["tokenizer"] = _digest(np.asarray(inputs.tokenizer([_PROBE, ""]), np.int32).tobytes())
+    found["tokenizer"] = _digest(_probed(inputs.tokenizer).tobytes())
     return found
 
 
 def _described(config: Any) -> dict[str, str]:
     """What is known of a model without its parameters: its kind, and a digest of its config."""
     return {"kind": kind_of(config).name, "config": _digest(to_json(config).encode())}
+
+
+def _probed(tokenizer: Tokenizer) -> np.ndarray:
+    """What a tokenizer makes of a few texts, int32."""
+    try:
+        return np.asarray(tokenizer([_PROBE, ""]), np.int32)
+    except UserError:  # it knows the words of shapes only
+        return np.asarray(tokenizer([""]), np.int32)
 
 
 def _files_stamp(models: RunModels) -> str:
@@ -192,7 +230,7 @@ def _digest(content: bytes) -> str:
 def _encode_all(
     models: RunModels,
     inputs: InputModels,
-    opened: RunData,
+    opened: Examples,
     made_with: dict[str, Any],
     stamp: str,
     before: Manifest | None,

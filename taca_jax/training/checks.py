@@ -18,7 +18,9 @@ from taca_jax.pipelines.text import find_tokenizers, load_tokenizers
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import RunModels, open_models
 from taca_jax.training.record import check_record
-from taca_jax.training.run_data import RunData, first_captions, open_data
+from taca_jax.training.run_data import Examples, first_captions, open_data
+from taca_jax.training.samples import check_samples
+from taca_jax.training.wandb_log import check_wandb
 from taca_jax.weights.hub_headers import headers_alone
 from taca_jax.weights.lora_files import kernel_shapes
 
@@ -29,7 +31,7 @@ class CheckedRun:
     a cache has all of them."""
 
     models: RunModels
-    data: RunData | None
+    data: Examples | None
 
 
 def check_run(config: TrainConfig) -> CheckedRun:
@@ -49,16 +51,17 @@ def check_run(config: TrainConfig) -> CheckedRun:
 
 
 def _checked(config: TrainConfig) -> CheckedRun:
-    check_record(config)
+    check_wandb(config)
+    begins = check_record(config) == 0
     if is_first():
         check_writable(config.run_dir)
     if config.base is None:
-        return _checked_models(open_models(config))
+        return _checked_models(open_models(config, begins=begins))
     with headers_alone(config.base) as base:
-        checked = _checked_models(open_models(replace(config, base=base)))
+        checked = _checked_models(open_models(replace(config, base=base), begins=begins))
     if base == config.base:
         return checked
-    fetched = open_models(config).on_mesh(checked.models.mesh)
+    fetched = open_models(config, begins=begins).on_mesh(checked.models.mesh)
     return replace(checked, models=fetched)
 
 
@@ -68,6 +71,7 @@ def _checked_models(models: RunModels) -> CheckedRun:
         model.check()
     find_tokenizers(models.stored, models.reading)
     _check_targets(models)
+    check_samples(models)
     if config.evaluate is not None:
         check_pixels(models.stored.settings.resolution, "set evaluate=none")
     data = _checked_data(models)
@@ -89,7 +93,7 @@ def _check_targets(models: RunModels) -> None:
         adapted_paths(kernel_shapes(models.transformer), targets)
 
 
-def _checked_data(models: RunModels) -> RunData | None:
+def _checked_data(models: RunModels) -> Examples | None:
     if models.config.data.encode != "cache":
         return open_data(models)
     from taca_jax.training.cache_stage import check_cache  # slow to import, and needed only here

@@ -14,7 +14,7 @@ import taca_jax.families.registry  # noqa: F401 - registers the configs that `mo
 from taca_jax.attention import Implementation
 from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.config.fields import check, show
-from taca_jax.data.config import DataConfig
+from taca_jax.data.config import DataConfig, check_source
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.config import EvalConfig
 from taca_jax.nn.kinds import TransformerConfig
@@ -28,6 +28,38 @@ from taca_jax.text.config import TextConfig
 from taca_jax.training.features import FeaturesConfig
 from taca_jax.training.losses import TimestepSampling
 from taca_jax.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How a run is measured on pictures that it never trains on.
+
+    The loss is that of training, at noise and times that are always the same: the number is
+    comparable from step to step, and between runs with the same validation, taca and model.
+
+    every: optimizer steps between two measurements; the first is before the first step, and the
+      last after the last one.
+    pictures: how many. Without a source, so many pictures of data.source are held out of training,
+      the same ones for any seed.
+    timesteps: at how many times each picture is measured, spread evenly over those that are
+      trained.
+    source: where these pictures are instead, as in data.source; with data.encode=cache they are
+      encoded first, into CACHE-validation.
+    """
+
+    every: int = 500
+    pictures: int = 64
+    timesteps: int = 4
+    source: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", (self.source,))
+        for name in ("every", "pictures", "timesteps"):
+            value = getattr(self, name)
+            check(value >= 1, f"validation.{name}", value, "1 or more")
+        for source in self.source:
+            check_source(source, "validation.source")
 
 
 @dataclass(frozen=True)
@@ -54,6 +86,7 @@ class TrainConfig:
     gamma_knots: learns gamma(t) itself, as that many knots from taca.threshold to 1000 that begin
       as taca says, with the LoRA or alone; none leaves it as taca says.
     data: pictures and captions.
+    validation: measures the loss on pictures that are not trained on; none measures nothing.
     features: what a new model's image tokens are to say of the picture; none trains it to denoise
       only.
     mesh: how several devices share the work.
@@ -66,11 +99,19 @@ class TrainConfig:
     timestep_shift: above 1 draws noisier timesteps: SD3's and FLUX's shift, in training.
     guidance: the guidance scale given to models that embed one; others do not use it.
     log_every: optimizer steps between two lines of metrics.
+    wandb: logs all numbers and samples to Weights & Biases too (pip install -e ".[wandb]"), whose
+      own environment variables say where: WANDB_PROJECT, WANDB_MODE=offline. A resumed run goes on
+      there.
     save_every: optimizer steps between two checkpoints, each with the LoRA of that step as a file
       in loras/; the last step is always saved.
     keep_checkpoints: how many checkpoints and such files are kept.
-    sample_every: optimizer steps between two grids of samples; 0 draws none.
-    sample_prompts: the prompts of those grids.
+    sample_every: optimizer steps between two pictures of samples, of which one is drawn before the
+      first step; 0 draws none. They show each prompt plain, with TACA and with the LoRA as trained
+      so far, side by side, from the same noise.
+    sample_prompts: the prompts of those samples.
+    sample_height, sample_width: of each, in pixels; none is data.resolution.
+    sample_steps: of sampling; none takes the model's own number.
+    sample_guidance: the strength of guidance; none takes the model's own.
     seed: of parameters, noise and timesteps.
     out_dir: the run's folder; none is runs/NAME.
     plan: a slice of TPUs (v5e-16, v6e-8, v5p-8): instead of training, compile the step for it and
@@ -93,6 +134,7 @@ class TrainConfig:
     taca: TacaConfig | None = None
     gamma_knots: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig | None = None
     features: FeaturesConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -104,10 +146,15 @@ class TrainConfig:
     timestep_shift: float = 1.0
     guidance: float = 1.0
     log_every: int = 10
+    wandb: bool = False
     save_every: int = 500
     keep_checkpoints: int = 2
     sample_every: int = 0
     sample_prompts: tuple[str, ...] = ()
+    sample_height: int | None = None
+    sample_width: int | None = None
+    sample_steps: int | None = None
+    sample_guidance: float | None = None
     seed: int = 0
     out_dir: str | None = None
     plan: str | None = None
@@ -129,6 +176,9 @@ class TrainConfig:
         shift = self.timestep_shift
         check(0 < shift < math.inf, "timestep_shift", shift, "a number above 0")
         check(self.sample_every >= 0, "sample_every", self.sample_every, "0 (never) or more")
+        for name in ("sample_height", "sample_width", "sample_steps"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "1 or more, or none")
         check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
         local = "://" not in (self.out_dir or "")
@@ -186,23 +236,17 @@ class TrainConfig:
             )
         if self.base is None and self.text.encoder is None:
             raise UserError("without a base there is no text encoder; set text.encoder")
-        if self.adapts and self.optimizer.kind != "adamw":
+        if self.adapts and self.optimizer.kind == "muon":
             raise UserError(
-                f"optimizer.kind={self.optimizer.kind} is for the kernels of a whole model, and "
+                "optimizer.kind=muon is for the kernels of a whole model, and "
                 f"with {keys} none of them trains; set optimizer.kind=adamw, or "
                 f"{' '.join(f'{name}=none' for name in adapted)}"
             )
-        if self.data.encode == "cache":
-            if not self.adapts:
-                raise UserError(
-                    "data.encode=cache encodes captions once, and without a lora the text encoder "
-                    "trains with the model; set lora.*, or data.encode=online"
-                )
-            if self.sample_every:
-                raise UserError(
-                    f"sample_every is {self.sample_every}, and data.encode=cache trains without "
-                    "what samples are drawn with; set sample_every=0, or data.encode=online"
-                )
+        if self.data.encode == "cache" and not self.adapts:
+            raise UserError(
+                "data.encode=cache encodes captions once, and without a lora the text encoder "
+                "trains with the model; set lora.*, or data.encode=online"
+            )
         for name, to in {"quantize": self.quantize, "quantize_text": self.quantize_text}.items():
             if not self.adapts and to != "none":
                 raise UserError(

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -12,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from taca_jax.errors import StoppedError
 from taca_jax.formats.atomic import whole_file
+from taca_jax.training.wandb_log import WandbRun
 
 PLAIN_LINE_SECONDS = 15.0
 """Without a terminal, a plain line instead of the bar, at most this often."""
@@ -35,16 +38,20 @@ class RunLog:
         samples_per_step: int,
         flops_per_step: float = 0.0,
         peak_flops: float | None = None,
+        wandb: WandbRun | None = None,
     ):
+        """wandb: where everything is logged as well; it ends with this log."""
         self.console = Console(stderr=True)
         self._jsonl = run_dir / "metrics.jsonl"
         self._keep_before(start)
         self._file = self._jsonl.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        purge = start + 1 if start else 0
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self._samples_per_step = samples_per_step
         self._flops_per_step = flops_per_step
         self._peak_flops = peak_flops
         self._steps = steps
+        self._wandb = wandb
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,6 +79,8 @@ class RunLog:
         self._progress.stop()
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None and not issubclass(kind, StoppedError))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of `step`, counted from 1, and the mean time per step since the last
@@ -89,10 +98,7 @@ class RunLog:
         if self._peak_flops is not None:
             used = self._flops_per_step / seconds
             record["model_flops_utilisation"] = used / self._peak_flops
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            self._board.add_scalar(name, value, step)
+        self._record(step, record)
         numbers = (
             f"loss {metrics['loss']:.4f}  {seconds:.3f} s/step  "
             f"{record['samples_per_second']:.1f} samples/s"
@@ -109,9 +115,37 @@ class RunLog:
             line = f"step {step}/{self._steps}  {numbers}  {left}"
             self.console.print(line, soft_wrap=True)
 
+    def write_first(self, metrics: Mapping[str, float]) -> None:
+        """Writes what was measured before the first step, as step 0."""
+        self._record(0, metrics)
+
+    def say(self, line: str) -> None:
+        """Shows a line, above the bar if there is one."""
+        self.console.print(line, soft_wrap=True, highlight=False)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A context whose time is no step's: samples, validation."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            then, step = self._last
+            self._last = (then + time.perf_counter() - begun, step)
+
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, uint8 HWC, to TensorBoard."""
         self._board.add_image(name, picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.image(step, name, picture)
+
+    def _record(self, step: int, record: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, record)
 
     def _keep_before(self, start: int) -> None:
         if not self._jsonl.exists():
@@ -119,7 +153,7 @@ class RunLog:
         kept = []
         for line in self._jsonl.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= start:
+                if json.loads(line)["step"] <= start > 0:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # a line cut off by a kill

@@ -182,8 +182,11 @@ class RunModels:
         Raises UserError if one of them is damaged, or a tokenizer is missing.
         """
         text_encoder, tokenizer = load_text(self.stored, self.reading, self.text_options)
-        autoencoder = self.stored.models[AUTOENCODER].load(self._options(trained=False))
-        return InputModels(text_encoder, tokenizer, autoencoder)
+        return InputModels(text_encoder, tokenizer, self.load_autoencoder())
+
+    def load_autoencoder(self) -> Autoencoder:
+        """The autoencoder. Raises UserError if it is damaged."""
+        return self.stored.models[AUTOENCODER].load(self._options(trained=False))
 
     def new_readout(self) -> Readout | None:
         """The read-out of supervised features, untrained; None if the run supervises none."""
@@ -197,14 +200,20 @@ class RunModels:
             return None
         return LearnedGamma(self.config.taca, self.config.gamma_knots)
 
-    def pipeline(self, model: TextToImage, inputs: InputModels) -> Pipeline:
-        """A pipeline that samples with `model`, whose text encoder may be that of `inputs`."""
-        own = model.text_encoder
+    def pipeline(self, model: TextToImage, inputs: InputModels | Autoencoder) -> Pipeline:
+        """A pipeline that samples with `model`, whose text encoder may be that of `inputs`.
+
+        With the autoencoder alone it draws of embeddings.
+        """
+        whole = isinstance(inputs, InputModels)
+        text_encoder = model.text_encoder
+        if text_encoder is None and whole:
+            text_encoder = inputs.text_encoder
         return Pipeline(
             model.transformer,
-            text_encoder=inputs.text_encoder if own is None else own,
-            tokenizer=inputs.tokenizer,
-            autoencoder=inputs.autoencoder,
+            text_encoder=text_encoder,
+            tokenizer=inputs.tokenizer if whole else None,
+            autoencoder=inputs.autoencoder if whole else inputs,
             settings=self.stored.settings,
             mesh=self.mesh,
             loras=() if self.config.lora is None else (self.lora,),
@@ -268,9 +277,11 @@ class RunModels:
         return LoadOptions(dtype, jnp.dtype(jnp.float32) if trained else dtype, self.mesh)
 
 
-def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
+def open_models(config: TrainConfig, *, published: bool = False, begins: bool = True) -> RunModels:
     """The models of a run: those of its base, or new ones.
 
+    begins: whether the run is at its first step; else a checkpoint holds what became of the LoRA
+    that it started from, whose file may be gone.
     With `published`, a base that does not exist may be the name or hub id of a released model, to
     plan with, and nothing is fetched.
     Raises UserError for a base that is missing or lacks what training needs, and for models,
@@ -306,7 +317,7 @@ def open_models(config: TrainConfig, *, published: bool = False) -> RunModels:
     if reading is None or autoencoder is None:
         raise UserError(f"base={config.base} lacks {' and '.join(lacking)}, which training needs")
     _check_sizes(config, stored.transformer.config, autoencoder)
-    start = open_start(config.lora, family, stored.transformer.config)
+    start = open_start(config.lora, family, stored.transformer.config) if begins else None
     return RunModels(config, stored, family, reading, autoencoder.config, start)
 
 

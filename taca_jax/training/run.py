@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,15 +27,13 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
-from taca_jax.pipelines.grids import caption_grid
-from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig, describe_gamma
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.checks import CheckedRun, check_run
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.health import Health, Step
-from taca_jax.training.inputs import open_loader
+from taca_jax.training.inputs import open_examples, open_loader, open_validation
 from taca_jax.training.log import RunLog
 from taca_jax.training.lora_files import write_final, write_step
 from taca_jax.training.models import (
@@ -43,9 +42,12 @@ from taca_jax.training.models import (
     TextToImage,
 )
 from taca_jax.training.record import write_record
+from taca_jax.training.samples import Samples
 from taca_jax.training.signals import Notice
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.training.text_lessons import teach_text
+from taca_jax.training.validation import LOSS, Validation
+from taca_jax.training.wandb_log import WandbRun
 from taca_jax.weights.pipeline_folders import open_pipeline, write_settings
 
 
@@ -75,6 +77,7 @@ def _run(run: CheckedRun, notice: Notice) -> None:
     models, config = run.models, run.models.config
     cached = config.data.encode == "cache"
     inputs = ready_cache(models, notice, run.data) if cached else models.load_inputs()
+    validated = open_validation(models, inputs, notice)
     if config.teaches_text and isinstance(inputs, InputModels):
         teach_text(models, inputs)
     transformer = models.load_transformer()
@@ -89,12 +92,16 @@ def _run(run: CheckedRun, notice: Notice) -> None:
             f"{config.steps}: the learning rate rises to the end"
         )
     try:
-        with open_loader(models, inputs, run.data) as loader:
+        examples, held_out = open_examples(models, inputs, run.data)
+        validated = held_out or validated
+        # Before the loader's threads, with which it would share the tokenizer.
+        validation = None if validated is None else Validation(models, inputs, validated)
+        with open_loader(models, inputs, examples) as loader:
             # Only now, so that a run that cannot start leaves no record behind.
             wait_for_all("a run that can begin")
             if is_first():
                 write_record(config)
-            trained = _train(models, transformer, inputs, loader, notice)
+            trained = _train(models, transformer, inputs, loader, validation, notice)
             for line in loader.skipped():
                 print(line, file=sys.stderr)
         _finish(models, trained, inputs)
@@ -110,6 +117,7 @@ def _train(
     transformer: nnx.Module,
     inputs: InputModels | Cache,
     loader: Loader,
+    validation: Validation | None,
     notice: Notice,
 ) -> TextToImage:
     """Runs all remaining steps and returns the trained model."""
@@ -134,7 +142,7 @@ def _train(
                 state, position = restored
                 loader.set_state(position)
                 print_once(f"going on after step {int(state.step)}")
-        state = _loop(models, inputs, trainer, state, loader, checkpoints, notice)
+        state = _loop(models, inputs, trainer, state, loader, checkpoints, validation, notice)
     return trainer.merge(state.best)
 
 
@@ -145,6 +153,7 @@ def _loop(
     state: TrainState,
     loader: Loader,
     checkpoints: Checkpoints,
+    validation: Validation | None,
     notice: Notice,
 ) -> TrainState:
     config = models.config
@@ -152,14 +161,34 @@ def _loop(
     before: Step | None = None
     log = _log(models, start) if is_first() else None
     health = Health()
+    samples = Samples(models, inputs) if config.sample_every else None
 
     def report(step: Step) -> None:
         health.check(step, state)
         due = step.number % config.log_every == 0 or step.number in (start + 1, config.steps)
+        due = due or LOSS in step.metrics
         if log is not None and due:
             log.write(step.number, {name: float(value) for name, value in step.metrics.items()})
 
+    def aside(number: int) -> dict[str, jax.Array]:
+        """Validates and draws samples where they are due after a step; returns what to log."""
+        found = {}
+        with nullcontext() if log is None else log.aside():
+            if validation is not None and validation.due(number):
+                loss = validation.loss(trainer, state.best)
+                found = {LOSS: jnp.float32(loss)}
+                if log is not None:
+                    when = f"after step {number}" if number else "before the first step"
+                    log.say(f"validation loss {loss:.4f} {when}")
+            if samples is not None and number % config.sample_every == 0:
+                samples.draw(trainer.merge(state.best), number, log)
+        return found
+
     with notice.steps(), nullcontext() if log is None else log:
+        if start == 0:
+            found = aside(0)
+            if found and log is not None:
+                log.write_first({name: float(value) for name, value in found.items()})
         for number in range(start + 1, config.steps + 1):
             batch, names = _next_batch(loader, config.grad_accumulation, models.mesh)
             state, metrics = trainer.run(state, batch)
@@ -178,11 +207,8 @@ def _loop(
                 report(before)
                 checkpoints.wait()
                 raise notice.stopped(f"saved after step {number} of {config.steps}")
-            drawing = config.sample_every and number % config.sample_every == 0
-            if drawing and isinstance(inputs, InputModels):
-                model = trainer.merge(state.best)
-                pipeline = models.pipeline(model, inputs)
-                _sample(pipeline, config, model.taca(config), log, number)
+            if found := aside(number):
+                before = replace(before, metrics={**metrics, **found})
         if before is not None:
             report(before)
         checkpoints.wait()
@@ -199,6 +225,7 @@ def _log(models: RunModels, start: int) -> RunLog:
         samples_per_step=config.data.batch_size * config.grad_accumulation,
         flops_per_step=models.step_flops,
         peak_flops=None if chip is None else chip.flops * jax.device_count(),
+        wandb=WandbRun(config) if config.wandb else None,
     )
 
 
@@ -219,23 +246,6 @@ def _next_batch(
     arrays = {name: placed([batch[name] for batch in batches]) for name in names}
     batch = Batch(**arrays) if "image" in arrays else EncodedBatch(**arrays)
     return batch, [name for batch in batches for name in batch["id"]]
-
-
-def _sample(
-    pipeline: Pipeline,
-    config: TrainConfig,
-    taca: TacaConfig | None,
-    log: RunLog | None,
-    step: int,
-) -> None:
-    prompts = list(config.sample_prompts)
-    pictures = pipeline(prompts, taca=taca, seed=config.seed, progress=False).images
-    if log is None or not isinstance(pictures, list):
-        return  # all processes sample together, and the first writes the pictures
-    grid = caption_grid(pictures, prompts)
-    with whole_file(config.run_dir / "samples" / f"{step:07d}.png") as file:
-        grid.save(file, format="PNG")
-    log.image(step, "samples", np.asarray(grid))
 
 
 def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.order import Bucket
@@ -13,19 +14,22 @@ from taca_jax.errors import UserError
 from taca_jax.parallel.processes import first_before_others
 from taca_jax.training.models import RunModels
 
+if TYPE_CHECKING:
+    from taca_jax.data.cache.reader import Cache
+
 _LOOKED_AT = 4
 """Pictures of each source that are tried before a run begins."""
 
 
 @dataclass(frozen=True)
-class RunData:
-    """An opened source and the buckets of its examples."""
+class Examples:
+    """Examples of an opened source, or of a cache, sorted into buckets."""
 
-    source: Source
+    source: "Source | Cache"
     buckets: Sequence[Bucket]
 
 
-def open_data(models: RunModels) -> RunData:
+def open_data(models: RunModels) -> Examples:
     """The pictures that `config.data` names; no model is loaded, and no picture decoded.
 
     Raises UserError for sources that cannot be used, and for sizes of pictures that the model
@@ -37,10 +41,10 @@ def open_data(models: RunModels) -> RunData:
     least = config.grad_accumulation * config.data.batch_size
     buckets = make_buckets(source, config.data, multiple=models.multiple, least=least)
     check_grids(buckets, models)
-    return RunData(source, buckets)
+    return Examples(source, buckets)
 
 
-def first_captions(data: RunData) -> list[str]:
+def first_captions(data: Examples) -> list[str]:
     """Captions of the first picture of each source that can be read."""
     found = []
     for indices in data.buckets[0].parts:

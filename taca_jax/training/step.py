@@ -1,6 +1,6 @@
 """One optimizer step: the flow-matching objective under TACA, its gradient, the update."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,21 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from taca_jax.autoencoders.kinds import Autoencoder, AutoencoderConfig
 from taca_jax.autoencoders.vae import AutoencoderKL, VAEConfig, to_latents
 from taca_jax.families.registry import family_of
 from taca_jax.nn.conditioning import Conditioning
-from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
-from taca_jax.parallel.rules import ShardingTable, parameter_spec
 from taca_jax.taca import active, gamma_at
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.features import readout_loss
 from taca_jax.training.losses import flow_matching_loss, interpolate, sample_timesteps
 from taca_jax.training.models import TextToImage
+from taca_jax.training.shardings import sharding_tables, state_shardings
 
 _LATENTS = 2**31 - 1
 """Folded into a step's key for sampling latents, so that times and noise stay the same."""
@@ -193,10 +192,24 @@ def batch_loss(
     model = frozen.merge(trained)
     sampled = config.data.latents == "sample"
     latents_rng = jax.random.fold_in(rng, _LATENTS) if sampled else None
+    x0, text = encoded_batch(model, frozen, batch, latents_rng)
+    labels = batch.labels if isinstance(batch, Batch) else None
+    return objective(config, model, x0, text, rng, labels)
+
+
+def encoded_batch(
+    model: TextToImage,
+    frozen: Frozen,
+    batch: Batch | EncodedBatch,
+    latents_rng: jax.Array | None = None,
+) -> tuple[Float[Array, "b h w c"], Conditioning]:
+    """Latents, float32, and text embeddings of one part of a batch, without its leading axis.
+
+    latents_rng: samples from the autoencoder's distributions; without it they are its means.
+    """
     if isinstance(batch, EncodedBatch):
         x0 = _stored_latents(frozen.autoencoder_config, batch, latents_rng)
-        text = Conditioning(txt=batch.txt.astype(jnp.float32), pooled=batch.pooled)
-        return objective(config, model, x0, text, rng)
+        return x0, Conditioning(txt=batch.txt.astype(jnp.float32), pooled=batch.pooled)
     if model.text_encoder is None or frozen.autoencoder_graph is None:
         raise ValueError("pictures and captions need an autoencoder and a text encoder")
     images = batch.image.astype(jnp.float32) / 127.5 - 1
@@ -205,8 +218,7 @@ def batch_loss(
         x0 = autoencoder.encode(images, latents_rng)
     else:
         x0 = autoencoder.encode(images)
-    text = model.text_encoder(batch.tokens)
-    return objective(config, model, x0.astype(jnp.float32), text, rng, batch.labels)
+    return x0.astype(jnp.float32), model.text_encoder(batch.tokens)
 
 
 def objective(
@@ -235,16 +247,8 @@ def objective(
         above=0.0 if taca is None else taca.threshold,
     )
     noise = jax.random.normal(noise_rng, x0.shape)
-    gamma = None if taca is None else (model.gamma or partial(gamma_at, taca))(timestep)
-    inputs = interpolate(x0, noise, timestep), timestep, text.txt, text.pooled
-    options = {
-        "gamma": gamma,
-        "lora_scale": jnp.ones(len(x0))
-        if taca is None
-        else active(taca, timestep) * jnp.float32(1),
-    }
-    if family.embeds_guidance(transformer.config):
-        options["guidance"] = jnp.full(len(x0), config.guidance)
+    inputs, options = call_at(config, model, x0, text, timestep, noise)
+    gamma = options["gamma"]
     if config.features is None:
         terms = {} if model.gamma is None or gamma is None else {"gamma": gamma.mean()}
         return flow_matching_loss(transformer(*inputs, **options), x0, noise), terms
@@ -258,6 +262,29 @@ def objective(
         "features_loss": readout_loss(model.readout(tokens), labels, config.features.object_weight),
     }
     return terms["velocity_loss"] + config.features.weight * terms["features_loss"], terms
+
+
+def call_at(
+    config: TrainConfig,
+    model: TextToImage,
+    x0: Float[Array, "b h w c"],
+    text: Conditioning,
+    timestep: Float[Array, " b"],
+    noise: Float[Array, "b h w c"],
+) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
+    """The arguments with which training calls the transformer at these times, by position and by
+    name: under TACA if it is configured, with LoRA factors on while TACA is."""
+    taca, transformer = config.taca, model.transformer
+    inputs = interpolate(x0, noise, timestep), timestep, text.txt, text.pooled
+    options: dict[str, Any] = {
+        "gamma": None if taca is None else (model.gamma or partial(gamma_at, taca))(timestep),
+        "lora_scale": jnp.ones(len(x0))
+        if taca is None
+        else active(taca, timestep) * jnp.float32(1),
+    }
+    if family_of(transformer.config).embeds_guidance(transformer.config):
+        options["guidance"] = jnp.full(len(x0), config.guidance)
+    return inputs, options
 
 
 def _stored_latents(
@@ -328,40 +355,12 @@ def make_trainer(
             return jax.device_put(begin(trained), jax.devices()[0])
 
         return Trainer(frozen, None, begin_here, jax.jit(step, donate_argnums=0)), trained
-    shardings = state_shardings(jax.eval_shape(begin, trained), sharding_tables(model), mesh)
+    shardings = state_shardings(
+        jax.eval_shape(begin, trained), trained, sharding_tables(model), mesh
+    )
     return Trainer(
         frozen,
         shardings,
         jax.jit(begin, out_shardings=shardings),
         jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
     ), trained
-
-
-def sharding_tables(model: nnx.Module) -> dict[tuple[str, ...], ShardingTable]:
-    """The sharding tables of the models that `model` contains, by their paths in it."""
-    return {
-        tuple(map(str, path)): kind_of(config).sharding
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module) and (config := getattr(node, "config", None)) is not None
-    }
-
-
-def state_shardings(
-    state: TrainState, tables: Mapping[tuple[str, ...], ShardingTable], mesh: Mesh
-) -> TrainState:
-    """The sharding of each array of a state; averages and moments are sharded as their parameters.
-
-    tables: of the models, by their paths in the trained model, as from `sharding_tables`.
-    """
-
-    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
-        for start in range(len(names)):
-            for model, table in tables.items():
-                inside = names[start + len(model) :]
-                if inside and names[start : start + len(model)] == model:
-                    spec = parameter_spec(table, ".".join(inside), leaf.shape, mesh)
-                    return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, PartitionSpec())  # step numbers, counts and keys
-
-    return jax.tree_util.tree_map_with_path(sharding, state)

@@ -99,7 +99,14 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
             MUON | {"lora": "none", "gamma_knots": "4"},
             "with gamma_knots none of them trains; set optimizer.kind=adamw, or gamma_knots=none",
         ),
-        (ADAPT, {"optimizer.kind": "adam"}, "optimizer.kind=adam: expected one of adamw, muon"),
+        (ADAPT, {"optimizer.kind": "adam"}, "optimizer.kind=adam: expected one of adamw, ada"),
+        (
+            ADAPT,
+            {"optimizer.kind": "adafactor", "optimizer.b2": "0.99"},
+            "are 0.9 and 0.99, which optimizer.kind=adafactor has no use for; leave them out",
+        ),
+        (ADAPT, {"optimizer.cycles": "0"}, "optimizer.cycles is 0; it must be 1 or more"),
+        (ADAPT, {"optimizer.cycles": "3"}, "optimizer.cycles is 3, which optimizer.schedule=const"),
         (SCRATCH, {"pixels.scaling_factor": "0"}, "pixels.scaling_factor is 0.0; it must be posi"),
         (SCRATCH, {"pixels.shift_factor": "nan"}, "pixels.shift_factor is nan; it must be finite"),
         (ADAPT, {"data.source": "imagenet"}, "data.source is imagenet; it must be folder:PATH,"),
@@ -391,6 +398,29 @@ def test_the_linear_schedule_falls_to_zero_behind_the_last_step():
     rates = config.learning_rate_at(jnp.arange(12), 12)
     np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
     np.testing.assert_allclose(rates[4:], 2 * (1 - np.arange(8) / 8), rtol=1e-6)
+
+
+def test_restarts_are_several_declines_of_cosine():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=2, schedule="restarts", cycles=3)
+    rates = config.learning_rate_at(jnp.arange(14), 14)
+    one = dataclasses.replace(config, schedule="cosine", cycles=1).learning_rate_at
+    np.testing.assert_allclose(rates[:2], [1.0, 2.0])
+    np.testing.assert_allclose(rates[2:], [*one(jnp.arange(2, 6), 6)] * 3, rtol=1e-5)
+    assert float(rates.min()) > 0
+
+
+def test_adafactor_decays_matrices_at_the_learning_rate():
+    """And its first step is of the learning rate's size, whatever the gradient's."""
+    params = {"kernel": jnp.full((160, 130), 3.0), "bias": jnp.full(7, 3.0)}
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+    config = OptimizerConfig("adafactor", learning_rate=1e-2, weight_decay=0.5, clip_norm=None)
+    update = config.make(10)
+    state = update.init(params)
+    found, state = update.update(grads, state, params)
+    np.testing.assert_allclose(found["bias"], -1e-2, rtol=1e-3)
+    np.testing.assert_allclose(found["kernel"], -1e-2 * (1 + 0.5 * 3), rtol=1e-3)
+    sizes = sorted(x.size for x in jax.tree.leaves(state) if x.size > 7)
+    assert sizes == [130, 160]  # of the kernel no second moment is whole
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

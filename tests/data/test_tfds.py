@@ -108,6 +108,15 @@ def test_pictures_and_captions(prepared):
     assert opened(prepared["Records"])[4]["caption"] == "record 4"
 
 
+def test_a_caption_that_is_given(prepared):
+    """Also of a data set that has none at all."""
+    assert opened(prepared["Captioned"], caption="a picture")[0]["caption"] == "a picture"
+    assert opened(prepared["Captioned"], caption="this: {}")[1]["caption"] == "this: 1 0 é"
+    assert opened(prepared["Labelled"], caption="a picture")[2]["caption"] == "a picture"
+    with pytest.raises(UserError, match="lacks a caption"):
+        opened(prepared["Labelled"], caption="this: {}")
+
+
 def test_splits_and_parts_of_them(prepared):
     assert len(opened(prepared["Captioned"], "#test")) == 2
     part = opened(prepared["Captioned"], "#train[40%:]")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from taca_jax.convert.cli import parse
 from taca_jax.config.command_line import parse_cli
+from taca_jax.convert.cli import parse
 from taca_jax.evaluation import commands
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.generate import generate

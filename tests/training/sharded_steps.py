@@ -1,15 +1,16 @@
 """Training steps on meshes of eight virtual devices; prints their distance from one device as JSON.
 
-python -m tests.training.sharded_steps FOLDER QUANTIZATION [MESH ...]
+python -m tests.training.sharded_steps FOLDER QUANTIZATION OPTIMIZER [MESH ...]
 
 On a base whose kernels are kept as QUANTIZATION says, for each mesh (all, where none is named): the
-loss and the gradient's norm of two steps, and the trained parameters after them, as relative
-errors; and how many bytes of the base the first device holds, of all (of its quantised kernels,
-where there are some: small as they are, what is whole would outweigh them).
+loss and the gradient's norm of two steps, the validation loss and the trained parameters after
+them, as relative errors; and how many bytes of the base the first device holds, of all (of its
+quantised kernels, where there are some: small as they are, what is whole would outweigh them).
 """
 
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -22,10 +23,13 @@ from taca_jax.parallel.batches import batch_sharding
 from taca_jax.parallel.mesh import MeshConfig, make_mesh, on
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
+from taca_jax.training.config import ValidationConfig
+from taca_jax.training.inputs import open_examples
 from taca_jax.training.models import TextToImage, open_models
 from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.step import Batch, make_trainer
-from tests.training.tiny import arrays, tiny_config, tiny_pipeline
+from taca_jax.training.validation import Validation
+from tests.training.tiny import FLUX, arrays, tiny_config, tiny_pipeline
 
 MESHES = {
     "data": MeshConfig(data=8),
@@ -34,23 +38,27 @@ MESHES = {
     "context": MeshConfig(context=4, fsdp=2),
     "mixed": MeshConfig(data=2, fsdp=2, tensor=2),
 }
+LARGE = replace(FLUX, head_dim=64, axes_dim=(16, 24, 24))
 STEPS = 2
 
 
 def main() -> None:
-    folder, quantization, *names = sys.argv[1:]
-    tiny_pipeline().save(folder)
+    folder, quantization, optimizer, *names = sys.argv[1:]
+    # Adafactor makes rows and columns only of large factors.
+    large = optimizer == "adafactor"
+    tiny_pipeline(LARGE if large else FLUX).save(folder)
     config = tiny_config(
         "unused",
         base=folder,
         model=None,
         text=TextConfig(),
-        lora=LoRAConfig(rank=4),
+        lora=LoRAConfig(rank=LARGE.hidden if large else 4),
         quantize=quantization,
         quantize_text=quantization,
         taca=TacaConfig(threshold=500),
         data=DataConfig(source="generated:shapes/64", batch_size=8, resolution=40),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
+        optimizer=OptimizerConfig(optimizer, learning_rate=1e-2),
+        validation=ValidationConfig(pictures=11, timesteps=2),
     )
     models = open_models(config)
     rng = np.random.default_rng(0)
@@ -78,6 +86,8 @@ def main() -> None:
                 batch = jax.device_put(batch, batch_sharding(mesh, leading=1))
             state, metrics = trainer.run(state, batch)
             seen += [float(metrics["loss"]), float(metrics["gradient_norm"])]
+        _, held_out = open_examples(placed, inputs)
+        seen.append(Validation(placed, inputs, held_out).loss(trainer, state.trained))
         return np.array(seen), jax.device_get(arrays(state.trained)), share
 
     numbers, parameters, _ = run(None)

@@ -1,5 +1,7 @@
 """The LoRA files of a run: those that it leaves at its checkpoints, and the one it starts from."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from taca_jax.training.models import open_models
 from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.run import train
 from taca_jax.weights.lora_files import load_adapter, write_lora
+from tests.convert.commands import refused, run
 from tests.random_models import randomise
 from tests.training.tiny import lora_changes, tiny_config, tiny_pipeline
 
@@ -102,3 +105,42 @@ def test_a_start_that_does_not_fit_is_refused_before_anything_loads(base, start,
     ):
         with pytest.raises(UserError, match=message):
             open_models(config_for(base, tmp_path, lora=lora))
+
+
+def test_a_run_goes_on_without_the_lora_that_it_started_from(base, start, tmp_path):
+    moved = tmp_path / "start.safetensors"
+    shutil.copy(start, moved)
+    lora = LoRAConfig(rank=3, init=str(moved))
+    config = config_for(base, tmp_path / "run", lora=lora, steps=2)
+    train(config)
+    moved.unlink()
+    train(dataclasses.replace(config, resume=True, steps=3))
+    train(dataclasses.replace(config, resume=True, steps=4, lora=LoRAConfig(rank=3)))
+    assert (tmp_path / "run" / "loras" / "step-000004.safetensors").is_file()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_the_lora_of_any_checkpoint_is_exported(base, tmp_path, capsys, ema_decay):
+    """The file is the very one that training wrote at that step."""
+    optimizer = OptimizerConfig(learning_rate=1e-2, ema_decay=ema_decay)
+    run_dir = tmp_path / "run"
+    train(config_for(base, run_dir, optimizer=optimizer))
+    export = ("export", "--src", run_dir, "--dst")
+    run(*export, tmp_path / "new.safetensors")
+    run(*export, tmp_path / "old.safetensors", "--step", 2)
+    assert "of step 2 of" in capsys.readouterr().out
+    for name, step in (("new", 4), ("old", 2)):
+        file = run_dir / "loras" / f"step-{step:06d}.safetensors"
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == file.read_bytes()
+    assert load_adapter(tmp_path / "old.safetensors").gate == "taca"
+    run(*export, tmp_path / "kohya.safetensors", "--to", "kohya")
+    assert load_adapter(tmp_path / "kohya.safetensors").dialect.startswith("kohya")
+    for words, message in (
+        ((tmp_path / "x.safetensors", "--step", 3), "has checkpoints of steps 2, 4, not 3"),
+        ((tmp_path / "x.safetensors", "--to", "original"), "--to original is for models; a run's"),
+        ((tmp_path / "old.safetensors",), "exists; give a new name or remove it"),
+    ):
+        assert message in refused(capsys, *export, *words)
+    assert "--step is for a training run" in refused(
+        capsys, "export", "--src", base, "--dst", tmp_path / "y", "--step", 2
+    )

@@ -12,9 +12,9 @@ LARGEST_SHARE = {"data": 1.0, "fsdp": 0.15, "tensor": 0.54, "context": 0.52, "mi
 """Of the base's bytes, what one device holds: norms, biases and what does not divide are whole."""
 
 
-def check(tmp_path, *meshes, quantization="none"):
+def check(tmp_path, *meshes, quantization="none", optimizer="adamw"):
     module = "tests.training.sharded_steps"
-    script = ("-m", module, str(tmp_path / "base"), quantization, *meshes)
+    script = ("-m", module, str(tmp_path / "base"), quantization, optimizer, *meshes)
     found = json.loads(last_line(run_python(*script, devices=8)))
     assert set(found) == set(meshes)
     for name, errors in found.items():
@@ -25,6 +25,10 @@ def check(tmp_path, *meshes, quantization="none"):
 
 def test_a_mixed_mesh_trains_as_one_device_does(tmp_path):
     check(tmp_path, "mixed")
+
+
+def test_adafactor_trains_on_a_mesh_as_on_one_device(tmp_path):
+    check(tmp_path, "mixed", optimizer="adafactor")
 
 
 @pytest.mark.slow

@@ -75,13 +75,14 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def picture_fields(data: DataConfig) -> dict[str, Any]:
-    """The fields of the configuration that decide which pictures a cache holds, and their sizes."""
+    """The fields of the configuration that decide which pictures and captions a cache holds."""
     return {
         "source": list(data.source),
         "resolution": data.resolution,
         "aspect": data.aspect,
         "max_aspect": data.max_aspect,
         "min_side": data.min_side,
+        "caption": data.caption,
     }
 
 

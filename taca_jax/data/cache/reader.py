@@ -13,6 +13,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 
 from taca_jax.data.cache.files import EMPTY, RECORDS, damaged_shard, not_opened, read_sizes, shards
 from taca_jax.data.cache.manifest import Manifest
+from taca_jax.data.cache.prompts import read_prompts
 from taca_jax.data.cache.writer import Caption
 from taca_jax.data.config import DataConfig
 from taca_jax.data.loader import DROPPED, Loader
@@ -94,6 +95,15 @@ class Cache:
             return self._empty
         return self._caption(self._read(example["shard"], example["first_caption"] + number))
 
+    def prompts(self) -> dict[str, Caption]:
+        """The embeddings of the prompts that were encoded to draw samples of."""
+        return read_prompts(self._folder)
+
+    @property
+    def empty(self) -> Caption:
+        """The embeddings of the empty caption."""
+        return self._empty
+
     def buckets(self) -> list[Bucket]:
         """The buckets that the cache was made with."""
         return read_buckets(self._folder, self.manifest)
@@ -152,13 +162,14 @@ def make_cached_loader(
     *,
     data: DataConfig,
     rows: Sequence[int] | np.ndarray | None = None,
+    buckets: Sequence[Bucket] | None = None,
     together: int = 1,
 ) -> Loader:
     """Endless batches of the encoded examples, as `make_loader` gives them of a source.
 
     A batch has `mean`, and for data.latents=sample `logvar`, of the latents, [b, h, w, c]; the
     captions' embeddings `txt`, [b, t, k], and `pooled`, [b, p]; and `id`. rows, together: as for
-    `make_loader`.
+    `make_loader`. buckets: the cache's own, or parts of them; by default all.
     """
 
     def finish(examples: list[CachedExample], numbers: list[int]) -> dict[str, np.ndarray]:
@@ -177,7 +188,7 @@ def make_cached_loader(
 
     ours = np.arange(data.batch_size) if rows is None else np.asarray(rows)
     stream = Stream(
-        cache.buckets(),
+        cache.buckets() if buckets is None else buckets,
         weights=data.weights,
         batch_size=data.batch_size,
         together=together,

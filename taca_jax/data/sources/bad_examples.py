@@ -21,6 +21,10 @@ class BadExampleError(Exception):
     """This example cannot be used; it has been counted and logged. Others can be."""
 
 
+class NoCaptionError(BadExampleError):
+    """This example has no caption, and may be given one (`data.caption`)."""
+
+
 class _IndexSet:
     """A set of indices below `total`, a bit each."""
 

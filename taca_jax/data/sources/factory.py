@@ -7,6 +7,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.data.shapes.drawing import IMAGE_SIZE
 from taca_jax.data.shapes.examples import GeneratedShapes
+from taca_jax.data.sources.captions import GivenCaption
 from taca_jax.data.sources.folders import FolderSource
 from taca_jax.data.sources.img2dataset import open_img2dataset
 from taca_jax.data.sources.mixing import MixedSource
@@ -34,18 +35,19 @@ def open_source(data: DataConfig, patch: int | None = None) -> Source:
 
 def _open(source: str, data: DataConfig, patch: int | None) -> Source:
     kind, _, place = source.partition(":")
+    given = GivenCaption(data.caption)
     match kind:
         case "folder":
-            return FolderSource(Path(place), data.resolution, data.max_bad_share)
+            return FolderSource(Path(place), data.resolution, data.max_bad_share, given=given)
         case "webdataset":
-            return TarSource(expand(place), data.resolution, data.max_bad_share)
+            return TarSource(expand(place), data.resolution, data.max_bad_share, given=given)
         case "img2dataset":
-            return open_img2dataset(Path(place), data.resolution, data.max_bad_share)
+            return open_img2dataset(Path(place), data.resolution, data.max_bad_share, given)
         case "tfds" if place.partition("/")[0] != "shapes":
             # Imported here because it takes seconds, which the other sources need not wait for.
             from taca_jax.data.sources.tfds import TfdsSource
 
-            return TfdsSource(place, data.resolution, data.max_bad_share)
+            return TfdsSource(place, data.resolution, data.max_bad_share, given)
         case _:
             return _open_shapes(source, kind, place, data, patch)
 

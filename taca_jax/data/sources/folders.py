@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.captions import caption_from_json, caption_from_text
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples, NoCaptionError
+from taca_jax.data.sources.captions import GivenCaption, caption_from_json, caption_from_text
 from taca_jax.data.sources.source import PICTURE_SUFFIXES, PictureSource, printable
 from taca_jax.data.sources.stored_scans import stamp_of
 from taca_jax.errors import UserError
@@ -47,14 +47,16 @@ class FolderSource(PictureSource):
         resolution: int,
         max_bad_share: float,
         further: FurtherCaptions | None = None,
+        given: GivenCaption = GivenCaption(),  # noqa: B008
     ):
         """root: the folder. further: captions of pictures that have none in tables or files.
+        given: the caption that is given for all.
 
         Raises UserError for a folder without usable pictures, or with too many bad ones.
         """
-        super().__init__(resolution)
+        super().__init__(resolution, given)
         self._root = root.expanduser()
-        listing = _Listing(self._root, further)
+        listing = _Listing(self._root, further, given.default)
         self._entries = listing.entries
         total = len(self._entries) + sum(len(names) for names in listing.bad.values())
         if total == 0:
@@ -89,21 +91,23 @@ class FolderSource(PictureSource):
         if entry.beside == ".txt":
             return caption_from_text(content, file.name)
         if not (caption := caption_from_json(_json(content))):
-            raise BadExampleError(f"{file.name} has no caption")
+            raise NoCaptionError(f"{file.name} has no caption")
         return caption
 
 
 class _Listing:
     """The pictures and captions of a folder, by the names of its files and by its tables.
 
-    No picture is opened. `bad` has what cannot be used: paths by the reason.
+    No picture is opened. `bad` has what cannot be used: paths by the reason. With a `default`, no
+    picture is bad for want of a caption.
     """
 
     entries: list[_Entry]
     bad: dict[str, list[str]]
 
-    def __init__(self, root: Path, further: FurtherCaptions | None):
+    def __init__(self, root: Path, further: FurtherCaptions | None, default: str | None):
         self.entries, self.bad = [], {}
+        self._default = default
         pictures, texts, tables = _files(root)
         named: set[str] = set()
         for table in tables:
@@ -120,10 +124,14 @@ class _Listing:
         for folder, paths in silent.items():
             captions = {} if further is None else further(folder)
             for path in paths:
-                if caption := captions.get(posixpath.splitext(posixpath.basename(path))[0]):
+                stem = posixpath.splitext(posixpath.basename(path))[0]
+                if caption := captions.get(stem) or default:
                     self.entries.append(_Entry(path, caption, printable(path)))
                 else:
-                    reason = f"without a caption (in {CAPTIONS_FILE}, or a .txt beside it)"
+                    reason = (
+                        f"without a caption (in {CAPTIONS_FILE}, or a .txt beside it; data.caption "
+                        "gives one)"
+                    )
                     self._add_bad(reason, path)
         self.entries.sort(key=lambda entry: (entry.path, entry.id))
 
@@ -147,7 +155,7 @@ class _Listing:
         # Each of several lines about a picture makes an example.
         ident = printable(path) + (f"#{number}" if path in named else "")
         named.add(path)
-        if caption:
+        if caption := caption or self._default:
             self.entries.append(_Entry(path, caption, ident))
         else:
             self._add_bad("with an empty caption", path)

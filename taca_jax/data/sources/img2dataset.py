@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from taca_jax.data.sources.captions import GivenCaption
 from taca_jax.data.sources.folders import FolderSource
 from taca_jax.data.sources.webdataset import TarSource
 from taca_jax.errors import UserError
@@ -16,7 +17,12 @@ from taca_jax.errors import UserError
 _SUCCESS = "success"
 
 
-def open_img2dataset(root: Path, resolution: int, max_bad_share: float) -> FolderSource | TarSource:
+def open_img2dataset(
+    root: Path,
+    resolution: int,
+    max_bad_share: float,
+    given: GivenCaption = GivenCaption(),  # noqa: B008
+) -> FolderSource | TarSource:
     """The pictures of an output folder `root`, written as webdataset or as files.
 
     Captions are in a .txt or .json of the picture's name, else in the shard's parquet, which is
@@ -28,10 +34,18 @@ def open_img2dataset(root: Path, resolution: int, max_bad_share: float) -> Folde
         raise UserError(f"{root} is not there; data.source=img2dataset:PATH takes an output folder")
     if tars := sorted(root.glob("*.tar")):
         return TarSource(
-            tars, resolution, max_bad_share, lambda tar: _captions(tar.with_suffix(".parquet"))
+            tars,
+            resolution,
+            max_bad_share,
+            lambda tar: _captions(tar.with_suffix(".parquet")),
+            given,
         )
     return FolderSource(
-        root, resolution, max_bad_share, lambda folder: _captions(root / f"{folder}.parquet")
+        root,
+        resolution,
+        max_bad_share,
+        lambda folder: _captions(root / f"{folder}.parquet"),
+        given,
     )
 
 

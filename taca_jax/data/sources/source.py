@@ -11,7 +11,8 @@ from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples, NoCaptionError
+from taca_jax.data.sources.captions import GivenCaption
 from taca_jax.data.sources.decoding import FORMATS, picture_size, read_picture
 from taca_jax.data.sources.stored_scans import is_refusal, scan_once
 from taca_jax.data.threads import usable_cores
@@ -60,9 +61,11 @@ class PictureSource(ABC):
 
     bad: BadExamples
 
-    def __init__(self, resolution: int):
-        """`source[i]` gives squares of `resolution` pixels a side."""
+    def __init__(self, resolution: int, given: GivenCaption = GivenCaption()):  # noqa: B008
+        """`source[i]` gives squares of `resolution` pixels a side. given: the caption that is given
+        for all pictures."""
         self._resolution = resolution
+        self._given = given
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -81,7 +84,7 @@ class PictureSource(ABC):
 
     @abstractmethod
     def _caption(self, index: int) -> str | Sequence[str]:
-        """The caption, or several. Raises BadExampleError where there is none."""
+        """The example's own caption, or several. Raises NoCaptionError where there is none."""
 
     @abstractmethod
     def _file(self, index: int) -> Path | io.BytesIO:
@@ -100,13 +103,21 @@ class PictureSource(ABC):
         Raises BadExampleError if it cannot be read, and UserError if that makes too many.
         """
         try:
-            caption = self._caption(index)
+            caption = self._given.of(self._own_caption(index))
             image = read_picture(self._file(index), size)
         except BadExampleError as error:
             self.bad.add_bad(index, self.name(index), str(error))
             raise
         self.bad.add_good(index)
         return {"image": image, "caption": caption, "id": self.id(index)}
+
+    def _own_caption(self, index: int) -> str | Sequence[str]:
+        try:
+            return self._caption(index)
+        except NoCaptionError:
+            if self._given.default is None:
+                raise
+            return self._given.default
 
     def sizes(self) -> np.ndarray:
         """int32 [n, 2]: height and width in pixels of each picture; UNKNOWN_SIZE for bad ones.

@@ -11,8 +11,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.captions import CAPTION_KEYS, caption_from_json, caption_from_text
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples, NoCaptionError
+from taca_jax.data.sources.captions import (
+    CAPTION_KEYS,
+    GivenCaption,
+    caption_from_json,
+    caption_from_text,
+)
 from taca_jax.data.sources.source import PictureSource
 from taca_jax.data.sources.stored_scans import stamp_of
 from taca_jax.errors import UserError
@@ -28,18 +33,25 @@ class TfdsSource(PictureSource):
     is a text, a sequence of texts, or a sequence of records that have a `text`, as in COCO.
     """
 
-    def __init__(self, place: str, resolution: int, max_bad_share: float):
+    def __init__(
+        self,
+        place: str,
+        resolution: int,
+        max_bad_share: float,
+        given: GivenCaption = GivenCaption(),  # noqa: B008
+    ):
         """place: `NAME`, `NAME/CONFIG` or `NAME:VERSION` as in TFDS, or the folder of a prepared
         data set; then `#SPLIT`, a split or a part of one (`#train[:10%]`), or nothing for `train`.
 
         Raises UserError for a data set that is not prepared, that cannot be read at random, or that
         lacks a picture or a caption.
         """
-        super().__init__(resolution)
+        super().__init__(resolution, given)
         self._name, _, split = place.partition("#")
         self._split = split or "train"
         builder = _prepared(self._name)
-        self._picture, self._captions = _features(self._name, builder.info.features)
+        needed = given.default is None
+        self._picture, self._captions = _features(self._name, builder.info.features, needed)
         if self._split.partition("[")[0] not in builder.info.splits:
             raise UserError(
                 f"data.source is tfds:{place}; its splits are {', '.join(builder.info.splits)}"
@@ -83,6 +95,8 @@ class TfdsSource(PictureSource):
         return self._last.record
 
     def _caption(self, index: int) -> str | Sequence[str]:
+        if self._captions is None:
+            raise NoCaptionError("without a caption")
         found = self._record(index)[self._captions]
         found = found["text"] if isinstance(found, dict) else found
         if isinstance(found, bytes):
@@ -92,7 +106,7 @@ class TfdsSource(PictureSource):
         except UnicodeDecodeError as error:
             raise BadExampleError(f"its {self._captions} is not UTF-8") from error
         if not captions:
-            raise BadExampleError(f"its {self._captions} is empty")
+            raise NoCaptionError(f"its {self._captions} is empty")
         return captions
 
     def _file(self, index: int) -> io.BytesIO:
@@ -125,12 +139,12 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _features(name: str, features: Any) -> tuple[str, str]:
+def _features(name: str, features: Any, needs_caption: bool) -> tuple[str, str | None]:
     """The names of the picture's and the caption's feature. Raises UserError if one is missing."""
     pictures = [key for key, each in features.items() if isinstance(each, tfds.features.Image)]
     captions = [key for key in CAPTION_KEYS if key in features and _is_text(features[key])]
-    if len(pictures) == 1 and captions:
-        return pictures[0], captions[0]
+    if len(pictures) == 1 and (captions or not needs_caption):
+        return pictures[0], captions[0] if captions else None
     lacks = "one picture an example" if captions else f"a caption ({' or '.join(CAPTION_KEYS)})"
     raise UserError(f"tfds:{name} lacks {lacks}; its features are {', '.join(sorted(features))}")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
-from taca_jax.data.sources.captions import caption_from_json, caption_from_text
+from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples, NoCaptionError
+from taca_jax.data.sources.captions import GivenCaption, caption_from_json, caption_from_text
 from taca_jax.data.sources.source import PICTURE_SUFFIXES, PictureSource, printable
 from taca_jax.data.sources.stored_scans import scan_once, stamp_of
 from taca_jax.data.sources.tars import Broken, walk
@@ -46,12 +46,14 @@ class TarSource(PictureSource):
         resolution: int,
         max_bad_share: float,
         further: FurtherCaptions | None = None,
+        given: GivenCaption = GivenCaption(),  # noqa: B008
     ):
-        """paths: the tars. further: captions of samples that have none in their tar.
+        """paths: the tars. further: captions of samples that have none in their tar. given: the
+        caption that is given for all.
 
         Raises UserError where there is no usable picture, or where too many are bad.
         """
-        super().__init__(resolution)
+        super().__init__(resolution, given)
         self._paths = list(paths)
         self._stamps = [stamp_of(path) for path in self._paths]
         self._further: list[Mapping[str, Captions]] = []
@@ -69,7 +71,7 @@ class TarSource(PictureSource):
                 }
             for i in np.flatnonzero(silent | ~usable):
                 key, reason = _text(rows["key"][i]), _text(rows["reason"][i])
-                if reason or key not in captions:
+                if reason or (key not in captions and given.default is None):
                     reason = reason or "without a caption (in a .txt or .json of its name)"
                     bad.setdefault(reason, []).append(f"{path.name}/{key}")
                     usable[i] = False
@@ -108,14 +110,17 @@ class TarSource(PictureSource):
         if row[_TXT][1] >= 0:
             return caption_from_text(self._bytes(shard, row[_TXT]), "its .txt")
         if row[_JSON][1] < 0:
-            return self._further[shard][_text(row["key"])]
+            further = self._further[shard].get(_text(row["key"]))
+            if further is None:
+                raise NoCaptionError("without a caption")
+            return further
         content = self._bytes(shard, row[_JSON])
         try:
             caption = caption_from_json(json.loads(content.decode("utf-8-sig")))
         except (ValueError, RecursionError) as error:
             raise BadExampleError("its .json is not UTF-8 JSON") from error
         if not caption:
-            raise BadExampleError("its .json has no caption")
+            raise NoCaptionError("its .json has no caption")
         return caption
 
     def _file(self, index: int) -> io.BytesIO:
