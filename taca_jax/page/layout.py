@@ -3,6 +3,7 @@
 import html
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import gradio as gr
@@ -33,6 +34,9 @@ _EXAMPLES = (
 """Prompts that the small model of shapes can read."""
 
 _NO_WORD = ""
+_KEPT_FILES = (600, 3600)
+"""Seconds: how often files that browsers have been given are looked through, and when they go."""
+
 _GATES: list[tuple[str, Gate | str]] = [
     ("as its file says", ""),
     ("with TACA", "taca"),
@@ -64,12 +68,9 @@ def css(studio: Studio) -> str:
 
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio. Its events wait in one queue, and one visitor draws at a time."""
-    config, pipeline = studio.config, studio.pipeline
-    taca, own = config.taca, pipeline.settings
-    assert taca is not None  # the configuration refuses that
-    reads_shapes = isinstance(pipeline.tokenizer, WordTokenizer)
+    config, own = studio.config, studio.pipeline.settings
     steps = own.steps if config.steps is None else config.steps
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=_KEPT_FILES) as page:
         gr.Markdown(_INTRODUCTION)
         name = gr.State("")
         with gr.Row(elem_classes="prompt"):
@@ -80,57 +81,15 @@ def build(studio: Studio) -> gr.Blocks:
                 min_width=260,
                 max_length=config.max_prompt,
                 elem_id="prompt",
-                submit_btn=False,
             )
             button = gr.Button("Draw", variant="primary", scale=1, min_width=100, elem_id="draw")
-        if reads_shapes:
+        if isinstance(studio.pipeline.tokenizer, WordTokenizer):
             gr.Examples([[each] for each in _EXAMPLES], prompt, label="It knows such prompts")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                with gr.Row(elem_classes="pictures"):
-                    small = "pixels" if max(studio.width, studio.height) < SMALL else "smooth"
-                    looks: dict[str, Any] = {
-                        "format": "png",
-                        "interactive": False,
-                        "buttons": ["fullscreen"],
-                        "elem_classes": ["picture", small],
-                        "show_label": False,
-                    }
-                    names, pictures = [], []
-                    for each, heading in {"plain": "Plain", "taca": "With TACA"}.items():
-                        with gr.Column(min_width=120):
-                            names.append(gr.Markdown(f"**{heading}**"))
-                            pictures.append(gr.Image(label=heading, elem_id=each, **looks))
-                about = gr.Markdown("", elem_id="about", elem_classes="about")
-                step = gr.Slider(
-                    *(1, steps, steps),
-                    step=1,
-                    label="Step",
-                    info="the pictures above are what this step predicts as the final ones",
-                    interactive=False,
-                    elem_id="step",
-                )
-                word = gr.Radio(
-                    [("none", _NO_WORD)],
-                    value=_NO_WORD,
-                    label="Word",
-                    info="shows which places attend to it in this step",
-                    interactive=False,
-                    elem_id="word",
-                )
-                with gr.Row():
-                    looks = {"interactive": False, "size": "md", "min_width": 120}
-                    files = [
-                        gr.DownloadButton(label, elem_id=each, **looks)
-                        for each, label in {
-                            "save-plain": "Download plain",
-                            "save-taca": "Download TACA",
-                        }.items()
-                    ]
+                seen = _results(studio, steps)
             with gr.Column(scale=1, min_width=280):
                 fields = _fields(studio, steps)
-        asked = [prompt, *fields]
-        shown = [*names, *pictures, about]
 
         def draw(*values: Any, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
             def advance(done: int, total: int) -> None:
@@ -159,24 +118,26 @@ def build(studio: Studio) -> gr.Blocks:
 
         def show(name: str, step: float, word: str) -> tuple[Any, ...]:
             with _told():
-                return _pictures(studio, studio.recall(name), round(step), word)
+                drawing = studio.recall(name)
+                # The slider may still be that of a drawing with more steps.
+                return _pictures(studio, drawing, min(max(1, round(step)), drawing.steps), word)
 
         for start in (button.click, prompt.submit):
             start(
                 draw,
-                asked,
-                [name, *shown, step, word, *files],
-                show_progress_on=pictures,
+                [prompt, *fields],
+                [name, *seen.shown, seen.step, seen.word, *seen.files],
+                show_progress_on=seen.pictures,
                 api_visibility="private",
                 concurrency_id="draw",
                 concurrency_limit=1,
                 trigger_mode="once",
             )
-        for change in (step.input, word.input):
+        for change in (seen.step.input, seen.word.input):
             change(
                 show,
-                [name, step, word],
-                shown,
+                [name, seen.step, seen.word],
+                seen.shown,
                 show_progress="hidden",
                 api_visibility="private",
                 concurrency_id="show",
@@ -193,6 +154,69 @@ def build(studio: Studio) -> gr.Blocks:
     return page.queue(max_size=config.queue, default_concurrency_limit=2)
 
 
+@dataclass(frozen=True)
+class _Results:
+    """What shows a drawing: names, pictures and files of both columns, a line about the step, and
+    what chooses the step and the word."""
+
+    names: list[gr.Markdown]
+    pictures: list[gr.Image]
+    about: gr.Markdown
+    step: gr.Slider
+    word: gr.Radio
+    files: list[gr.DownloadButton]
+
+    @property
+    def shown(self) -> list[Any]:
+        """What `_pictures` fills."""
+        return [*self.names, *self.pictures, self.about]
+
+
+def _results(studio: Studio, steps: int) -> _Results:
+    names, pictures, files = [], [], []
+    small = max(studio.width, studio.height) < SMALL
+    with gr.Row(elem_classes="pictures"):
+        for each, heading in {"plain": "Plain", "taca": "With TACA"}.items():
+            with gr.Column(min_width=120):
+                names.append(gr.Markdown(f"**{heading}**"))
+                picture = gr.Image(
+                    label=heading,
+                    show_label=False,
+                    format="png",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id=each,
+                    elem_classes=["picture", "pixels" if small else "smooth"],
+                )
+                pictures.append(picture)
+    about = gr.Markdown("", elem_id="about", elem_classes="about")
+    step = gr.Slider(
+        minimum=1,
+        maximum=steps,
+        value=steps,
+        step=1,
+        label="Step",
+        info="the pictures above are what this step predicts as the final ones",
+        interactive=False,
+        elem_id="step",
+    )
+    word = gr.Radio(
+        [("none", _NO_WORD)],
+        value=_NO_WORD,
+        label="Word",
+        info="shows which places attend to it in this step",
+        interactive=False,
+        elem_id="word",
+    )
+    with gr.Row():
+        for each, label in {"plain": "Download plain", "taca": "Download TACA"}.items():
+            button = gr.DownloadButton(
+                label, interactive=False, size="md", min_width=120, elem_id=f"save-{each}"
+            )
+            files.append(button)
+    return _Results(names, pictures, about, step, word, files)
+
+
 def _fields(studio: Studio, steps: int) -> list[Any]:
     """The fields of what a visitor asks for, in the order of `Asked` after the prompt."""
     config, own = studio.config, studio.pipeline.settings
@@ -200,7 +224,7 @@ def _fields(studio: Studio, steps: int) -> list[Any]:
     assert taca is not None  # the configuration refuses that
     with gr.Row():
         seed = gr.Number(
-            *(config.seed,),
+            config.seed,
             label="Seed",
             precision=0,
             minimum=0,
@@ -245,7 +269,7 @@ def _fields(studio: Studio, steps: int) -> list[Any]:
         with gr.Row():
             width, height = (
                 gr.Number(
-                    *(side,),
+                    side,
                     label=label,
                     precision=0,
                     minimum=1,

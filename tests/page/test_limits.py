@@ -10,6 +10,7 @@ from taca_jax.errors import UserError
 from taca_jax.page.config import PageConfig
 from taca_jax.page.guard import CONTENT, MOST_BYTES, Guard
 from taca_jax.page.limits import NO_LORA, Asked, check_folder, offered, settings_of
+from taca_jax.page.serve import need_gradio
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.taca import TacaConfig
 
@@ -189,3 +190,9 @@ def test_a_browser_is_told_to_ask_no_other_host():
     _, headers = answer("GET", "/", {})
     assert headers[b"content-security-policy"].decode() == CONTENT
     assert "http" not in CONTENT
+
+
+def test_without_gradio_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs Gradio: pip install -e '\.\[page\]'"):
+        need_gradio()
