@@ -12,7 +12,9 @@ def main() -> None:
     # These imports take seconds, as in train.py.
     from taca_jax.pipelines.generate import generate
     from taca_jax.planning.drawing import plan_drawing
+    from taca_jax.telling.command import begin
 
+    begin()
     try:
         if config.plan is None:
             generate(config)

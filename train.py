@@ -12,8 +12,10 @@ def main() -> None:
     # These imports take seconds; a mistyped key is reported before them.
     from taca_jax.parallel.processes import print_once
     from taca_jax.planning.plan import plan
+    from taca_jax.telling.command import begin
     from taca_jax.training.run import train
 
+    begin()
     try:
         if config.plan is None:
             train(config)

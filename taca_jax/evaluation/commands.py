@@ -91,7 +91,10 @@ def run(argv: Sequence[str]) -> None:
         preset_kind=GenerateConfig,
         program=f"-m taca_jax.evaluation {name}",
     )
-    _named(command.run)(config)  # imported only now: it takes seconds, as in train.py
+    # Imported only now: these take seconds, as in train.py.
+    function, begin = _named(command.run), _named("taca_jax.telling.command:begin")
+    begin()
+    function(config)
 
 
 def _help() -> str:
