@@ -26,7 +26,7 @@ from taca_jax.config.fields import (
 )
 from taca_jax.errors import UserError
 
-_WIDTH = 100
+_WIDTH = 80
 _FIELDS = "__dataclass_fields__"
 
 
@@ -215,8 +215,17 @@ def _help(
 
 
 def _paragraph(heading: str, doc: str) -> list[str]:
-    body = textwrap.wrap(inspect.cleandoc(doc), _WIDTH - 8)
-    return [heading, *(f"        {line}" for line in body)]
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return [
+        *textwrap.wrap(heading, _WIDTH, subsequent_indent="    ", **whole),
+        *textwrap.wrap(
+            inspect.cleandoc(doc),
+            _WIDTH,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 8,
+            **whole,
+        ),
+    ]
 
 
 def _at(config: Any, name: str, default: Any) -> Any:

@@ -86,7 +86,9 @@ def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
 
 def has_tpu_chips() -> bool:
     """Whether this host seems to have TPU chips; says so of other devices under VFIO, too."""
-    return any(each for where in ("accel[0-9]*", "vfio/[0-9]*") for each in Path("/dev").glob(where))
+    return any(
+        each for where in ("accel[0-9]*", "vfio/[0-9]*") for each in Path("/dev").glob(where)
+    )
 
 
 def is_first() -> bool:

@@ -10,6 +10,7 @@ from taca_jax.data.sources.factory import open_source
 from taca_jax.errors import UserError
 from taca_jax.parallel.batches import local_rows
 from taca_jax.parallel.processes import first_before_others
+from taca_jax.training.announcing import say_data
 from taca_jax.training.models import InputModels, RunModels
 
 
@@ -24,12 +25,14 @@ def open_loader(models: RunModels, inputs: InputModels | Cache) -> Loader:
     rows = None if models.mesh is None else local_rows(models.mesh, data.batch_size)
     if isinstance(inputs, Cache):
         _check_grids(inputs.buckets(), models)
+        say_data(models.config, inputs.buckets())
         return make_cached_loader(inputs, data=data, rows=rows, together=parts)
     with first_before_others("data that is made on first use"):
         source = open_source(data, None if models.config.features is None else models.multiple)
     least = parts * data.batch_size
     buckets = make_buckets(source, data, multiple=models.multiple, least=least)
     _check_grids(buckets, models)
+    say_data(models.config, buckets)
     return make_loader(
         source,
         data=data,

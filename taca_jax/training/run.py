@@ -30,6 +30,8 @@ from taca_jax.parallel.processes import (
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig, describe_gamma
+from taca_jax.telling.start import say_fact
+from taca_jax.training.announcing import say_models, say_trained
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.config import TrainConfig
@@ -65,6 +67,7 @@ def train(config: TrainConfig) -> None:
         models = open_models(config)
         mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
         models = models.on_mesh(None if mesh.size == 1 else mesh)
+        say_models(models)
         with on(models.mesh):
             _run(models, Notice(f"go on with resume=true out_dir={config.run_dir}"))
     except StoppedError:
@@ -82,9 +85,10 @@ def _run(models: RunModels, notice: Notice) -> None:
         teach_text(models, inputs)
     transformer = models.load_transformer()
     if config.taca is not None:
-        print_once(
-            f"training under TACA: {describe_gamma(config.taca)} at times above "
-            f"{config.taca.threshold:g}, from which all are drawn"
+        say_fact(
+            "TACA",
+            f"{describe_gamma(config.taca)} at t >= {config.taca.threshold:g}, from which all "
+            "training times are drawn",
         )
     if config.optimizer.warmup_steps > config.steps:
         print_once(
@@ -128,6 +132,7 @@ def _train(
         model = TextToImage(transformer, inputs.text_encoder, readout, gamma)
         autoencoder = inputs.autoencoder
     trainer, trained = make_trainer(config, model, autoencoder, models.mesh)
+    say_trained(config, trained)
     state = trainer.begin(trained)
     with Checkpoints(
         config.run_dir, keep=config.keep_checkpoints, frozen=trainer.frozen.model
