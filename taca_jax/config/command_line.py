@@ -135,6 +135,14 @@ def _as_assignment(argument: str) -> str:
     return f"; write {name}=VALUE" if name.replace(".", "").isidentifier() else ""
 
 
+ENVIRONMENT = {
+    "JAX_COMPILATION_CACHE_DIR": "the folder in which compiled programs are kept for the next "
+    "start, by default ~/.cache/taca_jax/compiled; `none` keeps none",
+    "JAX_PLATFORMS": "the devices to use: `tpu`, `cuda` or `cpu`; by default the fastest there are",
+    "HF_HOME": "the folder of the hub's cache and token; HF_HUB_OFFLINE=1 fetches nothing",
+}
+"""Environment variables that the help names."""
+
 PURPOSES = {"CONFIG": "trains", "GENERATE": "draws"}
 """What presets are for in this repository's modules, by the attribute that holds them."""
 
@@ -211,6 +219,9 @@ def _help(
             given = "required" if value is dataclasses.MISSING else f"{name}={show(value)}"
             heading = f"  {given}" if given != "required" else f"  {name}=... (required)"
             lines += _paragraph(f"{heading}  [{describe(field.annotation)}]", field.doc)
+    lines += ["", "environment variables:"]
+    for name, doc in ENVIRONMENT.items():
+        lines += _paragraph(f"  {name}", doc)
     return "\n".join(lines)
 
 
