@@ -130,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         results = measure(Path(work), arguments.only)
-    Console(width=100).print(table(results))
+    Console().print(table(results))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(each) for each in results]))
 

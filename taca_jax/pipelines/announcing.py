@@ -33,6 +33,7 @@ def describe_base(
     reading = stored.reading
     text = () if reading is None else reading.folders
     counts: dict[Role, int] = {"transformer": 0, "text_encoder": 0, "autoencoder": 0}
+    formats: dict[Role, Quantization] = {"transformer": quantize, "text_encoder": quantize_text}
     memory = 0
     for folder, model in stored.models.items():
         role = kind_of(model.config).role
@@ -40,8 +41,7 @@ def describe_base(
             continue
         count = sum(map(prod, shapes_of(model.config).values()))
         counts[role] += count
-        to = {"transformer": quantize, "text_encoder": quantize_text}.get(role, "none")
-        memory += _bytes(model.config, count, dtype, to)
+        memory += _bytes(model.config, count, dtype, formats.get(role, "none"))
     words = [f"{role.replace('_', ' ')} {number(count)}" for role, count in counts.items() if count]
     family = family_of(stored.transformer.config)
     return f"{name} ({family.title}): {listed(words)} parameters, {size(memory)} in memory"

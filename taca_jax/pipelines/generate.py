@@ -81,7 +81,7 @@ def _generate(config: GenerateConfig) -> list[Path]:
     if config.preview is not None:
         if config.preview != OWN:
             pipeline.load_previewer(config.preview)
-        say_fact("previews", f"{preview_path(config)}, after each step")
+        print_once(f"previews: {preview_path(config)}, after each step")
     if config.compare:
         return [_compare(pipeline, config, size)]
     names = _names(config)

@@ -4,16 +4,20 @@ JAX keeps them (its persistent compilation cache). Its own settings hold: JAX_CO
 names the folder, which may be in a bucket, and JAX_ENABLE_COMPILATION_CACHE=false turns it off.
 """
 
+import hashlib
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
 from threading import Timer, local
+from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
 
 from taca_jax.parallel.processes import print_once
+from taca_jax.telling.start import wrapped
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 OFF = "none"
@@ -44,8 +48,20 @@ _unsaid: list[str] = []
 
 
 def default_folder() -> Path:
-    """Where compiled programs are kept unless the variable says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "taca_jax/compiled").expanduser()
+    """Where compiled programs are kept unless the variable says otherwise. Each kind of processor
+    has its own: a home may be shared, and programs for the CPU use what their machine can."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "taca_jax" / "compiled" / _processor()
+
+
+def _processor() -> str:
+    """Of this machine's processor its architecture and a digest of its instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = [platform.processor()]
+    sets = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(sets.encode()).hexdigest()[:8]}"
 
 
 def keep_programs() -> None:
@@ -53,10 +69,11 @@ def keep_programs() -> None:
 
     A folder that cannot be written is no error: a line says so when the first program compiles.
     """
-    given = jax.config.jax_compilation_cache_dir
+    settings: Any = jax.config
+    given = settings.jax_compilation_cache_dir
     if given == OFF:
         jax.config.update("jax_compilation_cache_dir", None)
-    if given == OFF or not jax.config.jax_enable_compilation_cache:
+    if given == OFF or not settings.jax_enable_compilation_cache:
         return
     folder = given or str(default_folder())
     if "://" not in folder:
@@ -101,27 +118,29 @@ class _Teller:
         self._timers: dict[str, Timer] = {}
         self._local = local()
 
-    def event(self, name: str, **_: str | int) -> None:
-        if name == "/jax/compilation_cache/cache_hits":
+    def event(self, event: str, **kwargs: str | int) -> None:
+        """Hears whether the program that compiles in this thread came from the cache."""
+        del kwargs
+        if event == "/jax/compilation_cache/cache_hits":
             self._local.hit = True
 
-    def duration(self, name: str, seconds: float, **details: str | int) -> None:
+    def duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         """JAX traces a function, lowers it and compiles it, with an event after each."""
-        called = str(details.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
+        called = str(kwargs.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
         what = PROGRAMS.get(called)
         if what is None:
             return
-        kind = name.rpartition("/")[2]
+        kind = event.rpartition("/")[2]
         if kind == "jaxpr_trace_duration":
-            self._seconds[called] = seconds
+            self._seconds[called] = duration_secs
         elif kind == "jaxpr_to_mlir_module_duration":
-            self._seconds[called] = self._seconds.get(called, 0.0) + seconds
+            self._seconds[called] = self._seconds.get(called, 0.0) + duration_secs
             self._local.hit = False
             self._announce_later(called, what)
         elif kind == "backend_compile_duration":
             if timer := self._timers.pop(called, None):
                 timer.cancel()
-            self._done(what, self._seconds.pop(called, 0.0) + seconds)
+            self._done(what, self._seconds.pop(called, 0.0) + duration_secs)
 
     def _announce_later(self, called: str, what: str) -> None:
         timer = Timer(ANNOUNCED_AFTER_SECONDS, _say, [f"compiling {what} ..."])
@@ -141,7 +160,7 @@ class _Teller:
 
 
 def _say(line: str) -> None:
-    print_once(line, sys.stderr)
+    print_once(wrapped(line), sys.stderr)
 
 
 _teller: _Teller | None = None
