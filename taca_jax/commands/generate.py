@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     # These imports take seconds, as in train.py.
     from taca_jax.pipelines.generate import generate
     from taca_jax.planning.drawing import plan_drawing
+    from taca_jax.telling.command import begin
 
+    begin()
     try:
         if config.plan is None:
             generate(config)

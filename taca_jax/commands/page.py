@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     )
     # These imports take seconds, as in training.
     from taca_jax.page.serve import serve
+    from taca_jax.telling.command import begin
 
+    begin()
     try:
         serve(config)
     except UserError as error:

@@ -17,8 +17,10 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     # Imports take seconds: a mistyped key is reported before these, and what is wrong with a run
     # before those that train it.
     from taca_jax.parallel.processes import print_once
+    from taca_jax.telling.command import begin
     from taca_jax.training.checks import check_run
 
+    begin()
     try:
         if config.plan is None:
             checked = check_run(config)

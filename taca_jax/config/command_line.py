@@ -24,7 +24,7 @@ from taca_jax.config.fields import (
 from taca_jax.config.presets import OWN, Presets
 from taca_jax.errors import UserError
 
-_WIDTH = 100
+_WIDTH = 80
 _FIELDS = "__dataclass_fields__"
 
 
@@ -148,6 +148,15 @@ def _as_assignment(argument: str) -> str:
     return f"; write {name}=VALUE" if name.replace(".", "").isidentifier() else ""
 
 
+ENVIRONMENT = {
+    "JAX_COMPILATION_CACHE_DIR": "the folder in which compiled programs are kept for the next "
+    "start, by default ~/.cache/taca_jax/compiled; `none` keeps none",
+    "JAX_PLATFORMS": "the devices to use: `tpu`, `cuda` or `cpu`; by default the fastest there are",
+    "HF_HOME": "the folder of the hub's cache and token; HF_HUB_OFFLINE=1 fetches nothing",
+}
+"""Environment variables that the help names."""
+
+
 def _help(
     kind: type, config: Any, preset: str | None, presets: Presets | None, program: str
 ) -> str:
@@ -179,12 +188,24 @@ def _help(
             given = "required" if value is dataclasses.MISSING else f"{name}={show(value)}"
             heading = f"  {given}" if given != "required" else f"  {name}=... (required)"
             lines += _paragraph(f"{heading}  [{describe(field.annotation)}]", field.doc)
+    lines += ["", "environment variables:"]
+    for name, doc in ENVIRONMENT.items():
+        lines += _paragraph(f"  {name}", doc)
     return "\n".join(lines)
 
 
 def _paragraph(heading: str, doc: str) -> list[str]:
-    body = textwrap.wrap(inspect.cleandoc(doc), _WIDTH - 8)
-    return [heading, *(f"        {line}" for line in body)]
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return [
+        *textwrap.wrap(heading, _WIDTH, subsequent_indent="    ", **whole),
+        *textwrap.wrap(
+            inspect.cleandoc(doc),
+            _WIDTH,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 8,
+            **whole,
+        ),
+    ]
 
 
 def _at(config: Any, name: str, default: Any) -> Any:

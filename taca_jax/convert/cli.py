@@ -20,6 +20,7 @@ from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families
 from taca_jax.hub.ids import Select
+from taca_jax.telling.quiet import plain_log
 from taca_jax.text.clip import Activation
 from taca_jax.weights.hub_files import lora_files, model_files, pipeline_files
 from taca_jax.weights.lora_files import Layout as LoRALayout
@@ -351,6 +352,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     an invalid command line, 1 for bad input and for a checkpoint that differs from its source.
     """
     words = sys.argv[1:] if argv is None else argv
+    plain_log()
     try:
         run = parse(words, program or called())
     except UserError as error:

@@ -4,24 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from taca_jax.errors import UserError
+from taca_jax.telling.bars import bar
 
 
 @contextmanager
 def progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr for `size` bytes; yields a function to call with bytes done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=size)
-        yield lambda amount: progress.advance(task, amount)
+    """A bar for `size` bytes of what is written; yields a function to call with bytes done."""
+    with bar(f"writing {name}", size, "bytes") as advance:
+        yield advance
 
 
 def check_free(dst: Path) -> None:

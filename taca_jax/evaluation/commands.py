@@ -34,22 +34,22 @@ COMMANDS: dict[str, Command] = {
     "shapes": Command(
         "taca_jax.evaluation.shapes.config:ShapesConfig",
         "taca_jax.evaluation.shapes.evaluate:evaluate_command",
-        "how often a model draws shapes as prompts say, at one or several strengths of guidance",
+        "how often a model draws shapes as prompts say, at some guidances",
     ),
     "sweep": Command(
         "taca_jax.evaluation.shapes.sweep_config:SweepConfig",
         "taca_jax.evaluation.shapes.sweep:sweep",
-        "the same for many settings of TACA: gamma, threshold, schedule, LoRA, guidance",
+        "the same for many settings of TACA, LoRAs and guidance",
     ),
     "attention": Command(
         f"{_ATTENTION}.config:AttentionConfig",
         f"{_ATTENTION}.command:run",
-        "draws what TACA does to attention: shares on text, maps, pictures step by step",
+        "what TACA does to attention: shares on text, maps, pictures",
     ),
     "recogniser": Command(
         "taca_jax.evaluation.shapes.recogniser_error:RecogniserConfig",
         "taca_jax.evaluation.shapes.recogniser_error:measure_recogniser",
-        "how often the recogniser of shapes errs itself, on damaged pictures too",
+        "how often the recogniser of shapes errs, on damaged pictures too",
     ),
     "compbench generate": Command(
         f"{_COMPBENCH}.config:PicturesConfig",
@@ -107,7 +107,10 @@ def run(argv: Sequence[str], program: str = "taca-eval") -> None:
         saved=saved_drawing,
         program=f"{program} {name}",
     )
-    _named(command.run)(config)  # imported only now: it takes seconds, as in train.py
+    # Imported only now: these take seconds, as in train.py.
+    function, begin = _named(command.run), _named("taca_jax.telling.command:begin")
+    begin()
+    function(config)
 
 
 def _help(program: str) -> str:

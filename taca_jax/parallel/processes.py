@@ -81,8 +81,14 @@ def _one_of_several(environment: Mapping[str, str]) -> bool:
 def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
     """Whether this host has TPU chips and may query its metadata for other hosts."""
     asked = "TPU_SKIP_MDS_QUERY" not in environment and "TPU_WORKER_HOSTNAMES" not in environment
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
-    return asked and bool(chips)
+    return asked and has_tpu_chips()
+
+
+def has_tpu_chips() -> bool:
+    """Whether this host seems to have TPU chips; says so of other devices under VFIO, too."""
+    return any(
+        each for where in ("accel[0-9]*", "vfio/[0-9]*") for each in Path("/dev").glob(where)
+    )
 
 
 def is_first() -> bool:

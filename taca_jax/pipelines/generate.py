@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from taca_jax.parallel.processes import (
     on_host,
     print_once,
 )
+from taca_jax.pipelines.announcing import describe_base, say_drawing, with_values_used
 from taca_jax.pipelines.checks import check_drawing
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
 from taca_jax.pipelines.decoding import Output
@@ -33,7 +35,8 @@ from taca_jax.pipelines.opening import samples_of, tokens_in
 from taca_jax.pipelines.pipeline import Pipeline, PipelineOutput
 from taca_jax.pipelines.previews import OWN
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
-from taca_jax.weights.pipeline_folders import StoredPipeline
+from taca_jax.telling.start import say_fact, wrapped
+from taca_jax.weights.pipeline_folders import StoredPipeline, open_pipeline
 
 TOKENS_TOGETHER = 4096
 """Image tokens that are drawn at a time on each device, unless batch_size says otherwise. More
@@ -64,7 +67,8 @@ def _generate(config: GenerateConfig) -> list[Path]:
         stages=config.stages,
         samples=samples_of(stored, size, config.guidance),
     )
-    _announce(pipeline, config, size)
+    config = with_values_used(config, pipeline, size)
+    say_drawing(pipeline, config)
     if config.preview is not None:
         if config.preview != OWN:
             pipeline.load_previewer(config.preview)
@@ -73,8 +77,9 @@ def _generate(config: GenerateConfig) -> list[Path]:
         return [_compare(pipeline, config, size)]
     names = _names(config)
     variant = Variant(_describe(config.taca), config.taca, 1.0)
-    for name, picture in zip(names, _drawn(pipeline, config, [variant], size), strict=True):
-        _write(name, picture, config)
+    drawn = _drawn(pipeline, config, [variant], size)
+    for i, (name, picture) in enumerate(zip(names, drawn, strict=True)):
+        _write(name, picture, replace(config, seed=config.seed + i))
     return names
 
 
@@ -86,17 +91,6 @@ def batch_size(config: GenerateConfig, stored: StoredPipeline, devices: int) -> 
         most = devices * max(1, TOKENS_TOGETHER // tokens)
     batches = -(-config.num_images // most)
     return -(-config.num_images // batches)
-
-
-def _announce(pipeline: Pipeline, config: GenerateConfig, size: int) -> None:
-    """Says on which devices, and in which batches and stages, the pictures are drawn."""
-    if pipeline.mesh is not None:
-        axes = ", ".join(f"{axis} {n}" for axis, n in pipeline.mesh.shape.items() if n > 1)
-        print_once(f"{pipeline.mesh.size} devices: mesh of {axes}")
-    if pipeline.staged:
-        print_once("models take turns in memory: prompts are read, then all is drawn, then decoded")
-    if size < config.num_images:
-        print_once(f"{config.num_images} pictures in batches of {size} (batch_size)")
 
 
 def _compare(pipeline: Pipeline, config: GenerateConfig, size: int) -> Path:
@@ -138,13 +132,17 @@ def load_pipeline(
     stages: bool | None = False,
     samples: int | None = None,
 ) -> Pipeline:
-    """The pipeline that is configured, with its LoRAs; says which they are and when TACA acts.
+    """The pipeline that is configured, with its LoRAs; says what and how large its models are,
+    which LoRAs are used and when TACA acts.
 
     stored: that pipeline, if it is opened already. mesh, stages, samples: as
     `Pipeline.from_pretrained` takes them. Raises UserError as that and `load_lora` do.
     """
+    stored = stored or open_pipeline(config.base, config.tokenizers)
+    formats = config.dtype, config.quantize, config.quantize_text
+    say_fact("base", describe_base(config.base, stored, *formats))
     pipeline = Pipeline.from_pretrained(
-        stored or config.base,
+        stored,
         dtype=config.dtype,
         mesh=mesh,
         stages=stages,
@@ -152,19 +150,18 @@ def load_pipeline(
         quantize=config.quantize,
         quantize_text=config.quantize_text,
         attention=config.attention,
-        tokenizers=config.tokenizers,
     )
     used = used_loras(config)
     # All at once: in stages, a transformer that is read gets all of its LoRAs anew.
     if used:
         for said in pipeline.load_lora(used).splitlines():
-            print_once(f"LoRA: {said}")
+            say_fact("LoRA", said)
     for choice in config.lora_choices:
         if choice not in used:
-            print_once(f"LoRA: {choice.path} is not used: it acts only while TACA does (taca=none)")
+            say_fact("LoRA", f"{choice.path} is not used: it acts while TACA does (taca=none)")
     if config.taca is not None:
         times = pipeline.timesteps(config.height, config.width, config.steps)
-        print_once(describe_steps(config.taca, times))
+        print_once(wrapped(describe_steps(config.taca, times)))
     return pipeline
 
 

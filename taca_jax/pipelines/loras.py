@@ -155,7 +155,7 @@ def _found(choice: LoRAChoice) -> Path:
 
 def _line(choice: LoRAChoice, file: LoRAFile, acting: AttachedLoRA) -> str:
     when = "with TACA" if acting.gate == "taca" else "always on"
-    said = f"{Path(choice.path).name}: {file.summary}; used at {acting.strength:g}, {when}"
+    said = f"{Path(choice.path).name}: {file.summary.brief}; used at {acting.strength:g}, {when}"
     if choice.gate is None and file.gate is None:
         said += f", as the file does not say when ({choice.path}@taca if it is TACA's)"
     return said

@@ -80,7 +80,7 @@ def plan_drawing(config: GenerateConfig) -> None:
     except OutOfMemoryError as error:
         raise UserError(f"{error}; {_INSTEAD}") from error
     steps = stored.settings.steps if config.steps is None else config.steps
-    Console(width=max(100, Console().width)).print(table(plans, place, drawing, steps))
+    Console().print(table(plans, place, drawing, steps))
     most = max(plans.values(), key=lambda plan: plan.memory)
     if not most.fits:
         raise UserError(

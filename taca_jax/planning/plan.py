@@ -101,7 +101,7 @@ def plan(config: TrainConfig) -> None:
     except OutOfMemoryError as error:
         reason = str(error)
     else:
-        Console(width=max(100, Console().width)).print(table(found))
+        Console().print(table(found))
         if found.fits:
             return
         reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"

@@ -17,8 +17,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from rich.console import Console
-from rich.progress import track
 
 from taca_jax.autoencoders.vae import AutoencoderKL
 from taca_jax.data.cache.writer import CacheWriter, Caption
@@ -29,7 +27,8 @@ from taca_jax.data.sources.mixing import read_example
 from taca_jax.data.sources.source import Example, Source, captions_of
 from taca_jax.data.threads import usable_cores
 from taca_jax.parallel.batches import batch_sharding, local_rows, own_rows, put_rows
-from taca_jax.parallel.processes import is_first, most_of_all
+from taca_jax.parallel.processes import most_of_all
+from taca_jax.telling.bars import shown
 from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.models import InputModels
 
@@ -149,18 +148,11 @@ def encode_to(
     """
     batches = _batches(buckets, done, encoders.batch_size)
     ready = _read_ahead(source, batches, encoders)
-    shown = track(
-        ready,
-        "encoding",
-        len(batches),
-        console=Console(stderr=True),
-        disable=not is_first() or not batches,
-    )
     before: tuple[_Ready, Encoding] | None = None
     writing: Future[None] | None = None
     left = len(batches)
     with ThreadPoolExecutor(1) as pool:
-        for batch in shown:
+        for batch in shown(ready, "encoding batches", len(batches)):
             started = (batch, encoders.start(batch.images, batch.tokens))
             # The previous batch is fetched and written while this one is encoded.
             if writing is not None:

@@ -6,6 +6,7 @@ from taca_jax.data.cache.reader import Cache, make_cached_loader
 from taca_jax.data.held_out import chosen, hold_out
 from taca_jax.data.loader import Loader, make_loader
 from taca_jax.parallel.batches import local_rows
+from taca_jax.training.announcing import say_data
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.models import InputModels, RunModels
 from taca_jax.training.run_data import Examples, check_grids, open_data
@@ -20,6 +21,7 @@ def open_examples(
     opened: the pictures, if they are open already. Raises UserError as `open_data` does.
     """
     examples = _open(models, inputs, opened)
+    say_data(models.config, examples.buckets)
     validation = models.config.validation
     if validation is None or validation.source:
         return examples, None

@@ -28,6 +28,8 @@ from taca_jax.parallel.processes import (
     wait_for_all,
 )
 from taca_jax.taca import TacaConfig, describe_gamma
+from taca_jax.telling.start import say_fact
+from taca_jax.training.announcing import say_models, say_trained
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
 from taca_jax.training.checks import CheckedRun, check_run
@@ -64,6 +66,7 @@ def train(config: TrainConfig, checked: CheckedRun | None = None) -> None:
     join_processes()
     try:
         run = check_run(config) if checked is None else checked
+        say_models(run.models)
         with on(run.models.mesh):
             _run(run, Notice(f"go on with resume=true out_dir={config.run_dir}"))
     except StoppedError:
@@ -82,9 +85,10 @@ def _run(run: CheckedRun, notice: Notice) -> None:
         teach_text(models, inputs)
     transformer = models.load_transformer()
     if config.taca is not None:
-        print_once(
-            f"training under TACA: {describe_gamma(config.taca)} at times above "
-            f"{config.taca.threshold:g}, from which all are drawn"
+        say_fact(
+            "TACA",
+            f"{describe_gamma(config.taca)} at t >= {config.taca.threshold:g}, from which all "
+            "training times are drawn",
         )
     if config.optimizer.warmup_steps > config.steps:
         print_once(
@@ -130,6 +134,7 @@ def _train(
         model = TextToImage(transformer, inputs.text_encoder, readout, gamma)
         autoencoder = inputs.autoencoder
     trainer, trained = make_trainer(config, model, autoencoder, models.mesh)
+    say_trained(config, trained)
     state = trainer.begin(trained)
     with Checkpoints(
         config.run_dir, keep=config.keep_checkpoints, frozen=trainer.frozen.model

@@ -3,6 +3,7 @@
 The host's memory need not hold a whole stack of layers, nor the shards of other processes.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from taca_jax.nn.low_bit import Codes, Quantization, Scales
 from taca_jax.nn.quantization import encode, quantize, shapes
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.rules import parameter_sharding
+from taca_jax.telling.bars import bar
 
 AT_ONCE = 2**27
 """Stacks of up to so many bytes are assembled on the host: filling a stack on the device layer by
@@ -82,28 +84,35 @@ def load_parameters(config: Any, stored: StoredParameters, options: LoadOptions)
 
     arrays: dict[str, jax.Array] = {}
     quantize(model, kind, options.quantize)
-    for path, param in flat_params(model).items():
-        layer = path.removesuffix("_scale")
-        if isinstance(param, Quantized) and path != layer:
-            arrays[layer], arrays[path] = _quantized(
-                lambda part, layer=layer: stored.read(layer, part),
-                wanted[layer],
-                options.quantize,
-                path=layer,
-                codes_sharding=sharding(layer, wanted[layer]),
-                scales_sharding=sharding(path, param.shape),
-            )
-    for path, shape in wanted.items():
-        if path not in arrays:
-            dtype = jnp.dtype(options.param_dtype or stored.dtypes[path])
-            arrays[path] = on_devices(
-                lambda part, path=path, dtype=dtype: stored.read(path, part).astype(
-                    dtype, copy=False
-                ),
-                shape,
-                dtype,
-                sharding(path, shape),
-            )
+    stored_bytes = {
+        path: math.prod(shape) * stored.dtypes[path].itemsize for path, shape in wanted.items()
+    }
+    loading = f"loading the {kind.role.replace('_', ' ')}"
+    with bar(loading, sum(stored_bytes.values()), "bytes") as advance:
+        for path, param in flat_params(model).items():
+            layer = path.removesuffix("_scale")
+            if isinstance(param, Quantized) and path != layer:
+                arrays[layer], arrays[path] = _quantized(
+                    lambda part, layer=layer: stored.read(layer, part),
+                    wanted[layer],
+                    options.quantize,
+                    path=layer,
+                    codes_sharding=sharding(layer, wanted[layer]),
+                    scales_sharding=sharding(path, param.shape),
+                )
+                advance(stored_bytes[layer])
+        for path, shape in wanted.items():
+            if path not in arrays:
+                dtype = jnp.dtype(options.param_dtype or stored.dtypes[path])
+                arrays[path] = on_devices(
+                    lambda part, path=path, dtype=dtype: stored.read(path, part).astype(
+                        dtype, copy=False
+                    ),
+                    shape,
+                    dtype,
+                    sharding(path, shape),
+                )
+                advance(stored_bytes[path])
     return filled(model, arrays)
 
 

@@ -52,7 +52,7 @@ def test_two_processes_draw_the_pictures_of_one(tmp_path):
     )
     for done in cluster:
         assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 devices: mesh of" in cluster[0].stdout
+    assert "devices: 8 x CPU, mesh of" in cluster[0].stdout
     assert "3 pictures in batches of 2" in cluster[0].stdout
     assert cluster[0].stdout.count("wrote ") == 3
     assert "wrote " not in cluster[1].stdout

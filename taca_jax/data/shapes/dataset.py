@@ -18,13 +18,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from taca_jax.data.shapes.drawing import IMAGE_SIZE
 from taca_jax.data.shapes.examples import SPLITS, Example, GeneratedShapes
 from taca_jax.errors import UserError
 from taca_jax.loggers import silenced
+from taca_jax.telling.bars import shown
 
 DEFAULT_DATA_DIR = Path("~/.cache/taca_jax/tfds")
 _SEED = 0
@@ -79,8 +78,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, object]]]:
         examples = GeneratedShapes(split, getattr(self.builder_config, split), _SEED)
-        shown = track(examples, f"drawing {split}", len(examples), console=Console(stderr=True))
-        for index, example in enumerate(shown):
+        for index, example in enumerate(shown(examples, f"drawing {split}", len(examples))):
             yield index, {**example, "image": _png(example["image"])}
 
 

@@ -105,4 +105,4 @@ def _report(
 
 
 def _print(what: object) -> None:
-    Console(width=max(120, Console().width)).print(what)
+    Console().print(what)

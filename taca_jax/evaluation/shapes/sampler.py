@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from rich.progress import track
 
 from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.halves import Half
 from taca_jax.formats.atomic import whole_file
-from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.decoding import eight_bit
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.telling.bars import shown
 
 PICTURES = "pictures"
 """The folder of the kept batches, in that of an evaluation."""
@@ -47,12 +46,11 @@ class Sampler:
 
         Raises UserError for a kept batch that cannot be read.
         """
-        starts = track(
-            range(0, len(half.prompts), self.batch_size),
-            f"sampling {half.name}: {variant.name}",
-            disable=not is_first(),
+        starts = range(0, len(half.prompts), self.batch_size)
+        what = f"sampling {half.name}: {variant.name}"
+        return np.concatenate(
+            [self._batch(half, variant, start) for start in shown(starts, what, len(starts))]
         )
-        return np.concatenate([self._batch(half, variant, start) for start in starts])
 
     def _batch(self, half: Half, variant: Variant, start: int) -> np.ndarray:
         prompts = list(half.prompts[start : start + self.batch_size])

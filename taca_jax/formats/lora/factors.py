@@ -48,14 +48,25 @@ class LoRASummary:
     left_out: tuple[str, ...]
 
     def __str__(self) -> str:
-        said = (
-            f"{self.dialect} LoRA of {self.layers} layers, rank {_range(self.ranks)}, "
-            f"strength {_range(self.strengths)}, on {_grouped(self.targets)}"
-        )
+        said = f"{self._sizes}, on {_grouped(self.targets)}"
         if not self.left_out:
             return said
         names = summary(self.left_out, limit=3)
         return f"{said}; left out: {len(self.left_out)} tensors of text encoders: {names}"
+
+    @property
+    def brief(self) -> str:
+        """Without the names of layers and of what is left out."""
+        if not self.left_out:
+            return self._sizes
+        return f"{self._sizes}; left out: {len(self.left_out)} tensors of text encoders"
+
+    @property
+    def _sizes(self) -> str:
+        return (
+            f"{self.dialect} LoRA of {self.layers} layers, rank {_range(self.ranks)}, "
+            f"strength {_range(self.strengths)}"
+        )
 
 
 def summarise(adapter: Adapter, dialect: str, left_out: tuple[str, ...] = ()) -> LoRASummary:

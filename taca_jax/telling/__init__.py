@@ -1,0 +1,1 @@
+"""What a command says on the terminal, and what it keeps from one start to the next."""
