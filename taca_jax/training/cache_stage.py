@@ -28,6 +28,7 @@ from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
 from taca_jax.parallel.processes import all_of, first_before_others, is_first, wait_for_all
 from taca_jax.pipelines.text import encoders_by_folder
+from taca_jax.storage.places import Place, reach
 from taca_jax.training.checkpoints import sum_of
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.encoding import Encoders, encode_to
@@ -50,6 +51,7 @@ def ready_cache(models: RunModels, notice: Notice) -> Cache:
     """
     config = models.config
     folder = config.cache_dir
+    reach(folder)
     manifest = read_manifest(folder)
     stamp = _files_stamp(models)
     # What follows synchronises the processes, so all of them must take the same branches.
@@ -76,7 +78,7 @@ def ready_cache(models: RunModels, notice: Notice) -> Cache:
     return Cache(folder, manifest)
 
 
-def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
+def _check_data(config: TrainConfig, folder: Place, manifest: Manifest) -> None:
     asked = picture_fields(config.data)
     if changed := differences(manifest.data, asked):
         name = changed[0]
@@ -91,7 +93,7 @@ def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _check_models(folder: Path, manifest: Manifest, made_with: dict[str, Any]) -> None:
+def _check_models(folder: Place, manifest: Manifest, made_with: dict[str, Any]) -> None:
     if changed := differences(manifest.made_with, made_with):
         name = changed[0]
         raise UserError(

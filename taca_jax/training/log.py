@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 
 import jax
@@ -13,22 +12,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from taca_jax.formats.atomic import whole_file
+from taca_jax.storage.places import Place
+from taca_jax.storage.writing import Mirror
 
 PLAIN_LINE_SECONDS = 15.0
 """Without a terminal, a plain line instead of the bar, at most this often."""
+
+UPLOAD_SECONDS = 60.0
+"""A bucket has the metrics at most this late."""
 
 
 class RunLog:
     """Progress and metrics of a training run; a context manager.
 
     Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. When a run is resumed after `start`
-    steps, the lines of later steps are dropped first, so that each step appears once. If the peak
-    FLOP/s of all devices are known, so is the share of them that the model used.
+    steps, the lines of later steps are dropped first, so that each step appears once. In a bucket,
+    where nothing can be appended to, both are written again once a minute and at the end. If the
+    peak FLOP/s of all devices are known, so is the share of them that the model used.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Place,
         *,
         start: int,
         steps: int,
@@ -37,10 +42,14 @@ class RunLog:
         peak_flops: float | None = None,
     ):
         self.console = Console(stderr=True)
-        self._jsonl = run_dir / "metrics.jsonl"
+        self._mirror = Mirror(run_dir)
+        self._uploaded = time.perf_counter()
+        folder = self._mirror.folder
+        self._jsonl = folder / "metrics.jsonl"
+        self._mirror.fetch(self._jsonl.name)
         self._keep_before(start)
         self._file = self._jsonl.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._samples_per_step = samples_per_step
         self._flops_per_step = flops_per_step
         self._peak_flops = peak_flops
@@ -72,6 +81,7 @@ class RunLog:
         self._progress.stop()
         self._file.close()
         self._board.close()
+        self._mirror.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of `step`, counted from 1, and the mean time per step since the last
@@ -108,6 +118,9 @@ class RunLog:
                 left = "compiled first"
             line = f"step {step}/{self._steps}  {numbers}  {left}"
             self.console.print(line, soft_wrap=True)
+        if now - self._uploaded >= UPLOAD_SECONDS:
+            self._uploaded = now
+            self._mirror.upload()
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, uint8 HWC, to TensorBoard."""

@@ -3,7 +3,6 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +28,7 @@ from taca_jax.parallel.processes import (
 )
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.storage.places import Place, reach
 from taca_jax.taca import TacaConfig, describe_gamma
 from taca_jax.training.cache_stage import ready_cache
 from taca_jax.training.checkpoints import Checkpoints
@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> None:
     """
     join_processes()
     try:
+        reach(config.run_dir)
         check_record(config)
         models = open_models(config)
         mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
@@ -272,7 +273,7 @@ def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache
             _keep_guidance(config.run_dir / "model", best)
 
 
-def _write_gamma(file: Path, taca: TacaConfig) -> None:
+def _write_gamma(file: Place, taca: TacaConfig) -> None:
     with whole_file(file) as whole:
         whole.write_text(to_json(taca))
     knots = ",".join(f"{knot:g}" for knot in taca.knots or ())
@@ -280,7 +281,7 @@ def _write_gamma(file: Path, taca: TacaConfig) -> None:
     print(f"gamma written to {file}; draw with {settings}")
 
 
-def _keep_guidance(model: Path, guidance: float) -> None:
+def _keep_guidance(model: Place, guidance: float) -> None:
     """Makes a strength of guidance the default of the model in this folder."""
     settings = open_pipeline(model).settings
     write_settings(model, replace(settings, guidance=guidance))
