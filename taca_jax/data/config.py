@@ -38,8 +38,8 @@ class DataConfig:
     caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
     encode: `online` encodes pictures and captions in every step; `cache` encodes them once, before
       training, which then has no text encoder in memory, and the autoencoder only for samples.
-    cache: the folder of encoded examples, which later runs may use again; with none, it is within
-      the run's own folder.
+    cache: the folder of encoded examples, which later runs may use again, and which may be in a
+      bucket (gs://BUCKET/FOLDER); with none, it is within the run's own folder.
     latents: of the autoencoder's distribution for a picture, `mean` trains on its mean, `sample` on
       a random sample, a new one in every step.
     max_bad_share: training stops when more than this share of the pictures is missing, corrupt or

@@ -1,7 +1,8 @@
 """Atomic writing of files and folders.
 
 They are written to a folder `.NAME.*.partial` beside the destination, which nothing reads and which
-the writer removes. If the writer is killed, the next writer of the same destination removes it.
+the writer removes. If the writer is killed, the next writer of the same destination removes it. In
+a bucket nothing can be renamed: they are written to a local folder and copied (`storage.writing`).
 """
 
 import contextlib
@@ -14,19 +15,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from taca_jax.errors import UserError
+from taca_jax.storage.places import Place, in_bucket, reason
+from taca_jax.storage.writing import uploaded_file, uploaded_folder
 
 NEW, REPLACED, LOCK = "new", "replaced", "lock"
 """The contents of a `.partial` folder; the lock is held as long as the writer lives."""
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Place, marker: str | None = None) -> Iterator[Path]:
     """Yields an empty folder that is renamed to `path` when the block succeeds.
 
-    A folder at `path` is replaced. If the block fails, `path` is unchanged. OSErrors (a full disk,
-    no permission) are raised as UserError.
+    A folder at `path` is replaced. If the block fails, `path` is unchanged. marker: for buckets,
+    the file in the folder without which it is not read. OSErrors (a full disk, no permission) and
+    what a bucket refuses are raised as UserError.
     """
-    with _os_errors_as_user_errors(path), _partial_folder(path) as place:
+    if in_bucket(path):
+        assert marker is not None
+        with _refusals_as_user_errors(path), uploaded_folder(path, marker) as made:
+            yield made
+        return
+    with _refusals_as_user_errors(path), _partial_folder(path) as place:
         made = place / NEW
         made.mkdir()
         yield made
@@ -37,9 +46,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Place) -> Iterator[Path]:
     """Like `whole_folder` for a file: yields the path to write to, which is renamed to `path`."""
-    with _os_errors_as_user_errors(path), _partial_folder(path) as place:
+    if in_bucket(path):
+        with _refusals_as_user_errors(path), uploaded_file(path) as made:
+            yield made
+        return
+    with _refusals_as_user_errors(path), _partial_folder(path) as place:
         made = place / NEW
         yield made
         _flush(made)
@@ -61,14 +74,27 @@ def check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _os_errors_as_user_errors(path: Path) -> Iterator[None]:
+def _refusals_as_user_errors(path: Place) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if in_bucket(path) and _of_bucket(error):
+            raise UserError(f"{path} could not be written: {reason(error)}") from error
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"{path} could not be written ({error.strerror or error}) and was left as it was; "
             "make room there or write elsewhere"
         ) from error
+
+
+def _of_bucket(error: Exception) -> bool:
+    """Whether an error is of the storage library, and not of the local disk."""
+    libraries = ("gcsfs", "google", "aiohttp")
+    with_number = isinstance(error, OSError) and error.errno is not None
+    return type(error).__module__.startswith(libraries) or (
+        isinstance(error, OSError) and not with_number
+    )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.weight_sets import weight_sets
 from taca_jax.hub.ids import hint
+from taca_jax.storage.places import Place
 
 Shape = tuple[int, ...]
 
@@ -189,7 +190,7 @@ class LazyTensor:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: Place, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes one safetensors file atomically. Raises UserError if it cannot be written."""
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
@@ -207,7 +208,7 @@ def in_file_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
 
 
 def write_streamed(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+    path: Place, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Like `write_tensors`, for tensors that need not fit into memory together."""
     stored_as = {dtype: name for name, dtype in _DTYPES.items()}

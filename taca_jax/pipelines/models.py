@@ -26,6 +26,7 @@ from taca_jax.pipelines.loras import LoRAs, attach_loras, choices_of, detach_lor
 from taca_jax.pipelines.opening import Opening
 from taca_jax.pipelines.stages import Staged, present
 from taca_jax.pipelines.text import encoders_by_folder, save_tokenizers
+from taca_jax.storage.places import Place, place
 from taca_jax.taca import Gate
 from taca_jax.text.encoders import TextEncoder
 from taca_jax.text.tokenizers import Tokenizer
@@ -183,14 +184,14 @@ class PipelineModels:
             mesh=parts.mesh,
         )
 
-    def save(self, path: str | Path, *, dtype: Precision | None = None) -> None:
+    def save(self, path: str | Place, *, dtype: Precision | None = None) -> None:
         """Writes the folder that `from_pretrained` reads, atomically, without LoRA factors; an
         existing pipeline folder is replaced.
 
         If there are several processes, all must call this. Raises UserError if `path` holds
         something else or cannot be written, and for quantised models.
         """
-        path = Path(path)
+        path = place(path)
         is_ours = (path / PIPELINE_FILE).is_file()
         if path.exists() and not is_ours and (path.is_file() or any(path.iterdir())):
             raise UserError(f"{path} exists and is no pipeline folder; save elsewhere")
@@ -200,12 +201,13 @@ class PipelineModels:
                 if model is not None:
                     save_model(folder / name, model, dtype=dtype)
 
-        with whole_folder(path) if is_first() else nullcontext(path) as folder:
+        with whole_folder(path, PIPELINE_FILE) if is_first() else nullcontext(path) as folder:
             # Nothing here holds a model any longer than it is its turn.
             save_each({TRANSFORMER: self.transformer})
             save_each(encoders_by_folder(self.text_encoder))
             save_each({AUTOENCODER: self.autoencoder})
             if is_first():
+                assert isinstance(folder, Path)  # a local one, whatever `path` is
                 settings = self.settings
                 if save_tokenizers(folder, self.tokenizer):
                     settings = replace(settings, tokenizer=None)

@@ -29,6 +29,7 @@ from taca_jax.errors import UserError
 from taca_jax.nn.kinds import kind_of
 from taca_jax.parallel.processes import all_of, is_first, wait_for_all
 from taca_jax.pipelines.text import encoders_by_folder
+from taca_jax.storage.places import Place, reach
 from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.checkpoints import sum_of
 from taca_jax.training.config import TrainConfig
@@ -81,6 +82,7 @@ def ready_cache(models: RunModels, notice: Notice, opened: Examples | None = Non
     """
     config = models.config
     folder = config.cache_dir
+    reach(folder)
     manifest = read_manifest(folder)
     stamp = _files_stamp(models)
     # What follows synchronises the processes, so all of them must take the same branches.
@@ -135,7 +137,7 @@ def _add_prompts(models: RunModels, inputs: InputModels) -> None:
     write_prompts(folder, there | found)
 
 
-def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
+def _check_data(config: TrainConfig, folder: Place, manifest: Manifest) -> None:
     asked = picture_fields(config.data)
     if changed := differences(manifest.data, asked):
         name = changed[0]
@@ -150,7 +152,7 @@ def _check_data(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _check_models(folder: Path, manifest: Manifest, made_with: dict[str, Any]) -> None:
+def _check_models(folder: Place, manifest: Manifest, made_with: dict[str, Any]) -> None:
     if changed := differences(manifest.made_with, made_with):
         name = changed[0]
         raise UserError(

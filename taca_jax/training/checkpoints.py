@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,8 @@ from taca_jax.errors import UserError
 from taca_jax.loggers import silenced
 from taca_jax.nn.quantization import quantized_parts
 from taca_jax.parallel.processes import all_of, is_first, wait_for_all
+from taca_jax.storage.places import Place, in_bucket
+from taca_jax.storage.writing import move, remove
 from taca_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -31,15 +32,17 @@ class Checkpoints:
     Each contains the training state (trained parameters, their average, optimizer, step, rng) and
     the data iterator's position. They are written asynchronously and appear atomically; a checksum
     of each array reveals later damage, which storage layers do not. `frozen` parameters are not
-    stored, but their checksum and their quantisation are: to resume, both must be the same. If
+    stored, but their checksum and their quantisation are: to resume, both must be the same. In a
+    bucket one is whole when Orbax has written `commit_success.txt` into it. If
     there are several processes, each writes and reads what its devices hold, and all must call
     every method here at the same time.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int, frozen: nnx.State):
+    def __init__(self, run_dir: Place, *, keep: int, frozen: nnx.State):
         self._quantized = quantized_parts(frozen)
         self._frozen = sum_of(frozen)
-        self._dir = (run_dir / FOLDER).absolute()
+        folder = run_dir / FOLDER
+        self._dir = folder if in_bucket(folder) else folder.absolute()
         self._manager = _Manager(
             self._dir,
             options=ocp.CheckpointManagerOptions(
@@ -72,7 +75,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         # Checked first, because on a full disk Orbax prints a traceback for each array.
         needed = sum(array.nbytes for array in arrays.values()) + _OVERHEAD_BYTES
-        free = shutil.disk_usage(self._dir).free
+        free = needed if in_bucket(self._dir) else shutil.disk_usage(self._dir).free
         if not all_of(free >= needed):
             raise self._refused(f"it takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
         record = {
@@ -181,10 +184,9 @@ class Checkpoints:
         """Moves unreadable checkpoints out of the way; they are kept, as they may be repairable."""
         if is_first():
             aside = self._dir.parent / "damaged"
-            aside.mkdir(exist_ok=True)
             for step in steps:
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                (self._dir / str(step)).rename(aside / str(step))
+                remove(aside / str(step))
+                move(self._dir / str(step), aside / str(step))
         wait_for_all("checkpoints set aside")
         self._manager.reload()
 
@@ -216,9 +218,14 @@ def _reason(error: Exception) -> str:
     return said[1].strip() if said else text.splitlines()[0][:200]
 
 
-def newest_step(run_dir: Path) -> int:
-    """The step of a run's newest checkpoint, by the folders' names alone; 0 without any."""
-    return max((int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdigit()), default=0)
+def newest_step(run_dir: Place) -> int:
+    """The step of a run's newest checkpoint, by names alone; 0 without any."""
+    folder = run_dir / FOLDER
+    if in_bucket(folder):  # where a folder is there before it is whole
+        found = [marker.parent for marker in folder.glob("*/commit_success.txt")]
+    else:
+        found = list(folder.glob("*"))
+    return max((int(each.name) for each in found if each.name.isdigit()), default=0)
 
 
 def sum_of(parameters: nnx.State) -> int:

@@ -15,6 +15,7 @@ from taca_jax.nn.lora import adapted_paths
 from taca_jax.parallel.choice import choose_mesh
 from taca_jax.parallel.processes import do_not_wait_at_exit, is_first, join_processes
 from taca_jax.pipelines.text import find_tokenizers, load_tokenizers
+from taca_jax.storage.places import reach
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import RunModels, open_models
 from taca_jax.training.record import check_record
@@ -52,6 +53,7 @@ def check_run(config: TrainConfig) -> CheckedRun:
 
 def _checked(config: TrainConfig) -> CheckedRun:
     check_wandb(config)
+    reach(config.run_dir)
     begins = check_record(config) == 0
     if is_first():
         check_writable(config.run_dir)

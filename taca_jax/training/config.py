@@ -23,6 +23,7 @@ from taca_jax.nn.low_bit import Quantization
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.sampling.loop import MAX_SEED
+from taca_jax.storage.places import Place, is_bucket_name, place
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.training.features import FeaturesConfig
@@ -69,9 +70,10 @@ class TrainConfig:
     name: of the run, and of its folder.
     steps: optimizer steps.
     base: the model to start from: its folder (`transformer/`, `text_encoder/`, ...), original
-      weights, or a model of the hub (owner/repo, owner/repo@revision, owner/repo:file); none starts
-      with a new `model`, randomly initialised.
-    tokenizers: the folder, or the model of the hub, with the tokenizers of a base that has none.
+      weights, either of them in a bucket (gs://BUCKET/FOLDER), or a model of the hub (owner/repo,
+      owner/repo@revision, owner/repo:file); none starts with a new `model`, randomly initialised.
+    tokenizers: the folder, bucket's or model of the hub, with the tokenizers of a base that has
+      none.
     model: the config of a new transformer, where there is no base.
     lora: the LoRA to train; none trains all parameters, unless gamma_knots are trained.
     quantize: the format of the frozen transformer's kernels under a LoRA: `int8`, `nf4` (4 bits),
@@ -113,7 +115,7 @@ class TrainConfig:
     sample_steps: of sampling; none takes the model's own number.
     sample_guidance: the strength of guidance; none takes the model's own.
     seed: of parameters, noise and timesteps.
-    out_dir: the run's folder; none is runs/NAME.
+    out_dir: the run's folder, which may be in a bucket (gs://BUCKET/FOLDER); none is runs/NAME.
     plan: a slice of TPUs (v5e-16, v6e-8, v5p-8): instead of training, compile the step for it and
       print what it needs; no TPU is necessary.
     resume: continue from the folder's newest good checkpoint; otherwise the folder must be new.
@@ -181,8 +183,9 @@ class TrainConfig:
             check(value is None or value >= 1, name, value, "1 or more, or none")
         check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
         check(bool(self.autoencoder), "autoencoder", "empty", "pixels or a folder")
-        local = "://" not in (self.out_dir or "")
-        check(local, "out_dir", self.out_dir, "a folder (for buckets see docs/launching.md)")
+        for key, folder in {"out_dir": self.out_dir, "data.cache": self.data.cache}.items():
+            known = "://" not in (folder or "") or is_bucket_name(folder or "")
+            check(known, key, folder, "a folder, or one in a bucket (gs://BUCKET/FOLDER)")
         decay = self.optimizer.decay_steps
         check(decay <= self.steps, "optimizer.decay_steps", decay, f"at most steps={self.steps}")
         if self.gamma_knots is not None:
@@ -269,11 +272,11 @@ class TrainConfig:
         return self.features is not None and self.features.text_steps > 0
 
     @property
-    def run_dir(self) -> Path:
+    def run_dir(self) -> Place:
         """The folder in which the run writes."""
-        return Path(self.out_dir or Path("runs") / self.name)
+        return place(self.out_dir or Path("runs") / self.name)
 
     @property
-    def cache_dir(self) -> Path:
+    def cache_dir(self) -> Place:
         """The folder of encoded examples, with data.encode=cache."""
-        return Path(self.data.cache or self.run_dir / "cache")
+        return place(self.data.cache or self.run_dir / "cache")

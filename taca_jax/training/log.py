@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 
 import jax
@@ -15,23 +14,29 @@ from tensorboardX import SummaryWriter
 
 from taca_jax.errors import StoppedError
 from taca_jax.formats.atomic import whole_file
+from taca_jax.storage.places import Place
+from taca_jax.storage.writing import Mirror
 from taca_jax.training.wandb_log import WandbRun
 
 PLAIN_LINE_SECONDS = 15.0
 """Without a terminal, a plain line instead of the bar, at most this often."""
+
+UPLOAD_SECONDS = 60.0
+"""A bucket has the metrics at most this late."""
 
 
 class RunLog:
     """Progress and metrics of a training run; a context manager.
 
     Writes `metrics.jsonl` and `tensorboard/` in `run_dir`. When a run is resumed after `start`
-    steps, the lines of later steps are dropped first, so that each step appears once. If the peak
-    FLOP/s of all devices are known, so is the share of them that the model used.
+    steps, the lines of later steps are dropped first, so that each step appears once. In a bucket,
+    where nothing can be appended to, both are written again once a minute and at the end. If the
+    peak FLOP/s of all devices are known, so is the share of them that the model used.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Place,
         *,
         start: int,
         steps: int,
@@ -42,11 +47,15 @@ class RunLog:
     ):
         """wandb: where everything is logged as well; it ends with this log."""
         self.console = Console(stderr=True)
-        self._jsonl = run_dir / "metrics.jsonl"
+        self._mirror = Mirror(run_dir)
+        self._uploaded = time.perf_counter()
+        folder = self._mirror.folder
+        self._jsonl = folder / "metrics.jsonl"
+        self._mirror.fetch(self._jsonl.name)
         self._keep_before(start)
         self._file = self._jsonl.open("a")
         purge = start + 1 if start else 0
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self._samples_per_step = samples_per_step
         self._flops_per_step = flops_per_step
         self._peak_flops = peak_flops
@@ -81,6 +90,7 @@ class RunLog:
         self._board.close()
         if self._wandb is not None:
             self._wandb.close(failed=kind is not None and not issubclass(kind, StoppedError))
+        self._mirror.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of `step`, counted from 1, and the mean time per step since the last
@@ -114,6 +124,9 @@ class RunLog:
                 left = "compiled first"
             line = f"step {step}/{self._steps}  {numbers}  {left}"
             self.console.print(line, soft_wrap=True)
+        if now - self._uploaded >= UPLOAD_SECONDS:
+            self._uploaded = now
+            self._mirror.upload()
 
     def write_first(self, metrics: Mapping[str, float]) -> None:
         """Writes what was measured before the first step, as step 0."""

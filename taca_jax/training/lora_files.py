@@ -1,13 +1,13 @@
 """The LoRA files that a training run leaves: at its end, and at its newest checkpoints."""
 
 import re
-from pathlib import Path
 
 import jax
 from flax import nnx
 
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.parallel.processes import is_first, on_host
+from taca_jax.storage.places import Place
 from taca_jax.training.models import RunModels
 from taca_jax.weights.lora_files import write_lora
 
@@ -36,7 +36,7 @@ def write_step(models: RunModels, transformer: nnx.Module, step: int) -> None:
             old.unlink()
 
 
-def _steps(folder: Path) -> list[Path]:
+def _steps(folder: Place) -> list[Place]:
     """The LoRAs in a folder, by step."""
     found = {
         int(match[1]): file
@@ -46,7 +46,7 @@ def _steps(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _write(models: RunModels, transformer: nnx.Module, file: Path) -> None:
+def _write(models: RunModels, transformer: nnx.Module, file: Place) -> None:
     graph, factors, others = nnx.split(transformer, LoRAParam, ...)
     if jax.process_count() > 1:  # each process holds a part of the factors
         factors = jax.tree.map(on_host, factors)

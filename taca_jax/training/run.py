@@ -3,7 +3,6 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
+from taca_jax.storage.places import Place
 from taca_jax.taca import TacaConfig, describe_gamma
 from taca_jax.telling.start import say_fact
 from taca_jax.training.announcing import say_models, say_trained
@@ -281,7 +281,7 @@ def _finish(models: RunModels, trained: TextToImage, inputs: InputModels | Cache
             _keep_guidance(config.run_dir / "model", best)
 
 
-def _write_gamma(file: Path, taca: TacaConfig) -> None:
+def _write_gamma(file: Place, taca: TacaConfig) -> None:
     with whole_file(file) as whole:
         whole.write_text(to_json(taca))
     knots = ",".join(f"{knot:g}" for knot in taca.knots or ())
@@ -289,7 +289,7 @@ def _write_gamma(file: Path, taca: TacaConfig) -> None:
     print(f"gamma written to {file}; draw with {settings}")
 
 
-def _keep_guidance(model: Path, guidance: float) -> None:
+def _keep_guidance(model: Place, guidance: float) -> None:
     """Makes a strength of guidance the default of the model in this folder."""
     settings = open_pipeline(model).settings
     write_settings(model, replace(settings, guidance=guidance))

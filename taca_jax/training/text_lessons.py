@@ -30,7 +30,9 @@ from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.features import Readout, label_loss
 from taca_jax.training.models import InputModels, RunModels
 from taca_jax.weights.folders import save_model
+from taca_jax.weights.hub_files import model_files
 from taca_jax.weights.pipeline_folders import stored_model
+from taca_jax.weights.shipped import find_weights
 
 TAUGHT = "text_encoder"
 """The folder of the taught text encoder, in that of the run; a run that goes on reads it again."""
@@ -63,7 +65,7 @@ def teach_text(models: RunModels, inputs: InputModels) -> None:
     folder = config.run_dir / TAUGHT
     (encoder,) = inputs.text_encoder.encoders
     if config.resume and folder.exists():
-        taught = stored_model(folder).load(models.text_options)
+        taught = stored_model(find_weights(folder, model_files)).load(models.text_options)
         nnx.update(encoder, nnx.state(taught))
         return
     assert config.features is not None

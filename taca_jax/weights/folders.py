@@ -33,6 +33,7 @@ from taca_jax.formats.tensor_files import (
 from taca_jax.nn.kinds import abstract_model, flat_params, kind_of, shapes_of
 from taca_jax.nn.layers import Quantized
 from taca_jax.parallel.processes import is_first, wait_for_all
+from taca_jax.storage.places import Place, place
 from taca_jax.weights.kinds import model_kinds
 from taca_jax.weights.loading import AT_ONCE, LoadOptions, StoredParameters, load_parameters
 
@@ -44,14 +45,14 @@ _ORBAX = "params"
 """The folder of the parameters in model folders of earlier versions."""
 
 
-def save_model(path: Path | str, model: Any, *, dtype: DTypeLike | None = None) -> None:
+def save_model(path: Place | str, model: Any, *, dtype: DTypeLike | None = None) -> None:
     """Writes a model folder atomically; an existing model folder is replaced.
 
     Parameters are stored in `dtype`, or in their own if None, and moved to the host one layer at a
     time. With several processes all must call this: the first one writes. Raises UserError if
     `path` holds something else or cannot be written, and for a quantised model.
     """
-    path = Path(path)
+    path = place(path)
     if path.exists() and not (path / CONFIG).is_file() and (path.is_file() or any(path.iterdir())):
         raise UserError(f"{path} exists and is no model folder; remove it or save elsewhere")
     params = flat_params(model)
@@ -70,9 +71,9 @@ def save_model(path: Path | str, model: Any, *, dtype: DTypeLike | None = None) 
     wait_for_all(f"a model in {path.name}")
 
 
-def save_streamed(path: Path, config: Any, tensors: Mapping[str, LazyTensor]) -> None:
+def save_streamed(path: Place, config: Any, tensors: Mapping[str, LazyTensor]) -> None:
     """Writes a model folder of parameters, by path, that need not fit into memory."""
-    with whole_folder(path) as folder:
+    with whole_folder(path, CONFIG) as folder:
         if tensors:
             write_streamed(folder / WEIGHTS, tensors)
         (folder / CONFIG).write_text(_config_text(config))

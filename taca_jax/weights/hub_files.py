@@ -4,6 +4,7 @@ Copies of the same weights in other formats and precisions are left where they a
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from taca_jax.autoencoders.tiny_vae_layout import NETS
@@ -16,7 +17,7 @@ from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS, TOKENIZERS
 
-_MODELS = tuple(dict.fromkeys(name for *both, _ in PIPELINE_PARTS for name in both))
+MODELS = tuple(dict.fromkeys(name for *both, _ in PIPELINE_PARTS for name in both))
 """Folders of models, in diffusers and here."""
 _SETTINGS = (PIPELINE_FILE, "model_index.json", "scheduler/scheduler_config.json")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
@@ -34,7 +35,7 @@ def pipeline_files(found: HubId, names: Sequence[str]) -> Selection:
     inside = names_in(found, names, found.inside)
     if not {PIPELINE_FILE, f"transformer/{CONFIG}"} & set(inside):
         return model_files(found, names)
-    models = (_model(found, inside, part) for part in _MODELS if f"{part}/{CONFIG}" in inside)
+    models = (_model(found, inside, part) for part in MODELS if f"{part}/{CONFIG}" in inside)
     chosen = [*_present(_SETTINGS, inside), *_all_of(models), *_tokenizers(inside)]
     return _selection(found.inside, chosen)
 
@@ -109,15 +110,16 @@ def _only(found: HubId, inside: Sequence[str]) -> WeightSet:
     choices = libraries if len(libraries) == 1 else top
     if len(choices) == 1:
         return choices[0]
-    repo = found.repo if found.revision is None else f"{found.repo}@{found.revision}"
     if choices:
         listed = shown([each.entry for each in choices])
-        raise UserError(f"{found} has several weights ({listed}); name one: {repo}:FILE")
+        raise UserError(
+            f"{found} has several weights ({listed}); name one: {replace(found, inside='FILE')}"
+        )
     folders = {name.rpartition("/")[0] for name in inside if name.endswith(".safetensors")}
     if folders:
         raise UserError(
             f"{found} has weights in folders only ({shown(sorted(folders))}); name one: "
-            f"{repo}:FOLDER"
+            f"{replace(found, inside='FOLDER')}"
         )
     raise UserError(f"{found} has no .safetensors; it has {shown(sorted(inside))}")
 

@@ -35,6 +35,7 @@ from taca_jax.formats.tensor_files import (
 from taca_jax.nn.kinds import shapes_of
 from taca_jax.nn.lora import count_loras, remove_lora
 from taca_jax.parallel.rules import parameter_sharding
+from taca_jax.storage.places import Place, place
 from taca_jax.taca import Gate
 
 Layout = Literal["peft", "kohya", "native"]
@@ -101,7 +102,7 @@ def append_lora_file(file: LoRAFile, model: Any, mesh: Mesh | None = None) -> No
 
 
 def write_lora(
-    path: Path | str, model: Any, layout: Layout = "peft", *, gate: Gate | None = None
+    path: Place | str, model: Any, layout: Layout = "peft", *, gate: Gate | None = None
 ) -> LoRASummary:
     """Writes the factors attached to a model, atomically; in the file alpha is the rank.
 
@@ -116,7 +117,7 @@ def write_lora(
     outputs = {name: kernel[-1] for name, kernel in kernels_of(model).items()}
     family = family_of(model.config)
     return save_adapter(
-        Path(path), adapter, layout, family, outputs, config=model.config, gate=gate
+        place(path), adapter, layout, family, outputs, config=model.config, gate=gate
     )
 
 
@@ -213,7 +214,7 @@ def _has(family: Family, path: str) -> bool:
 
 
 def save_adapter(
-    path: Path,
+    path: Place,
     adapter: Adapter,
     layout: Layout,
     family: Family,

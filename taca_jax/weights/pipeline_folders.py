@@ -16,6 +16,7 @@ from taca_jax.formats.atomic import whole_file
 from taca_jax.formats.settings import read_settings
 from taca_jax.hub.ids import hint, hub_id
 from taca_jax.sampling.schedule import FlowSchedule
+from taca_jax.storage.places import Place
 from taca_jax.text.encoders import FOLDERS as TEXT_ENCODERS
 from taca_jax.text.encoders import StoredEncoders, TextReading
 from taca_jax.weights.folders import (
@@ -62,7 +63,7 @@ def default_settings(transformer: Any, schedule: FlowSchedule) -> PipelineSettin
     return PipelineSettings(tokenizer=None, **asdict(defaults), schedule=schedule)
 
 
-def write_settings(folder: Path, settings: PipelineSettings) -> None:
+def write_settings(folder: Place, settings: PipelineSettings) -> None:
     """Writes a pipeline folder's settings, or replaces them."""
     with whole_file(folder / PIPELINE_FILE) as file:
         file.write_text(to_json(settings))
@@ -109,11 +110,11 @@ class StoredPipeline:
 
 
 def open_pipeline(
-    path: str | Path, tokenizers: str | Path | None = None, *, download: bool = True
+    path: str | Place, tokenizers: str | Path | None = None, *, download: bool = True
 ) -> StoredPipeline:
     """The pipeline at `path`: a converted folder, the name of one that comes with the package, a
-    diffusers folder, single files in an original layout (`open_original`), or the id of one of
-    these on the hub, which is fetched.
+    diffusers folder, single files in an original layout (`open_original`), or one of these in a
+    bucket (gs://...) or on the hub (its id), which is fetched.
 
     tokenizers: the folder or hub id of the pipeline whose tokenizers are read; None is this one.
     download: whether the hub may be asked; else only its cache is read.

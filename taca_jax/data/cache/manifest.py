@@ -4,13 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from taca_jax.data.cache.files import EMPTY, SIZES
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
+from taca_jax.storage.places import Place
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -47,12 +47,12 @@ class Manifest:
     examples: int | None = None
     format: int = _FORMAT
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Place) -> None:
         with whole_file(folder / _MANIFEST) as file:
             file.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Place) -> Manifest | None:
     """The manifest of the cache in `folder`; None where there is no cache yet.
 
     Raises UserError for a folder with something else in it, and for a cache of another version.

@@ -4,7 +4,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import ml_dtypes
@@ -21,6 +20,7 @@ from taca_jax.data.order import Bucket, Stream
 from taca_jax.data.sources.bad_examples import BadExampleError
 from taca_jax.data.threads import usable_cores
 from taca_jax.errors import UserError
+from taca_jax.storage.places import Place
 
 _READ = "readahead_buffer_size:0"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -47,7 +47,7 @@ class Cache:
     a run reads the same examples in the same order from either.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Place, manifest: Manifest):
         """Raises UserError where files are missing or damaged."""
         self.manifest = manifest
         self._folder = folder
@@ -143,7 +143,7 @@ class Cache:
             return reader
 
 
-def read_buckets(folder: Path, manifest: Manifest) -> list[Bucket]:
+def read_buckets(folder: Place, manifest: Manifest) -> list[Bucket]:
     """The buckets that `write_sizes` was given. Raises UserError where the file is damaged."""
     sizes = read_sizes(folder)
     starts = np.cumsum([0, *manifest.sources])

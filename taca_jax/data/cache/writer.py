@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
 
@@ -12,6 +11,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from taca_jax.data.cache.files import EMPTY, INDEX, RECORDS, SHARDS
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file, whole_folder
+from taca_jax.storage.places import Place
 
 SHARD_BYTES = 2**30
 """A shard is full when it has so many bytes."""
@@ -29,7 +29,7 @@ class Caption(TypedDict):
 class CacheWriter:
     """Writes one process's shards of a cache. A context manager, which ends the last shard."""
 
-    def __init__(self, folder: Path, prefix: str, *, shard_bytes: int = SHARD_BYTES):
+    def __init__(self, folder: Place, prefix: str, *, shard_bytes: int = SHARD_BYTES):
         """folder: of the cache. prefix: of the shards' names, a different one in each process."""
         self._folder = folder / SHARDS
         self._prefix = prefix
@@ -99,10 +99,11 @@ class CacheWriter:
         opened.__exit__(None, None, None)
 
     def _start(self) -> None:
-        while (self._folder / f"{self._prefix}{self._number:06}").exists():
+        # In a bucket there may be a shard without its index: one that was never whole.
+        while (self._folder / f"{self._prefix}{self._number:06}" / INDEX).exists():
             self._number += 1
         path = self._folder / f"{self._prefix}{self._number:06}"
-        self._open = whole_folder(path)
+        self._open = whole_folder(path, INDEX)
         self._made = self._open.__enter__()
         self._writer = array_record_module.ArrayRecordWriter(str(self._made / RECORDS), _WRITE)
         self._rows, self._bytes, self._records = [], 0, 0
@@ -112,7 +113,7 @@ class CacheWriter:
         return UserError(f"{self._folder} cannot be written ({reason}); make room there")
 
 
-def write_empty_caption(folder: Path, caption: Caption) -> None:
+def write_empty_caption(folder: Place, caption: Caption) -> None:
     """Writes the embeddings of the empty caption, which replaces dropped ones."""
     with whole_file(folder / EMPTY) as file:
         file.write_bytes(caption["txt"].tobytes() + caption["pooled"].tobytes())

@@ -22,13 +22,14 @@ from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import load_pipeline, local_mesh
 from taca_jax.pipelines.loras import used_loras
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.storage.places import Place
 from taca_jax.taca import TacaConfig
 
 
 def evaluate_shapes(
     pipeline: Pipeline,
     evaluate: EvalConfig,
-    run_dir: Path,
+    run_dir: Place,
     *,
     taca: TacaConfig | None,
     lora: bool,
@@ -87,7 +88,7 @@ def _report(
     alignments: Sequence[Alignment],
     which: Sequence[Variant],
     grid: Image.Image,
-    folder: Path,
+    folder: Place,
 ) -> None:
     """Prints a table of each half, and writes both, and the grid, as evaluation.json and .png."""
     own = pipeline.settings.guidance

@@ -4,18 +4,24 @@ from pathlib import Path
 
 from taca_jax.errors import UserError
 from taca_jax.hub.ids import Select, hub_id
+from taca_jax.storage.places import Place, is_bucket_name
 from taca_jax.weights.hub_files import pipeline_files
 
 
 def find_weights(
-    path: str | Path, select: Select = pipeline_files, *, download: bool = True
+    path: str | Place, select: Select = pipeline_files, *, download: bool = True
 ) -> Path:
     """Where the weights called `path` are: a path that exists; else, for a plain name, the weights
     shipped under it; else what `select` opens of a model on the hub, fetched if the cache lacks it.
+    What `select` opens in a bucket (gs://...) is fetched too.
 
-    `path` itself if there is nothing of the three. Raises UserError for an id of the hub (`hub_id`)
+    `path` itself if there is nothing of these. Raises UserError for an id of the hub (`hub_id`)
     whose files cannot be had; without `download` for what is not in the cache.
     """
+    if is_bucket_name(path):
+        from taca_jax.weights.bucket_files import bucket_weights
+
+        return bucket_weights(str(path), select, download=download)
     path = Path(path)
     shipped = Path(__file__).parent / path.name
     if path.exists():
@@ -29,7 +35,7 @@ def find_weights(
     return path
 
 
-def is_here(path: str | Path) -> bool:
+def is_here(path: str | Place) -> bool:
     """Whether `find_weights` finds something without asking the hub."""
     try:
         return find_weights(path, download=False).exists()

@@ -1,0 +1,166 @@
+"""Runs whose base, folder and cache are in a bucket, stopped and killed ones included."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, load_file
+
+from taca_jax.config.json_text import to_json
+from taca_jax.data.config import DataConfig
+from taca_jax.errors import UserError
+from taca_jax.formats.atomic import whole_folder
+from taca_jax.storage.places import place
+from taca_jax.training.checkpoints import newest_step
+from taca_jax.training.run import train
+from taca_jax.weights.pipeline_folders import open_pipeline
+from tests.processes import ended, start_python
+from tests.training.tiny import lora_changes, tiny_config, tiny_pipeline
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_pipeline().save(folder)
+    return folder
+
+
+@pytest.fixture
+def base(bucket, pipeline):
+    bucket.add_folder(pipeline, "bases/tiny")
+    return "gs://bucket/bases/tiny"
+
+
+def config_for(out_dir, base, **changes):
+    return tiny_config(out_dir, **lora_changes(str(base)), steps=STEPS, **changes)
+
+
+@pytest.fixture(scope="module")
+def local(pipeline, tmp_path_factory):
+    """The LoRA of the same run on a disk."""
+    run = tmp_path_factory.mktemp("local") / "run"
+    train(config_for(run, pipeline))
+    return load_file(run / "lora.safetensors")
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not np.array_equal(a[name], b[name])]
+
+
+def logged(bucket, run="run"):
+    return [json.loads(line)["step"] for line in bucket.read(f"{run}/metrics.jsonl").splitlines()]
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, base, local):
+    train(config_for("gs://bucket/run", base))
+    same(load(bucket.read("run/lora.safetensors")), local)
+    assert logged(bucket) == list(range(1, STEPS + 1))
+    assert newest_step(place("gs://bucket/run")) == STEPS
+    kept = {name.split("/")[2] for name in bucket.names("run/checkpoints/")}
+    assert kept == {"4", "6"}
+    assert bucket.names("run/loras/") == [f"run/loras/step-{n:06}.safetensors" for n in (4, 6)]
+    assert bucket.names("run/tensorboard/")
+
+
+def test_it_is_resumed_on_another_machine(bucket, base, local, monkeypatch, tmp_path):
+    train(config_for("gs://bucket/run", base, save_every=4, evaluate=None))
+    for name in [*bucket.names("run/checkpoints/6"), "run/lora.safetensors"]:
+        bucket.storage.delete_file("bucket", name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with pytest.raises(UserError, match="gs://bucket/run holds a run already; resume=true"):
+        train(config_for("gs://bucket/run", base, save_every=4))
+    train(config_for("gs://bucket/run", base, save_every=4, resume=True))
+    same(load(bucket.read("run/lora.safetensors")), local)
+    assert logged(bucket) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    "last", ["state/manifest.ocdbt", "state/commit_success.txt", "commit_success.txt"]
+)
+def test_a_kill_in_a_checkpoint_loses_that_one_alone(bucket, base, local, tmp_path, capsys, last):
+    """Killed as it asks for that object of the checkpoint of step 4 to be written."""
+    config = config_for("gs://bucket/run", base)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    environment = {**bucket.environment, "XDG_CACHE_HOME": str(tmp_path / "copies")}
+    process = start_python("-m", "tests.training.stopped_run", str(file), environment=environment)
+
+    def kill(method, _, name):
+        if method == "POST" and name == f"run/checkpoints/4/{last}":
+            bucket.refused = 503  # the kernel may take its time
+            os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.2)
+
+    bucket.seen = kill
+    done = ended(process)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    bucket.seen = bucket.refused = None
+    assert bucket.names("run/checkpoints/4/")
+    assert newest_step(config.run_dir) == 2
+    train(config_for("gs://bucket/run", base, resume=True))
+    assert "going on after step 2" in capsys.readouterr().out
+    same(load(bucket.read("run/lora.safetensors")), local)
+    assert newest_step(config.run_dir) == STEPS
+    assert logged(bucket)[-1] == STEPS
+
+
+def test_a_damaged_checkpoint_is_set_aside(bucket, base, local, capsys):
+    train(config_for("gs://bucket/run", base))
+    for name in bucket.names("run/checkpoints/6/state/ocdbt.process_0/d/"):
+        bucket.write(name, b"torn")
+    train(config_for("gs://bucket/run", base, resume=True))
+    said = capsys.readouterr()
+    assert "checkpoint 6 cannot be read" in said.err
+    assert "going on after step 4" in said.out
+    assert bucket.names("run/damaged/6/")
+    same(load(bucket.read("run/lora.safetensors")), local)
+
+
+def test_a_cache_in_a_bucket_serves_runs(bucket, base, capsys):
+    data = DataConfig("generated:shapes/24", 2, 40, encode="cache", cache="gs://bucket/cache")
+    train(config_for("gs://bucket/run", base, data=data))
+    assert bucket.names("cache/shards/")
+    bucket.asked.clear()
+    train(config_for("gs://bucket/run2", base, data=data))
+    assert not [name for method, name in bucket.asked if method == "POST" and "cache" in name]
+    assert bucket.read("run/lora.safetensors") == bucket.read("run2/lora.safetensors")
+
+
+def test_a_new_model_is_written_to_a_bucket_and_read_from_it(bucket):
+    train(tiny_config("gs://bucket/run", steps=2))
+    assert "run/model/pipeline.json" in bucket.names()
+    assert "transformer" in open_pipeline("gs://bucket/run/model").models
+
+
+def test_a_half_written_pipeline_is_none(bucket, pipeline):
+    def fail():
+        with whole_folder(place("gs://bucket/half"), "pipeline.json") as made:
+            for file in pipeline.rglob("*"):
+                if file.is_file():
+                    to = made / file.relative_to(pipeline)
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    to.write_bytes(file.read_bytes())
+            bucket.seen = refuse_last
+
+    def refuse_last(method, _, name):
+        bucket.refused = 403 if name == "half/pipeline.json" and method == "POST" else None
+
+    with pytest.raises(UserError, match="gs://bucket/half could not be written"):
+        fail()
+    bucket.seen = bucket.refused = None
+    assert len(bucket.names("half/")) > 3
+    with pytest.raises(UserError):
+        open_pipeline("gs://bucket/half")
+
+
+def test_what_is_not_there_is_one_line(bucket, base):
+    with pytest.raises(UserError, match="gs://none cannot be used: there is no such bucket"):
+        train(config_for("gs://none/run", base))
+    with pytest.raises(UserError, match="gs://bucket/nothing is not there: the bucket has no such"):
+        train(config_for("gs://bucket/run", "gs://bucket/nothing"))
