@@ -59,11 +59,13 @@ def whole_file(path: Place) -> Iterator[Path]:
         made.replace(path)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Place) -> None:
     """Raises UserError unless files can be written into a folder, which need not be there yet.
 
-    Nothing is left behind.
+    Nothing is left behind. What a bucket refuses is known when it is written to.
     """
+    if in_bucket(folder):
+        return
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -11,6 +11,7 @@ import numpy as np
 from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
+from taca_jax.storage.places import in_bucket
 from taca_jax.training.config import TrainConfig
 
 ID_FILE = "wandb_id.txt"
@@ -49,7 +50,7 @@ class WandbRun:
                 name=config.name,
                 id=ident,
                 resume="allow",
-                dir=str(config.run_dir),
+                dir=None if in_bucket(config.run_dir) else str(config.run_dir),
                 config=to_tree(config),
                 allow_val_change=True,  # of what a resumed run may change
             )

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from taca_jax.data.cache.writer import Caption
 from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
+from taca_jax.storage.places import Place
 
 PROMPTS = "prompts.safetensors"
 """The file, in the cache's folder; a cache that was made without such prompts has none."""
@@ -16,7 +16,7 @@ PROMPTS = "prompts.safetensors"
 _TEXTS = "prompts"  # in the file's metadata: the prompts as a JSON list
 
 
-def write_prompts(folder: Path, prompts: Mapping[str, Caption]) -> None:
+def write_prompts(folder: Place, prompts: Mapping[str, Caption]) -> None:
     """Writes all prompts of a cache. Raises UserError if they cannot be written."""
     arrays = {
         name: np.stack([caption[name] for caption in prompts.values()])
@@ -25,7 +25,7 @@ def write_prompts(folder: Path, prompts: Mapping[str, Caption]) -> None:
     write_tensors(folder / PROMPTS, arrays, {_TEXTS: json.dumps([*prompts])})
 
 
-def read_prompts(folder: Path) -> dict[str, Caption]:
+def read_prompts(folder: Place) -> dict[str, Caption]:
     """The prompts that a cache has. Raises UserError for a damaged file."""
     file = folder / PROMPTS
     if not file.is_file():
