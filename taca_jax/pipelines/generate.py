@@ -158,7 +158,7 @@ def load_pipeline(
             say_fact("LoRA", said)
     for choice in config.lora_choices:
         if choice not in used:
-            say_fact("LoRA", f"{choice.path} is not used: it acts while TACA does (taca=none)")
+            say_fact("LoRA", f"{choice.path} is not used: it acts only while TACA does")
     if config.taca is not None:
         times = pipeline.timesteps(config.height, config.width, config.steps)
         print_once(wrapped(describe_steps(config.taca, times)))

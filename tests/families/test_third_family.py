@@ -121,7 +121,7 @@ def test_its_lora_is_trained_drawn_with_and_renamed(run, tmp_path, capsys):
             base=run.base, prompt=PROMPT, lora=str(lora), taca=TACA, compare=True, out=str(out)
         )
     )
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     assert "PEFT LoRA of 16 layers, rank 2" in said
     assert re.search(r"TACA acts on steps 1( to \d)? of 3 \(t >= 500\)", said)
     with Image.open(out) as picture:

@@ -150,7 +150,7 @@ def test_a_style_is_in_all_columns_and_without_taca_too(tmp_path, capsys):
         return np.split(pixels(path)[40:-60, 8:], count, axis=1)
 
     plain, taca, with_lora = columns(both, 3)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     assert "used at 2, always on" in said
     assert "used at 1, with TACA" in said
     assert (taca != with_lora).any()
