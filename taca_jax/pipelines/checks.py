@@ -16,11 +16,7 @@ from taca_jax.errors import UserError
 from taca_jax.parallel.mesh import check_heads, make_mesh
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
-from taca_jax.pipelines.inputs import (
-    Prompt,
-    check_guidance,
-    check_negative,
-)
+from taca_jax.pipelines.inputs import check_guidance, check_negative
 from taca_jax.pipelines.loras import check_lora, check_loras_fit
 from taca_jax.pipelines.opening import check_autoencoder, size_in, tokens_in
 from taca_jax.pipelines.previews import OWN, check_own_previewer, open_previewer
@@ -101,8 +97,8 @@ def _check_pictures(config: GenerateConfig, stored: StoredPipeline) -> None:
     family = stored.family
     guidance = stored.settings.guidance if config.guidance is None else config.guidance
     check_guidance(guidance)
-    negative = Prompt("negative_prompt", config.negative_prompt, None, None)
-    check_negative(negative, guidance, embedded=family.embeds_guidance(transformer))
+    if config.negative_prompt is not None:
+        check_negative(guidance, embedded=family.embeds_guidance(transformer))
     if config.preview == OWN:
         check_own_previewer(autoencoder, family.tiny_autoencoder)
     elif config.preview is not None:

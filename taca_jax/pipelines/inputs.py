@@ -79,13 +79,9 @@ def check_guidance(guidance: float) -> None:
         raise UserError(f"guidance is {guidance}; it must be 0 or more")
 
 
-def check_negative(prompt: Prompt, guidance: float, *, embedded: bool) -> None:
-    """Raises UserError for a negative prompt that would have no effect.
-
-    embedded: whether the model embeds its guidance.
-    """
-    if not prompt.is_given:
-        return
+def check_negative(guidance: float, *, embedded: bool) -> None:
+    """Raises UserError where a negative prompt has no effect; `embedded` says whether the model is
+    given its guidance as an input."""
     if embedded:
         raise UserError(
             "this model embeds its guidance and takes no negative prompt; leave negative_prompt out"

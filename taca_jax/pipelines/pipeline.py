@@ -286,7 +286,8 @@ class Pipeline(PipelineModels):
         for each picture. Raises UserError for prompts that do not fit the model."""
         config = self.config
         embedded = self.family.embeds_guidance(config)
-        check_negative(unwanted, guidance, embedded=embedded)
+        if unwanted.is_given:
+            check_negative(guidance, embedded=embedded)
         positive = repeated(wanted.conditioning(config, self.encode_prompts), num_images)
         if not embedded:
             negative = negative_conditioning(

@@ -52,7 +52,7 @@ def check_cache(models: RunModels) -> Examples | None:
     configs of the models show it.
     """
     config, folder = models.config, models.config.cache_dir
-    manifest = read_manifest(folder)
+    manifest = _manifest_of_all(folder)
     if manifest is None:
         return open_data(models)
     _check_data(config, folder, manifest)
@@ -65,7 +65,7 @@ def check_cache(models: RunModels) -> Examples | None:
             if isinstance(found, dict)  # not the tokenizer's digest
         }
         _check_models(folder, replace(manifest, made_with=made_with), known)
-    if manifest.examples == len(encoded(folder)):
+    if all_of(manifest.examples == len(encoded(folder))):
         return None
     opened = open_data(models)
     _check_sources(folder, manifest, opened.source)
@@ -82,15 +82,8 @@ def ready_cache(models: RunModels, notice: Notice, opened: Examples | None = Non
     """
     config = models.config
     folder = config.cache_dir
-    reach(folder)
-    manifest = read_manifest(folder)
     stamp = _files_stamp(models)
-    # What follows synchronises the processes, so all of them must take the same branches.
-    if not all_of(manifest is None) and not all_of(manifest is not None):
-        raise UserError(
-            f"{folder} holds a cache for some processes and none for others; give a data.cache "
-            "that all of them share"
-        )
+    manifest = _manifest_of_all(folder)
     if manifest is not None:
         _check_data(config, folder, manifest)
     complete = all_of(manifest is not None and manifest.examples == len(encoded(folder)))
@@ -135,6 +128,22 @@ def _add_prompts(models: RunModels, inputs: InputModels) -> None:
     if there:
         print(f"{folder} was made for other sample_prompts: encoded and added {', '.join(lacking)}")
     write_prompts(folder, there | found)
+
+
+def _manifest_of_all(folder: Place) -> Manifest | None:
+    """The manifest of the cache in a folder; None where there is no cache yet.
+
+    What follows synchronises the processes, so that all of them must take the same branches: raises
+    UserError if some of them have a cache and others none, and for a bucket that cannot be reached.
+    """
+    reach(folder)
+    manifest = read_manifest(folder)
+    if not all_of(manifest is None) and not all_of(manifest is not None):
+        raise UserError(
+            f"{folder} holds a cache for some processes and none for others; give a data.cache "
+            "that all of them share"
+        )
+    return manifest
 
 
 def _check_data(config: TrainConfig, folder: Place, manifest: Manifest) -> None:

@@ -56,7 +56,7 @@ class Original:
         """Its file or folder, for messages."""
         return self.tensors.where
 
-    def check(self) -> dict[str, list[Piece]]:
+    def check(self) -> dict[str, tuple[Piece, ...]]:
         """Which tensors each of our parameters is made of; none of them is read.
 
         Raises UserError that lists every key that is missing, left over or mis-shaped.
