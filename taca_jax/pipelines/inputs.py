@@ -74,6 +74,15 @@ def check_guidance(guidance: float) -> None:
         raise UserError(f"guidance is {guidance}; it must be 0 or more")
 
 
+def check_negative(guidance: float, *, embedded: bool) -> None:
+    """Raises UserError where a negative prompt has no effect; `embedded` says whether the model is
+    given its guidance as an input."""
+    if embedded:
+        raise UserError("this model embeds its guidance and takes no negative prompt")
+    if guidance <= 1:
+        raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
+
+
 def negative_conditioning(
     prompt: Prompt,
     guidance: float,
@@ -89,7 +98,7 @@ def negative_conditioning(
     """
     if guidance <= 1:
         if prompt.is_given:
-            raise UserError(f"a negative prompt acts with guidance above 1; it is {guidance:g}")
+            check_negative(guidance, embedded=False)
         return None
     if prompt.text is None and prompt.embeds is None:
         prompt = Prompt(prompt.name, "", None, prompt.pooled)
@@ -144,6 +153,16 @@ def picture_size(height: int | None, width: int | None, resolution: int) -> tupl
     return resolution if height is None else height, resolution if width is None else width
 
 
+def check_size(config: Any, size: tuple[int, int], downscale: int) -> None:
+    """Raises UserError for a (height, width) in pixels that the transformer of this config cannot
+    draw."""
+    height, width = size
+    multiple = downscale * config.patch_size
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
+    family_of(config).check_grid(config, height // multiple, width // multiple)
+
+
 def noise(
     config: Any, batch: int, size: tuple[int, int], downscale: int, seed: int | Sequence[int]
 ) -> Float[Array, "b h w c"]:
@@ -152,11 +171,8 @@ def noise(
 
     Raises UserError for seeds or a size that are not allowed.
     """
+    check_size(config, size, downscale)
     height, width = size
-    multiple = downscale * config.patch_size
-    if min(height, width) < multiple or height % multiple or width % multiple:
-        raise UserError(f"{height} x {width} pixels: both must be multiples of {multiple}")
-    family_of(config).check_grid(config, height // multiple, width // multiple)
     shape = (height // downscale, width // downscale, config.latent_channels)
     given = list(seed) if isinstance(seed, Sequence) else [seed]
     if not all(0 <= each <= MAX_SEED for each in given):

@@ -24,6 +24,7 @@ from taca_jax.pipelines.inputs import (
     NO_DOWNSCALE,
     Prompt,
     check_guidance,
+    check_negative,
     filled,
     given_latents,
     negative_conditioning,
@@ -294,7 +295,7 @@ class Pipeline(PipelineModels):
             )
             return positive, negative
         if unwanted.is_given:
-            raise UserError("this model embeds its guidance and takes no negative prompt")
+            check_negative(guidance, embedded=True)
         strengths = jnp.full(positive.txt.shape[0], guidance, jnp.float32)
         return replace(positive, guidance=strengths), None
 

@@ -23,9 +23,9 @@ from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.batches import filled_size
 from taca_jax.parallel.choice import Place
 from taca_jax.parallel.mesh import on
+from taca_jax.pipelines.batching import batch_size
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.decoding import pictures_of
-from taca_jax.pipelines.generate import batch_size
 from taca_jax.pipelines.inputs import picture_size
 from taca_jax.pipelines.opening import Opening, samples_of
 from taca_jax.planning.plan import GB, OutOfMemoryError, Plan, compiled_plan, devices_of, in_units
