@@ -126,6 +126,7 @@ def drawn(
             taca=variant.taca,
             lora_strength=variant.lora_strength,
             output=output,
+            sampler=first.sampler,
             tiling=first.tiling,
             preview=preview(batch, variant),
             progress=first.progress if shown else False,

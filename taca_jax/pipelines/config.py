@@ -12,6 +12,7 @@ from taca_jax.nn.low_bit import Quantization
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras
 from taca_jax.sampling.loop import MAX_SEED
+from taca_jax.sampling.solvers import Sampler
 from taca_jax.taca import TacaConfig
 
 
@@ -99,6 +100,8 @@ class GenerateConfig(SamplingConfig):
       ...}`, where all but the prompt may be left out and are then as in the command. Started
       again, the command draws what is missing. Several processes draw a share each.
     negative_prompt: what to avoid, with classifier-free guidance.
+    sampler: `euler`, `heun` (second order, two evaluations of the model a step), or `dpm++2m`
+      (second order, one evaluation). TACA acts by the timestep of each evaluation.
     num_images: number of pictures, of each prompt; their seeds are seed, seed + 1, ... .
     batch_size: pictures that are drawn at a time, and written when they are ready; none takes as
       many as have 4,096 image tokens together (one picture of 1024 px), times the devices.
@@ -122,6 +125,7 @@ class GenerateConfig(SamplingConfig):
     prompt: str = ""
     prompts: str | None = None
     negative_prompt: str | None = None
+    sampler: Sampler = "euler"
     num_images: int = 1
     batch_size: int | None = None
     stages: bool | None = None

@@ -45,6 +45,7 @@ from taca_jax.pipelines.previews import (
 )
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.sampling.loop import Sampled, SkipLayers, Trajectory, denoise, make_plan
+from taca_jax.sampling.solvers import Sampler
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig
 from taca_jax.text.tokenizers import announce_cuts
 
@@ -182,6 +183,7 @@ class Pipeline(PipelineModels):
         negative_pooled_prompt_embeds: Float[Array, "b p"] | None = None,
         latents: Float[Array, "b h w c"] | None = None,
         skip_layers: SkipLayers | Sequence[int] | None = None,
+        sampler: Sampler = "euler",
         output: Output = "pil",
         tiling: Tiling | None = TILING,
         trajectory: bool = False,
@@ -201,6 +203,7 @@ class Pipeline(PipelineModels):
         it guides away from the model without those layers (7, 8, 9 of Stable Diffusion 3.5-Medium).
         It is a sequence of layers, or a SkipLayers, which also sets the strength and the range of
         steps.
+        `sampler` is `euler`, `heun` (two evaluations a step) or `dpm++2m`.
         `tiling` sets how large pictures are decoded in overlapping tiles; None decodes at once.
 
         After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with the
@@ -236,7 +239,7 @@ class Pipeline(PipelineModels):
         if skip is not None:
             skip.announce(len(sigmas) - 1)
         loras = acting_loras(self.transformer, self.loras, lora_strength)
-        plan = make_plan(sigmas, taca, loras=loras, skip=skip)
+        plan = make_plan(sigmas, taca, loras=loras, skip=skip, sampler=sampler)
         # Devices share a batch only if it divides evenly: copies of its last sample fill it up.
         size = filled_size(self.mesh, batch, 1 if negative is None else 2)
         together = spans_processes(self.mesh)

@@ -32,6 +32,7 @@ from taca_jax.planning.plan import GB, OutOfMemoryError, Plan, compiled_plan, de
 from taca_jax.planning.slices import Slice
 from taca_jax.sampling.loop import Plan as StepValues
 from taca_jax.sampling.loop import denoise, make_plan
+from taca_jax.sampling.solvers import Sampler, evaluation_count
 from taca_jax.taca import TacaConfig
 from taca_jax.text.encoders import token_count
 from taca_jax.weights.abstract import local_bytes
@@ -81,7 +82,9 @@ def plan_drawing(config: GenerateConfig) -> None:
     except OutOfMemoryError as error:
         raise UserError(f"{error}; {_INSTEAD}") from error
     steps = stored.settings.steps if config.steps is None else config.steps
-    Console(width=max(100, Console().width)).print(table(plans, place, drawing, steps))
+    Console(width=max(100, Console().width)).print(
+        table(plans, place, drawing, steps, config.sampler)
+    )
     most = max(plans.values(), key=lambda plan: plan.memory)
     if not most.fits:
         raise UserError(
@@ -125,8 +128,10 @@ def drawing_plans(
     return plans
 
 
-def table(plans: Mapping[str, Plan], place: Place, drawing: Drawing, steps: int) -> Table:
-    """The plans as a table to print."""
+def table(
+    plans: Mapping[str, Plan], place: Place, drawing: Drawing, steps: int, sampler: Sampler
+) -> Table:
+    """The plans as a table to print; a step is there one evaluation of the transformer."""
     first = next(iter(plans.values()))
     where, chip = first.where, first.where.chip
     axes = " x ".join(f"{axis} {n}" for axis, n in first.mesh.shape.items() if n > 1)
@@ -151,7 +156,9 @@ def table(plans: Mapping[str, Plan], place: Place, drawing: Drawing, steps: int)
     for name, seconds in step.seconds.items():
         out.add_row(f"least time of a step for the {name}", "", "", in_units(seconds, "s"))
     least = step.seconds[step.bound]
-    out.add_row(f"least time of {steps} steps", "", "", in_units(steps * least, "s"))
+    count = evaluation_count(sampler, steps)
+    twice = "" if count == steps else f", {count} evaluations"
+    out.add_row(f"least time of {steps} steps{twice}", "", "", in_units(count * least, "s"))
     seconds = sum(plan.compile_seconds for plan in plans.values())
     out.add_row("compiled in", "", "", f"{seconds:.0f} s of CPU time")
     return out
@@ -202,7 +209,7 @@ def _draw(
 
     sigmas = stored.settings.schedule.sigmas(1, image)
     plan = jax.eval_shape(lambda: make_plan(sigmas, TacaConfig()))
-    plan = jax.tree.map(lambda x: _array(mesh, *x.shape), plan)
+    plan = jax.tree.map(lambda x: _array(mesh, *x.shape, dtype=x.dtype), plan)
     latents = _array(mesh, batch, rows, columns, config.latent_channels)
     inputs = (latents, plan, conditioning(), conditioning() if times > 1 else None)
 
