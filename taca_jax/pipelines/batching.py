@@ -5,15 +5,17 @@ A picture to draw is a GenerateConfig of one picture: its prompt, seed, size and
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
+import numpy as np
 from PIL import Image
 
 from taca_jax.parallel.processes import is_first, on_host, spans_processes
 from taca_jax.pipelines.config import GenerateConfig, Variant
 from taca_jax.pipelines.decoding import Output
+from taca_jax.pipelines.image_inputs import STRENGTH
 from taca_jax.pipelines.inputs import NO_DOWNSCALE, picture_size
 from taca_jax.pipelines.pipeline import Embeds, Pipeline, PipelineOutput
 from taca_jax.pipelines.previews import Preview
@@ -39,7 +41,8 @@ class Batch:
 
 
 def settled(config: GenerateConfig, stored: StoredPipeline) -> GenerateConfig:
-    """`config` with the model's own values where it leaves steps, guidance or the size open."""
+    """`config` with the values that are used where it leaves steps, guidance, the size or the
+    strength open."""
     settings = stored.settings
     height, width = picture_size(config.height, config.width, settings.resolution)
     return replace(
@@ -48,7 +51,13 @@ def settled(config: GenerateConfig, stored: StoredPipeline) -> GenerateConfig:
         width=width,
         steps=settings.steps if config.steps is None else config.steps,
         guidance=settings.guidance if config.guidance is None else config.guidance,
+        strength=strength_of(config),
     )
+
+
+def strength_of(config: GenerateConfig) -> float | None:
+    """The strength of a command with an image; None without one."""
+    return STRENGTH if config.image is not None and config.strength is None else config.strength
 
 
 def downscale_of(stored: StoredPipeline) -> int:
@@ -123,6 +132,8 @@ def drawn(
             steps=first.steps,
             guidance=first.guidance,
             seed=filled_up([picture.seed for picture in batch.pictures], batch.size),
+            image=starts.latents(batch),
+            strength=first.strength,
             taca=variant.taca,
             lora_strength=variant.lora_strength,
             output=output,
@@ -136,7 +147,7 @@ def drawn(
         assert isinstance(images, list)  # output="pil"
         return images[: len(batch.pictures)]
 
-    reader = _Reader(pipeline)
+    reader, starts = _Reader(pipeline), _Starts(pipeline)
     if not pipeline.staged:
         for batch in batches:
             text = reader.text(batch)
@@ -145,6 +156,8 @@ def drawn(
         return
     for turn in _turns(batches):
         texts = [reader.text(batch) for batch in turn]
+        for batch in turn:  # before the transformer's turn
+            starts.latents(batch)
         latents = [
             [on_host(call(batch, text, variant, "latents").latents) for variant in variants]
             for batch, text in zip(turn, texts, strict=True)
@@ -165,6 +178,24 @@ def _turns(batches: Sequence[Batch]) -> Iterator[list[Batch]]:
             turn = []
     if turn:
         yield turn
+
+
+@dataclass
+class _Starts:
+    """Encodes the image to start from, once for each size."""
+
+    pipeline: Pipeline
+    found: dict[tuple[int | None, int | None], np.ndarray] = field(default_factory=dict)
+
+    def latents(self, batch: Batch) -> np.ndarray | None:
+        """The latents of the image at the batch's size; None where there is none."""
+        first = batch.pictures[0]
+        if first.image is None:
+            return None
+        size = (first.height, first.width)
+        if size not in self.found:
+            self.found[size] = self.pipeline.encode_images(first.image, *size)
+        return self.found[size]
 
 
 @dataclass

@@ -102,6 +102,11 @@ class GenerateConfig(SamplingConfig):
     negative_prompt: what to avoid, with classifier-free guidance.
     sampler: `euler`, `heun` (second order, two evaluations of the model a step), or `dpm++2m`
       (second order, one evaluation). TACA acts by the timestep of each evaluation.
+    image: a picture to start from (PNG, JPEG or WebP): cropped around its centre to the aspect of
+      height and width, resized to them, and mixed with noise.
+    strength: how much noise, above 0 and at most 1, which leaves nothing of the image; only that
+      share of the steps is taken, the last ones; none is 0.6. TACA acts by timestep as ever, so
+      that with little noise it may not act at all.
     num_images: number of pictures, of each prompt; their seeds are seed, seed + 1, ... .
     batch_size: pictures that are drawn at a time, and written when they are ready; none takes as
       many as have 4,096 image tokens together (one picture of 1024 px), times the devices.
@@ -126,6 +131,8 @@ class GenerateConfig(SamplingConfig):
     prompts: str | None = None
     negative_prompt: str | None = None
     sampler: Sampler = "euler"
+    image: str | None = None
+    strength: float | None = None
     num_images: int = 1
     batch_size: int | None = None
     stages: bool | None = None
@@ -149,5 +156,11 @@ class GenerateConfig(SamplingConfig):
             check(bool(self.out), "out", "empty", "a folder, or the name of a .png file")
             check(not self.prompt, "prompt", self.prompt, "left out with prompts=")
             check(self.plan is None, "plan", self.plan, "left out with prompts=: name one size")
+        if self.strength is not None:
+            check(self.image is not None, "strength", self.strength, "left out without image=")
+            right = 0 < self.strength <= 1
+            check(right, "strength", self.strength, "above 0 and at most 1, or none")
+        alone = self.image is None or self.plan is None
+        check(alone, "image", self.image, "left out with plan=")
         if self.compare and self.taca is None:
             raise UserError("compare=true compares plain with TACA; leave taca on (not taca=none)")

@@ -1,7 +1,7 @@
 """Draws pictures from a prompt, or from a list of prompts, and writes them with their settings."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,11 @@ from taca_jax.pipelines.batching import (
     drawn,
     most_together,
     settled,
+    strength_of,
 )
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
 from taca_jax.pipelines.grids import caption_grid, enlarged
+from taca_jax.pipelines.image_inputs import read_image
 from taca_jax.pipelines.loras import check_lora, used_loras
 from taca_jax.pipelines.opening import samples_of
 from taca_jax.pipelines.pipeline import Pipeline
@@ -39,7 +41,7 @@ from taca_jax.pipelines.prompt_files import read_prompts
 from taca_jax.pipelines.prompt_lists import pictures_of
 from taca_jax.pipelines.writing import described, missing, write_picture
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
-from taca_jax.weights.pipeline_folders import StoredPipeline, open_pipeline
+from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -63,6 +65,7 @@ def _generate(config: GenerateConfig) -> list[Path]:
         raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
     _check_before_loading(config)
     stored = open_pipeline(config.base, config.tokenizers)
+    _check_image([settled(config, stored)], stored)
     size = batch_size(config, stored, len(jax.devices()))
     pipeline = load_pipeline(
         config,
@@ -70,17 +73,18 @@ def _generate(config: GenerateConfig) -> list[Path]:
         stored=stored,
         stages=config.stages,
         samples=samples_of(stored, size, config.guidance),
+        strength=strength_of(config),
     )
     _announce(pipeline)
     if size < config.num_images:
         print_once(f"{config.num_images} pictures in batches of {size} (batch_size)")
-    _prepare_previews(pipeline, config)
+    variants, rows = _variants(pipeline, config), []
+    _prepare_previews(pipeline, config, variants)
     config = settled(config, stored)
     pictures = [
         replace(config, num_images=1, seed=config.seed + i, out=str(name))
         for i, name in enumerate(_names(config))
     ]
-    variants, rows = _variants(pipeline, config), []
     for batch, made in drawn(
         pipeline, batches_of(pictures, lambda _: size), variants, partial(_preview, config)
     ):
@@ -108,6 +112,7 @@ def _generate_list(config: GenerateConfig) -> list[Path]:
     _check_before_loading(config)
     stored = open_pipeline(config.base, config.tokenizers)
     pictures = pictures_of(config, lines, stored)
+    _check_image(pictures, stored)
     devices = jax.local_devices()
     batches = batches_of(pictures, lambda each: most_together(each, stored, len(devices)))
     absent = {picture.out for picture in missing(pictures)}
@@ -119,7 +124,8 @@ def _generate_list(config: GenerateConfig) -> list[Path]:
     wait_for_all("a list of what is missing")
     share = todo[jax.process_index() :: jax.process_count()]
     if share:
-        _draw_share(config, stored, share, absent)
+        samples = samples_of(stored, *max((b.size, b.pictures[0].guidance or 0) for b in batches))
+        _draw_share(config, stored, samples, share, absent)
     wait_for_all("all pictures")
     if left := len(missing(pictures)):
         raise UserError(
@@ -131,22 +137,27 @@ def _generate_list(config: GenerateConfig) -> list[Path]:
 
 
 def _draw_share(
-    config: GenerateConfig, stored: StoredPipeline, share: Sequence[Batch], absent: set[str]
+    config: GenerateConfig,
+    stored: StoredPipeline,
+    samples: int,
+    share: Sequence[Batch],
+    absent: set[str],
 ) -> None:
     """Draws batches on this process's devices, and writes those of their pictures that are
-    `absent`."""
-    largest = max(share, key=lambda batch: batch.size)
+    `absent`. The mesh is chosen for so many samples."""
     pipeline = load_pipeline(
         config,
         config.mesh,
         stored=stored,
         stages=config.stages,
-        samples=samples_of(stored, largest.size, largest.pictures[0].guidance),
+        samples=samples,
         devices=jax.local_devices(),
+        sizes=list(dict.fromkeys((b.pictures[0].height, b.pictures[0].width) for b in share)),
+        strength=strength_of(config),
     )
     _announce(pipeline)
-    _prepare_previews(pipeline, config)
     variants = _variants(pipeline, config)
+    _prepare_previews(pipeline, config, variants)
     total, done = sum(each.out in absent for batch in share for each in batch.pictures), 0
     for batch, made in drawn(pipeline, share, variants, partial(_preview, config)):
         for picture, images in zip(batch.pictures, zip(*made, strict=True), strict=True):
@@ -166,6 +177,18 @@ def _check_before_loading(config: GenerateConfig) -> None:
     check_lora(config)
     if config.preview not in (None, OWN):
         open_previewer(config.preview)
+
+
+def _check_image(pictures: Sequence[GenerateConfig], stored: StoredPipeline) -> None:
+    """Raises UserError for an image to start from that cannot be read, or encoded."""
+    for image, height, width in {(each.image, each.height, each.width) for each in pictures}:
+        if image is None:
+            continue
+        if stored.models.get(AUTOENCODER) is None:
+            raise UserError(f"{stored.where} has no autoencoder, which image= needs")
+        assert height is not None  # they are settled
+        assert width is not None
+        read_image(image, (height, width))
 
 
 def _check_out(out: Path, *, is_folder: bool) -> None:
@@ -238,11 +261,15 @@ def load_pipeline(
     stages: bool | None = False,
     samples: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    sizes: Collection[tuple[int | None, int | None]] = (),
+    strength: float | None = None,
 ) -> Pipeline:
     """The pipeline that is configured, with its LoRAs; says which they are and when TACA acts.
 
     stored: that pipeline, if it is opened already. mesh, stages, samples, devices: as
-    `Pipeline.from_pretrained` takes them. Raises UserError as that and `load_lora` do.
+    `Pipeline.from_pretrained` takes them. sizes, strength: of the pictures, for the line on TACA;
+    by default the configured size, drawn from noise alone. Raises UserError as that and `load_lora`
+    do.
     """
     pipeline = Pipeline.from_pretrained(
         stored or config.base,
@@ -265,8 +292,10 @@ def load_pipeline(
         if choice not in used:
             print_once(f"LoRA: {choice.path} is not used: it acts only while TACA does (taca=none)")
     if config.taca is not None:
-        times = pipeline.timesteps(config.height, config.width, config.steps)
-        print_once(describe_steps(config.taca, times))
+        for height, width in sizes or [(config.height, config.width)]:
+            which = f"{height} x {width} pixels: " if len(sizes) > 1 else ""
+            times = pipeline.timesteps(height, width, config.steps, strength)
+            print_once(which + describe_steps(config.taca, times))
     return pipeline
 
 
@@ -274,29 +303,34 @@ OWN = "own"
 """The value of `preview` for the model's own autoencoder."""
 
 
-def preview_path(config: GenerateConfig) -> Path:
-    """The file of previews; each one overwrites the last."""
+def preview_path(config: GenerateConfig, variant: Variant) -> Path:
+    """The file of previews, in a comparison one for each column; each one overwrites the last."""
     out = Path(config.out)
-    return out.with_stem(f"{out.stem}-preview") if out.suffix == ".png" else out / "preview.png"
+    columns = {"plain": "-plain", "TACA + LoRA": "-taca-lora"}
+    name = f"preview{columns.get(variant.name, '-taca') if config.compare else ''}.png"
+    return out.with_name(f"{out.stem}-{name}") if out.suffix == ".png" else out / name
 
 
-def _prepare_previews(pipeline: Pipeline, config: GenerateConfig) -> None:
+def _prepare_previews(
+    pipeline: Pipeline, config: GenerateConfig, variants: Sequence[Variant]
+) -> None:
     if config.preview is None:
         return
     if config.preview != OWN:
         pipeline.load_previewer(config.preview)
-    print_once(f"previews: {preview_path(config)}, after each step")
+    files = ", ".join(str(preview_path(config, variant)) for variant in variants)
+    print_once(f"previews: {files}, after each step")
 
 
 def _preview(config: GenerateConfig, batch: Batch, variant: Variant) -> Preview | None:
-    """The previews of a call, if there are any."""
-    del variant
-    return None if config.preview is None else partial(_write_preview, config, len(batch.pictures))
+    """The previews of a call, if there are any. Of processes that draw a share each, only the first
+    one draws them."""
+    if config.preview is None or (config.prompts is not None and not is_first()):
+        return None
+    return partial(_write_preview, preview_path(config, variant), len(batch.pictures))
 
 
-def _write_preview(
-    config: GenerateConfig, count: int, step: int, pictures: list[Image.Image]
-) -> None:
+def _write_preview(path: Path, count: int, step: int, pictures: list[Image.Image]) -> None:
     """Writes the first `count` pictures of a batch side by side."""
     del step
     if not is_first():
@@ -306,7 +340,7 @@ def _write_preview(
     row = Image.new("RGB", (width * len(pictures), height))
     for i, picture in enumerate(pictures):
         row.paste(picture, (i * width, 0))
-    with whole_file(preview_path(config)) as file:
+    with whole_file(path) as file:
         row.save(file, format="PNG")
 
 

@@ -175,6 +175,29 @@ def test_previews_are_written_beside_the_picture(tmp_path, capsys):
     np.testing.assert_array_equal(pixels(tmp_path / "x-preview.png"), pixels(path))
 
 
+def test_each_column_of_a_comparison_has_its_previews(tmp_path, capsys):
+    lora = "shapes_taca.safetensors"
+    changes = {"compare": True, "preview": "own", "lora": lora, "num_images": 2, "batch_size": 1}
+    generate(config(tmp_path / "x.png", **changes))
+    names = [f"x-preview-{column}.png" for column in ("plain", "taca", "taca-lora")]
+    said = capsys.readouterr().out
+    assert f"previews: {', '.join(str(tmp_path / name) for name in names)}, after each" in said
+    columns = [pixels(tmp_path / name) for name in names]
+    assert [column.shape for column in columns] == [(520, 520, 3)] * 3
+    assert (columns[0] != columns[1]).any()
+    assert (columns[1] != columns[2]).any()
+    # The second batch's, which is the second row.
+    grid = pixels(tmp_path / "x.png")
+    lower = grid[grid.shape[0] // 2 :]
+    assert any(np.array_equal(lower[y : y + 520, 8:528], columns[0]) for y in range(40))
+
+
+def test_previews_without_taca_are_of_the_picture(tmp_path):
+    changes = {"preview": "own", "taca": None, "num_images": 3, "batch_size": 2}
+    paths = generate(config(tmp_path / "x.png", **changes))
+    np.testing.assert_array_equal(pixels(tmp_path / "x-preview.png"), pixels(paths[2]))
+
+
 def test_a_missing_previewer_is_refused_before_the_model_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(LOADING, lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"taef1 is not there; .* tiny one's two files"):

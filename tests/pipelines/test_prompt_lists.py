@@ -129,7 +129,11 @@ def test_json_lines_have_settings_of_their_own(tmp_path, monkeypatch):
         return call(self, *arguments, **options)
 
     monkeypatch.setattr(Pipeline, "__call__", counted)
-    paths = generate(config(tmp_path / "x.png", file, num_images=2, batch_size=3, stages=True))
+    paths = generate(
+        config(tmp_path / "x.png", file, num_images=2, batch_size=3, stages=True, preview="own")
+    )
+    shown = pixels(tmp_path / "x-preview.png")
+    np.testing.assert_array_equal(shown, np.hstack([pixels(path) for path in paths[4:]]))
     names = [f"x-{line:05d}-{i:03d}.png" for line in (1, 2, 3) for i in (0, 1)]
     assert [path.name for path in paths] == names
     assert sizes == [2, 2, 2]  # no two lines are alike in size and guidance
