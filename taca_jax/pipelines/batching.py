@@ -4,7 +4,7 @@ A picture to draw is a GenerateConfig of one picture: its prompt, seed, size and
 `out` its file. Whatever is drawn in one call shares a size and a strength of guidance.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -218,7 +218,8 @@ class _Reader:
         if self.found is None or self.key != key:
             self.key, self.found = key, self._read(several, batch)
         rows = jnp.asarray([several.index(pair) for pair in filled_up(pairs, batch.size)])
-        return cast(Embeds, {name: array[rows] for name, array in self.found.items()})
+        found: Mapping[str, Any] = self.found
+        return cast(Embeds, {name: array[rows] for name, array in found.items()})
 
     def _read(self, several: list[tuple[str, str | None]], batch: Batch) -> Embeds:
         if len(several) > 1:  # then as many as the next batch has, for the same compiled program

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -260,7 +261,7 @@ def load_pipeline(
     stored: StoredPipeline | None = None,
     stages: bool | None = False,
     samples: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     sizes: Collection[tuple[int | None, int | None]] = (),
     strength: float | None = None,
 ) -> Pipeline:

@@ -123,7 +123,7 @@ class PipelineModels:
         *,
         param_dtype: Precision | None = None,
         mesh: Mesh | MeshConfig | None = ALL_DEVICES,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         stages: bool | None = None,
         samples: int | None = None,
         remat: Remat = "none",

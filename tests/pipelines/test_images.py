@@ -97,7 +97,7 @@ def test_a_run_starts_from_the_noised_image(pipeline, picture):
 
 
 def test_what_does_not_fit_is_refused(pipeline, picture):
-    with pytest.raises(UserError, match="strength is 0.5 without image="):
+    with pytest.raises(UserError, match=r"strength is 0\.5 without image="):
         pipeline(PROMPT, strength=0.5)
     for strength in (0, -1, 1.5):
         with pytest.raises(UserError, match=rf"strength is {strength}; it must be above 0"):
