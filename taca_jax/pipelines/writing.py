@@ -59,8 +59,8 @@ def difference_in(path: Path, picture: GenerateConfig) -> str | None:
     """How the settings in an existing file differ from those of a picture; None if they agree."""
     try:
         with Image.open(path) as found:
-            there = json.loads(getattr(found, "text", {})[_KEY])
-    except (OSError, ValueError, KeyError, SyntaxError):
+            there = dict(json.loads(getattr(found, "text", {})[_KEY]))
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError):
         return "it is not of generate.py"
     there.pop("taca_jax", None)
     here = json.loads(json.dumps(described(picture)))
