@@ -161,4 +161,4 @@ def test_an_image_that_cannot_be_read_is_refused_before_anything_loads(tmp_path,
 )
 def test_settings_that_do_nothing_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        config(Path("x.png"), Path("start.png"), **changes)
+        GenerateConfig(**{"base": "b", "prompt": PROMPT, "image": "start.png", **changes})
