@@ -218,7 +218,7 @@ class _Reader:
         if self.found is None or self.key != key:
             self.key, self.found = key, self._read(several, batch)
         rows = jnp.asarray([several.index(pair) for pair in filled_up(pairs, batch.size)])
-        found: Mapping[str, Any] = self.found
+        found = cast(Mapping[str, Any], self.found)
         return cast(Embeds, {name: array[rows] for name, array in found.items()})
 
     def _read(self, several: list[tuple[str, str | None]], batch: Batch) -> Embeds:
