@@ -286,7 +286,9 @@ def _export(
         raise UserError(f"--shard-gb is {shard_gb}; it must be above 0")
     layouts, lora_layouts = get_args(ExportLayout), get_args(LoRALayout)
     if is_run(src):
-        from taca_jax.convert.checkpoints import export_lora  # here because Orbax takes a second to import
+        from taca_jax.convert.checkpoints import (
+            export_lora,  # here because Orbax takes a second to import
+        )
 
         to = "peft" if to is None else to
         if to not in lora_layouts:

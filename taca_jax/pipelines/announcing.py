@@ -11,8 +11,8 @@ from taca_jax.families.registry import family_of
 from taca_jax.nn.kinds import Role, kind_of, shapes_of
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.parallel.mesh import MeshConfig
+from taca_jax.pipelines.batching import settled
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.inputs import picture_size
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options
 from taca_jax.telling.start import devices_and_mesh, listed, number, say_fact, size
@@ -55,11 +55,14 @@ def _bytes(config: object, count: int, dtype: str, to: Quantization) -> int:
     return local_bytes(nnx.state(abstract_on_mesh(config, options)))
 
 
-def say_drawing(pipeline: Pipeline, config: GenerateConfig) -> None:
-    """Says on which devices, and in which batches and stages, the pictures are drawn, and where
-    they go. `config` is `with_values_used`."""
+def say_devices(pipeline: Pipeline) -> None:
+    """Says on which devices, and whether in stages, a pipeline draws."""
     turns = "; models take turns in memory: prompts are read, then all is drawn, then decoded"
     say_fact("devices", devices_and_mesh(pipeline.mesh) + (turns if pipeline.staged else ""))
+
+
+def say_drawing(config: GenerateConfig) -> None:
+    """Says what is drawn, in which batches, and where it goes. `config` is `with_values_used`."""
     count, together = config.num_images, config.batch_size
     batches = ""
     if together is not None and together < count:
@@ -75,15 +78,10 @@ def say_drawing(pipeline: Pipeline, config: GenerateConfig) -> None:
 def with_values_used(config: GenerateConfig, pipeline: Pipeline, batch_size: int) -> GenerateConfig:
     """The configuration with what it leaves to the model and to the devices, as it is used: steps,
     guidance, size, mesh, stages, batch size, and each LoRA's strength and gate."""
-    height, width = picture_size(config.height, config.width, pipeline.settings.resolution)
     axes = {} if pipeline.mesh is None else dict(pipeline.mesh.shape)
     loras = [f"{lora.name}@{lora.gate}:{lora.strength}" for lora in pipeline.loras]
     return replace(
-        config,
-        steps=pipeline.settings.steps if config.steps is None else config.steps,
-        guidance=pipeline.settings.guidance if config.guidance is None else config.guidance,
-        height=height,
-        width=width,
+        settled(config, pipeline.settings),
         mesh=MeshConfig(**{field.name: axes.get(field.name, 1) for field in fields(MeshConfig)}),
         stages=pipeline.staged,
         batch_size=batch_size,

@@ -15,27 +15,31 @@ from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.errors import UserError
 from taca_jax.parallel.mesh import check_heads, make_mesh
 from taca_jax.parallel.processes import is_first
+from taca_jax.pipelines.batching import settled
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
+from taca_jax.pipelines.image_inputs import read_image
 from taca_jax.pipelines.inputs import check_guidance, check_negative
 from taca_jax.pipelines.loras import check_lora, check_loras_fit
 from taca_jax.pipelines.opening import check_autoencoder, size_in, tokens_in
 from taca_jax.pipelines.previews import OWN, check_own_previewer, open_previewer
+from taca_jax.pipelines.prompt_lists import Lines, pictures_of
 from taca_jax.pipelines.text import find_tokenizers, lacks_encoders, load_tokenizers
 from taca_jax.weights.hub_headers import headers_alone
 from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
 
 
-def check_drawing(config: GenerateConfig) -> StoredPipeline:
+def check_drawing(config: GenerateConfig, lines: Lines | None = None) -> StoredPipeline:
     """The pipeline that `generate.py` is to draw with, opened and not loaded.
 
-    Raises UserError for all that needs no weights to be found: an `out` that cannot be written, and
-    what `check_sampling` finds, of previews and tiles too.
+    lines: of the list of prompts, if it is to draw one. Raises UserError for all that needs no
+    weights to be found: an `out` that cannot be written, images to start from that cannot be read,
+    and what `check_sampling` finds, of previews and tiles too.
     """
-    if not config.prompt:
+    if lines is None and not config.prompt:
         raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
     if is_first():
-        _check_out(Path(config.out))
-    prompts = [config.prompt]
+        _check_out(Path(config.out), is_folder=not config.out.endswith(".png"))
+    prompts = [] if lines is not None else [config.prompt]
     if config.negative_prompt is not None:
         prompts.append(config.negative_prompt)
     if config.preview not in (None, OWN):
@@ -44,7 +48,13 @@ def check_drawing(config: GenerateConfig) -> StoredPipeline:
     with headers_alone(config.base) as base:
         stored = open_pipeline(base, config.tokenizers)
         _check_pictures(config, stored)
-        check_sampling(config, stored, prompts, jax.devices())
+        check_sampling(
+            config, stored, prompts, jax.devices() if lines is None else jax.local_devices()
+        )
+        if lines is None:
+            _check_images([settled(config, stored.settings)])
+        else:
+            _check_images(pictures_of(config, lines, stored))
     return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
 
 
@@ -115,11 +125,26 @@ def _autoencoder(stored: StoredPipeline) -> Any:
     return None if found is None else found.config
 
 
-def _check_out(out: Path) -> None:
-    """Raises UserError unless the file can be written."""
-    if not out.parent.is_dir():
-        raise UserError(f"out={out}: the folder {out.parent} does not exist")
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder; name a file in it")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"out={out}: the folder {out.parent} cannot be written to")
+def _check_images(pictures: Sequence[GenerateConfig]) -> None:
+    """Raises UserError for an image to start from that cannot be read. Pictures are `settled`."""
+    for image, height, width in {(each.image, each.height, each.width) for each in pictures}:
+        if image is not None:
+            assert height is not None
+            assert width is not None
+            read_image(image, (height, width))
+
+
+def _check_out(out: Path, *, is_folder: bool) -> None:
+    """Raises UserError unless the file can be written, or the folder be made and written to."""
+    if is_folder:
+        place = next(each for each in (out, *out.absolute().parents) if each.exists())
+        if not place.is_dir():
+            raise UserError(f"out={out}: {place} is a file; name a folder, or a .png file")
+    else:
+        place = out.parent
+        if not place.is_dir():
+            raise UserError(f"out={out}: the folder {place} does not exist")
+        if out.is_dir():
+            raise UserError(f"out={out} is a folder; name a file in it")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"out={out}: the folder {place} cannot be written to")

@@ -12,6 +12,7 @@ from taca_jax.nn.low_bit import Quantization
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras
 from taca_jax.sampling.loop import MAX_SEED
+from taca_jax.sampling.solvers import Sampler
 from taca_jax.taca import TacaConfig
 
 
@@ -94,8 +95,19 @@ class GenerateConfig(SamplingConfig):
     as far as those divide evenly, and share each of them otherwise.
 
     prompt: what to draw.
+    prompts: a file of prompts instead, one in each line; in a .jsonl file each line is
+      `{"prompt": ..., "negative_prompt": ..., "seed": ..., "height": ..., "width": ..., "guidance":
+      ...}`, where all but the prompt may be left out and are then as in the command. Started
+      again, the command draws what is missing. Several processes draw a share each.
     negative_prompt: what to avoid, with classifier-free guidance.
-    num_images: number of pictures; their seeds are seed, seed + 1, ... .
+    sampler: `euler`, `heun` (second order, two evaluations of the model a step), or `dpm++2m`
+      (second order, one evaluation). TACA acts by the timestep of each evaluation.
+    image: a picture to start from (PNG, JPEG or WebP): cropped around its centre to the aspect of
+      height and width, resized to them, and mixed with noise.
+    strength: how much noise, above 0 and at most 1, which leaves nothing of the image; only that
+      share of the steps is taken, the last ones; none is 0.6. TACA acts by timestep as ever, so
+      that with little noise it may not act at all.
+    num_images: number of pictures, of each prompt; their seeds are seed, seed + 1, ... .
     batch_size: pictures that are drawn at a time, and written when they are ready; none takes as
       many as have 4,096 image tokens together (one picture of 1024 px), times the devices.
     stages: text encoders, transformer and autoencoder take turns in memory, so that pictures are
@@ -111,11 +123,16 @@ class GenerateConfig(SamplingConfig):
     plan: a slice of TPUs (v6e-4): instead of drawing, compile for it and say how much memory each
       stage takes, and how long a step at least; needs neither TPU nor weights.
     out: the PNG to write (numbered for several pictures); small ones are enlarged in it, and its
-      settings are its metadata.
+      settings are its metadata. With prompts=, picture 0 of line 12 is 00012-000.png in the folder
+      `out`, or NAME-00012-000.png if that is NAME.png.
     """
 
     prompt: str = ""
+    prompts: str | None = None
     negative_prompt: str | None = None
+    sampler: Sampler = "euler"
+    image: str | None = None
+    strength: float | None = None
     num_images: int = 1
     batch_size: int | None = None
     stages: bool | None = None
@@ -133,6 +150,17 @@ class GenerateConfig(SamplingConfig):
         check(size is None or size >= 1, "batch_size", size, "1 or more, or none")
         last = self.seed + self.num_images - 1
         check(last <= MAX_SEED, "seed + num_images - 1", last, f"at most {MAX_SEED}")
-        check(self.out.endswith(".png"), "out", self.out or "empty", "the name of a .png file")
+        if self.prompts is None:
+            check(self.out.endswith(".png"), "out", self.out or "empty", "the name of a .png file")
+        else:
+            check(bool(self.out), "out", "empty", "a folder, or the name of a .png file")
+            check(not self.prompt, "prompt", self.prompt, "left out with prompts=")
+            check(self.plan is None, "plan", self.plan, "left out with prompts=: name one size")
+        if self.strength is not None:
+            check(self.image is not None, "strength", self.strength, "left out without image=")
+            right = 0 < self.strength <= 1
+            check(right, "strength", self.strength, "above 0 and at most 1, or none")
+        alone = self.image is None or self.plan is None
+        check(alone, "image", self.image, "left out with plan=")
         if self.compare and self.taca is None:
             raise UserError("compare=true compares plain with TACA; leave taca on (not taca=none)")

@@ -1,46 +1,53 @@
-"""Draws pictures from a prompt and writes them with their settings."""
+"""Draws pictures from a prompt, or from a list of prompts, and writes them with their settings."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from taca_jax.config.json_text import to_tree
+from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.parallel.processes import (
     do_not_wait_at_exit,
     is_first,
     join_processes,
-    on_host,
     print_once,
+    wait_for_all,
 )
-from taca_jax.pipelines.announcing import describe_base, say_drawing, with_values_used
+from taca_jax.pipelines.announcing import (
+    describe_base,
+    say_devices,
+    say_drawing,
+    with_values_used,
+)
+from taca_jax.pipelines.batching import (
+    Batch,
+    batch_size,
+    batches_of,
+    drawn,
+    most_together,
+    strength_of,
+)
 from taca_jax.pipelines.checks import check_drawing
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
-from taca_jax.pipelines.decoding import Output
 from taca_jax.pipelines.grids import caption_grid, enlarged
 from taca_jax.pipelines.loras import used_loras
-from taca_jax.pipelines.opening import samples_of, tokens_in
-from taca_jax.pipelines.pipeline import Pipeline, PipelineOutput
-from taca_jax.pipelines.previews import OWN
+from taca_jax.pipelines.opening import samples_of
+from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.previews import OWN, Preview
+from taca_jax.pipelines.prompt_files import read_prompts
+from taca_jax.pipelines.prompt_lists import pictures_of
+from taca_jax.pipelines.writing import described, missing, write_picture
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
 from taca_jax.telling.start import say_fact, wrapped
 from taca_jax.weights.pipeline_folders import StoredPipeline, open_pipeline
-
-TOKENS_TOGETHER = 4096
-"""Image tokens that are drawn at a time on each device, unless batch_size says otherwise. More
-would take memory, and no more time would be saved: matrix units are busy with this many."""
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -58,6 +65,8 @@ def generate(config: GenerateConfig) -> list[Path]:
 
 
 def _generate(config: GenerateConfig) -> list[Path]:
+    if config.prompts is not None:
+        return _generate_list(config)
     stored = check_drawing(config)  # before any model loads
     size = batch_size(config, stored, len(jax.devices()))
     pipeline = load_pipeline(
@@ -66,34 +75,104 @@ def _generate(config: GenerateConfig) -> list[Path]:
         stored=stored,
         stages=config.stages,
         samples=samples_of(stored, size, config.guidance),
+        strength=strength_of(config),
     )
+    variants, rows = _variants(pipeline, config), []
     config = with_values_used(config, pipeline, size)
-    say_drawing(pipeline, config)
-    if config.preview is not None:
-        if config.preview != OWN:
-            pipeline.load_previewer(config.preview)
-        print_once(f"previews: {preview_path(config)}, after each step")
+    say_devices(pipeline)
+    say_drawing(config)
+    _prepare_previews(pipeline, config, variants)
+    pictures = [
+        replace(config, num_images=1, seed=config.seed + i, out=str(name))
+        for i, name in enumerate(_names(config))
+    ]
+    for batch, made in drawn(
+        pipeline, batches_of(pictures, lambda _: size), variants, partial(_preview, config)
+    ):
+        rows += zip(batch.pictures, zip(*made, strict=True), strict=True)
+        if config.compare:
+            continue
+        for picture, (image,) in rows if is_first() else ():
+            write_picture(Path(picture.out), image, to_tree(picture))
+        rows = []
     if config.compare:
-        return [_compare(pipeline, config, size)]
-    names = _names(config)
-    variant = Variant(_describe(config.taca), config.taca, 1.0)
-    drawn = _drawn(pipeline, config, [variant], size)
-    for i, (name, picture) in enumerate(zip(names, drawn, strict=True)):
-        _write(name, picture, replace(config, seed=config.seed + i))
-    return names
+        if is_first():
+            write_picture(Path(config.out), _grid(rows, variants), to_tree(config))
+        return [Path(config.out)]
+    return [Path(picture.out) for picture in pictures]
 
 
-def batch_size(config: GenerateConfig, stored: StoredPipeline, devices: int) -> int:
-    """How many pictures are drawn at a time: of several batches, all have this size."""
-    most = config.batch_size
-    if most is None:
-        tokens = tokens_in(stored, config.height, config.width)
-        most = devices * max(1, TOKENS_TOGETHER // tokens)
-    batches = -(-config.num_images // most)
-    return -(-config.num_images // batches)
+def _generate_list(config: GenerateConfig) -> list[Path]:
+    """Draws what is missing of a list of prompts. Each process draws a share of the batches on its
+    own devices.
+
+    Batches are of the whole list, and one of which any picture is missing is drawn as a whole, so
+    that on the same devices a picture has the same bytes however often the command is stopped.
+    """
+    lines = read_prompts(config)
+    stored = check_drawing(config, lines)
+    pictures = pictures_of(config, lines, stored)
+    devices = jax.local_devices()
+    batches = batches_of(pictures, lambda each: most_together(each, stored, len(devices)))
+    absent = {picture.out for picture in missing(pictures)}
+    todo = [batch for batch in batches if any(each.out in absent for each in batch.pictures)]
+    print_once(
+        f"{config.prompts}: {len(lines)} prompts; {len(absent)} of {len(pictures)} pictures to draw"
+    )
+    # Nobody writes before all have listed what is missing.
+    wait_for_all("a list of what is missing")
+    share = todo[jax.process_index() :: jax.process_count()]
+    if share:
+        samples = samples_of(stored, *max((b.size, b.pictures[0].guidance or 0) for b in batches))
+        _draw_share(config, stored, samples, share, absent)
+    wait_for_all("all pictures")
+    if left := len(missing(pictures)):
+        raise UserError(
+            f"{left} of {len(pictures)} pictures are not there, although all were drawn; do all "
+            "processes write to the same folder, and has nothing else changed it? Run again"
+        )
+    print_once(f"all {len(pictures)} pictures are there")
+    return [Path(picture.out) for picture in pictures]
 
 
-def _compare(pipeline: Pipeline, config: GenerateConfig, size: int) -> Path:
+def _draw_share(
+    config: GenerateConfig,
+    stored: StoredPipeline,
+    samples: int,
+    share: Sequence[Batch],
+    absent: set[str],
+) -> None:
+    """Draws batches on this process's devices, and writes those of their pictures that are
+    `absent`. The mesh is chosen for so many samples."""
+    pipeline = load_pipeline(
+        config,
+        config.mesh,
+        stored=stored,
+        stages=config.stages,
+        samples=samples,
+        devices=jax.local_devices(),
+        sizes=list(dict.fromkeys((b.pictures[0].height, b.pictures[0].width) for b in share)),
+        strength=strength_of(config),
+    )
+    say_devices(pipeline)
+    variants = _variants(pipeline, config)
+    _prepare_previews(pipeline, config, variants)
+    total, done = sum(each.out in absent for batch in share for each in batch.pictures), 0
+    for batch, made in drawn(pipeline, share, variants, partial(_preview, config)):
+        for picture, images in zip(batch.pictures, zip(*made, strict=True), strict=True):
+            if picture.out in absent:
+                done += 1
+                image = _grid([(picture, images)], variants) if config.compare else images[0]
+                counted = f", {done} of {total}" + (" here" if jax.process_count() > 1 else "")
+                write_picture(
+                    Path(picture.out), image, described(picture), counted, quiet=not is_first()
+                )
+
+
+def _variants(pipeline: Pipeline, config: GenerateConfig) -> list[Variant]:
+    """How each picture is drawn: once, or in every column of a comparison."""
+    if not config.compare:
+        return [Variant(_describe(config.taca), config.taca, 1.0)]
     without = tuple(float(lora.gate == "always") for lora in pipeline.loras)
     columns = [
         Variant("plain", None, without),
@@ -101,17 +180,20 @@ def _compare(pipeline: Pipeline, config: GenerateConfig, size: int) -> Path:
     ]
     if not all(without):
         columns.append(Variant("TACA + LoRA", config.taca, 1.0))
-    drawn, count = list(_drawn(pipeline, config, columns, size)), config.num_images
-    captions = [f"{config.prompt} (seed {config.seed + i})" for i in range(count)]
-    grid = caption_grid(
-        [drawn[column * count + i] for i in range(count) for column in range(len(columns))],
+    return columns
+
+
+def _grid(
+    rows: Sequence[tuple[GenerateConfig, Sequence[Image.Image]]], columns: Sequence[Variant]
+) -> Image.Image:
+    """Pictures in rows, each drawn in all of the columns' variants."""
+    captions = [f"{picture.prompt} (seed {picture.seed})" for picture, _ in rows]
+    return caption_grid(
+        [image for _, images in rows for image in images],
         [caption for caption in captions for _ in columns],
         columns=len(columns),
         headings=[column.name for column in columns],
     )
-    out = Path(config.out)
-    _write(out, grid, config)
-    return out
 
 
 def local_mesh(config: SamplingConfig) -> Mesh | None:
@@ -131,12 +213,17 @@ def load_pipeline(
     stored: StoredPipeline | None = None,
     stages: bool | None = False,
     samples: int | None = None,
+    devices: Sequence[Any] | None = None,
+    sizes: Collection[tuple[int | None, int | None]] = (),
+    strength: float | None = None,
 ) -> Pipeline:
     """The pipeline that is configured, with its LoRAs; says what and how large its models are,
     which LoRAs are used and when TACA acts.
 
-    stored: that pipeline, if it is opened already. mesh, stages, samples: as
-    `Pipeline.from_pretrained` takes them. Raises UserError as that and `load_lora` do.
+    stored: that pipeline, if it is opened already. mesh, stages, samples, devices: as
+    `Pipeline.from_pretrained` takes them. sizes, strength: of the pictures, for the line on TACA;
+    by default the configured size, drawn from noise alone. Raises UserError as that and `load_lora`
+    do.
     """
     stored = stored or open_pipeline(config.base, config.tokenizers)
     formats = config.dtype, config.quantize, config.quantize_text
@@ -145,6 +232,7 @@ def load_pipeline(
         stored,
         dtype=config.dtype,
         mesh=mesh,
+        devices=devices,
         stages=stages,
         samples=samples,
         quantize=config.quantize,
@@ -160,61 +248,41 @@ def load_pipeline(
         if choice not in used:
             say_fact("LoRA", f"{choice.path} is not used: it acts only while TACA does")
     if config.taca is not None:
-        times = pipeline.timesteps(config.height, config.width, config.steps)
-        print_once(wrapped(describe_steps(config.taca, times)))
+        for height, width in sizes or [(config.height, config.width)]:
+            which = f"{height} x {width} pixels: " if len(sizes) > 1 else ""
+            times = pipeline.timesteps(height, width, config.steps, strength)
+            print_once(wrapped(which + describe_steps(config.taca, times)))
     return pipeline
 
 
-def _drawn(
-    pipeline: Pipeline, config: GenerateConfig, variants: Sequence[Variant], size: int
-) -> Iterator[Image.Image]:
-    """All pictures of the first variant, then those of the next; each batch when it is ready, or in
-    stages when all are drawn."""
-    count = config.num_images
-    text = pipeline.embeds(config.prompt, config.negative_prompt, guidance=config.guidance)
-    batches = [(variant, start) for variant in variants for start in range(0, count, size)]
-
-    def call(variant: Variant, start: int, output: Output) -> PipelineOutput:
-        # The last batch is filled up, so that all batches run the same compiled program.
-        left = min(size, count - start)
-        return pipeline(
-            **text,
-            height=config.height,
-            width=config.width,
-            steps=config.steps,
-            guidance=config.guidance,
-            seed=config.seed + start,
-            num_images=size,
-            taca=variant.taca,
-            lora_strength=variant.lora_strength,
-            output=output,
-            tiling=config.tiling,
-            preview=None if config.preview is None else partial(_write_preview, config, left),
-            progress=config.progress,
-        )
-
-    def wanted(images: list[Image.Image] | np.ndarray | None, start: int) -> list[Image.Image]:
-        assert isinstance(images, list)  # output="pil"
-        return images[: count - start]
-
-    if not pipeline.staged:
-        for variant, start in batches:
-            yield from wanted(call(variant, start, "pil").images, start)
-        return
-    drawn = [on_host(call(*batch, "latents").latents) for batch in batches]
-    for (_, start), latents in zip(batches, drawn, strict=True):
-        yield from wanted(pipeline.decode(jnp.asarray(latents), tiling=config.tiling), start)
-
-
-def preview_path(config: GenerateConfig) -> Path:
-    """The file of previews; each one overwrites the last."""
+def preview_path(config: GenerateConfig, variant: Variant) -> Path:
+    """The file of previews, in a comparison one for each column; each one overwrites the last."""
     out = Path(config.out)
-    return out.with_stem(f"{out.stem}-preview")
+    columns = {"plain": "-plain", "TACA + LoRA": "-taca-lora"}
+    name = f"preview{columns.get(variant.name, '-taca') if config.compare else ''}.png"
+    return out.with_name(f"{out.stem}-{name}") if out.suffix == ".png" else out / name
 
 
-def _write_preview(
-    config: GenerateConfig, count: int, step: int, pictures: list[Image.Image]
+def _prepare_previews(
+    pipeline: Pipeline, config: GenerateConfig, variants: Sequence[Variant]
 ) -> None:
+    if config.preview is None:
+        return
+    if config.preview != OWN:
+        pipeline.load_previewer(config.preview)
+    files = ", ".join(str(preview_path(config, variant)) for variant in variants)
+    print_once(f"previews: {files}, after each step")
+
+
+def _preview(config: GenerateConfig, batch: Batch, variant: Variant) -> Preview | None:
+    """The previews of a call, if there are any. Of processes that draw a share each, only the first
+    one draws them."""
+    if config.preview is None or (config.prompts is not None and not is_first()):
+        return None
+    return partial(_write_preview, preview_path(config, variant), len(batch.pictures))
+
+
+def _write_preview(path: Path, count: int, step: int, pictures: list[Image.Image]) -> None:
     """Writes the first `count` pictures of a batch side by side."""
     del step
     if not is_first():
@@ -224,7 +292,7 @@ def _write_preview(
     row = Image.new("RGB", (width * len(pictures), height))
     for i, picture in enumerate(pictures):
         row.paste(picture, (i * width, 0))
-    with whole_file(preview_path(config)) as file:
+    with whole_file(path) as file:
         row.save(file, format="PNG")
 
 
@@ -236,22 +304,3 @@ def _names(config: GenerateConfig) -> list[Path]:
     """The files to write; the names of several pictures are numbered."""
     out, count = Path(config.out), config.num_images
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i:03d}") for i in range(count)]
-
-
-def png_info(settings: Mapping[str, Any]) -> PngInfo:
-    """The metadata of a picture that was drawn with these settings, with our version."""
-    info = PngInfo()
-    info.add_itxt("taca_jax", json.dumps({"taca_jax": version("taca-jax"), **settings}))
-    return info
-
-
-def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
-    if not is_first():
-        return
-    info = png_info(to_tree(config))
-    shown = enlarged(picture)
-    with whole_file(path) as file:
-        shown.save(file, format="PNG", pnginfo=info)
-    factor = shown.width // picture.width
-    times = "" if factor == 1 else f" ({picture.width} x {picture.height} pixels, {factor} times)"
-    print(f"wrote {path}{times}")

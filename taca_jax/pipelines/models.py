@@ -124,6 +124,7 @@ class PipelineModels:
         *,
         param_dtype: Precision | None = None,
         mesh: Mesh | MeshConfig | None = ALL_DEVICES,
+        devices: Sequence[Any] | None = None,
         stages: bool | None = None,
         samples: int | None = None,
         remat: Remat = "none",
@@ -148,7 +149,8 @@ class PipelineModels:
 
         Parameters are loaded tensor by tensor onto `mesh`, on which the pipeline then runs: the
         devices along each axis (MeshConfig), a mesh, or None for the first device alone. By default
-        all devices draw, those of other processes included, which then must make the same calls.
+        all devices draw, those of other processes included, which then must make the same calls;
+        `devices` are others that a MeshConfig is about, such as `jax.local_devices()`.
         Where the axes are left open they are chosen for drawing `samples` at a time, by default one
         picture (`parallel.choice`). With `stages` the models take turns in memory: each is read
         when it is needed, once another's memory is free. None does so where the size of the
@@ -171,7 +173,8 @@ class PipelineModels:
             attention=attention,
         )
         opening = Opening(stored, options, quantize_text)
-        place = opening.place(mesh, jax.devices(), stages=stages, samples=samples)
+        devices = jax.devices() if devices is None else devices
+        place = opening.place(mesh, devices, stages=stages, samples=samples)
         if isinstance(mesh, MeshConfig) and len(jax.devices()) == 1:
             place = replace(place, mesh=None)
         parts = opening.parts(place)

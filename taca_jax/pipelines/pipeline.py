@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,21 @@ from taca_jax.errors import UserError
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.batches import filled_size
 from taca_jax.parallel.mesh import on
-from taca_jax.parallel.processes import spans_processes
+from taca_jax.parallel.processes import on_host, spans_processes
 from taca_jax.pipelines.decoding import Output, check_output, decode, to_pil
+from taca_jax.pipelines.image_inputs import (
+    STRENGTH,
+    Picture,
+    encode,
+    first_step,
+    noised,
+    read_images,
+)
 from taca_jax.pipelines.inputs import (
     Prompt,
     check_guidance,
     check_negative,
+    check_size,
     downscale_of,
     filled,
     given_latents,
@@ -47,6 +56,7 @@ from taca_jax.pipelines.previews import (
 from taca_jax.pipelines.progress import step_bar
 from taca_jax.pipelines.text import lacks_encoders
 from taca_jax.sampling.loop import Sampled, SkipLayers, Trajectory, denoise, make_plan
+from taca_jax.sampling.solvers import Sampler
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig
 from taca_jax.text.tokenizers import announce_cuts
 
@@ -92,22 +102,33 @@ class Pipeline(PipelineModels):
         self.previewer = read_previewer(path, self.config.latent_channels, self.mesh)
 
     def sigmas(
-        self, height: int | None = None, width: int | None = None, steps: int | None = None
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        strength: float | None = None,
     ) -> np.ndarray:
         """The noise levels of a call with these arguments: float32 [steps + 1], from 1 down to 0.
 
-        Sizes are in pixels; defaults are those of a call.
+        Sizes are in pixels; defaults are those of a call. `strength` is that of a call with an
+        image: the noise levels are then those of the steps that are taken. Raises UserError for one
+        that is not above 0 and at most 1.
         """
         size = picture_size(height, width, self.settings.resolution)
         steps = self.settings.steps if steps is None else steps
         tokens = image_tokens(self.config, size, self._downscale)
-        return self.settings.schedule.sigmas(steps, tokens)
+        sigmas = self.settings.schedule.sigmas(steps, tokens)
+        return sigmas if strength is None else sigmas[first_step(steps, strength) :]
 
     def timesteps(
-        self, height: int | None = None, width: int | None = None, steps: int | None = None
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        strength: float | None = None,
     ) -> np.ndarray:
         """The timesteps of a call with these arguments: float32 [steps], from 1000 (noise) down."""
-        return self.sigmas(height, width, steps)[:-1] * np.float32(MAX_TIMESTEP)
+        return self.sigmas(height, width, steps, strength)[:-1] * np.float32(MAX_TIMESTEP)
 
     def noise(
         self,
@@ -123,6 +144,27 @@ class Pipeline(PipelineModels):
     @property
     def _downscale(self) -> int:
         return downscale_of(self.autoencoder_config)
+
+    def encode_images(
+        self,
+        image: Picture | Sequence[Picture],
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Float[np.ndarray, "b h w c"]:
+        """The latents of pictures, or of picture files, as a call with this `image` starts from:
+        cropped around their centres to the aspect of the size, resized, and encoded.
+
+        Raises UserError for what is no picture, and if the pipeline has no autoencoder.
+        """
+        size = picture_size(height, width, self.settings.resolution)
+        check_size(self.config, size, self._downscale)
+        pictures = read_images(image, size)
+        if self.autoencoder_config is None:
+            raise UserError("this pipeline has no autoencoder, which image= needs")
+        autoencoder = self.autoencoder
+        assert autoencoder is not None  # which has been checked
+        with on(self.mesh):
+            return on_host(encode(autoencoder, pictures))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of prompts; a warning is logged for each prompt that has to be truncated.
@@ -178,7 +220,10 @@ class Pipeline(PipelineModels):
         negative_prompt_embeds: Float[Array, "b t k"] | None = None,
         negative_pooled_prompt_embeds: Float[Array, "b p"] | None = None,
         latents: Float[Array, "b h w c"] | None = None,
+        image: Picture | Sequence[Picture] | Float[Any, "b h w c"] | None = None,
+        strength: float | None = None,
         skip_layers: SkipLayers | Sequence[int] | None = None,
+        sampler: Sampler = "euler",
         output: Output = "pil",
         tiling: Tiling | None = TILING,
         trajectory: bool = False,
@@ -191,13 +236,16 @@ class Pipeline(PipelineModels):
         Sizes are in pixels. A model with embedded guidance is given `guidance` as an input, and
         refuses `negative_prompt`; other models use `guidance` above 1 for classifier-free guidance
         against `negative_prompt` ("" by default; one for all, or one for each prompt). Picture i
-        starts from the noise of `seed` + i, or of `seed`[i], or from `latents`. `taca` None is
+        starts from the noise of `seed` + i, or of `seed`[i], or from `latents`. With an `image`
+        (a picture, its file, its latents of `encode_images`, or one for each picture) that noise is
+        mixed with it, and only the last `strength` (0.6) of the steps are taken. `taca` None is
         plain attention. LoRAs act always or while TACA is active, as they were loaded, each at its
         strength times `lora_strength`: one number for all, or one for each.
         `skip_layers` adds skip-layer guidance to classifier-free guidance, for models that have it:
         it guides away from the model without those layers (7, 8, 9 of Stable Diffusion 3.5-Medium).
         It is a sequence of layers, or a SkipLayers, which also sets the strength and the range of
         steps.
+        `sampler` is `euler`, `heun` (two evaluations a step) or `dpm++2m`.
         `tiling` sets how large pictures are decoded in overlapping tiles; None decodes at once.
 
         After each step, `callback(step, latents)` is called, and `preview(step, pictures)` with the
@@ -229,11 +277,19 @@ class Pipeline(PipelineModels):
             x = given_latents(self.config, latents, batch, (height, width), downscale)
         else:
             x = self.noise(batch, height, width, seed)
-        sigmas = self.sigmas(x.shape[1] * downscale, x.shape[2] * downscale, steps)
+        size = (x.shape[1] * downscale, x.shape[2] * downscale)
+        if image is None:
+            if strength is not None:
+                raise UserError(f"strength is {strength:g} without image=; leave it out")
+            sigmas = self.sigmas(*size, steps)
+        else:
+            sigmas = self.sigmas(*size, steps, STRENGTH if strength is None else strength)
+            is_array = isinstance(image, np.ndarray | jax.Array)
+            x = noised(image if is_array else self.encode_images(image, *size), x, sigmas[0])
         if skip is not None:
             skip.announce(len(sigmas) - 1)
         loras = acting_loras(self.transformer, self.loras, lora_strength)
-        plan = make_plan(sigmas, taca, loras=loras, skip=skip)
+        plan = make_plan(sigmas, taca, loras=loras, skip=skip, sampler=sampler)
         # Devices share a batch only if it divides evenly: copies of its last sample fill it up.
         size = filled_size(self.mesh, batch, 1 if negative is None else 2)
         together = spans_processes(self.mesh)

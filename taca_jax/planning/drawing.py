@@ -23,14 +23,15 @@ from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.batches import filled_size
 from taca_jax.parallel.choice import Place
 from taca_jax.parallel.mesh import on
+from taca_jax.pipelines.batching import batch_size
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.decoding import pictures_of
-from taca_jax.pipelines.generate import batch_size
 from taca_jax.pipelines.opening import Opening, downscale_in, samples_of, size_in, tokens_in
 from taca_jax.planning.plan import GB, OutOfMemoryError, Plan, compiled_plan, devices_of, in_units
 from taca_jax.planning.slices import Slice
 from taca_jax.sampling.loop import Plan as StepValues
 from taca_jax.sampling.loop import denoise, make_plan
+from taca_jax.sampling.solvers import Sampler, evaluation_count
 from taca_jax.taca import TacaConfig
 from taca_jax.text.encoders import token_count
 from taca_jax.weights.abstract import local_bytes
@@ -80,7 +81,7 @@ def plan_drawing(config: GenerateConfig) -> None:
     except OutOfMemoryError as error:
         raise UserError(f"{error}; {_INSTEAD}") from error
     steps = stored.settings.steps if config.steps is None else config.steps
-    Console().print(table(plans, place, drawing, steps))
+    Console().print(table(plans, place, drawing, steps, config.sampler))
     most = max(plans.values(), key=lambda plan: plan.memory)
     if not most.fits:
         raise UserError(
@@ -124,8 +125,10 @@ def drawing_plans(
     return plans
 
 
-def table(plans: Mapping[str, Plan], place: Place, drawing: Drawing, steps: int) -> Table:
-    """The plans as a table to print."""
+def table(
+    plans: Mapping[str, Plan], place: Place, drawing: Drawing, steps: int, sampler: Sampler
+) -> Table:
+    """The plans as a table to print; a step is there one evaluation of the transformer."""
     first = next(iter(plans.values()))
     where, chip = first.where, first.where.chip
     axes = " x ".join(f"{axis} {n}" for axis, n in first.mesh.shape.items() if n > 1)
@@ -150,7 +153,9 @@ def table(plans: Mapping[str, Plan], place: Place, drawing: Drawing, steps: int)
     for name, seconds in step.seconds.items():
         out.add_row(f"least time of a step for the {name}", "", "", in_units(seconds, "s"))
     least = step.seconds[step.bound]
-    out.add_row(f"least time of {steps} steps", "", "", in_units(steps * least, "s"))
+    count = evaluation_count(sampler, steps)
+    twice = "" if count == steps else f", {count} evaluations"
+    out.add_row(f"least time of {steps} steps{twice}", "", "", in_units(count * least, "s"))
     seconds = sum(plan.compile_seconds for plan in plans.values())
     out.add_row("compiled in", "", "", f"{seconds:.0f} s of CPU time")
     return out
@@ -201,7 +206,7 @@ def _draw(
 
     sigmas = stored.settings.schedule.sigmas(1, image)
     plan = jax.eval_shape(lambda: make_plan(sigmas, TacaConfig()))
-    plan = jax.tree.map(lambda x: _array(mesh, *x.shape), plan)
+    plan = jax.tree.map(lambda x: _array(mesh, *x.shape, dtype=x.dtype), plan)
     latents = _array(mesh, batch, rows, columns, config.latent_channels)
     inputs = (latents, plan, conditioning(), conditioning() if times > 1 else None)
 

@@ -1,7 +1,8 @@
-"""From noise to latents: the Euler loop of flow matching, with TACA's state as traced values.
+"""From noise to latents: the loop of flow matching, with TACA's state as traced values.
 
-Everything that changes from step to step (time, gamma, the LoRAs' strengths) is an array over the
-steps, so that one compiled loop serves plain sampling, every TACA schedule and all LoRA strengths.
+Everything that changes (time, gamma, the LoRAs' strengths, the solver's coefficients) is an array
+over the evaluations of the model, so that one compiled loop serves plain sampling, every TACA
+schedule, all LoRA strengths and all solvers.
 """
 
 import logging
@@ -20,6 +21,7 @@ from taca_jax.errors import UserError
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.layers import LoRAScale
 from taca_jax.nn.lora import AttachedLoRA
+from taca_jax.sampling.solvers import Sampler, evaluations
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig, active, gamma_at
 
 _LOG = logging.getLogger(__name__)
@@ -30,15 +32,22 @@ MAX_SEED = 2**31 - 1 - 2**16
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """The values of each sampling step; float32 arrays `[steps]`, of n LoRAs `[steps, n]`.
+    """The values of each evaluation of the model; float32 arrays `[n]` but `step`, of several LoRAs
+    `[n, loras]`.
 
-    sigma, next_sigma: noise level before and after. gamma: TACA's temperature. lora_scale: strength
-    of each attached LoRA. negative_gamma, negative_lora_scale: the same for the negative prompt
-    of classifier-free guidance. skip_scale: strength of skip-layer guidance.
+    step: the sampling step that an evaluation belongs to; Euler's steps have one each. sigma: noise
+    level. move, correct, memory_x, memory_v: the solver's coefficients (`solvers`). gamma: TACA's
+    temperature. lora_scale: strength of each attached LoRA. negative_gamma, negative_lora_scale:
+    the same for the negative prompt of classifier-free guidance. skip_scale: strength of skip-layer
+    guidance.
     """
 
+    step: Int[Array, " n"]
     sigma: Float[Array, " n"]
-    next_sigma: Float[Array, " n"]
+    move: Float[Array, " n"]
+    correct: Float[Array, " n"]
+    memory_x: Float[Array, " n"]
+    memory_v: Float[Array, " n"]
     gamma: Float[Array, " n"]
     negative_gamma: Float[Array, " n"]
     lora_scale: Float[Array, "n loras"]
@@ -101,28 +110,33 @@ def make_plan(
     *,
     loras: Sequence[AttachedLoRA] = (),
     skip: SkipLayers | None = None,
+    sampler: Sampler = "euler",
 ) -> Plan:
     """The plan of a run over `sigmas` with TACA, or with plain attention if `taca` is None.
 
+    TACA acts by the timestep of each evaluation: of the two in a step of Heun's, which are made at
+    both ends of the step, the second one may be below the threshold. `first_steps` counts steps,
+    not evaluations.
+
     Each of the attached `loras` is on at its strength: always, or if its gate is `taca` exactly
     while TACA is (with `cond_only` not for the negative prompt). For such a LoRA alone set gamma to
-    1, for TACA alone set its strength to 0. `skip` adds skip-layer guidance.
+    1, for TACA alone set its strength to 0. `skip` adds skip-layer guidance. Raises UserError for a
+    sampler that there is not.
     """
-    timestep = jnp.asarray(sigmas[:-1]) * MAX_TIMESTEP
-    step = jnp.arange(len(timestep))
+    made = evaluations(sampler, sigmas)
+    timestep, step = jnp.asarray(made.sigma) * MAX_TIMESTEP, jnp.asarray(made.step)
     plain = jnp.ones_like(timestep)
     gamma = plain if taca is None else gamma_at(taca, timestep, step)
     off = jnp.zeros_like(timestep)
     on = off if taca is None else active(taca, timestep, step).astype(jnp.float32)
     cond_only = taca is not None and taca.cond_only
     return Plan(
-        sigma=jnp.asarray(sigmas[:-1]),
-        next_sigma=jnp.asarray(sigmas[1:]),
+        **{name: jnp.asarray(values) for name, values in vars(made).items()},
         gamma=gamma,
         negative_gamma=plain if cond_only else gamma,
         lora_scale=_scales(loras, on),
         negative_lora_scale=_scales(loras, off if cond_only else on),
-        skip_scale=off if skip is None else skip.scales(len(timestep)),
+        skip_scale=off if skip is None else skip.scales(len(sigmas) - 1)[step],
     )
 
 
@@ -138,7 +152,7 @@ def _scales(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Trajectory:
-    """The latents after each step, and the x0 predicted in it, `[steps, b, H, W, c]`."""
+    """The latents after each step, and the x0 predicted last in it, `[steps, b, H, W, c]`."""
 
     latents: Float[Array, "n b H W c"]
     x0: Float[Array, "n b H W c"]
@@ -154,6 +168,10 @@ class Sampled:
     trajectory: Trajectory | None
 
 
+State = tuple[Sampled, Float[Array, "b H W c"]]
+"""Between evaluations: the run's state, and what the solver remembers."""
+
+
 def denoise(
     transformer: nnx.Module,
     latents: Float[Array, "b H W c"],
@@ -166,7 +184,7 @@ def denoise(
     trajectory: bool = False,
     watch: Callable[[int, Sampled], None] | None = None,
 ) -> tuple[Float[Array, "b H W c"], Trajectory | None]:
-    """Euler steps along `plan` from noise to latents, compiled as one program.
+    """The steps of `plan` from noise to latents, compiled as one program.
 
     `negative` turns classifier-free guidance on: v = v_negative + cfg_scale (v - v_negative), both
     in one batch. `skip` adds skip_scale (v - v without those layers) where the plan's skip_scale
@@ -177,24 +195,24 @@ def denoise(
     """
     graph, state = nnx.split(transformer)
     x = jnp.asarray(latents, jnp.float32)
-    steps = len(plan.sigma)
     seen = None
     if trajectory:
-        empty = jnp.zeros((steps, *x.shape), jnp.float32)
+        empty = jnp.zeros((int(plan.step[-1]) + 1, *x.shape), jnp.float32)
         seen = Trajectory(latents=empty, x0=empty)
-    now = Sampled(latents=x, x0=x, trajectory=seen)
+    now: State = (Sampled(latents=x, x0=x, trajectory=seen), jnp.zeros_like(x))
     run = partial(_denoise, graph, state, plan, positive, negative, cfg_scale, skip)
     if watch is None:
-        now = run(now, 0, steps)
+        now = run(now, 0, len(plan.sigma))
     else:
         now = _beside(state, now)
-        for i in range(steps):
-            now = run(now, i, i + 1)
-            watch(i, now)
-    return now.latents, now.trajectory
+        steps, starts = np.unique(np.asarray(plan.step), return_index=True)
+        for i, start, stop in zip(steps, starts, [*starts[1:], len(plan.sigma)], strict=True):
+            now = run(now, int(start), int(stop))
+            watch(int(i), now[0])
+    return now[0].latents, now[0].trajectory
 
 
-def _beside(state: nnx.State, now: Sampled) -> Sampled:
+def _beside(state: nnx.State, now: State) -> State:
     """`now` committed to the device of the parameters, if any of them is: what a step
     returns is, and the second step would else be compiled anew."""
     leaves = jax.tree.leaves(state)
@@ -214,25 +232,28 @@ def _denoise(
     negative: Conditioning | None,
     cfg_scale: Float[Array, ""],
     skip: Bool[Array, " layers"] | None,
-    now: Sampled,
+    now: State,
     start: Int[Array, ""],
     stop: Int[Array, ""],
-) -> Sampled:
-    """The steps from `start` to before `stop`, which are traced, so that this is compiled once."""
+) -> State:
+    """The evaluations from `start` to before `stop`, which are traced, so that this is compiled
+    once."""
     model = nnx.merge(graph, state)
     velocity = guided_velocity(model, positive, negative, cfg_scale, skip)
 
-    def step(i: jax.Array, now: Sampled) -> Sampled:
-        level = jax.tree.map(lambda steps: steps[i], plan)
+    def evaluate(i: jax.Array, before: State) -> State:
+        level = jax.tree.map(lambda values: values[i], plan)
+        (now, remembered), step = before, level.step
         v = velocity(now.latents, level)
-        after = now.latents + (level.next_sigma - level.sigma) * v
+        memory = level.memory_x * now.latents + level.memory_v * v
+        after = now.latents + level.move * v + level.correct * (memory - remembered)
         x0 = now.latents - level.sigma * v
         seen = now.trajectory
         if seen is not None:
-            seen = Trajectory(latents=seen.latents.at[i].set(after), x0=seen.x0.at[i].set(x0))
-        return Sampled(latents=after, x0=x0, trajectory=seen)
+            seen = Trajectory(latents=seen.latents.at[step].set(after), x0=seen.x0.at[step].set(x0))
+        return Sampled(latents=after, x0=x0, trajectory=seen), memory
 
-    return jax.lax.fori_loop(start, stop, step, now)
+    return jax.lax.fori_loop(start, stop, evaluate, now)
 
 
 def guided_velocity(
@@ -242,7 +263,8 @@ def guided_velocity(
     cfg_scale: Float[Array, ""],
     skip: Bool[Array, " layers"] | None = None,
 ) -> Callable[[jax.Array, Plan], jax.Array]:
-    """The function (latents, one step of the plan) -> velocity, guided if there is `negative`."""
+    """The function (latents, one evaluation of the plan) -> velocity, guided if there is
+    `negative`."""
 
     def call(
         x: jax.Array,

@@ -88,6 +88,47 @@ def test_flux(tmp_path):
     assert_same_pictures(made, expected)
 
 
+@pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
+def test_flux_from_an_image(strength):
+    """The start and the steps that are left, from the same latents of an image and noise."""
+    golden = shared_path("golden/flux")
+    parts = parts_of(golden, "FluxTransformer2DModel")
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    theirs = diffusers.FluxImg2ImgPipeline(**parts, **nothing)
+    theirs.set_progress_bar_config(disable=True)
+    ours = Pipeline.from_pretrained(golden, "float32")
+    config, rng = parts["transformer"].config, np.random.default_rng(1)
+    embeds = rng.standard_normal((1, 7, config.joint_attention_dim), np.float32)
+    pooled = rng.standard_normal((1, config.pooled_projection_dim), np.float32)
+    image = latents_of(16, 1)
+    shape = (1, 16, HEIGHT // 8, WIDTH // 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    made = ours(
+        prompt_embeds=jnp.asarray(embeds),
+        pooled_prompt_embeds=jnp.asarray(pooled),
+        latents=jnp.asarray(noise.numpy().transpose(0, 2, 3, 1)),
+        image=image,
+        strength=strength,
+        guidance=3.5,
+        steps=STEPS,
+        output="array",
+    ).images
+    expected = theirs(
+        prompt_embeds=torch.tensor(embeds),
+        pooled_prompt_embeds=torch.tensor(pooled),
+        image=torch.tensor(image.transpose(0, 3, 1, 2)),
+        strength=strength,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=STEPS,
+        guidance_scale=3.5,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images
+    assert expected.std() > 0.05
+    assert relative_error(made, expected) <= 1e-4
+
+
 @pytest.mark.parametrize("with_t5", [True, False])
 def test_stable_diffusion_3(tmp_path, with_t5):
     parts = parts_of(shared_path("golden/sd3"), "SD3Transformer2DModel")

@@ -12,8 +12,9 @@ from PIL import Image
 
 from taca_jax.errors import UserError
 from taca_jax.parallel.mesh import MeshConfig
+from taca_jax.pipelines.batching import batch_size
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.generate import batch_size, generate
+from taca_jax.pipelines.generate import generate
 from taca_jax.pipelines.loras import check_lora
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.taca import TacaConfig
@@ -88,7 +89,7 @@ def test_pictures_are_written_as_they_come(tmp_path, monkeypatch):
 
     def counted(self, *arguments, **options):
         written.append(len(list(tmp_path.glob("*.png"))))
-        assert len(options["prompt_embeds"]) * options["num_images"] == 2  # the last filled up
+        assert len(options["prompt_embeds"]) == 2  # the last filled up
         return call(self, *arguments, **options)
 
     monkeypatch.setattr(Pipeline, "__call__", counted)
@@ -172,6 +173,29 @@ def test_previews_are_written_beside_the_picture(tmp_path, capsys):
     assert f"previews: {tmp_path / 'x-preview.png'}, after each step" in capsys.readouterr().out
     # The last step is predicted to become what it becomes.
     np.testing.assert_array_equal(pixels(tmp_path / "x-preview.png"), pixels(path))
+
+
+def test_each_column_of_a_comparison_has_its_previews(tmp_path, capsys):
+    lora = "shapes_taca.safetensors"
+    changes = {"compare": True, "preview": "own", "lora": lora, "num_images": 2, "batch_size": 1}
+    generate(config(tmp_path / "x.png", **changes))
+    names = [f"x-preview-{column}.png" for column in ("plain", "taca", "taca-lora")]
+    said = capsys.readouterr().out
+    assert f"previews: {', '.join(str(tmp_path / name) for name in names)}, after each" in said
+    columns = [pixels(tmp_path / name) for name in names]
+    assert [column.shape for column in columns] == [(520, 520, 3)] * 3
+    assert (columns[0] != columns[1]).any()
+    assert (columns[1] != columns[2]).any()
+    # The second batch's, which is the second row.
+    grid = pixels(tmp_path / "x.png")
+    lower = grid[grid.shape[0] // 2 :]
+    assert any(np.array_equal(lower[y : y + 520, 8:528], columns[0]) for y in range(40))
+
+
+def test_previews_without_taca_are_of_the_picture(tmp_path):
+    changes = {"preview": "own", "taca": None, "num_images": 3, "batch_size": 2}
+    paths = generate(config(tmp_path / "x.png", **changes))
+    np.testing.assert_array_equal(pixels(tmp_path / "x-preview.png"), pixels(paths[2]))
 
 
 def test_a_missing_previewer_is_refused_before_the_model_loads(tmp_path, monkeypatch):

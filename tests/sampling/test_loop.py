@@ -64,7 +64,7 @@ def with_taca(strength: float = 1.0) -> AttachedLoRA:
 def test_a_plain_plan_has_no_gamma_and_no_lora():
     plan = make_plan(SIGMAS, None, loras=[with_taca(2.0)])
     assert np.array_equal(plan.sigma, SIGMAS[:-1])
-    assert np.array_equal(plan.next_sigma, SIGMAS[1:])
+    assert np.array_equal(plan.move, np.diff(SIGMAS))
     for gamma in (plan.gamma, plan.negative_gamma):
         assert np.array_equal(gamma, np.ones(6))
     assert not np.any(plan.lora_scale)

@@ -30,22 +30,25 @@ def read_picture(file: Path | IO[bytes], size: tuple[int, int]) -> np.ndarray:
     converted without its profile. The format is told by the content, not by the file's name.
     Raises BadExampleError if the picture cannot be read.
     """
-    height, width = size
     try:
         with Image.open(file, formats=FORMATS) as image:
             # A JPEG much larger than needed is decoded at a fraction of its size.
-            least = 2 * max(height, width)
+            least = 2 * max(size)
             image.draft(None, (least, least))
             if image.width * image.height > MAX_PIXELS:
                 raise BadExampleError(
                     f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded"
                 )
-            upright = ImageOps.exif_transpose(image)
-            return _resize(_to_rgb(upright), height, width)
+            return fit_picture(image, size)
     except BadExampleError:
         raise
     except Exception as error:  # Pillow raises almost anything for damaged files
         raise BadExampleError(_reason(error)) from error
+
+
+def fit_picture(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A picture as `read_picture` returns it: uint8 [height, width, 3]."""
+    return _resize(_to_rgb(ImageOps.exif_transpose(image)), *size)
 
 
 def picture_size(file: Path | IO[bytes]) -> tuple[int, int]:

@@ -36,9 +36,11 @@ from taca_jax.parallel.processes import (
     print_once,
     wait_for_all,
 )
+from taca_jax.pipelines.batching import filled_up
 from taca_jax.pipelines.checks import check_evaluation
-from taca_jax.pipelines.generate import load_pipeline, local_mesh, png_info
+from taca_jax.pipelines.generate import load_pipeline, local_mesh
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.writing import png_info
 
 FREE_FIELDS = ("prompts", "out", "categories", "limit")
 """Fields that may change while a folder is completed; none of them changes a picture."""
@@ -142,7 +144,7 @@ def _draw(
     """Draws a batch and writes those of its pictures that are wanted."""
     # The last batch is filled up, so that all run the same compiled program.
     numbers = [*batch.numbers]
-    filled = numbers + numbers[-1:] * (config.batch_size - len(numbers))
+    filled = filled_up(numbers, config.batch_size)
     prompts = [lists[batch.category][n // config.num_images] for n in filled]
     seeds = [config.seed + n % config.num_images for n in filled]
     pictures = pipeline(

@@ -13,6 +13,7 @@ from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.halves import Half
 from taca_jax.formats.atomic import whole_file
+from taca_jax.pipelines.batching import filled_up
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.decoding import eight_bit
 from taca_jax.pipelines.pipeline import Pipeline
@@ -87,7 +88,7 @@ class Sampler:
 
     def _sample(self, prompts: list[str], variant: Variant, start: int) -> np.ndarray:
         # The last batch is padded, so that all batches run the same compiled program.
-        padded = prompts + prompts[-1:] * (self.batch_size - len(prompts))
+        padded = filled_up(prompts, self.batch_size)
         images = self.pipeline(
             padded,
             height=self.height,
