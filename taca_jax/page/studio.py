@@ -24,12 +24,12 @@ from taca_jax.parallel.mesh import on
 from taca_jax.parallel.processes import on_host
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.decoding import decode, to_pil
-from taca_jax.pipelines.generate import png_info
 from taca_jax.pipelines.grids import enlarged
 from taca_jax.pipelines.inputs import picture_size
 from taca_jax.pipelines.lora_choice import LoRAChoice
 from taca_jax.pipelines.loras import acting_loras
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.writing import png_info
 from taca_jax.sampling.loop import make_plan
 from taca_jax.taca import TacaConfig, gamma_at
 

@@ -11,7 +11,7 @@ from taca_jax.families.registry import family_of
 from taca_jax.nn.kinds import Role, kind_of, shapes_of
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.parallel.mesh import MeshConfig
-from taca_jax.pipelines.batching import settled
+from taca_jax.pipelines.batching import with_model_values
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options
@@ -81,7 +81,7 @@ def with_values_used(config: GenerateConfig, pipeline: Pipeline, batch_size: int
     axes = {} if pipeline.mesh is None else dict(pipeline.mesh.shape)
     loras = [f"{lora.name}@{lora.gate}:{lora.strength}" for lora in pipeline.loras]
     return replace(
-        settled(config, pipeline.settings),
+        with_model_values(config, pipeline.settings),
         mesh=MeshConfig(**{field.name: axes.get(field.name, 1) for field in fields(MeshConfig)}),
         stages=pipeline.staged,
         batch_size=batch_size,

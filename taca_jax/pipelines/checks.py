@@ -15,7 +15,7 @@ from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.errors import UserError
 from taca_jax.parallel.mesh import check_heads, make_mesh
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.batching import settled
+from taca_jax.pipelines.batching import with_model_values
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
 from taca_jax.pipelines.image_inputs import read_image
 from taca_jax.pipelines.inputs import check_guidance, check_negative
@@ -38,7 +38,9 @@ def check_drawing(config: GenerateConfig, lines: Lines | None = None) -> StoredP
     if lines is None and not config.prompt:
         raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
     if is_first():
-        _check_out(Path(config.out), is_folder=not config.out.endswith(".png"))
+        _check_out(
+            Path(config.out), is_folder=lines is not None and not config.out.endswith(".png")
+        )
     prompts = [] if lines is not None else [config.prompt]
     if config.negative_prompt is not None:
         prompts.append(config.negative_prompt)
@@ -48,11 +50,10 @@ def check_drawing(config: GenerateConfig, lines: Lines | None = None) -> StoredP
     with headers_alone(config.base) as base:
         stored = open_pipeline(base, config.tokenizers)
         _check_pictures(config, stored)
-        check_sampling(
-            config, stored, prompts, jax.devices() if lines is None else jax.local_devices()
-        )
+        devices = jax.devices() if lines is None else jax.local_devices()
+        check_sampling(config, stored, prompts, devices)
         if lines is None:
-            _check_images([settled(config, stored.settings)])
+            _check_images([with_model_values(config, stored.settings)])
         else:
             _check_images(pictures_of(config, lines, stored))
     return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
@@ -126,7 +127,7 @@ def _autoencoder(stored: StoredPipeline) -> Any:
 
 
 def _check_images(pictures: Sequence[GenerateConfig]) -> None:
-    """Raises UserError for an image to start from that cannot be read. Pictures are `settled`."""
+    """Raises UserError for an image to start from that cannot be read. Pictures are `with_model_values`."""
     for image, height, width in {(each.image, each.height, each.width) for each in pictures}:
         if image is not None:
             assert height is not None

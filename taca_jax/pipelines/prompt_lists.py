@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from taca_jax.errors import UserError
-from taca_jax.pipelines.batching import settled
+from taca_jax.pipelines.batching import with_model_values
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.inputs import check_negative
 from taca_jax.pipelines.opening import tokens_in
@@ -30,7 +30,7 @@ def pictures_of(
     family, model = stored.family, stored.transformer.config
     pictures = []
     for number, line in lines.items():
-        line = settled(line, stored.settings)
+        line = with_model_values(line, stored.settings)
         assert line.height is not None  # it is settled
         assert line.width is not None
         assert line.guidance is not None
