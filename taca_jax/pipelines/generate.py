@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from taca_jax.pipelines.loras import check_lora, used_loras
 from taca_jax.pipelines.opening import samples_of
 from taca_jax.pipelines.pipeline import Pipeline, PipelineOutput
 from taca_jax.pipelines.previews import open_previewer
+from taca_jax.storage.places import Place, in_bucket, place, reach
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
 from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
 
@@ -42,7 +42,7 @@ TOKENS_TOGETHER = 4096
 would take memory, and no more time would be saved: matrix units are busy with this many."""
 
 
-def generate(config: GenerateConfig) -> list[Path]:
+def generate(config: GenerateConfig) -> list[Place]:
     """Draws as configured and returns the files written, in which small pictures are enlarged.
 
     If there are several processes, all call this and the first writes. Raises UserError for
@@ -56,11 +56,11 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise
 
 
-def _generate(config: GenerateConfig) -> list[Path]:
+def _generate(config: GenerateConfig) -> list[Place]:
     if not config.prompt:
         raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
     if is_first():
-        _check_out(Path(config.out))
+        _check_out(place(config.out))
     check_lora(config)  # before the model loads
     if config.preview not in (None, OWN):
         open_previewer(config.preview)  # also before the model loads
@@ -87,8 +87,11 @@ def _generate(config: GenerateConfig) -> list[Path]:
     return names
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Place) -> None:
     """Raises UserError unless the file can be written."""
+    if in_bucket(out):
+        reach(out)
+        return
     if not out.parent.is_dir():
         raise UserError(f"out={out}: the folder {out.parent} does not exist")
     if out.is_dir():
@@ -122,7 +125,7 @@ def _announce(pipeline: Pipeline, config: GenerateConfig, size: int) -> None:
         print_once(f"{config.num_images} pictures in batches of {size} (batch_size)")
 
 
-def _compare(pipeline: Pipeline, config: GenerateConfig, size: int) -> Path:
+def _compare(pipeline: Pipeline, config: GenerateConfig, size: int) -> Place:
     without = tuple(float(lora.gate == "always") for lora in pipeline.loras)
     columns = [
         Variant("plain", None, without),
@@ -138,7 +141,7 @@ def _compare(pipeline: Pipeline, config: GenerateConfig, size: int) -> Path:
         columns=len(columns),
         headings=[column.name for column in columns],
     )
-    out = Path(config.out)
+    out = place(config.out)
     _write(out, grid, config)
     return out
 
@@ -236,9 +239,9 @@ OWN = "own"
 """The value of `preview` for the model's own autoencoder."""
 
 
-def preview_path(config: GenerateConfig) -> Path:
+def preview_path(config: GenerateConfig) -> Place:
     """The file of previews; each one overwrites the last."""
-    out = Path(config.out)
+    out = place(config.out)
     return out.with_stem(f"{out.stem}-preview")
 
 
@@ -262,9 +265,9 @@ def _describe(taca: TacaConfig | None) -> str:
     return "plain" if taca is None else f"TACA, {describe_gamma(taca)}"
 
 
-def _names(config: GenerateConfig) -> list[Path]:
+def _names(config: GenerateConfig) -> list[Place]:
     """The files to write; the names of several pictures are numbered."""
-    out, count = Path(config.out), config.num_images
+    out, count = place(config.out), config.num_images
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i:03d}") for i in range(count)]
 
 
@@ -275,7 +278,7 @@ def png_info(settings: Mapping[str, Any]) -> PngInfo:
     return info
 
 
-def _write(path: Path, picture: Image.Image, config: GenerateConfig) -> None:
+def _write(path: Place, picture: Image.Image, config: GenerateConfig) -> None:
     if not is_first():
         return
     info = png_info(to_tree(config))

@@ -83,13 +83,20 @@ def test_it_is_resumed_on_another_machine(bucket, base, local, monkeypatch, tmp_
 @pytest.mark.parametrize(
     "last", ["state/manifest.ocdbt", "state/commit_success.txt", "commit_success.txt"]
 )
-def test_a_kill_in_a_checkpoint_loses_that_one_alone(bucket, base, local, tmp_path, capsys, last):
+def test_a_kill_in_a_checkpoint_loses_that_one_alone(
+    bucket, base, local, environment, tmp_path, capsys, last
+):
     """Killed as it asks for that object of the checkpoint of step 4 to be written."""
     config = config_for("gs://bucket/run", base)
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
-    environment = {**bucket.environment, "XDG_CACHE_HOME": str(tmp_path / "copies")}
-    process = start_python("-m", "tests.training.stopped_run", str(file), environment=environment)
+    copies = {"XDG_CACHE_HOME": str(tmp_path / "copies")}
+    process = start_python(
+        "-m",
+        "tests.training.stopped_run",
+        str(file),
+        environment={**environment, **bucket.environment, **copies},
+    )
 
     def kill(method, _, name):
         if method == "POST" and name == f"run/checkpoints/4/{last}":

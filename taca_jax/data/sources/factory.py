@@ -1,6 +1,5 @@
 """Opens the sources that `data.source` names."""
 
-from pathlib import Path
 from typing import cast
 
 from taca_jax.data.config import DataConfig
@@ -14,6 +13,7 @@ from taca_jax.data.sources.source import Source
 from taca_jax.data.sources.tars import expand
 from taca_jax.data.sources.webdataset import TarSource
 from taca_jax.errors import UserError
+from taca_jax.storage import places
 
 GENERATED_SIZE = 2**20
 """How many examples `generated:shapes` has where no number is given."""
@@ -36,11 +36,11 @@ def _open(source: str, data: DataConfig, patch: int | None) -> Source:
     kind, _, place = source.partition(":")
     match kind:
         case "folder":
-            return FolderSource(Path(place), data.resolution, data.max_bad_share)
+            return FolderSource(places.place(place), data.resolution, data.max_bad_share)
         case "webdataset":
             return TarSource(expand(place), data.resolution, data.max_bad_share)
         case "img2dataset":
-            return open_img2dataset(Path(place), data.resolution, data.max_bad_share)
+            return open_img2dataset(places.place(place), data.resolution, data.max_bad_share)
         case "tfds" if place.partition("/")[0] != "shapes":
             # Imported here because it takes seconds, which the other sources need not wait for.
             from taca_jax.data.sources.tfds import TfdsSource
