@@ -1,4 +1,4 @@
-"""Pictures and captions in a bucket: tars, folders, img2dataset's and TFDS's, equal to local ones."""
+"""Pictures and captions in a bucket: tars, folders, img2dataset's and TFDS's, as on a disk."""
 
 import io
 import tarfile
