@@ -10,6 +10,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_folder
 from taca_jax.storage.places import place
+from taca_jax.training import cache_stage
 from taca_jax.training.checkpoints import newest_step
 from taca_jax.training.run import train
 from taca_jax.weights.pipeline_folders import open_pipeline
@@ -74,7 +75,8 @@ def test_a_run_in_a_bucket_is_that_on_a_disk_resumed_or_not(
     assert logged(bucket) == list(range(1, STEPS + 1))
 
 
-def test_a_cache_in_a_bucket_serves_runs(bucket, base, capsys):
+def test_a_cache_in_a_bucket_serves_runs(bucket, base, monkeypatch):
+    monkeypatch.setattr(cache_stage, "_PROBE", "a red circle")  # of words that the model knows
     data = DataConfig("generated:shapes/24", 2, 40, encode="cache", cache="gs://bucket/cache")
     train(config_for("gs://bucket/run", base, data=data))
     assert bucket.names("cache/shards/")
