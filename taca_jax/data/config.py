@@ -15,7 +15,8 @@ _FORMS = "folder:PATH, webdataset:PATTERN, img2dataset:PATH, tfds:NAME or genera
 class DataConfig:
     """Where pictures and captions come from, and how they are put into batches.
 
-    source: `folder:PATH` of pictures with `captions.jsonl` or a .txt or .json beside each,
+    source: `folder:PATH` of pictures with `captions.jsonl` or a .txt or .json beside each (this and
+      all other paths may be in a bucket: `folder:gs://BUCKET/FOLDER`),
       `webdataset:PATTERN` of tars (`path/{00000..00099}.tar`), `img2dataset:PATH`, the output
       folder of that program, `tfds:NAME` of a data set with captions that TFDS has prepared as
       array_record, or the folder of one (`tfds:coco_captions#train[:10%]`; `#SPLIT` is `train` if

@@ -78,7 +78,7 @@ def batch_size(config: GenerateConfig, stored: StoredPipeline, devices: int) -> 
 def batches_of(
     pictures: Sequence[GenerateConfig], most: Callable[[GenerateConfig], int]
 ) -> list[Batch]:
-    """Pictures, whose values are `with_model_values`, in batches, in the order of each one's first picture.
+    """Pictures, `with_model_values`, in batches, in the order of each one's first picture.
 
     Pictures of one size and guidance are drawn together, as many as `most` says. All batches of a
     size draw as many in a call, so that they run the same compiled program.

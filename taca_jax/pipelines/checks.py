@@ -6,7 +6,6 @@ however large the model is. Each check is the one that would fail later.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from taca_jax.pipelines.opening import check_autoencoder, size_in, tokens_in
 from taca_jax.pipelines.previews import OWN, check_own_previewer, open_previewer
 from taca_jax.pipelines.prompt_lists import Lines, pictures_of
 from taca_jax.pipelines.text import find_tokenizers, lacks_encoders, load_tokenizers
+from taca_jax.storage.places import Place, in_bucket, place, reach
 from taca_jax.weights.hub_headers import headers_alone
 from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
 
@@ -38,9 +38,8 @@ def check_drawing(config: GenerateConfig, lines: Lines | None = None) -> StoredP
     if lines is None and not config.prompt:
         raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
     if is_first():
-        _check_out(
-            Path(config.out), is_folder=lines is not None and not config.out.endswith(".png")
-        )
+        is_folder = lines is not None and not config.out.endswith(".png")
+        _check_out(place(config.out), is_folder=is_folder)
     prompts = [] if lines is not None else [config.prompt]
     if config.negative_prompt is not None:
         prompts.append(config.negative_prompt)
@@ -127,7 +126,7 @@ def _autoencoder(stored: StoredPipeline) -> Any:
 
 
 def _check_images(pictures: Sequence[GenerateConfig]) -> None:
-    """Raises UserError for an image to start from that cannot be read. Pictures are `with_model_values`."""
+    """Raises UserError for an image to start from that cannot be read, of pictures with sizes."""
     for image, height, width in {(each.image, each.height, each.width) for each in pictures}:
         if image is not None:
             assert height is not None
@@ -135,17 +134,20 @@ def _check_images(pictures: Sequence[GenerateConfig]) -> None:
             read_image(image, (height, width))
 
 
-def _check_out(out: Path, *, is_folder: bool) -> None:
+def _check_out(out: Place, *, is_folder: bool) -> None:
     """Raises UserError unless the file can be written, or the folder be made and written to."""
+    if in_bucket(out):
+        reach(out)
+        return
     if is_folder:
-        place = next(each for each in (out, *out.absolute().parents) if each.exists())
-        if not place.is_dir():
-            raise UserError(f"out={out}: {place} is a file; name a folder, or a .png file")
+        there = next(each for each in (out, *out.absolute().parents) if each.exists())
+        if not there.is_dir():
+            raise UserError(f"out={out}: {there} is a file; name a folder, or a .png file")
     else:
-        place = out.parent
-        if not place.is_dir():
-            raise UserError(f"out={out}: the folder {place} does not exist")
+        there = out.parent
+        if not there.is_dir():
+            raise UserError(f"out={out}: the folder {there} does not exist")
         if out.is_dir():
             raise UserError(f"out={out} is a folder; name a file in it")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"out={out}: the folder {place} cannot be written to")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"out={out}: the folder {there} cannot be written to")

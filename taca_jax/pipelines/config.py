@@ -20,10 +20,11 @@ from taca_jax.taca import TacaConfig
 class SamplingConfig:
     """How a model draws; steps, guidance, height and width default to the model's own.
 
-    base: the model folder, the name of a model that comes with the package, original weights, or a
-      model of the hub (owner/repo, owner/repo@revision, owner/repo:file).
+    base: the model folder, the name of a model that comes with the package, original weights, one
+      of these in a bucket (gs://BUCKET/FOLDER), or a model of the hub (owner/repo,
+      owner/repo@revision, owner/repo:file).
     tokenizers: the folder, or the model of the hub, with the tokenizers of a base that has none.
-    lora: LoRA files, or ones of the hub, each with its strength and gate:
+    lora: LoRA files, or ones of a bucket or the hub, each with its strength and gate:
       `style.safetensors:0.8,own.safetensors@taca`. `@taca` acts while TACA does, `@always` at every
       step; without one, the file says which (if this project trained it), else always. None for the
       base alone.
@@ -122,9 +123,9 @@ class GenerateConfig(SamplingConfig):
     progress: a progress bar of the steps; none shows it on a terminal only.
     plan: a slice of TPUs (v6e-4): instead of drawing, compile for it and say how much memory each
       stage takes, and how long a step at least; needs neither TPU nor weights.
-    out: the PNG to write (numbered for several pictures); small ones are enlarged in it, and its
-      settings are its metadata. With prompts=, picture 0 of line 12 is 00012-000.png in the folder
-      `out`, or NAME-00012-000.png if that is NAME.png.
+    out: the PNG to write, which may be in a bucket (numbered for several pictures); small ones are
+      enlarged in it, and its settings are its metadata. With prompts=, picture 0 of line 12 is
+      00012-000.png in the folder `out`, or NAME-00012-000.png if that is NAME.png.
     """
 
     prompt: str = ""

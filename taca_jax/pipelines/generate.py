@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,12 +44,13 @@ from taca_jax.pipelines.previews import OWN, Preview
 from taca_jax.pipelines.prompt_files import read_prompts
 from taca_jax.pipelines.prompt_lists import pictures_of
 from taca_jax.pipelines.writing import described, missing, write_picture
+from taca_jax.storage.places import Place, place
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
 from taca_jax.telling.start import say_fact, wrapped
 from taca_jax.weights.pipeline_folders import StoredPipeline, open_pipeline
 
 
-def generate(config: GenerateConfig) -> list[Path]:
+def generate(config: GenerateConfig) -> list[Place]:
     """Draws as configured and returns the files written, in which small pictures are enlarged.
 
     If there are several processes, all call this and the first writes. Raises UserError for
@@ -64,7 +64,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         raise
 
 
-def _generate(config: GenerateConfig) -> list[Path]:
+def _generate(config: GenerateConfig) -> list[Place]:
     if config.prompts is not None:
         return _generate_list(config)
     stored = check_drawing(config)  # before any model loads
@@ -93,16 +93,16 @@ def _generate(config: GenerateConfig) -> list[Path]:
         if config.compare:
             continue
         for picture, (image,) in rows if is_first() else ():
-            write_picture(Path(picture.out), image, to_tree(picture))
+            write_picture(place(picture.out), image, to_tree(picture))
         rows = []
     if config.compare:
         if is_first():
-            write_picture(Path(config.out), _grid(rows, variants), to_tree(config))
-        return [Path(config.out)]
-    return [Path(picture.out) for picture in pictures]
+            write_picture(place(config.out), _grid(rows, variants), to_tree(config))
+        return [place(config.out)]
+    return [place(picture.out) for picture in pictures]
 
 
-def _generate_list(config: GenerateConfig) -> list[Path]:
+def _generate_list(config: GenerateConfig) -> list[Place]:
     """Draws what is missing of a list of prompts. Each process draws a share of the batches on its
     own devices.
 
@@ -132,7 +132,7 @@ def _generate_list(config: GenerateConfig) -> list[Path]:
             "processes write to the same folder, and has nothing else changed it? Run again"
         )
     print_once(f"all {len(pictures)} pictures are there")
-    return [Path(picture.out) for picture in pictures]
+    return [place(picture.out) for picture in pictures]
 
 
 def _draw_share(
@@ -165,7 +165,7 @@ def _draw_share(
                 image = _grid([(picture, images)], variants) if config.compare else images[0]
                 counted = f", {done} of {total}" + (" here" if jax.process_count() > 1 else "")
                 write_picture(
-                    Path(picture.out), image, described(picture), counted, quiet=not is_first()
+                    place(picture.out), image, described(picture), counted, quiet=not is_first()
                 )
 
 
@@ -255,9 +255,9 @@ def load_pipeline(
     return pipeline
 
 
-def preview_path(config: GenerateConfig, variant: Variant) -> Path:
+def preview_path(config: GenerateConfig, variant: Variant) -> Place:
     """The file of previews, in a comparison one for each column; each one overwrites the last."""
-    out = Path(config.out)
+    out = place(config.out)
     columns = {"plain": "-plain", "TACA + LoRA": "-taca-lora"}
     name = f"preview{columns.get(variant.name, '-taca') if config.compare else ''}.png"
     return out.with_name(f"{out.stem}-{name}") if out.suffix == ".png" else out / name
@@ -282,7 +282,7 @@ def _preview(config: GenerateConfig, batch: Batch, variant: Variant) -> Preview 
     return partial(_write_preview, preview_path(config, variant), len(batch.pictures))
 
 
-def _write_preview(path: Path, count: int, step: int, pictures: list[Image.Image]) -> None:
+def _write_preview(path: Place, count: int, step: int, pictures: list[Image.Image]) -> None:
     """Writes the first `count` pictures of a batch side by side."""
     del step
     if not is_first():
@@ -300,7 +300,7 @@ def _describe(taca: TacaConfig | None) -> str:
     return "plain" if taca is None else f"TACA, {describe_gamma(taca)}"
 
 
-def _names(config: GenerateConfig) -> list[Path]:
+def _names(config: GenerateConfig) -> list[Place]:
     """The files to write; the names of several pictures are numbered."""
-    out, count = Path(config.out), config.num_images
+    out, count = place(config.out), config.num_images
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i:03d}") for i in range(count)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from taca_jax.errors import UserError
 from taca_jax.pipelines.batching import with_model_values
@@ -11,6 +10,7 @@ from taca_jax.pipelines.inputs import check_negative
 from taca_jax.pipelines.opening import tokens_in
 from taca_jax.pipelines.prompt_files import where
 from taca_jax.pipelines.text import load_tokenizers
+from taca_jax.storage.places import Place, place
 from taca_jax.weights.pipeline_folders import StoredPipeline
 
 Lines = Mapping[int, GenerateConfig]
@@ -48,7 +48,7 @@ def pictures_of(
     return pictures
 
 
-def picture_file(config: GenerateConfig, number: int, picture: int) -> Path:
+def picture_file(config: GenerateConfig, number: int, picture: int) -> Place:
     """The file of a line's picture; it depends on nothing but their numbers and `config.out`."""
-    out, name = Path(config.out), f"{number:05d}-{picture:03d}.png"
+    out, name = place(config.out), f"{number:05d}-{picture:03d}.png"
     return out.with_name(f"{out.stem}-{name}") if out.suffix == ".png" else out / name

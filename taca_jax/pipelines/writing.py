@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -14,6 +13,7 @@ from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.grids import enlarged
+from taca_jax.storage.places import Place, place
 
 _KEY = "taca_jax"
 
@@ -36,7 +36,7 @@ def described(picture: GenerateConfig) -> dict[str, Any]:
 
 
 def write_picture(
-    path: Path,
+    path: Place,
     picture: Image.Image,
     settings: Mapping[str, Any],
     counted: str = "",
@@ -55,10 +55,10 @@ def write_picture(
     print(f"wrote {path}{times}{counted}")
 
 
-def difference_in(path: Path, picture: GenerateConfig) -> str | None:
+def difference_in(path: Place, picture: GenerateConfig) -> str | None:
     """How the settings in an existing file differ from those of a picture; None if they agree."""
     try:
-        with Image.open(path) as found:
+        with path.open("rb") as file, Image.open(file) as found:
             there = dict(json.loads(getattr(found, "text", {})[_KEY]))
     except (OSError, ValueError, KeyError, TypeError, SyntaxError):
         return "it is not of generate.py"
@@ -79,7 +79,7 @@ def missing(pictures: list[GenerateConfig]) -> list[GenerateConfig]:
     """
     absent = []
     for picture in pictures:
-        path = Path(picture.out)
+        path = place(picture.out)
         if not path.exists():
             absent.append(picture)
         elif why := difference_in(path, picture):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from taca_jax.errors import UserError
-from taca_jax.storage.places import SCHEME, Stat, read_range, reason
+from taca_jax.storage.places import SCHEME, Stat, read_bytes, reason
 
 if TYPE_CHECKING:
     from etils import epath
@@ -85,7 +85,7 @@ def _fetch(path: "epath.Path", file: Path, stat: Stat, advance: Callable[[int], 
 
         def piece(start: int) -> None:
             size = min(_PIECE, stat.size - start)
-            content = read_range(path, start, size)
+            content = read_bytes(path, start, size)
             if len(content) != size:
                 raise OSError("it has changed meanwhile")
             os.pwrite(handle, content, start)

@@ -4,6 +4,7 @@ A `Place` is a local Path or a path in a bucket, which reads like one (etils' ep
 are written whole or not at all; a folder there exists as long as something is in it.
 """
 
+import errno
 import importlib.util
 import logging
 import os
@@ -118,10 +119,9 @@ def stats(paths: Sequence[Place]) -> list[Stat | None]:
 
     def stat(path: Place) -> Stat | None:
         if not in_bucket(path):
-            try:
-                found = path.stat()
-            except OSError:
+            if not path.is_file():
                 return None
+            found = path.stat()
             return Stat(found.st_size, found.st_mtime_ns / 1e9)
         folder = str(path.parent)
         if folder not in listed:
@@ -144,11 +144,11 @@ def files_in(folder: "epath.Path", *, deep: bool = True) -> dict[str, Stat]:
     }
 
 
-def read_range(path: "epath.Path", start: int, size: int) -> bytes:
-    """Bytes of an object: fewer where it ends before. Raises OSError where it cannot be read."""
+def read_bytes(path: "epath.Path", start: int = 0, size: int | None = None) -> bytes:
+    """All of an object, or a part: fewer bytes where it ends before. Raises OSError, with a number
+    and a text as of a disk, where it cannot be read."""
     try:
-        return filesystem().cat_file(str(path), start=start, end=start + size)
-    except OSError:
-        raise
+        end = None if size is None else start + size
+        return filesystem().cat_file(str(path), start=start, end=end)
     except Exception as error:  # as in `_reach`
-        raise OSError(f"{path}: {reason(error)}") from error
+        raise OSError(errno.EIO, reason(error)) from error

@@ -57,7 +57,7 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (ADAPT, {"name": "a/b"}, "name is a/b; it must be a plain folder name"),
         (ADAPT, {"name": ""}, "name is empty; it must be a plain folder name"),
         (ADAPT, {"steps": "0"}, "steps is 0; it must be 1 or more"),
-        (ADAPT, {"out_dir": "gs://b/run"}, "out_dir is gs://b/run; it must be a folder"),
+        (ADAPT, {"out_dir": "s3://b/run"}, "out_dir is s3://b/run; it must be a folder, or one in"),
         (ADAPT, {"grad_accumulation": "0"}, "grad_accumulation is 0; it must be 1 or more"),
         (ADAPT, {"log_every": "-1"}, "log_every is -1; it must be 1 or more"),
         (ADAPT, {"timestep_shift": "0"}, "timestep_shift is 0.0; it must be a number above 0"),

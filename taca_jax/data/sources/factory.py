@@ -1,6 +1,5 @@
 """Opens the sources that `data.source` names."""
 
-from pathlib import Path
 from typing import cast
 
 from taca_jax.data.config import DataConfig
@@ -15,6 +14,7 @@ from taca_jax.data.sources.source import Source
 from taca_jax.data.sources.tars import expand
 from taca_jax.data.sources.webdataset import TarSource
 from taca_jax.errors import UserError
+from taca_jax.storage import places
 
 GENERATED_SIZE = 2**20
 """How many examples `generated:shapes` has where no number is given."""
@@ -38,11 +38,13 @@ def _open(source: str, data: DataConfig, patch: int | None) -> Source:
     given = GivenCaption(data.caption)
     match kind:
         case "folder":
-            return FolderSource(Path(place), data.resolution, data.max_bad_share, given=given)
+            root = places.place(place)
+            return FolderSource(root, data.resolution, data.max_bad_share, given=given)
         case "webdataset":
             return TarSource(expand(place), data.resolution, data.max_bad_share, given=given)
         case "img2dataset":
-            return open_img2dataset(Path(place), data.resolution, data.max_bad_share, given)
+            root = places.place(place)
+            return open_img2dataset(root, data.resolution, data.max_bad_share, given)
         case "tfds" if place.partition("/")[0] != "shapes":
             # Imported here because it takes seconds, which the other sources need not wait for.
             from taca_jax.data.sources.tfds import TfdsSource

@@ -1,17 +1,19 @@
 """A folder of pictures, with captions in tables or in a file beside each picture."""
 
+import io
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples, NoCaptionError
 from taca_jax.data.sources.captions import GivenCaption, caption_from_json, caption_from_text
 from taca_jax.data.sources.source import PICTURE_SUFFIXES, PictureSource, printable
-from taca_jax.data.sources.stored_scans import stamp_of
+from taca_jax.data.sources.stored_scans import stamp_in_bucket, stamp_of
 from taca_jax.errors import UserError
+from taca_jax.storage.places import Place, Stat, files_in, in_bucket, read_bytes
 
 CAPTIONS_FILE = "captions.jsonl"
 """What a table of captions is called."""
@@ -43,20 +45,21 @@ class FolderSource(PictureSource):
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         resolution: int,
         max_bad_share: float,
         further: FurtherCaptions | None = None,
         given: GivenCaption = GivenCaption(),  # noqa: B008
     ):
-        """root: the folder. further: captions of pictures that have none in tables or files.
-        given: the caption that is given for all.
+        """root: the folder, which may be in a bucket. further: captions of pictures that have none
+        in tables or files. given: the caption that is given for all.
 
         Raises UserError for a folder without usable pictures, or with too many bad ones.
         """
         super().__init__(resolution, given)
         self._root = root.expanduser()
         listing = _Listing(self._root, further, given.default)
+        self._stats = listing.stats
         self._entries = listing.entries
         total = len(self._entries) + sum(len(names) for names in listing.bad.values())
         if total == 0:
@@ -68,26 +71,33 @@ class FolderSource(PictureSource):
         return len(self._entries)
 
     def name(self, index: int) -> str:
-        return str(self._file(index))
+        return str(self._path(index))
 
     def id(self, index: int) -> str:
         return self._entries[index].id
 
     def stamp(self) -> bytes:
-        return b"".join(stamp_of(self._file(index)) for index in range(len(self)))
+        return b"".join(self._stamp(index) for index in range(len(self)))
 
-    def _file(self, index: int) -> Path:
+    def _stamp(self, index: int) -> bytes:
+        path = self._path(index)
+        if in_bucket(path):
+            return stamp_in_bucket(path, self._stats[self._entries[index].path])
+        return stamp_of(path)
+
+    def _path(self, index: int) -> Place:
         return self._root / self._entries[index].path
+
+    def _file(self, index: int) -> Path | io.BytesIO:
+        path = self._path(index)
+        return path if isinstance(path, Path) else io.BytesIO(_content(path))
 
     def _caption(self, index: int) -> Captions:
         entry = self._entries[index]
         if entry.caption is not None:
             return entry.caption
-        file = self._file(index).with_suffix(entry.beside)
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise BadExampleError(f"cannot read {file.name}: {error.strerror}") from error
+        file = self._path(index).with_suffix(entry.beside)
+        content = _content(file)
         if entry.beside == ".txt":
             return caption_from_text(content, file.name)
         if not (caption := caption_from_json(_json(content))):
@@ -99,16 +109,20 @@ class _Listing:
     """The pictures and captions of a folder, by the names of its files and by its tables.
 
     No picture is opened. `bad` has what cannot be used: paths by the reason. With a `default`, no
-    picture is bad for want of a caption.
+    picture is bad for want of a caption. `stats` has size and time of all files of a bucket, by
+    their paths under its folder.
     """
 
     entries: list[_Entry]
     bad: dict[str, list[str]]
+    stats: Mapping[str, Stat]
 
-    def __init__(self, root: Path, further: FurtherCaptions | None, default: str | None):
+    def __init__(self, root: Place, further: FurtherCaptions | None, default: str | None):
         self.entries, self.bad = [], {}
         self._default = default
-        pictures, texts, tables = _files(root)
+        self.stats = files_in(root) if in_bucket(root) else {}
+        names = self.stats if in_bucket(root) else _names_in(root)
+        pictures, texts, tables = _sorted_out(names)
         named: set[str] = set()
         for table in tables:
             for number, line in _lines(root / table):
@@ -164,14 +178,19 @@ class _Listing:
         self.bad.setdefault(reason, []).append(printable(name))
 
 
-def _files(root: Path) -> tuple[set[str], set[str], list[str]]:
-    """The paths of the pictures, the .txt and .json files, and the tables under a folder."""
+def _content(path: Place) -> bytes:
+    """Raises BadExampleError where it cannot be read."""
+    try:
+        return read_bytes(path) if in_bucket(path) else path.read_bytes()
+    except OSError as error:
+        raise BadExampleError(f"cannot read {path.name}: {error.strerror}") from error
+
+
+def _names_in(root: Path) -> Iterator[str]:
+    """The paths of all files under a folder."""
     if not root.is_dir():
         state = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"{root} {state}; data.source=folder:PATH takes a folder of pictures")
-    pictures: set[str] = set()
-    texts: set[str] = set()
-    tables: list[str] = []
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
@@ -181,20 +200,28 @@ def _files(root: Path) -> tuple[set[str], set[str], list[str]]:
         inner[:] = sorted(name for name in inner if name[0] != "." and name != "__MACOSX")
         prefix = Path(folder).relative_to(root).as_posix() + "/"
         prefix = "" if prefix == "./" else prefix
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if name == CAPTIONS_FILE:
-                tables.append(prefix + name)
-            elif suffix in PICTURE_SUFFIXES:
-                pictures.add(prefix + name)
-            elif suffix in _BESIDE:
-                texts.add(prefix + name)
+        yield from (prefix + name for name in files)
+
+
+def _sorted_out(names: Iterable[str]) -> tuple[set[str], set[str], list[str]]:
+    """The pictures, the .txt and .json files, and the tables among files."""
+    pictures: set[str] = set()
+    texts: set[str] = set()
+    tables: list[str] = []
+    for path in names:
+        name, suffix = posixpath.basename(path), posixpath.splitext(path)[1].lower()
+        if name.startswith("."):
+            continue
+        if name == CAPTIONS_FILE:
+            tables.append(path)
+        elif suffix in PICTURE_SUFFIXES:
+            pictures.add(path)
+        elif suffix in _BESIDE:
+            texts.add(path)
     return pictures, texts, sorted(tables)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Place) -> Iterator[tuple[int, bytes]]:
     """(number counted from 1, line) of each line that is not blank."""
     try:
         content = path.read_bytes()

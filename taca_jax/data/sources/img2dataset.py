@@ -4,21 +4,21 @@ The names (`00000.tar` or `00000/`, and `00000.parquet`) and the columns are as 
 README, "Output format".
 """
 
-import os
+import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from taca_jax.data.sources.captions import GivenCaption
 from taca_jax.data.sources.folders import FolderSource
 from taca_jax.data.sources.webdataset import TarSource
 from taca_jax.errors import UserError
+from taca_jax.storage.places import Place, in_bucket, read_bytes
 
 _SUCCESS = "success"
 
 
 def open_img2dataset(
-    root: Path,
+    root: Place,
     resolution: int,
     max_bad_share: float,
     given: GivenCaption = GivenCaption(),  # noqa: B008
@@ -49,7 +49,7 @@ def open_img2dataset(
     )
 
 
-def _captions(parquet: Path) -> Mapping[str, str]:
+def _captions(parquet: Place) -> Mapping[str, str]:
     """The captions of a shard by the key of the picture; empty where there is no parquet."""
     if not parquet.is_file():
         return {}
@@ -61,16 +61,15 @@ def _captions(parquet: Path) -> Mapping[str, str]:
         ) from None
     reader: Any = pyarrow.parquet
     try:
-        names = set(reader.read_schema(parquet).names)
+        file = io.BytesIO(read_bytes(parquet)) if in_bucket(parquet) else parquet
+        names = set(reader.read_schema(file).names)
         if not {"key", "caption"} <= names:
             return {}
         columns = ["key", "caption", *(["status"] if "status" in names else [])]
-        rows = reader.read_table(parquet, columns=columns).to_pylist()
+        rows = reader.read_table(file, columns=columns).to_pylist()
     except Exception as error:  # pyarrow raises errors of many classes
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{os.fspath(parquet)} cannot be read ({reason}); write it again"
-        ) from error
+        raise UserError(f"{parquet} cannot be read ({reason}); write it again") from error
     return {
         row["key"]: row["caption"].strip()
         for row in rows

@@ -7,13 +7,14 @@ data's own folders. It is found again only for the same scan of files that have 
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
+from taca_jax.storage.places import Place, Stat, in_bucket, stats
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,18 @@ def scan_once(
 def is_refusal(error: BaseException | None) -> bool:
     """Whether the system refused to read, as opposed to a library that found the content bad."""
     return isinstance(error, OSError) and error.errno is not None
+
+
+def stamps_of(paths: Sequence[Place]) -> list[bytes]:
+    """The stamp of each file; those in a bucket are not asked for one by one."""
+    if not any(map(in_bucket, paths)):
+        return [stamp_of(path) for path in paths if isinstance(path, Path)]
+    return [stamp_in_bucket(*pair) for pair in zip(paths, stats(paths), strict=True)]
+
+
+def stamp_in_bucket(path: Place, stat: Stat | None) -> bytes:
+    """As `stamp_of`, of an object."""
+    return f"{path}{stat}\n".encode()
 
 
 def stamp_of(path: Path) -> bytes:

@@ -12,10 +12,10 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from taca_jax.errors import UserError
+from taca_jax.storage.places import SCHEME, Place, filesystem, is_bucket_name, place, reach, stats
 
 _BLOCK = tarfile.BLOCKSIZE
 _NO_SIZE = "its size is no number of bytes"
@@ -41,14 +41,14 @@ class Broken:
     reason: str
 
 
-def walk(path: Path) -> Iterator[Member | Broken]:
+def walk(path: Place) -> Iterator[Member | Broken]:
     """The regular files within a tar, in order, and what of the tar is damaged.
 
     After damage the walk goes on at the next block that is a header. Raises OSError where the tar
     cannot be opened or read.
     """
     with path.open("rb") as file, _Headers(file) as tar:
-        end = path.stat().st_size
+        end = file.seek(0, os.SEEK_END)
         lost = False  # behind damage, until the next header
         while tar.offset < end:
             start = tar.offset
@@ -76,15 +76,17 @@ def walk(path: Path) -> Iterator[Member | Broken]:
                 yield Member(header.name, header.offset_data, header.size)
 
 
-def expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Place]:
     """The files that a pattern names: `{00000..00099}` counts, `{a,b}` chooses, `*` and `?` match.
 
-    Raises UserError where a file that is named without `*` or `?` is missing, or none matches.
+    They may be in a bucket. Raises UserError where a file that is named without `*` or `?` is
+    missing, or none matches.
     """
-    paths: list[str] = []
+    names: list[str] = []
     for name in _braces(os.path.expanduser(pattern)):
-        paths += sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-    missing = [path for path in paths if not os.path.isfile(path)]
+        names += sorted(_matching(name)) if glob.has_magic(name) else [name]
+    paths = [place(name) for name in names]
+    missing = [path for path, found in zip(paths, stats(paths), strict=True) if found is None]
     if missing:
         raise UserError(
             f"webdataset:{pattern} names {len(paths)} files, of which {len(missing)} are not there "
@@ -92,7 +94,15 @@ def expand(pattern: str) -> list[Path]:
         )
     if not paths:
         raise UserError(f"webdataset:{pattern} matches no file")
-    return [Path(path) for path in paths]
+    return paths
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files whose names match a pattern with `*` or `?`."""
+    if is_bucket_name(pattern):
+        reach(place(pattern))
+        return [SCHEME + name for name in filesystem().glob(pattern)]
+    return glob.glob(pattern, recursive=True)
 
 
 def _braces(pattern: str) -> list[str]:

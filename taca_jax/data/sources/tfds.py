@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -19,9 +18,10 @@ from taca_jax.data.sources.captions import (
     caption_from_text,
 )
 from taca_jax.data.sources.source import PictureSource
-from taca_jax.data.sources.stored_scans import stamp_of
+from taca_jax.data.sources.stored_scans import stamps_of
 from taca_jax.errors import UserError
 from taca_jax.loggers import silenced
+from taca_jax.storage import places
 
 _RANDOM_ACCESS = "array_record"
 
@@ -62,8 +62,8 @@ class TfdsSource(PictureSource):
             self._records = builder.as_data_source(self._split, decoders=decoders)  # pyright: ignore[reportCallIssue]
         except Exception as error:  # TFDS and array_record raise errors of many classes
             raise UserError(f"tfds:{place} cannot be read: {_reason(error)}") from error
-        folder = Path(os.fspath(builder.data_path))
-        self._stamp = b"".join(map(stamp_of, sorted(folder.iterdir()))) + self._split.encode()
+        folder = places.place(os.fspath(builder.data_path))
+        self._stamp = b"".join(stamps_of(sorted(folder.iterdir()))) + self._split.encode()
         self._last = threading.local()  # the last record, which the caption and the picture share
         self.bad = BadExamples(len(self), max_bad_share)
 
@@ -116,7 +116,8 @@ class TfdsSource(PictureSource):
 def _prepared(name: str) -> tfds.core.DatasetBuilder:
     """The builder of a data set that can be read. Raises UserError."""
     hint = f"prepare it with `tfds build ... --file_format={_RANDOM_ACCESS}`"
-    folder = Path(name).expanduser()
+    folder = places.place(name).expanduser()
+    places.reach(folder)
     try:
         with silenced("absl", below=logging.ERROR):
             if (folder / "dataset_info.json").is_file():
@@ -128,8 +129,9 @@ def _prepared(name: str) -> tfds.core.DatasetBuilder:
             f"data.source is tfds:{name}: {_reason(error)}; give TFDS's name of a data set, or the "
             "folder where one is prepared"
         ) from error
-    if "://" in os.fspath(builder.data_path):
-        raise UserError(f"tfds:{name} is at {builder.data_path}; copy or mount it as a folder")
+    where = os.fspath(builder.data_path)
+    if "://" in where and not places.is_bucket_name(where):
+        raise UserError(f"tfds:{name} is at {where}; copy or mount it as a folder")
     if not builder.is_prepared():
         raise UserError(f"tfds:{name} is not in {builder.data_path}; {hint}")
     stored = builder.info.file_format

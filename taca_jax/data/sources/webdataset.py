@@ -9,7 +9,6 @@ import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ import numpy as np
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples, NoCaptionError
 from taca_jax.data.sources.captions import GivenCaption, caption_from_json, caption_from_text
 from taca_jax.data.sources.source import PICTURE_SUFFIXES, PictureSource, printable
-from taca_jax.data.sources.stored_scans import scan_once, stamp_of
+from taca_jax.data.sources.stored_scans import scan_once, stamps_of
 from taca_jax.data.sources.tars import Broken, walk
 from taca_jax.errors import UserError
+from taca_jax.storage.places import Place, in_bucket, read_bytes
 
 Captions = str | Sequence[str]
-FurtherCaptions = Callable[[Path], Mapping[str, Captions]]
+FurtherCaptions = Callable[[Place], Mapping[str, Captions]]
 """Gives, for a tar, captions of samples that have none in it, by the name of the sample."""
 
 _INDEX_VERSION = 1
@@ -42,7 +42,7 @@ class TarSource(PictureSource):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Place],
         resolution: int,
         max_bad_share: float,
         further: FurtherCaptions | None = None,
@@ -55,7 +55,7 @@ class TarSource(PictureSource):
         """
         super().__init__(resolution, given)
         self._paths = list(paths)
-        self._stamps = [stamp_of(path) for path in self._paths]
+        self._stamps = stamps_of(self._paths)
         self._further: list[Mapping[str, Captions]] = []
         self._shards: list[np.ndarray] = []
         bad: dict[str, list[str]] = {}
@@ -139,12 +139,7 @@ class TarSource(PictureSource):
         offset, size = map(int, place)
         size = size if most is None else min(size, most)
         try:
-            # Opened for each read: there may be more tars than a process may hold open files.
-            handle = os.open(self._paths[shard], os.O_RDONLY)
-            try:
-                content = os.pread(handle, size, offset)
-            finally:
-                os.close(handle)
+            content = _read(self._paths[shard], offset, size)
         except OSError as error:
             raise BadExampleError(f"cannot read the tar: {error.strerror}") from error
         if len(content) < size:
@@ -152,7 +147,18 @@ class TarSource(PictureSource):
         return content
 
 
-def _index(path: Path) -> tuple[np.ndarray, bool]:
+def _read(path: Place, offset: int, size: int) -> bytes:
+    if in_bucket(path):
+        return read_bytes(path, offset, size)
+    # Opened for each read: there may be more tars than a process may hold open files.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(handle, size, offset)
+    finally:
+        os.close(handle)
+
+
+def _index(path: Place) -> tuple[np.ndarray, bool]:
     """A row for each sample with a picture in a tar and for each damaged part, in order.
 
     Also returns whether the system let the tar be read to its end. Fields of a row: `key`, the name
@@ -170,7 +176,7 @@ def _index(path: Path) -> tuple[np.ndarray, bool]:
                 rows.append((os.fsencode(key), *places, b""))
     except OSError as error:
         complete = False
-        reason = f"cannot be read ({error.strerror})"
+        reason = f"cannot be read ({error.strerror or error})"
         rows.append((b"", *[_ABSENT] * 3, reason.encode()))
     place = ("<i8", 2)
     widths = [max((len(row[i]) for row in rows), default=1) or 1 for i in (0, -1)]
@@ -184,7 +190,7 @@ def _index(path: Path) -> tuple[np.ndarray, bool]:
     return np.array(rows, fields), complete
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Broken]]:
+def _samples(path: Place) -> Iterator[tuple[str, dict[str, tuple[int, int]] | Broken]]:
     """(name, kind of file -> its offset and size) of each sample; (place, Broken) of damage."""
     current, members = None, {}
     for member in walk(path):
