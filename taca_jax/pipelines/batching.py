@@ -115,24 +115,24 @@ def drawn(
     """
 
     def call(batch: Batch, text: Embeds, variant: Variant, output: Output) -> PipelineOutput:
-        first = batch.pictures[0]
+        config = batch.pictures[0]
         shown = is_first() or spans_processes(pipeline.mesh)
         return pipeline(
             **text,
-            height=first.height,
-            width=first.width,
-            steps=first.steps,
-            guidance=first.guidance,
+            height=config.height,
+            width=config.width,
+            steps=config.steps,
+            guidance=config.guidance,
             seed=filled_up([picture.seed for picture in batch.pictures], batch.size),
             image=starts.latents(batch),
-            strength=first.strength,
+            strength=config.strength,
             taca=variant.taca,
             lora_strength=variant.lora_strength,
             output=output,
-            sampler=first.sampler,
-            tiling=first.tiling,
+            sampler=config.sampler,
+            tiling=config.tiling,
             preview=preview(batch, variant),
-            progress=first.progress if shown else False,
+            progress=config.progress if shown else False,
         )
 
     def wanted(batch: Batch, images: Any) -> list[Image.Image]:
