@@ -45,7 +45,7 @@ _PROBE = "Two red cups, left of a blue book: ½ é 漢字"
 """A text that different tokenizers most likely encode differently."""
 
 
-def check_cache(models: RunModels) -> Examples | None:
+def check_cache(models: RunModels) -> Examples[Source] | None:
     """The pictures that are to be encoded; None if `config.cache_dir` has a complete cache.
 
     No model is loaded. Raises UserError for a cache of other models or pictures, as far as the
@@ -72,7 +72,7 @@ def check_cache(models: RunModels) -> Examples | None:
     return opened
 
 
-def ready_cache(models: RunModels, notice: Notice, opened: Examples | None = None) -> Cache:
+def ready_cache(models: RunModels, notice: Notice, opened: Examples[Source] | None = None) -> Cache:
     """The cache in `config.cache_dir`, created or completed first if necessary.
 
     opened: the pictures, if they are open already (`check_cache`).
@@ -171,7 +171,7 @@ def _check_models(folder: Place, manifest: Manifest, made_with: dict[str, Any]) 
         )
 
 
-def _check_sources(folder: Path, begun: Manifest, source: Source) -> None:
+def _check_sources(folder: Place, begun: Manifest, source: Source) -> None:
     """Raises UserError unless a cache was begun with as many pictures: its shards are of the same
     source."""
     now = [len(part) for part in parts_of(source)]
@@ -241,7 +241,7 @@ def _digest(content: bytes) -> str:
 def _encode_all(
     models: RunModels,
     inputs: InputModels,
-    opened: Examples,
+    opened: Examples[Source],
     made_with: dict[str, Any],
     stamp: str,
     before: Manifest | None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
+from taca_jax.data.sources.source import Source
 from taca_jax.evaluation.shapes.base import check_pixels
 from taca_jax.formats.atomic import check_writable
 from taca_jax.nn.lora import adapted_paths
@@ -32,7 +33,7 @@ class CheckedRun:
     a cache has all of them."""
 
     models: RunModels
-    data: Examples | None
+    data: Examples[Source] | None
 
 
 def check_run(config: TrainConfig) -> CheckedRun:
@@ -95,7 +96,7 @@ def _check_targets(models: RunModels) -> None:
         adapted_paths(kernel_shapes(models.transformer), targets)
 
 
-def _checked_data(models: RunModels) -> Examples | None:
+def _checked_data(models: RunModels) -> Examples[Source] | None:
     if models.config.data.encode != "cache":
         return open_data(models)
     from taca_jax.training.cache_stage import check_cache  # slow to import, and needed only here

@@ -5,6 +5,7 @@ from dataclasses import replace
 from taca_jax.data.cache.reader import Cache, make_cached_loader
 from taca_jax.data.held_out import chosen, hold_out
 from taca_jax.data.loader import Loader, make_loader
+from taca_jax.data.sources.source import Source
 from taca_jax.parallel.batches import local_rows
 from taca_jax.training.announcing import say_data
 from taca_jax.training.cache_stage import ready_cache
@@ -12,10 +13,12 @@ from taca_jax.training.models import InputModels, RunModels
 from taca_jax.training.run_data import Examples, check_grids, open_data
 from taca_jax.training.signals import Notice
 
+AnyExamples = Examples[Source | Cache]
+
 
 def open_examples(
-    models: RunModels, inputs: InputModels | Cache, opened: Examples | None = None
-) -> tuple[Examples, Examples | None]:
+    models: RunModels, inputs: InputModels | Cache, opened: Examples[Source] | None = None
+) -> tuple[AnyExamples, AnyExamples | None]:
     """What the run trains on, and what is held out of that for validation, if anything is.
 
     opened: the pictures, if they are open already. Raises UserError as `open_data` does.
@@ -31,7 +34,7 @@ def open_examples(
 
 def open_validation(
     models: RunModels, inputs: InputModels | Cache, notice: Notice
-) -> Examples | None:
+) -> AnyExamples | None:
     """The examples of `validation.source`, if there is one; encoded first if the run trains from a
     cache, into a cache beside that one. Raises as `open_examples` and `ready_cache` do."""
     config = models.config
@@ -50,7 +53,7 @@ def open_validation(
 
 
 def open_loader(
-    models: RunModels, inputs: InputModels | Cache, examples: Examples | None = None
+    models: RunModels, inputs: InputModels | Cache, examples: AnyExamples | None = None
 ) -> Loader:
     """The loader of this process's part of each batch of `examples`: by default, of all that the
     run trains on. Raises UserError as `open_examples` does."""
@@ -73,8 +76,8 @@ def open_loader(
 
 
 def _open(
-    models: RunModels, inputs: InputModels | Cache, opened: Examples | None = None
-) -> Examples:
+    models: RunModels, inputs: InputModels | Cache, opened: Examples[Source] | None = None
+) -> AnyExamples:
     if not isinstance(inputs, Cache):
         return open_data(models) if opened is None else opened
     examples = Examples(inputs, inputs.buckets())

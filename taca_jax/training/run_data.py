@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from taca_jax.data.buckets import make_buckets
 from taca_jax.data.order import Bucket
@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 _LOOKED_AT = 4
 """Pictures of each source that are tried before a run begins."""
 
+From = TypeVar("From", bound="Source | Cache", covariant=True)
+
 
 @dataclass(frozen=True)
-class Examples:
+class Examples(Generic[From]):
     """Examples of an opened source, or of a cache, sorted into buckets."""
 
-    source: "Source | Cache"
+    source: From
     buckets: Sequence[Bucket]
 
 
-def open_data(models: RunModels) -> Examples:
+def open_data(models: RunModels) -> Examples[Source]:
     """The pictures that `config.data` names; no model is loaded, and no picture decoded.
 
     Raises UserError for sources that cannot be used, and for sizes of pictures that the model
@@ -44,7 +46,7 @@ def open_data(models: RunModels) -> Examples:
     return Examples(source, buckets)
 
 
-def first_captions(data: Examples) -> list[str]:
+def first_captions(data: Examples[Source]) -> list[str]:
     """Captions of the first picture of each source that can be read."""
     found = []
     for indices in data.buckets[0].parts:

@@ -13,7 +13,7 @@ from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.generate import TOKENS_TOGETHER
+from taca_jax.pipelines.batching import TOKENS_TOGETHER, filled_up
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.inputs import check_guidance
 from taca_jax.pipelines.pipeline import Embeds, Pipeline
@@ -117,7 +117,7 @@ def _drawn(
     most = _most_together(models)
     size = -(-len(prompts) // -(-len(prompts) // most))
     for start in range(0, len(prompts), size):
-        rows = [min(start + i, len(prompts) - 1) for i in range(size)]
+        rows = filled_up(range(start, min(start + size, len(prompts))), size)
         if text is None:
             chosen = pipeline.embeds([prompts[row] for row in rows], guidance=_guidance(models))
         else:

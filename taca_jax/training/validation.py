@@ -19,7 +19,7 @@ from taca_jax.parallel.batches import local_rows, put_rows
 from taca_jax.parallel.processes import most_of_all
 from taca_jax.taca import MAX_TIMESTEP
 from taca_jax.training.config import TrainConfig
-from taca_jax.training.inputs import Examples
+from taca_jax.training.inputs import AnyExamples
 from taca_jax.training.models import InputModels, RunModels
 from taca_jax.training.step import Batch, EncodedBatch, Frozen, Trainer, call_at, encoded_batch
 
@@ -48,7 +48,7 @@ class Validation:
     up to rounding. It has the first of a picture's captions, and the mean of its latents.
     """
 
-    def __init__(self, models: RunModels, inputs: InputModels | Cache, examples: Examples):
+    def __init__(self, models: RunModels, inputs: InputModels | Cache, examples: AnyExamples):
         """Raises UserError if none of the pictures can be read."""
         self._models = models
         self._batches = [
@@ -128,7 +128,7 @@ def _chunks(members: np.ndarray, models: RunModels) -> list[np.ndarray]:
 def _read(
     models: RunModels,
     inputs: InputModels | Cache,
-    examples: Examples,
+    examples: AnyExamples,
     size: tuple[int, int] | None,
     members: np.ndarray,
 ) -> _Rows:
@@ -153,7 +153,7 @@ def _read(
 
 
 def _example(
-    inputs: InputModels | Cache, examples: Examples, size: tuple[int, int] | None, index: int
+    inputs: InputModels | Cache, examples: AnyExamples, size: tuple[int, int] | None, index: int
 ) -> dict[str, np.ndarray]:
     if isinstance(examples.source, Cache):
         cached = examples.source[index]
