@@ -9,9 +9,11 @@ import pytest
 from taca_jax import presets
 from taca_jax.config.command_line import parse_cli
 from taca_jax.config.json_text import to_json
+from taca_jax.config.presets import RECORD
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.saved import saved_drawing
 from taca_jax.taca import TacaConfig
+from taca_jax.training import lora_files, record
 from taca_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,10 @@ def test_a_path_without_a_preset_is_refused(capsys, tmp_path, monkeypatch, parse
 SHAPES = training("shapes_taca")
 
 
+def test_a_runs_record_is_called_as_it_is_looked_for():
+    assert record.RECORD == RECORD
+
+
 def saved(folder: Path, config: object) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(to_json(config))
@@ -129,18 +135,16 @@ def test_a_saved_run_draws_with_what_it_made(capsys, tmp_path):
     no_lora = said(capsys, drawing, folder)
     assert "run/lora.safetensors is not there: the run has written no LoRA yet" in no_lora
 
-    (tmp_path / "run" / "loras").mkdir()
+    loras = tmp_path / "run" / lora_files.FOLDER
+    loras.mkdir()
     for step in (100, 200):
-        (tmp_path / f"run/loras/step-{step:06d}.safetensors").touch()
-    expected = GenerateConfig(
-        base="shapes_base",
-        lora=f"{folder}/loras/step-000200.safetensors",
-        taca=taca,
-        dtype="float32",
-    )
+        (loras / f"step-{step:06d}.safetensors").touch()
+    newest = str(loras / "step-000200.safetensors")
+    expected = GenerateConfig(base="shapes_base", lora=newest, taca=taca, dtype="float32")
     assert drawing(folder) == expected
-    (tmp_path / "run/lora.safetensors").touch()
-    expected = dataclasses.replace(expected, lora=f"{folder}/lora.safetensors", prompt="a cat")
+    last = tmp_path / "run" / lora_files.FILE
+    last.touch()
+    expected = dataclasses.replace(expected, lora=str(last), prompt="a cat")
     assert drawing(f"{folder}/config.json", "prompt=a cat") == expected
 
 
