@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import socket
+import sys
 import threading
 from dataclasses import replace
 from ipaddress import ip_address
@@ -24,20 +26,37 @@ def need_gradio() -> None:
 
 
 def serve(config: PageConfig) -> None:
-    """Serves the page until it is interrupted.
+    """Serves the page until it is interrupted, and then ends the program.
 
     Raises UserError for problems that the user can fix.
     """
     need_gradio()
     check_folder(config)
+    check_address(config)
     check_lora(config)  # before the model loads
     studio = open_studio(config)
     page = start(studio)
     print(f"the page is at {page.local_url}; Ctrl-C ends it", flush=True)
     if not _is_local(config.host):
         print("anyone who reaches this machine can draw: put a password before it", flush=True)
+    # Only now: Gradio gives up where its server does not answer at once, as beside a compilation.
     threading.Thread(target=warm_up, args=(studio,), daemon=True).start()
     page.block_thread()
+    studio.close()
+    sys.stdout.flush()
+    os._exit(0)  # a thread may be compiling, which nothing interrupts: Python would wait, or abort
+
+
+def check_address(config: PageConfig) -> None:
+    """Raises UserError where nothing can listen at the configured host and port."""
+    try:
+        with socket.create_server((config.host, config.port)):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"nothing can listen at {config.host}:{config.port} ({error.strerror}); give another "
+            "port= or host="
+        ) from None
 
 
 def open_studio(config: PageConfig) -> Studio:
@@ -55,7 +74,7 @@ def open_studio(config: PageConfig) -> Studio:
 
 
 def start(studio: Studio):
-    """The page, being served in another thread. Raises UserError where nothing can listen."""
+    """The page, being served in another thread."""
     from gradio.themes import Default
     from starlette.middleware import Middleware
 
@@ -64,29 +83,23 @@ def start(studio: Studio):
 
     config = studio.config
     page = build(studio)
-    try:
-        page.launch(
-            server_name=config.host,
-            server_port=config.port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            enable_monitoring=False,
-            run_history=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            state_session_capacity=1000,
-            app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
-            theme=Default(primary_hue="orange", neutral_hue="stone", font=FONT),
-            css=css(studio),
-        )
-    except OSError as error:
-        raise UserError(
-            f"nothing can listen at {config.host}:{config.port} ({error}); give another port= or "
-            "host="
-        ) from None
+    page.launch(
+        server_name=config.host,
+        server_port=config.port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        state_session_capacity=1000,
+        app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+        theme=Default(primary_hue="orange", neutral_hue="stone", font=FONT),
+        css=css(studio),
+    )
     return page
 
 

@@ -121,6 +121,10 @@ class Studio:
             paths.append(path)
         return paths
 
+    def close(self) -> None:
+        """Removes the files."""
+        self._folder.cleanup()
+
     def _folder_of(self, name: str) -> Path:
         return Path(self._folder.name) / name
 

@@ -1,6 +1,7 @@
 """What visitors of the page may ask for, and what is refused."""
 
 import asyncio
+import socket
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from taca_jax.errors import UserError
 from taca_jax.page.config import PageConfig
 from taca_jax.page.guard import CONTENT, MOST_BYTES, Guard
 from taca_jax.page.limits import NO_LORA, Asked, check_folder, offered, settings_of
-from taca_jax.page.serve import need_gradio
+from taca_jax.page.serve import check_address, need_gradio
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.taca import TacaConfig
 
@@ -190,6 +191,16 @@ def test_a_browser_is_told_to_ask_no_other_host():
     _, headers = answer("GET", "/", {})
     assert headers[b"content-security-policy"].decode() == CONTENT
     assert "http" not in CONTENT
+
+
+def test_an_address_in_use_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = PageConfig(port=taken.getsockname()[1])
+        with pytest.raises(UserError, match=r"nothing can listen at 127\.0\.0\.1:\d+ \(Address"):
+            check_address(config)
+    check_address(config)
+    with pytest.raises(UserError, match="nothing can listen at not a host"):
+        check_address(PageConfig(host="not a host"))
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch):
