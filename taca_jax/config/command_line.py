@@ -9,6 +9,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,11 @@ def _help(
 
 
 def _paragraph(heading: str, doc: str) -> list[str]:
-    whole = {"break_long_words": False, "break_on_hyphens": False}
+    wrap = partial(textwrap.wrap, width=_WIDTH, break_long_words=False, break_on_hyphens=False)
+    indent = " " * 8
     return [
-        *textwrap.wrap(heading, _WIDTH, subsequent_indent="    ", **whole),
-        *textwrap.wrap(
-            inspect.cleandoc(doc),
-            _WIDTH,
-            initial_indent=" " * 8,
-            subsequent_indent=" " * 8,
-            **whole,
-        ),
+        *wrap(heading, subsequent_indent="    "),
+        *wrap(inspect.cleandoc(doc), initial_indent=indent, subsequent_indent=indent),
     ]
 
 

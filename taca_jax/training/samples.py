@@ -12,8 +12,8 @@ from taca_jax.data.cache.reader import Cache
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.batching import TOKENS_TOGETHER, filled_up
+from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.inputs import check_guidance
 from taca_jax.pipelines.pipeline import Embeds, Pipeline

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from taca_jax.data.cache.writer import Caption
 from taca_jax.errors import UserError
 from taca_jax.formats.tensor_files import open_tensors, write_tensors
-from taca_jax.storage.places import Place
+from taca_jax.storage.fetching import fetch
+from taca_jax.storage.places import Place, in_bucket, stats
 
 PROMPTS = "prompts.safetensors"
 """The file, in the cache's folder; a cache that was made without such prompts has none."""
@@ -28,9 +30,10 @@ def write_prompts(folder: Place, prompts: Mapping[str, Caption]) -> None:
 def read_prompts(folder: Place) -> dict[str, Caption]:
     """The prompts that a cache has. Raises UserError for a damaged file."""
     file = folder / PROMPTS
-    if not file.is_file():
+    if (found := stats([file])[0]) is None:
         return {}
-    tensors = open_tensors(file)
+    copy = fetch(folder, {PROMPTS: found}) / PROMPTS if in_bucket(folder) else file
+    tensors = open_tensors(Path(copy))
     try:
         texts = json.loads(tensors.metadata[_TEXTS])
         txt, pooled = tensors.read("txt"), tensors.read("pooled")
