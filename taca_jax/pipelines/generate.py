@@ -9,7 +9,6 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.mesh import MeshConfig, make_mesh
@@ -93,11 +92,11 @@ def _generate(config: GenerateConfig) -> list[Place]:
         if config.compare:
             continue
         for picture, (image,) in rows if is_first() else ():
-            write_picture(place(picture.out), image, to_tree(picture))
+            write_picture(place(picture.out), image, described(picture))
         rows = []
     if config.compare:
         if is_first():
-            write_picture(place(config.out), _grid(rows, variants), to_tree(config))
+            write_picture(place(config.out), _grid(rows, variants), described(config))
         return [place(config.out)]
     return [place(picture.out) for picture in pictures]
 

@@ -21,7 +21,7 @@ from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import RunModels, open_models
 from taca_jax.training.record import check_record
 from taca_jax.training.run_data import Examples, first_captions, open_data
-from taca_jax.training.samples import check_samples
+from taca_jax.training.sample_options import check_samples
 from taca_jax.training.wandb_log import check_wandb
 from taca_jax.weights.hub_headers import headers_alone
 from taca_jax.weights.lora_files import kernel_shapes

@@ -48,7 +48,7 @@ class RunLog:
         """wandb: where everything is logged as well; it ends with this log."""
         self.console = Console(stderr=True)
         self._mirror = Mirror(run_dir)
-        self._uploaded = time.perf_counter()
+        self._uploaded = time.monotonic()
         folder = self._mirror.folder
         self._jsonl = folder / "metrics.jsonl"
         self._mirror.fetch(self._jsonl.name)
@@ -124,8 +124,8 @@ class RunLog:
                 left = "compiled first"
             line = f"step {step}/{self._steps}  {numbers}  {left}"
             self.console.print(line, soft_wrap=True)
-        if now - self._uploaded >= UPLOAD_SECONDS:
-            self._uploaded = now
+        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self._uploaded = time.monotonic()
             self._mirror.upload()
 
     def write_first(self, metrics: Mapping[str, float]) -> None:

@@ -9,37 +9,19 @@ from PIL import Image
 
 from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.data.cache.reader import Cache
-from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
 from taca_jax.pipelines.batching import TOKENS_TOGETHER, filled_up
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.grids import caption_grid
-from taca_jax.pipelines.inputs import check_guidance
 from taca_jax.pipelines.pipeline import Embeds, Pipeline
 from taca_jax.taca import TacaConfig, describe_gamma
 from taca_jax.training.log import RunLog
 from taca_jax.training.models import InputModels, RunModels, TextToImage
+from taca_jax.training.sample_options import sample_guidance, sample_size
 
 FOLDER = "samples"
 """In a run's folder: a picture for each step at which samples are drawn."""
-
-
-def check_samples(models: RunModels) -> None:
-    """Raises UserError for samples that cannot be drawn: their size, their guidance."""
-    config = models.config
-    if not config.sample_every:
-        return
-    height, width = _size(models)
-    multiple = models.multiple
-    for name, side in {"sample_height": height, "sample_width": width}.items():
-        if side % multiple:
-            raise UserError(f"{name} is {side}; this model draws multiples of {multiple} pixels")
-    try:
-        models.family.check_grid(models.transformer, height // multiple, width // multiple)
-    except UserError as error:
-        raise UserError(f"samples of {height} x {width} pixels: {error}") from None
-    check_guidance(_guidance(models))
 
 
 class Samples:
@@ -112,14 +94,16 @@ def _drawn(
 ) -> Iterator[Image.Image]:
     """A picture of each prompt, in batches of one size; the last one is filled up."""
     config = models.config
-    height, width = _size(models)
+    height, width = sample_size(models)
     prompts = config.sample_prompts
     most = _most_together(models)
     size = -(-len(prompts) // -(-len(prompts) // most))
     for start in range(0, len(prompts), size):
         rows = filled_up(range(start, min(start + size, len(prompts))), size)
         if text is None:
-            chosen = pipeline.embeds([prompts[row] for row in rows], guidance=_guidance(models))
+            chosen = pipeline.embeds(
+                [prompts[row] for row in rows], guidance=sample_guidance(models)
+            )
         else:
             chosen = _rows_of(text, rows)
         pictures = pipeline(
@@ -127,7 +111,7 @@ def _drawn(
             height=height,
             width=width,
             steps=config.sample_steps,
-            guidance=_guidance(models),
+            guidance=sample_guidance(models),
             seed=[config.seed + row for row in rows],
             taca=column.taca,
             lora_strength=column.lora_strength,
@@ -145,7 +129,7 @@ def _stored_text(models: RunModels, cache: Cache) -> Embeds:
         prompt_embeds=jnp.stack([each["txt"] for each in found]),
         pooled_prompt_embeds=jnp.stack([each["pooled"] for each in found]),
     )
-    if _guidance(models) > 1 and not models.family.embeds_guidance(models.transformer):
+    if sample_guidance(models) > 1 and not models.family.embeds_guidance(models.transformer):
         repeat = (len(prompts), 1)
         text["negative_prompt_embeds"] = jnp.tile(cache.empty["txt"], (*repeat, 1))
         text["negative_pooled_prompt_embeds"] = jnp.tile(cache.empty["pooled"], repeat)
@@ -162,18 +146,7 @@ def _rows_of(text: Embeds, rows: Sequence[int]) -> Embeds:
 
 def _most_together(models: RunModels) -> int:
     """How many pictures are drawn at a time, at most."""
-    height, width = _size(models)
+    height, width = sample_size(models)
     tokens = (height // models.multiple) * (width // models.multiple)
     devices = 1 if models.mesh is None else models.mesh.size
     return devices * max(1, TOKENS_TOGETHER // max(1, tokens))
-
-
-def _size(models: RunModels) -> tuple[int, int]:
-    config = models.config
-    side = config.data.resolution
-    return config.sample_height or side, config.sample_width or side
-
-
-def _guidance(models: RunModels) -> float:
-    given = models.config.sample_guidance
-    return models.stored.settings.guidance if given is None else given

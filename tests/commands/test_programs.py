@@ -9,7 +9,13 @@ from taca_jax.__main__ import main
 from taca_jax.commands import PROGRAMS
 from tests.processes import run_python
 
-FIRST_WORDS = {"train": "--config NAME", "generate": "--config NAME", "convert": "", "eval": ""}
+FIRST_WORDS = {
+    "train": "--config NAME",
+    "generate": "--config NAME",
+    "page": "[--config NAME]",
+    "convert": "",
+    "eval": "",
+}
 
 
 def help_of(capsys, run, *arguments, **options) -> str:

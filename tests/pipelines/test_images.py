@@ -146,7 +146,7 @@ def test_an_image_that_cannot_be_read_is_refused_before_anything_loads(tmp_path,
     pipeline.autoencoder = None
     pipeline.save(tmp_path / "base")
     size = {"base": str(tmp_path / "base"), "height": 64, "width": 64}
-    with pytest.raises(UserError, match="base has no autoencoder, which image= needs"):
+    with pytest.raises(UserError, match="base has no autoencoder, which pictures are made with"):
         generate(config(tmp_path / "x.png", tmp_path / "text.png", **size, **changes))
 
 
