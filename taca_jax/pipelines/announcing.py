@@ -2,7 +2,6 @@
 
 from dataclasses import fields, replace
 from math import prod
-from pathlib import Path
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +14,7 @@ from taca_jax.pipelines.batching import with_model_values
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options
+from taca_jax.storage.places import place
 from taca_jax.telling.start import devices_and_mesh, listed, number, say_fact, size
 from taca_jax.weights.abstract import abstract_on_mesh, local_bytes
 from taca_jax.weights.loading import LoadOptions
@@ -71,7 +71,7 @@ def say_drawing(config: GenerateConfig) -> None:
     say_fact(
         "draws",
         f"{pictures}{batches} of {config.width} x {config.height} px, {config.steps} steps, "
-        f"guidance {config.guidance:g}, seed {config.seed}, into {Path(config.out)}",
+        f"guidance {config.guidance:g}, seed {config.seed}, into {place(config.out)}",
     )
 
 

@@ -64,15 +64,24 @@ def most_together(config: GenerateConfig, stored: StoredPipeline, devices: int) 
     """How many pictures of a configuration's size are drawn at a time, if there are as many."""
     if config.batch_size is not None:
         return config.batch_size
-    tokens = tokens_in(stored, config.height, config.width)
-    return devices * max(1, TOKENS_TOGETHER // tokens)
+    return most_of_tokens(tokens_in(stored, config.height, config.width), devices)
+
+
+def most_of_tokens(tokens: int, devices: int) -> int:
+    """How many pictures of so many image tokens are drawn at a time, at most."""
+    return devices * max(1, TOKENS_TOGETHER // max(1, tokens))
+
+
+def even_size(count: int, most: int) -> int:
+    """The size of the batches of `count` pictures, which is the same for all: at most `most`."""
+    batches = -(-count // most)
+    return -(-count // batches)
 
 
 def batch_size(config: GenerateConfig, stored: StoredPipeline, devices: int) -> int:
     """How many of a command's pictures are drawn at a time: of several batches, all have this
     size."""
-    batches = -(-config.num_images // most_together(config, stored, devices))
-    return -(-config.num_images // batches)
+    return even_size(config.num_images, most_together(config, stored, devices))
 
 
 def batches_of(
@@ -95,6 +104,13 @@ def batches_of(
             some = members[start : start + size]
             found[some[0]] = Batch(tuple(pictures[i] for i in some), size)
     return [found[first] for first in sorted(found)]
+
+
+def rows_of(text: Embeds, rows: Sequence[int]) -> Embeds:
+    """The embeddings of these prompts of several, in this order."""
+    chosen = jnp.asarray(rows)
+    found = cast(Mapping[str, Any], text)
+    return cast(Embeds, {name: array[chosen] for name, array in found.items()})
 
 
 def filled_up(items: Sequence[Item], size: int) -> list[Item]:
@@ -209,9 +225,8 @@ class _Reader:
         key = (tuple(several), batch.pictures[0].guidance, batch.size)
         if self.found is None or self.key != key:
             self.key, self.found = key, self._read(several, batch)
-        rows = jnp.asarray([several.index(pair) for pair in filled_up(pairs, batch.size)])
-        found = cast(Mapping[str, Any], self.found)
-        return cast(Embeds, {name: array[rows] for name, array in found.items()})
+        rows = [several.index(pair) for pair in filled_up(pairs, batch.size)]
+        return rows_of(self.found, rows)
 
     def _read(self, several: list[tuple[str, str | None]], batch: Batch) -> Embeds:
         if len(several) > 1:  # then as many as the next batch has, for the same compiled program

@@ -5,8 +5,9 @@ however large the model is. Each check is the one that would fail later.
 """
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 
@@ -27,35 +28,59 @@ from taca_jax.storage.places import Place, in_bucket, place, reach
 from taca_jax.weights.hub_headers import headers_alone
 from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
 
+Found = TypeVar("Found")
 
-def check_drawing(config: GenerateConfig, lines: Lines | None = None) -> StoredPipeline:
-    """The pipeline that `generate.py` is to draw with, opened and not loaded.
 
-    lines: of the list of prompts, if it is to draw one. Raises UserError for all that needs no
-    weights to be found: an `out` that cannot be written, images to start from that cannot be read,
-    and what `check_sampling` finds, of previews and tiles too.
+def check_drawing(config: GenerateConfig) -> StoredPipeline:
+    """The pipeline that `generate.py` is to draw a prompt with, opened and not loaded.
+
+    Raises UserError for all that needs no weights to be found: an `out` that cannot be written, an
+    image to start from that cannot be read, and what `check_sampling` finds, of previews and tiles
+    too.
     """
-    if lines is None and not config.prompt:
+    if not config.prompt:
         raise UserError('prompt is empty; say what to draw: prompt="a red circle"')
+
+    def pictures(stored: StoredPipeline) -> list[GenerateConfig]:
+        return [with_model_values(config, stored.settings)]
+
+    stored, _ = _checked(config, [config.prompt], pictures, jax.devices, is_folder=False)
+    return stored
+
+
+def check_list(config: GenerateConfig, lines: Lines) -> tuple[StoredPipeline, list[GenerateConfig]]:
+    """The same for a list of prompts, which each process draws a share of; and its pictures.
+
+    Raises UserError as `check_drawing` and `pictures_of` do.
+    """
+    pictures = partial(pictures_of, config, lines)
+    is_folder = not config.out.endswith(".png")
+    return _checked(config, [], pictures, jax.local_devices, is_folder=is_folder)
+
+
+def _checked(
+    config: GenerateConfig,
+    prompts: list[str],
+    pictures: Callable[[StoredPipeline], list[GenerateConfig]],
+    devices: Callable[[], Sequence[Any]],
+    *,
+    is_folder: bool,
+) -> tuple[StoredPipeline, list[GenerateConfig]]:
     if is_first():
-        is_folder = lines is not None and not config.out.endswith(".png")
         _check_out(place(config.out), is_folder=is_folder)
-    prompts = [] if lines is not None else [config.prompt]
     if config.negative_prompt is not None:
-        prompts.append(config.negative_prompt)
+        prompts = [*prompts, config.negative_prompt]
     if config.preview not in (None, OWN):
         open_previewer(config.preview)  # a path that is wrong, before a base is fetched
-    check_lora(config)
-    with headers_alone(config.base) as base:
-        stored = open_pipeline(base, config.tokenizers)
+
+    def check(stored: StoredPipeline) -> list[GenerateConfig]:
         _check_pictures(config, stored)
-        devices = jax.devices() if lines is None else jax.local_devices()
-        check_sampling(config, stored, prompts, devices)
-        if lines is None:
-            _check_images([with_model_values(config, stored.settings)])
-        else:
-            _check_images(pictures_of(config, lines, stored))
-    return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
+        check_sampling(config, stored, prompts, devices())
+        found = pictures(stored)
+        _check_images(found)
+        return found
+
+    return _opened(config, check)
 
 
 def check_evaluation(config: SamplingConfig, prompts: Sequence[str] = ()) -> StoredPipeline:
@@ -64,11 +89,24 @@ def check_evaluation(config: SamplingConfig, prompts: Sequence[str] = ()) -> Sto
 
     Raises UserError as `check_sampling` does.
     """
+    stored, _ = _opened(
+        config, lambda stored: check_sampling(config, stored, prompts, jax.local_devices())
+    )
+    return stored
+
+
+def _opened(
+    config: SamplingConfig, check: Callable[[StoredPipeline], Found]
+) -> tuple[StoredPipeline, Found]:
+    """The configured pipeline and what `check` returns of it, which sees a model of the hub by its
+    headers, before its weights are fetched."""
     check_lora(config)
     with headers_alone(config.base) as base:
         stored = open_pipeline(base, config.tokenizers)
-        check_sampling(config, stored, prompts, jax.local_devices())
-    return stored if base == config.base else open_pipeline(config.base, config.tokenizers)
+        found = check(stored)
+    if base != config.base:
+        stored = open_pipeline(config.base, config.tokenizers)
+    return stored, found
 
 
 def check_sampling(

@@ -33,7 +33,7 @@ from taca_jax.pipelines.batching import (
     most_together,
     strength_of,
 )
-from taca_jax.pipelines.checks import check_drawing
+from taca_jax.pipelines.checks import check_drawing, check_list
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig, Variant
 from taca_jax.pipelines.grids import caption_grid, enlarged
 from taca_jax.pipelines.loras import used_loras
@@ -41,8 +41,7 @@ from taca_jax.pipelines.opening import samples_of
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.previews import OWN, Preview
 from taca_jax.pipelines.prompt_files import read_prompts
-from taca_jax.pipelines.prompt_lists import pictures_of
-from taca_jax.pipelines.writing import described, missing, write_picture
+from taca_jax.pipelines.writing import described, missing, named_in, write_picture
 from taca_jax.storage.places import Place, place
 from taca_jax.taca import TacaConfig, describe_gamma, describe_steps
 from taca_jax.telling.start import say_fact, wrapped
@@ -109,8 +108,7 @@ def _generate_list(config: GenerateConfig) -> list[Place]:
     that on the same devices a picture has the same bytes however often the command is stopped.
     """
     lines = read_prompts(config)
-    stored = check_drawing(config, lines)
-    pictures = pictures_of(config, lines, stored)
+    stored, pictures = check_list(config, lines)
     devices = jax.local_devices()
     batches = batches_of(pictures, lambda each: most_together(each, stored, len(devices)))
     absent = {picture.out for picture in missing(pictures)}
@@ -256,10 +254,9 @@ def load_pipeline(
 
 def preview_path(config: GenerateConfig, variant: Variant) -> Place:
     """The file of previews, in a comparison one for each column; each one overwrites the last."""
-    out = place(config.out)
     columns = {"plain": "-plain", "TACA + LoRA": "-taca-lora"}
     name = f"preview{columns.get(variant.name, '-taca') if config.compare else ''}.png"
-    return out.with_name(f"{out.stem}-{name}") if out.suffix == ".png" else out / name
+    return named_in(config.out, name)
 
 
 def _prepare_previews(

@@ -10,7 +10,8 @@ from taca_jax.pipelines.inputs import check_negative
 from taca_jax.pipelines.opening import tokens_in
 from taca_jax.pipelines.prompt_files import where
 from taca_jax.pipelines.text import load_tokenizers
-from taca_jax.storage.places import Place, place
+from taca_jax.pipelines.writing import named_in
+from taca_jax.storage.places import Place
 from taca_jax.weights.pipeline_folders import StoredPipeline
 
 Lines = Mapping[int, GenerateConfig]
@@ -31,7 +32,7 @@ def pictures_of(
     pictures = []
     for number, line in lines.items():
         line = with_model_values(line, stored.settings)
-        assert line.height is not None  # it is settled
+        assert line.height is not None  # the model has one
         assert line.width is not None
         assert line.guidance is not None
         try:
@@ -50,5 +51,4 @@ def pictures_of(
 
 def picture_file(config: GenerateConfig, number: int, picture: int) -> Place:
     """The file of a line's picture; it depends on nothing but their numbers and `config.out`."""
-    out, name = place(config.out), f"{number:05d}-{picture:03d}.png"
-    return out.with_name(f"{out.stem}-{name}") if out.suffix == ".png" else out / name
+    return named_in(config.out, f"{number:05d}-{picture:03d}.png")

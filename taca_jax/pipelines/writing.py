@@ -55,6 +55,12 @@ def write_picture(
     print(f"wrote {path}{times}{counted}")
 
 
+def named_in(out: str, name: str) -> Place:
+    """The file of that name in a command's `out`: in the folder, or as NAME-name of NAME.png."""
+    path = place(out)
+    return path.with_name(f"{path.stem}-{name}") if path.suffix == ".png" else path / name
+
+
 def difference_in(path: Place, picture: GenerateConfig) -> str | None:
     """How the settings in an existing file differ from those of a picture; None if they agree."""
     try:

@@ -19,9 +19,7 @@ from taca_jax.parallel.processes import all_of, is_first, wait_for_all
 from taca_jax.storage.places import Place, in_bucket
 from taca_jax.storage.writing import move, remove
 from taca_jax.training.step import TrainState
-
-FOLDER = "checkpoints"
-"""In a run's folder."""
+from taca_jax.weights.run_folders import CHECKPOINTS
 
 _OVERHEAD_BYTES = 2**20  # names, shapes and indices beside the arrays
 
@@ -41,7 +39,7 @@ class Checkpoints:
     def __init__(self, run_dir: Place, *, keep: int, frozen: nnx.State):
         self._quantized = quantized_parts(frozen)
         self._frozen = sum_of(frozen)
-        folder = run_dir / FOLDER
+        folder = run_dir / CHECKPOINTS
         self._dir = folder if in_bucket(folder) else folder.absolute()
         self._manager = _Manager(
             self._dir,
@@ -220,7 +218,7 @@ def _reason(error: Exception) -> str:
 
 def newest_step(run_dir: Place) -> int:
     """The step of a run's newest checkpoint, by names alone; 0 without any."""
-    folder = run_dir / FOLDER
+    folder = run_dir / CHECKPOINTS
     if in_bucket(folder):  # where a folder is there before it is whole
         found = [marker.parent for marker in folder.glob("*/commit_success.txt")]
     else:

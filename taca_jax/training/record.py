@@ -8,13 +8,11 @@ import jax.numpy as jnp
 
 from taca_jax.config.fields import difference, show
 from taca_jax.config.json_text import from_json, to_json
+from taca_jax.config.presets import RECORD
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import print_once
 from taca_jax.training.config import TrainConfig
-
-RECORD = "config.json"
-"""The file's name."""
 
 MAY_CHANGE = (
     # How far it goes, and at which learning rates from here on.

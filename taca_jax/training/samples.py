@@ -1,7 +1,7 @@
 """Samples while training: the same prompts and noise each time, plain and as trained so far, in one
 picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.data.cache.reader import Cache
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import is_first
-from taca_jax.pipelines.batching import TOKENS_TOGETHER, filled_up
+from taca_jax.pipelines.batching import even_size, filled_up, most_of_tokens, rows_of
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Embeds, Pipeline
@@ -96,8 +96,9 @@ def _drawn(
     config = models.config
     height, width = sample_size(models)
     prompts = config.sample_prompts
-    most = _most_together(models)
-    size = -(-len(prompts) // -(-len(prompts) // most))
+    tokens = (height // models.multiple) * (width // models.multiple)
+    devices = 1 if models.mesh is None else models.mesh.size
+    size = even_size(len(prompts), most_of_tokens(tokens, devices))
     for start in range(0, len(prompts), size):
         rows = filled_up(range(start, min(start + size, len(prompts))), size)
         if text is None:
@@ -105,7 +106,7 @@ def _drawn(
                 [prompts[row] for row in rows], guidance=sample_guidance(models)
             )
         else:
-            chosen = _rows_of(text, rows)
+            chosen = rows_of(text, rows)
         pictures = pipeline(
             **chosen,
             height=height,
@@ -134,19 +135,3 @@ def _stored_text(models: RunModels, cache: Cache) -> Embeds:
         text["negative_prompt_embeds"] = jnp.tile(cache.empty["txt"], (*repeat, 1))
         text["negative_pooled_prompt_embeds"] = jnp.tile(cache.empty["pooled"], repeat)
     return text
-
-
-def _rows_of(text: Embeds, rows: Sequence[int]) -> Embeds:
-    chosen = jnp.asarray(rows)
-    found = text.copy()
-    for name, array in text.items():
-        found[name] = jnp.asarray(array)[chosen]
-    return found
-
-
-def _most_together(models: RunModels) -> int:
-    """How many pictures are drawn at a time, at most."""
-    height, width = sample_size(models)
-    tokens = (height // models.multiple) * (width // models.multiple)
-    devices = 1 if models.mesh is None else models.mesh.size
-    return devices * max(1, TOKENS_TOGETHER // max(1, tokens))

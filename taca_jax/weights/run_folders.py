@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from taca_jax.config.presets import RECORD
 from taca_jax.errors import UserError
 
-CHECKPOINTS, RECORD = "checkpoints", "config.json"
-"""In a run's folder: its checkpoints, each in a folder named by its step, and its configuration."""
+CHECKPOINTS = "checkpoints"
+"""In a run's folder: its checkpoints, each in a folder named by its step."""
 
 
 def is_run(folder: Path) -> bool:

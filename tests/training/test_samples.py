@@ -8,7 +8,7 @@ from PIL import Image
 
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
-from taca_jax.pipelines import grids
+from taca_jax.pipelines import batching, grids
 from taca_jax.sampling import loop
 from taca_jax.training import samples as samples_module
 from taca_jax.training.models import RunModels
@@ -80,7 +80,7 @@ def test_a_style_is_drawn_beside_the_plain_base(base, tmp_path, drawn):
 def test_samples_have_their_own_size_and_come_in_batches(base, tmp_path, drawn, monkeypatch):
     tall = {"sample_height": 48, "sample_width": 32, "steps": 1, "sample_every": 1}
     train(config_for(base, tmp_path / "together", **tall))
-    monkeypatch.setattr(samples_module, "TOKENS_TOGETHER", 2 * 12 * 8)
+    monkeypatch.setattr(batching, "TOKENS_TOGETHER", 2 * 12 * 8)
     train(config_for(base, tmp_path / "batches", **tall))
     together, _, batches, _ = (pictures for pictures, _, _ in drawn)
     assert together[0].shape == (48, 32, 3)
