@@ -146,6 +146,19 @@ class RunLog:
             then, step = self._last
             self._last = (then + time.perf_counter() - begun, step)
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """A context in which the bar says `what` in place of a step's numbers. Off a terminal a line
+        says it."""
+        if not self.console.is_terminal:
+            self.say(f"{what} ...")
+        numbers = self._progress.tasks[self._task].fields["numbers"]
+        self._progress.update(self._task, numbers=what)
+        try:
+            yield
+        finally:
+            self._progress.update(self._task, numbers=numbers)
+
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, uint8 HWC, to TensorBoard."""
         self._board.add_image(name, picture, step, dataformats="HWC")
@@ -172,6 +185,11 @@ class RunLog:
                 continue  # a line cut off by a kill
         with whole_file(self._jsonl) as file:
             file.write_text("".join(line + "\n" for line in kept))
+
+
+def after(step: int) -> str:
+    """When something was measured or drawn, in words."""
+    return f"after step {step}" if step else "before the first step"
 
 
 def device_memory() -> dict[str, float]:

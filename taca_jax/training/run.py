@@ -36,7 +36,7 @@ from taca_jax.training.checks import CheckedRun, check_run
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.health import Health, Step
 from taca_jax.training.inputs import open_examples, open_loader, open_validation
-from taca_jax.training.log import RunLog
+from taca_jax.training.log import RunLog, after
 from taca_jax.training.lora_files import write_final, write_step
 from taca_jax.training.models import (
     InputModels,
@@ -180,13 +180,14 @@ def _loop(
         found = {}
         with nullcontext() if log is None else log.aside():
             if validation is not None and validation.due(number):
-                loss = validation.loss(trainer, state.best)
+                with nullcontext() if log is None else log.doing("validating"):
+                    loss = validation.loss(trainer, state.best)
                 found = {LOSS: jnp.float32(loss)}
                 if log is not None:
-                    when = f"after step {number}" if number else "before the first step"
-                    log.say(f"validation loss {loss:.4f} {when}")
+                    log.say(f"validation loss {loss:.4f} {after(number)}")
             if samples is not None and number % config.sample_every == 0:
-                samples.draw(trainer.merge(state.best), number, log)
+                with nullcontext() if log is None else log.doing("drawing samples"):
+                    samples.draw(trainer.merge(state.best), number, log)
         return found
 
     with notice.steps(), nullcontext() if log is None else log:

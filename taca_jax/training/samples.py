@@ -16,7 +16,7 @@ from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.grids import caption_grid
 from taca_jax.pipelines.pipeline import Embeds, Pipeline
 from taca_jax.taca import TacaConfig, describe_gamma
-from taca_jax.training.log import RunLog
+from taca_jax.training.log import RunLog, after
 from taca_jax.training.models import InputModels, RunModels, TextToImage
 from taca_jax.training.sample_options import sample_guidance, sample_size
 
@@ -59,9 +59,11 @@ class Samples:
             columns=len(columns) if len(columns) > 1 else None,
             headings=[column.name for column in columns] if len(columns) > 1 else (),
         )
-        with whole_file(config.run_dir / FOLDER / f"{step:07d}.png") as file:
+        path = config.run_dir / FOLDER / f"{step:07d}.png"
+        with whole_file(path) as file:
             grid.save(file, format="PNG")
         if log is not None:
+            log.say(f"samples {after(step)}: {path}")
             log.image(step, FOLDER, np.asarray(grid))
 
     def _column(self, pipeline: Pipeline, column: Variant) -> list[Image.Image]:

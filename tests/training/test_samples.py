@@ -48,12 +48,18 @@ def distance(one, other):
     return np.abs(one - other).max()
 
 
-def test_plain_and_trained_stand_side_by_side_also_before_the_first_step(base, tmp_path, drawn):
+def test_plain_and_trained_stand_side_by_side_also_before_the_first_step(
+    base, tmp_path, drawn, capsys
+):
     before = loop._denoise._cache_size()
     train(config_for(base, tmp_path))
     assert loop._denoise._cache_size() == before + 1  # one program for all columns and steps
     files = sorted(file.name for file in (tmp_path / "samples").iterdir())
     assert files == ["0000000.png", "0000002.png", "0000004.png"]
+    said = capsys.readouterr().err
+    assert "drawing samples ..." in said
+    assert f"samples before the first step: {tmp_path / 'samples' / files[0]}" in said
+    assert f"samples after step 4: {tmp_path / 'samples' / files[2]}" in said
     with Image.open(tmp_path / "samples" / files[0]) as grid:
         assert grid.width > 3 * 520
     for pictures, captions, headings in drawn:
