@@ -148,8 +148,8 @@ class RunLog:
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """A context in which the bar says `what` in place of a step's numbers. Off a terminal a line
-        says it."""
+        """A context in which the bar says `what` in place of a step's numbers. Off a terminal, a
+        line does."""
         if not self.console.is_terminal:
             self.say(f"{what} ...")
         numbers = self._progress.tasks[self._task].fields["numbers"]
