@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from taca_jax.parallel.processes import first_says, is_first
+from taca_jax.telling.bars import SPEED_SECONDS
 
 
 @contextmanager
@@ -34,6 +35,11 @@ def step_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
+    with Progress(
+        *columns,
+        console=console,
+        transient=console.is_terminal,
+        speed_estimate_period=SPEED_SECONDS,
+    ) as bar:
         task = bar.add_task("steps", total=steps)
         yield lambda: bar.advance(task)

@@ -25,6 +25,10 @@ SAID_FROM_SECONDS = 2.0
 LINE_SECONDS = 30.0
 """Off a terminal, a line on what is under way at most this often."""
 
+SPEED_SECONDS = 1800.0
+"""The time that is left is estimated from the progress of so long. Rich's own 30 s would show none
+where a single step takes longer."""
+
 Unit = Literal["bytes", "items"]
 T = TypeVar("T")
 
@@ -49,7 +53,12 @@ def bar(what: str, total: int, unit: Unit = "items") -> Iterator[Callable[[int],
         TimeRemainingColumn(),
     )
     progress = Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, expand=True
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        expand=True,
+        speed_estimate_period=SPEED_SECONDS,
     )
     lines = _Lines(what, total, unit, console)
     with progress:

@@ -16,6 +16,7 @@ from taca_jax.errors import StoppedError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.storage.places import Place
 from taca_jax.storage.writing import Mirror
+from taca_jax.telling.bars import SPEED_SECONDS
 from taca_jax.training.wandb_log import WandbRun
 
 PLAIN_LINE_SECONDS = 15.0
@@ -69,6 +70,7 @@ class RunLog:
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
+            speed_estimate_period=SPEED_SECONDS,
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
         self._start = start
@@ -111,7 +113,7 @@ class RunLog:
         self._record(step, record)
         numbers = (
             f"loss {metrics['loss']:.4f}  {seconds:.3f} s/step  "
-            f"{record['samples_per_second']:.1f} samples/s"
+            f"{_rate(record['samples_per_second'])} samples/s"
         )
         if self._peak_flops is not None:
             numbers += f"  {record['model_flops_utilisation']:.0%} of peak"
@@ -185,6 +187,10 @@ class RunLog:
                 continue  # a line cut off by a kill
         with whole_file(self._jsonl) as file:
             file.write_text("".join(line + "\n" for line in kept))
+
+
+def _rate(number: float) -> str:
+    return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
 def after(step: int) -> str:

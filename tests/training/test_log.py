@@ -147,3 +147,14 @@ def test_a_run_that_fails_closes_its_files(tmp_path):
     with pytest.raises(FailedError):
         fail()
     assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_the_time_left_is_there_though_a_step_takes_minutes(tmp_path, monkeypatch):
+    now = [0.0]
+    with RunLog(tmp_path, start=0, steps=10, samples_per_step=8) as log:
+        monkeypatch.setattr(log._progress, "get_time", lambda: now[0])
+        for step in (1, 2, 3):
+            now[0] += 240.0
+            log.write(step, {"loss": 1.0})
+        (task,) = log._progress.tasks
+        assert task.time_remaining == pytest.approx(7 * 240, rel=0.01)
