@@ -42,7 +42,7 @@ def fetch(folder: "epath.Path", files: Mapping[str, Stat]) -> Path:
     refuses.
     """
     copy = copy_of(folder)
-    absent = {name: stat for name, stat in files.items() if not _is_copy(copy / name, stat)}
+    absent = {name: stat for name, stat in files.items() if not is_copy(copy / name, stat)}
     if not absent:
         return copy
     size = sum(stat.size for stat in absent.values())
@@ -68,7 +68,7 @@ def fetch(folder: "epath.Path", files: Mapping[str, Stat]) -> Path:
     return copy
 
 
-def _is_copy(file: Path, stat: Stat) -> bool:
+def is_copy(file: Path, stat: Stat) -> bool:
     try:
         found = file.stat()
     except OSError:

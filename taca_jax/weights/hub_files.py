@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from taca_jax.autoencoders.tiny_vae_layout import NETS
+from taca_jax.autoencoders.tiny_vae_layout import NETS, pair_of
 from taca_jax.errors import UserError
 from taca_jax.families.registry import families
 from taca_jax.formats.weight_sets import WeightSet, weight_sets
@@ -41,9 +41,12 @@ def pipeline_files(found: HubId, names: Sequence[str]) -> Selection:
 
 
 def model_files(found: HubId, names: Sequence[str]) -> Selection:
-    """A model's config, weights and tokenizer, or the two files of a tiny autoencoder."""
+    """A model's config, weights and tokenizer, or the two files of a tiny autoencoder, which may be
+    named by their beginning."""
     if found.inside in names:
         return Selection((found.inside,), found.inside)
+    if {*pair_of(found.inside)} <= {*names}:
+        return Selection(pair_of(found.inside), found.inside)
     inside = names_in(found, names, found.inside)
     pair = [name for net in NETS for name in inside if name.endswith(f"_{net}.safetensors")]
     if len(pair) == 2 and "/" not in pair[0]:

@@ -32,7 +32,6 @@ from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import load_pipeline, local_mesh
 from taca_jax.pipelines.lora_choice import parse_loras
-from taca_jax.pipelines.loras import check_loras_fit
 from taca_jax.taca import TacaConfig
 
 AXES = ("gammas", "thresholds", "schedules", "cond_only", "loras", "gammas_learned", "guidances")
@@ -174,11 +173,9 @@ def sweep(config: SweepConfig) -> None:
 
     out, files = Path(config.out), {"base": config.base}
     check_base(config)
-    stored = check_evaluation(replace(config, lora=None))
+    loras = _loras(settings(config, 1.0))  # the same ones whatever the model's guidance is
+    stored = check_evaluation(replace(config, lora=None), loras=loras)
     points = settings(config, stored.settings.guidance)
-    loras = dict.fromkeys(point.lora for point in points if point.lora is not None)
-    for lora in loras:
-        check_loras_fit(replace(config, lora=lora), stored)
     check_record(out, config, files, free=FREE_FIELDS)
     pipeline = load_pipeline(replace(config, lora=None), local_mesh(config))
     for lora in loras:
@@ -205,6 +202,10 @@ def sweep(config: SweepConfig) -> None:
     Console(width=max(160, Console().width)).print(table(rows))
     draw_figure(rows, out / "sweep.png")
     print(f"wrote {out / 'sweep.json'} and {out / 'sweep.png'}")
+
+
+def _loras(points: Sequence[Setting]) -> list[str]:
+    return [*dict.fromkeys(point.lora for point in points if point.lora is not None)]
 
 
 def _measure(sampler: Sampler, group: Sequence[Setting], halves: Sequence[Half]) -> list[Alignment]:
