@@ -199,7 +199,8 @@ def sweep(config: SweepConfig) -> None:
         rows += _rows(group, _measure(sampler, group, halves), pipeline.settings.guidance)
     with whole_file(out / "sweep.json") as file:
         file.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=max(160, Console().width)).print(table(rows))
+    for each in tables(rows):
+        Console().print(each)
     draw_figure(rows, out / "sweep.png")
     print(f"wrote {out / 'sweep.json'} and {out / 'sweep.png'}")
 
@@ -253,27 +254,26 @@ def _rows(
     ]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The settings as a table: % right of each half with 95 % intervals, the paired difference from
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The settings as a table of each half: % right with 95 % intervals, the paired difference from
     the plain base in points, and % right with nothing else drawn."""
-    out = Table(
-        title="Drawn right, % (95 % interval), and the difference from the plain base",
-        caption=EACH_ALONE,
-    )
-    out.add_column("setting")
     halves = [
         name for name, value in rows[0].items() if isinstance(value, dict) and "correct" in value
     ]
-    for half in halves:
-        for heading in (half, "against base", "exact"):
-            out.add_column(heading, justify="right")
+    return [_table(half, rows) for half in halves]
+
+
+def _table(half: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    out = Table(
+        title=f"{half.capitalize()} compositions drawn right, %, and points from the base (95 %)",
+        caption=EACH_ALONE,
+    )
+    out.add_column("setting", overflow="fold")
+    for heading in ("right", "against base", "exact"):
+        out.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = []
-        for half in halves:
-            share, exact = (row[half][measure]["all"] for measure in ("correct", "exact"))
-            cells.append(share_text(share))
-            difference = row[half].get("difference")
-            cells.append("" if difference is None else difference_text(difference["correct"]))
-            cells.append(f"{100 * exact['value']:.1f}")
-        out.add_row(row["name"], *cells)
+        share, exact = (row[half][measure]["all"] for measure in ("correct", "exact"))
+        difference = row[half].get("difference")
+        said = "" if difference is None else difference_text(difference["correct"])
+        out.add_row(row["name"], share_text(share), said, f"{100 * exact['value']:.1f}")
     return out
