@@ -64,7 +64,7 @@ def bucket_headers(name: str, select: Select, folder: Path) -> Path:
         if not file.endswith(".safetensors") or is_copy(copy / file, stat)
     }
     if others:
-        fetch(there, others)
+        fetch(there, others, quiet=True)
     for file, stat in files.items():
         made = root / file
         made.parent.mkdir(parents=True, exist_ok=True)

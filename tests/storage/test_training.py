@@ -113,7 +113,6 @@ def test_two_processes_write_one_folder_and_go_on(bucket, base, local, tmp_path,
         return done
 
     first = ran(config, "one", "3")
-    print(first[0].stderr, first[1].stderr)
     stopped = newest_step(place("gs://bucket/run"))
     assert 3 <= stopped < STEPS
     assert f"told to stop: saved after step {stopped} of {STEPS}" in first[0].stderr
