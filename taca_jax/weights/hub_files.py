@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from taca_jax.autoencoders.tiny_vae_layout import NETS, pair_of
 from taca_jax.errors import UserError
 from taca_jax.families.registry import families
+from taca_jax.formats.lora.alphas import PEFT_CONFIG
 from taca_jax.formats.weight_sets import WeightSet, weight_sets
 from taca_jax.hub.ids import HubId, Selection, names_in, shown
 from taca_jax.scorers.folder import TOKENIZER_FILES
@@ -60,11 +61,15 @@ def model_files(found: HubId, names: Sequence[str]) -> Selection:
 
 
 def lora_files(found: HubId, names: Sequence[str]) -> Selection:
-    """The only weights, in one file."""
+    """The only weights, in one file, and PEFT's config beside them, which has their alpha."""
     if found.inside in names:
-        return Selection((found.inside,), found.inside)
-    weights = _only(found, names_in(found, names, found.inside))
-    return _selection(found.inside, weights.files, weights.entry)
+        config = PurePosixPath(found.inside).with_name(PEFT_CONFIG).as_posix()
+        return Selection((found.inside, *_present([config], names)), found.inside)
+    inside = names_in(found, names, found.inside)
+    weights = _only(found, inside)
+    return _selection(
+        found.inside, [*weights.files, *_present([PEFT_CONFIG], inside)], weights.entry
+    )
 
 
 def tokenizer_folders(found: HubId, names: Sequence[str]) -> Selection:
