@@ -92,5 +92,10 @@ def beginning_of_pair(file: Path) -> Path | None:
     return None
 
 
+def pair_of(beginning: str) -> tuple[str, ...]:
+    """The names of the two files whose names begin so."""
+    return tuple(f"{beginning}_{net}.safetensors" for net in NETS)
+
+
 def _pair(path: Path) -> dict[str, Path]:
-    return {net: path.with_name(f"{path.name}_{net}.safetensors") for net in NETS}
+    return dict(zip(NETS, map(path.with_name, pair_of(path.name)), strict=True))

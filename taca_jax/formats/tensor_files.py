@@ -38,7 +38,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
 }
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 """A safetensors file begins with the length of its JSON header, little-endian."""
 
 
@@ -224,9 +224,9 @@ def write_streamed(
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
+    text += b" " * (-len(text) % LENGTH_BYTES)
     with whole_file(path) as made, made.open("wb") as file:
-        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for name in names:
             for piece in tensors[name].pieces():
                 file.write(_bytes(piece))
@@ -333,9 +333,9 @@ def _open_file(path: Path) -> TensorFiles:
                 f"{path}: {name} is stored as {dtype}; expected one of {', '.join(_DTYPES)}"
             )
     with _damage_as_user_error(path), path.open("rb") as file:
-        size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        size = int.from_bytes(file.read(LENGTH_BYTES), "little")
         entries = json.loads(file.read(size))
-        data = _LENGTH_BYTES + size
+        data = LENGTH_BYTES + size
         stored = {
             name: StoredTensor(
                 path, name, data + entries[name]["data_offsets"][0], shape, _DTYPES[dtypes[name]]

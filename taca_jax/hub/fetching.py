@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -41,6 +42,9 @@ _LOG = logging.getLogger(__name__)
 
 _CONFIG_OF = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
 """Of the parts of a diffusers pipeline whose config.json has another name."""
+
+_CONNECTIONS = 8
+"""For headers, each of which is a question to the hub."""
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -81,7 +85,8 @@ def fetch_headers(found: HubId, select: Select, folder: Path) -> Path:
     weights = [name for name in selection.files if name.endswith(".safetensors")]
     others = [name for name in selection.files if name not in weights]
     root = _downloaded(found, others) if others else folder
-    for name in selection.files:
+
+    def write(name: str) -> None:
         made = folder / found.repo / name
         made.parent.mkdir(parents=True, exist_ok=True)
         cached = try_to_load_from_cache(found.repo, name, revision=info.sha)
@@ -91,6 +96,9 @@ def fetch_headers(found: HubId, select: Select, folder: Path) -> Path:
             _write_header(found, name, info.sha, made)
         else:
             made.symlink_to(root / name)
+
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        list(pool.map(write, selection.files))  # which raises what `write` does
     return folder / found.repo / selection.opened
 
 

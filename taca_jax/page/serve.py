@@ -12,8 +12,8 @@ from taca_jax.errors import UserError
 from taca_jax.page.config import PageConfig
 from taca_jax.page.limits import NO_LORA, Asked, check_folder, settings_of
 from taca_jax.page.studio import Studio
+from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.generate import load_pipeline
-from taca_jax.pipelines.loras import check_lora
 from taca_jax.text.words import words_of
 
 
@@ -33,7 +33,7 @@ def serve(config: PageConfig) -> None:
     need_gradio()
     check_folder(config)
     check_address(config)
-    check_lora(config)  # before the model loads
+    check_evaluation(config)  # before the model loads
     studio = open_studio(config)
     page = start(studio)
     print(f"the page is at {page.local_url}; Ctrl-C ends it", flush=True)

@@ -1,11 +1,13 @@
 """What is wrong with a command that draws, as far as configs and headers of files show it.
 
-No weights are read here, nor fetched from the hub, so that a mistake is reported within seconds,
-however large the model is. Each check is the one that would fail later.
+What this machine shows is looked at first, then headers of models that are on the hub or in a
+bucket; no weights are read, nor fetched before all is found right, so that a mistake is reported
+within seconds, however large the model is. Each check is the one that would fail later.
 """
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,14 +21,19 @@ from taca_jax.pipelines.batching import with_model_values
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
 from taca_jax.pipelines.image_inputs import read_image
 from taca_jax.pipelines.inputs import check_guidance, check_negative
-from taca_jax.pipelines.loras import check_lora, check_loras_fit
+from taca_jax.pipelines.loras import check_lora, check_loras_fit, fetch_loras
 from taca_jax.pipelines.opening import check_autoencoder, size_in, tokens_in
 from taca_jax.pipelines.previews import OWN, check_own_previewer, open_previewer
 from taca_jax.pipelines.prompt_lists import Lines, pictures_of
 from taca_jax.pipelines.text import find_tokenizers, lacks_encoders, load_tokenizers
 from taca_jax.storage.places import Place, in_bucket, place, reach
-from taca_jax.weights.hub_headers import headers_alone
+from taca_jax.weights.headers import headers_alone
+from taca_jax.weights.hub_files import model_files
 from taca_jax.weights.pipeline_folders import AUTOENCODER, StoredPipeline, open_pipeline
+from taca_jax.weights.shipped import find_weights, is_far
+
+_ANY_SIZE = (8, 8)
+"""Of a picture that is read only to see that it can be."""
 
 Found = TypeVar("Found")
 
@@ -68,10 +75,13 @@ def _checked(
 ) -> tuple[StoredPipeline, list[GenerateConfig]]:
     if is_first():
         _check_out(place(config.out), is_folder=is_folder)
+    if config.image is not None:
+        read_image(config.image, _ANY_SIZE)
     if config.negative_prompt is not None:
         prompts = [*prompts, config.negative_prompt]
-    if config.preview not in (None, OWN):
-        open_previewer(config.preview)  # a path that is wrong, before a base is fetched
+    preview = None if config.preview == OWN else config.preview
+    if preview is not None and not is_far(preview, model_files):
+        open_previewer(preview)
 
     def check(stored: StoredPipeline) -> list[GenerateConfig]:
         _check_pictures(config, stored)
@@ -80,30 +90,50 @@ def _checked(
         _check_images(found)
         return found
 
-    return _opened(config, check)
+    return _opened([config], check, () if preview is None else (preview,))
 
 
-def check_evaluation(config: SamplingConfig, prompts: Sequence[str] = ()) -> StoredPipeline:
+def check_evaluation(
+    config: SamplingConfig, prompts: Sequence[str] = (), loras: Sequence[str] = ()
+) -> StoredPipeline:
     """The pipeline that an evaluation is to draw `prompts` with, on the devices of this process;
     opened and not loaded.
 
-    Raises UserError as `check_sampling` does.
+    loras: what else it draws with, each as `config.lora`. Raises UserError as `check_sampling`
+    does.
     """
-    stored, _ = _opened(
-        config, lambda stored: check_sampling(config, stored, prompts, jax.local_devices())
-    )
+    others = [replace(config, lora=lora) for lora in loras]
+
+    def check(stored: StoredPipeline) -> None:
+        check_sampling(config, stored, prompts, jax.local_devices())
+        for other in others:
+            check_loras_fit(other, stored)
+
+    stored, _ = _opened([config, *others], check)
     return stored
 
 
 def _opened(
-    config: SamplingConfig, check: Callable[[StoredPipeline], Found]
+    configs: Sequence[SamplingConfig],
+    check: Callable[[StoredPipeline], Found],
+    beside: Sequence[str] = (),
 ) -> tuple[StoredPipeline, Found]:
-    """The configured pipeline and what `check` returns of it, which sees a model of the hub by its
-    headers, before its weights are fetched."""
-    check_lora(config)
+    """The pipeline of the first of the configurations, which differ in their LoRAs, and what
+    `check` returns of it, which sees a model of the hub or of a bucket by its headers.
+
+    beside: other models, which `check` looks at. Then what is not here is fetched, what is small
+    first: that a LoRA cannot be had is said before a base is fetched for an hour.
+    """
+    config = configs[0]
+    for each in configs:
+        check_lora(each)
     with headers_alone(config.base) as base:
         stored = open_pipeline(base, config.tokenizers)
         found = check(stored)
+    for each in configs:
+        fetch_loras(each)
+    for path in beside:
+        find_weights(path, model_files)
     if base != config.base:
         stored = open_pipeline(config.base, config.tokenizers)
     return stored, found
@@ -150,7 +180,8 @@ def _check_pictures(config: GenerateConfig, stored: StoredPipeline) -> None:
     if config.preview == OWN:
         check_own_previewer(autoencoder, family.tiny_autoencoder)
     elif config.preview is not None:
-        open_previewer(config.preview, transformer.latent_channels).check()
+        with headers_alone(config.preview, model_files) as preview:
+            open_previewer(preview, transformer.latent_channels).check()
     tiling = config.tiling
     if tiling is None or autoencoder is None or isinstance(autoencoder, PixelsConfig):
         return

@@ -117,8 +117,8 @@ class GenerateConfig(SamplingConfig):
       that are always on are on in all of them.
     tiling: how large pictures are decoded in overlapping tiles, to save memory; none decodes at
       once.
-    preview: a tiny autoencoder (TAEF1, TAESD3: a folder, or one of the hub) that draws the
-      predicted picture after each step, into a file beside `out`; `own` is the model's own
+    preview: a tiny autoencoder (TAEF1, TAESD3: a folder, or one of a bucket or the hub) that draws
+      the predicted picture after each step, into a file beside `out`; `own` is the model's own
       autoencoder, if that is small; none draws no previews.
     progress: a progress bar of the steps; none shows it on a terminal only.
     plan: a slice of TPUs (v6e-4): instead of drawing, compile for it and say how much memory each

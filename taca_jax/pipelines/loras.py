@@ -14,6 +14,7 @@ from taca_jax.nn.lora import AttachedLoRA, count_loras, drop_lora
 from taca_jax.pipelines.config import SamplingConfig
 from taca_jax.pipelines.lora_choice import FORM, LoRAChoice, parse_loras
 from taca_jax.taca import Gate
+from taca_jax.weights.headers import headers_alone
 from taca_jax.weights.hub_files import lora_files
 from taca_jax.weights.lora_files import (
     LoRAFile,
@@ -23,7 +24,7 @@ from taca_jax.weights.lora_files import (
     open_lora,
 )
 from taca_jax.weights.pipeline_folders import StoredPipeline
-from taca_jax.weights.shipped import find_weights
+from taca_jax.weights.shipped import find_weights, is_far
 
 LoRAs = str | Path | LoRAChoice | Sequence[str | Path | LoRAChoice]
 """LoRA files in Python: a text is read as on a command line, a Path is taken as it is."""
@@ -117,9 +118,16 @@ def used_loras(config: SamplingConfig) -> tuple[LoRAChoice, ...]:
 
     Raises UserError where that stands in a file which cannot be read.
     """
-    if config.taca is not None:
-        return config.lora_choices
-    return tuple(choice for choice in config.lora_choices if gate_of(choice) != "taca")
+    return tuple(choice for choice in config.lora_choices if _acts(choice, config))
+
+
+def _acts(choice: LoRAChoice, config: SamplingConfig) -> bool:
+    return config.taca is not None or gate_of(choice) != "taca"
+
+
+def _may_act(config: SamplingConfig) -> list[LoRAChoice]:
+    """The configured LoRAs that act as far as the command says, without their files."""
+    return [each for each in config.lora_choices if config.taca is not None or each.gate != "taca"]
 
 
 def gate_of(choice: LoRAChoice) -> Gate:
@@ -130,16 +138,28 @@ def gate_of(choice: LoRAChoice) -> Gate:
 
 
 def check_lora(config: SamplingConfig) -> None:
-    """Raises UserError unless each LoRA that is used is a readable file."""
-    for choice in used_loras(config):
-        open_tensors(_found(choice))
+    """Raises UserError unless each LoRA that is used is a readable file, as far as this machine has
+    them: neither the hub nor a bucket is asked."""
+    for choice in _may_act(config):
+        if not is_far(choice.path, lora_files) and _acts(choice, config):
+            open_tensors(_found(choice))
 
 
 def check_loras_fit(config: SamplingConfig, stored: StoredPipeline) -> None:
     """Raises UserError unless each LoRA that is used is a whole file and of this model, as far as
-    its header shows."""
-    for choice in used_loras(config):
-        check_lora_file(_found(choice), stored.family, stored.transformer.config)
+    its header shows: no more is read of the hub and of buckets."""
+    for choice in _may_act(config):
+        with headers_alone(choice.path, lora_files) as path:
+            seen = replace(choice, path=path)
+            if _acts(seen, config):
+                check_lora_file(_found(seen), stored.family, stored.transformer.config)
+
+
+def fetch_loras(config: SamplingConfig) -> None:
+    """Fetches those LoRAs that are used and not on this machine. Raises UserError where one cannot
+    be had."""
+    for choice in _may_act(config):
+        find_weights(choice.path, lora_files)
 
 
 def _found(choice: LoRAChoice) -> Path:

@@ -34,15 +34,15 @@ def copy_of(path: "epath.Path") -> Path:
     return Path(cache).expanduser() / "taca_jax" / "buckets" / name
 
 
-def fetch(folder: "epath.Path", files: Mapping[str, Stat]) -> Path:
+def fetch(folder: "epath.Path", files: Mapping[str, Stat], *, quiet: bool = False) -> Path:
     """The local copy of a bucket's folder, with these files of it, of those sizes and times.
 
     Only files that have changed or are not there yet are fetched, and those of an interrupted fetch
-    are kept as far as they were whole. Raises UserError where the disk is full, or the bucket
-    refuses.
+    are kept as far as they were whole. quiet: nothing is said of it, as it takes no time. Raises
+    UserError where the disk is full, or the bucket refuses.
     """
     copy = copy_of(folder)
-    absent = {name: stat for name, stat in files.items() if not _is_copy(copy / name, stat)}
+    absent = {name: stat for name, stat in files.items() if not is_copy(copy / name, stat)}
     if not absent:
         return copy
     size = sum(stat.size for stat in absent.values())
@@ -53,8 +53,9 @@ def fetch(folder: "epath.Path", files: Mapping[str, Stat]) -> Path:
             "make room there, or set XDG_CACHE_HOME to a folder of a larger disk"
         )
     shown = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
-    _LOG.warning("fetching %s (%.2f GB) of %s", shown, size / 1e9, folder)
-    with _bar() as bar:
+    if not quiet:
+        _LOG.warning("fetching %s (%.2f GB) of %s", shown, size / 1e9, folder)
+    with _bar(quiet=quiet) as bar:
         task = bar.add_task("fetching", total=size)
         for name, stat in absent.items():
             try:
@@ -68,7 +69,7 @@ def fetch(folder: "epath.Path", files: Mapping[str, Stat]) -> Path:
     return copy
 
 
-def _is_copy(file: Path, stat: Stat) -> bool:
+def is_copy(file: Path, stat: Stat) -> bool:
     try:
         found = file.stat()
     except OSError:
@@ -107,7 +108,7 @@ def _date_folders(copy: Path, files: Mapping[str, Stat]) -> None:
         os.utime(folder, (newest, newest))
 
 
-def _bar() -> Progress:
+def _bar(*, quiet: bool) -> Progress:
     """A bar of bytes, on a terminal only."""
     return Progress(
         TextColumn("{task.description}"),
@@ -115,5 +116,5 @@ def _bar() -> Progress:
         DownloadColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
+        disable=quiet or not sys.stderr.isatty(),
     )

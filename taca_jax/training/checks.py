@@ -1,14 +1,19 @@
 """What is wrong with a run, as far as configs, headers of files and the names of pictures show it.
 
-No weights are read here, nor fetched from the hub as part of a base, so that a mistake is reported
-within seconds, however large that is.
+What this machine shows is looked at first, then headers of models that are on the hub or in a
+bucket; no weights are read, nor fetched before all is found right, so that a mistake is reported
+within seconds, however large the base is.
 Each check is the one that would fail later. Nothing here needs what takes seconds to import.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import jax
 
+from taca_jax.data.config import DataConfig
+from taca_jax.data.held_out import hold_out
+from taca_jax.data.sources.factory import check_there
 from taca_jax.data.sources.source import Source
 from taca_jax.evaluation.shapes.base import check_pixels
 from taca_jax.formats.atomic import check_writable
@@ -18,13 +23,16 @@ from taca_jax.parallel.processes import do_not_wait_at_exit, is_first, join_proc
 from taca_jax.pipelines.text import find_tokenizers, load_tokenizers
 from taca_jax.storage.places import reach
 from taca_jax.training.config import TrainConfig
-from taca_jax.training.models import RunModels, open_models
+from taca_jax.training.lora_start import check_start, open_start
+from taca_jax.training.models import PIXELS, RunModels, open_models
 from taca_jax.training.record import check_record
 from taca_jax.training.run_data import Examples, first_captions, open_data
 from taca_jax.training.sample_options import check_samples
 from taca_jax.training.wandb_log import check_wandb
-from taca_jax.weights.hub_headers import headers_alone
+from taca_jax.weights.headers import headers_alone
+from taca_jax.weights.hub_files import lora_files, model_files
 from taca_jax.weights.lora_files import kernel_shapes
+from taca_jax.weights.shipped import find_weights
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,43 @@ def _checked(config: TrainConfig) -> CheckedRun:
     begins = check_record(config) == 0
     if is_first():
         check_writable(config.run_dir)
-    if config.base is None:
-        return _checked_models(open_models(config, begins=begins))
-    with headers_alone(config.base) as base:
-        checked = _checked_models(open_models(replace(config, base=base), begins=begins))
-    if base == config.base:
-        return checked
-    fetched = open_models(config, begins=begins).on_mesh(checked.models.mesh)
-    return replace(checked, models=fetched)
+    if config.data.encode != "cache":  # a complete cache needs no pictures
+        for data in (config.data, *_validated(config)):
+            check_there(data)
+    with ExitStack() as folders:
+        seen = _by_headers(config, folders)
+        # What a LoRA to start from has of ranks shows only in its values.
+        known = seen.lora == config.lora
+        models = open_models(seen, begins=begins and known)
+        if begins and not known:
+            check_start(seen.lora, models.family, models.transformer)
+        checked = _checked_models(models)
+    return checked if seen == config else _fetched(config, checked, begins=begins)
+
+
+def _by_headers(config: TrainConfig, folders: ExitStack) -> TrainConfig:
+    """The same, with weights that would have to be fetched seen by their headers; what of them is
+    on this machine is in `folders`."""
+    lora = config.lora
+    if config.base is not None:
+        config = replace(config, base=folders.enter_context(headers_alone(config.base)))
+    if config.autoencoder != PIXELS:
+        given = folders.enter_context(headers_alone(config.autoencoder, model_files))
+        config = replace(config, autoencoder=given)
+    if lora is not None and lora.init is not None:
+        init = folders.enter_context(headers_alone(lora.init, lora_files))
+        config = replace(config, lora=replace(lora, init=init))
+    return config
+
+
+def _fetched(config: TrainConfig, checked: CheckedRun, *, begins: bool) -> CheckedRun:
+    """The same run, with weights that are fetched, what is small first."""
+    models = checked.models
+    if begins:
+        open_start(config.lora, models.family, models.transformer)
+    if config.autoencoder != PIXELS:
+        find_weights(config.autoencoder, model_files)
+    return replace(checked, models=open_models(config, begins=begins).on_mesh(models.mesh))
 
 
 def _checked_models(models: RunModels) -> CheckedRun:
@@ -96,9 +133,23 @@ def _check_targets(models: RunModels) -> None:
         adapted_paths(kernel_shapes(models.transformer), targets)
 
 
+def _validated(config: TrainConfig) -> list[DataConfig]:
+    """The pictures that the run is only measured on, if they are in a place of their own."""
+    validation = config.validation
+    if validation is None or not validation.source:
+        return []
+    return [replace(config.data, source=validation.source, weights=())]
+
+
 def _checked_data(models: RunModels) -> Examples[Source] | None:
-    if models.config.data.encode != "cache":
-        return open_data(models)
+    config = models.config
+    if config.data.encode != "cache":
+        for data in _validated(config):
+            open_data(replace(models, config=replace(config, data=data, features=None)))
+        opened = open_data(models)
+        if config.validation is not None and not config.validation.source:
+            hold_out(opened.buckets, config.validation.pictures)  # which may be too many
+        return opened
     from taca_jax.training.cache_stage import check_cache  # slow to import, and needed only here
 
     return check_cache(models)

@@ -9,8 +9,15 @@ from taca_jax.formats.lora.factors import check_fits
 from taca_jax.formats.tensor_files import summary
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.weights.hub_files import lora_files
-from taca_jax.weights.lora_files import LoRAFile, kernel_shapes, load_adapter
+from taca_jax.weights.lora_files import LoRAFile, check_lora_file, kernel_shapes, load_adapter
 from taca_jax.weights.shipped import find_weights
+
+
+def check_start(lora: LoRAConfig | None, family: Family, transformer: Any) -> None:
+    """Raises UserError for a file of `lora.init` that is absent, damaged or of another model, as
+    far as its header shows."""
+    if lora is not None and lora.init is not None:
+        check_lora_file(find_weights(lora.init, lora_files), family, transformer)
 
 
 def open_start(lora: LoRAConfig | None, family: Family, transformer: Any) -> LoRAFile | None:

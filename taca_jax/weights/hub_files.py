@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from taca_jax.autoencoders.tiny_vae_layout import NETS
+from taca_jax.autoencoders.tiny_vae_layout import NETS, pair_of
 from taca_jax.errors import UserError
 from taca_jax.families.registry import families
+from taca_jax.formats.lora.alphas import PEFT_CONFIG
 from taca_jax.formats.weight_sets import WeightSet, weight_sets
 from taca_jax.hub.ids import HubId, Selection, names_in, shown
 from taca_jax.scorers.folder import TOKENIZER_FILES
@@ -41,9 +42,12 @@ def pipeline_files(found: HubId, names: Sequence[str]) -> Selection:
 
 
 def model_files(found: HubId, names: Sequence[str]) -> Selection:
-    """A model's config, weights and tokenizer, or the two files of a tiny autoencoder."""
+    """A model's config, weights and tokenizer, or the two files of a tiny autoencoder, which may be
+    named by their beginning."""
     if found.inside in names:
         return Selection((found.inside,), found.inside)
+    if {*pair_of(found.inside)} <= {*names}:
+        return Selection(pair_of(found.inside), found.inside)
     inside = names_in(found, names, found.inside)
     pair = [name for net in NETS for name in inside if name.endswith(f"_{net}.safetensors")]
     if len(pair) == 2 and "/" not in pair[0]:
@@ -57,11 +61,15 @@ def model_files(found: HubId, names: Sequence[str]) -> Selection:
 
 
 def lora_files(found: HubId, names: Sequence[str]) -> Selection:
-    """The only weights, in one file."""
+    """The only weights, in one file, and PEFT's config beside them, which has their alpha."""
     if found.inside in names:
-        return Selection((found.inside,), found.inside)
-    weights = _only(found, names_in(found, names, found.inside))
-    return _selection(found.inside, weights.files, weights.entry)
+        config = PurePosixPath(found.inside).with_name(PEFT_CONFIG).as_posix()
+        return Selection((found.inside, *_present([config], names)), found.inside)
+    inside = names_in(found, names, found.inside)
+    weights = _only(found, inside)
+    return _selection(
+        found.inside, [*weights.files, *_present([PEFT_CONFIG], inside)], weights.entry
+    )
 
 
 def tokenizer_folders(found: HubId, names: Sequence[str]) -> Selection:

@@ -5,7 +5,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save
 
 import generate
 import train
@@ -17,7 +20,9 @@ from taca_jax.training.checks import check_run
 from taca_jax.weights.hub_files import pipeline_files
 from taca_jax.weights.pipeline_folders import open_pipeline
 from taca_jax.weights.shipped import find_weights
+from tests.hub.stand_in import Hub
 from tests.refusals import refusal
+from tests.shared import shared_path
 from tests.weights.small_flux import write_diffusers
 
 REPO = "our/shapes"
@@ -58,13 +63,139 @@ def test_mistakes_are_found_before_weights_are_fetched(shapes, monkeypatch, tmp_
     line = refusal(monkeypatch, generate.main, *drawing, "prompt=a red dragon")
     assert "the word 'dragon' is unknown" in line
     run = ["--config", "shapes_taca", f"base={REPO}", f"out_dir={tmp_path}", "evaluate=none"]
-    line = refusal(monkeypatch, train.main, *run, "data.source=folder:nowhere")
-    assert line.startswith("error: nowhere does not exist")
     run += ["data.source=generated:shapes/64"]
     line = refusal(monkeypatch, train.main, *run, "lora.targets=nothing")
     assert line == "error: lora.targets match no layer of this model: nothing"
     counts = {name: n for name, n in shapes.sent.items() if name.endswith(".safetensors")}
-    assert set(counts.values()) == {4 * FIRST}
+    assert set(counts.values()) == {3 * FIRST}
+
+
+def taef1() -> dict[str, bytes]:
+    names = ("taef1_encoder.safetensors", "taef1_decoder.safetensors")
+    return {name: shared_path(f"assets/tae/{name}").read_bytes() for name in names}
+
+
+@pytest.fixture
+def crowd(shapes, tmp_path):
+    """A hub with a base, a LoRA for it, one of another model, and autoencoders."""
+    lora = Path(find_weights("shapes_taca.safetensors")).read_bytes()
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {"A": np.zeros((64, 3072), np.float32), "B": np.zeros((3072, 64), np.float32)}
+    other = save({f"{layer}.lora_{name}.weight": array for name, array in factors.items()})
+    shapes.add("our/lora", {"ours.safetensors": lora, "other.safetensors": other})
+    shapes.add("our/tae", taef1())
+    return shapes
+
+
+def whole(hub: Hub) -> list[str]:
+    """The files with weights that were asked for whole, in their order."""
+    asked = [path for how, path, part in hub.asked if how == "GET" and part is None]
+    return [
+        path.rpartition("/resolve/")[2].partition("/")[2]
+        for path in asked
+        if path.endswith(".safetensors")
+    ]
+
+
+DRAWING = [
+    ({"out": "nowhere/x.png"}, "the folder nowhere does not exist"),
+    ({"image": "nowhere.png"}, "image=nowhere.png cannot be read"),
+    ({"preview": "nowhere"}, "nowhere is not there; give an autoencoder's folder"),
+    ({"lora": "our/lora:ours.safetensors,nowhere.safetensors"}, "nowhere.safetensors is not there"),
+]
+TRAINING = [
+    ({"data.source": "folder:nowhere"}, "nowhere does not exist"),
+    ({"data.source": "webdataset:no/{0..3}.tar"}, "of which 4 are not there"),
+    ({"data.source": "img2dataset:nowhere"}, "nowhere is not there"),
+    ({"validation.source": "folder:nowhere"}, "nowhere does not exist"),
+    ({"out_dir": "file/run"}, "file is a file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), DRAWING)
+def test_what_is_on_this_machine_is_checked_before_the_hub_is_asked_for_a_drawing(
+    crowd, monkeypatch, tmp_path, changes, said
+):
+    usual = {
+        "out": str(tmp_path / "x.png"),
+        "lora": "our/lora:ours.safetensors",
+        "prompt": "a square",
+    }
+    words = [f"{key}={value}" for key, value in (usual | {"base": REPO} | changes).items()]
+    assert said in refusal(monkeypatch, generate.main, "--config", "shapes_taca", *words)
+    assert crowd.asked == []
+
+
+@pytest.mark.parametrize(("changes", "said"), TRAINING)
+def test_what_is_on_this_machine_is_checked_before_the_hub_is_asked_for_a_run(
+    crowd, monkeypatch, tmp_path, changes, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    usual = {"out_dir": "run", "base": REPO, "lora.init": "our/lora:ours.safetensors"}
+    usual |= {"data.source": "generated:shapes/64", "evaluate": "none"}
+    words = [f"{key}={value}" for key, value in (usual | changes).items()]
+    assert said in refusal(monkeypatch, train.main, "--config", "shapes_taca", *words)
+    assert crowd.asked == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"negative_prompt": "a dragon", "guidance": "2"}, "the word 'dragon' is unknown"),
+        ({"lora": "our/lora:other.safetensors"}, "our/lora/other.safetensors is a LoRA of another"),
+        ({"preview": "our/tae"}, "our/tae/taef1 has 16 latent channels, the transformer expects 3"),
+        ({"preview": "our/tae:taef1"}, "our/tae/taef1 has 16 latent channels, the transformer"),
+    ],
+)
+def test_a_drawing_is_refused_before_a_lora_or_a_previewer_is_fetched(
+    crowd, monkeypatch, tmp_path, changes, said
+):
+    usual = {
+        "out": str(tmp_path / "x.png"),
+        "lora": "our/lora:ours.safetensors",
+        "prompt": "a square",
+    }
+    words = [f"{key}={value}" for key, value in (usual | {"base": REPO} | changes).items()]
+    assert said in refusal(monkeypatch, generate.main, "--config", "shapes_taca", *words)
+    assert whole(crowd) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.source": "folder:silent"}, "without a caption"),
+        ({"data.resolution": "42"}, "data.resolution is 42; this model takes multiples of 4"),
+        ({"lora.init": "our/lora:other.safetensors"}, "our/lora/other.safetensors is a LoRA of an"),
+        ({"autoencoder": "our/tae"}, "the autoencoder has 16 latent channels, the transformer"),
+        ({"sample_every": "1", "sample_prompts": "a dragon"}, "the word 'dragon' is unknown"),
+        ({"validation.pictures": "64"}, "would hold out all 64 pictures"),
+    ],
+)
+def test_a_run_is_refused_before_a_lora_or_an_autoencoder_is_fetched(
+    crowd, monkeypatch, tmp_path, changes, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "silent").mkdir()
+    Image.new("RGB", (48, 48)).save(tmp_path / "silent" / "0.png")
+    usual = {"out_dir": "run", "base": REPO, "lora.init": "our/lora:ours.safetensors"}
+    usual |= {"data.source": "generated:shapes/64", "evaluate": "none"}
+    words = [f"{key}={value}" for key, value in (usual | changes).items()]
+    assert said in refusal(monkeypatch, train.main, "--config", "shapes_taca", *words)
+    assert whole(crowd) == []
+
+
+def test_what_is_small_is_fetched_first(crowd, tmp_path):
+    shapes_taca = importlib.import_module("configs.shapes_taca").CONFIG
+    data = replace(shapes_taca.data, source=("generated:shapes/64",))
+    lora = replace(shapes_taca.lora, init="our/lora:ours.safetensors")
+    run = str(tmp_path / "run")
+    config = replace(shapes_taca, base=REPO, out_dir=run, data=data, lora=lora)
+    checked = check_run(config)
+    assert checked.models.config == config
+    assert checked.models.start is not None
+    assert whole(crowd)[0] == "ours.safetensors"
+    assert len(whole(crowd)) > 1
 
 
 def test_what_a_repository_lacks_is_said_by_its_id(hub, monkeypatch, tmp_path):

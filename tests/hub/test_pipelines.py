@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from taca_jax.autoencoders.tiny_vae_layout import open_taesd
 from taca_jax.config.json_text import to_tree
@@ -20,6 +22,7 @@ from taca_jax.text.tokenizers import FolderTokenizer
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import open_models
 from taca_jax.weights.hub_files import lora_files, model_files, pipeline_files, tokenizer_folders
+from taca_jax.weights.lora_files import load_adapter
 from taca_jax.weights.pipeline_folders import open_autoencoder, open_pipeline
 from taca_jax.weights.shipped import find_weights, is_here
 from tests.pipelines.test_originals import assert_same_pipeline
@@ -114,14 +117,24 @@ def test_loras(hub):
     found = find_weights("one/lora", lora_files)
     assert (found.name, found.read_bytes()) == ("it.safetensors", content)
     assert hub.fetched == {"it.safetensors"}
-    check_lora(GenerateConfig("shapes_base", lora="many/loras@main:a.safetensors"))
+    assert find_weights("many/loras@main:a.safetensors", lora_files).read_bytes() == content
     said = (
         r"many/loras has several weights \(a\.safetensors, b\.safetensors\); name one: many/loras:"
     )
     with pytest.raises(UserError, match=said):
-        check_lora(GenerateConfig("shapes_base", lora="many/loras"))
+        find_weights("many/loras", lora_files)
     with pytest.raises(UserError, match=r"many/loras has no e\.st; it has a\.saf.*, b.*, c/"):
         find_weights("many/loras:e.st", lora_files)
+
+
+def test_a_lora_of_peft_has_its_alpha(hub):
+    layer = "base_model.model.transformer_blocks.0.attn.to_q"
+    factors = {"A": np.ones((8, 32), np.float32), "B": np.ones((32, 8), np.float32)}
+    content = save({f"{layer}.lora_{name}.weight": array for name, array in factors.items()})
+    files = {"adapter_model.safetensors": content, "adapter_config.json": b'{"lora_alpha": 32}'}
+    hub.add("peft/lora", files)
+    for name in ("peft/lora", "peft/lora:adapter_model.safetensors"):
+        assert load_adapter(find_weights(name, lora_files)).summary.strengths == (4.0,)
 
 
 def test_autoencoders_and_previews(flux, tmp_path):
@@ -229,7 +242,7 @@ SHARDED = [
         (
             lora_files,
             ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"],
-            ["adapter_model.safetensors"],
+            ["adapter_model.safetensors", "adapter_config.json"],
         ),
         (
             tokenizer_folders,

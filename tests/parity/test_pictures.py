@@ -7,6 +7,7 @@ as it is and through `python -m convert`.
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from taca_jax.convert.cli import main
 from taca_jax.families.flux.family import FLUX
@@ -164,3 +165,61 @@ def test_stable_diffusion_3(tmp_path, with_t5):
         output_type="np",
     ).images
     assert_same_pictures(made, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "strength"),
+    [("latents", 0.3), ("latents", 0.7), ("latents", 1.0), ("picture", 0.7)],
+)
+def test_stable_diffusion_3_from_an_image(monkeypatch, given, strength):
+    """As FLUX, with classifier-free guidance; and from a picture, of whose latents both take the
+    mean, where diffusers otherwise draws a sample."""
+    golden = shared_path("golden/sd3")
+    parts = parts_of(golden, "SD3Transformer2DModel")
+    names = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    theirs = diffusers.StableDiffusion3Img2ImgPipeline(**parts, **dict.fromkeys(names))
+    theirs.set_progress_bar_config(disable=True)
+    ours = Pipeline.from_pretrained(golden, "float32")
+    config, rng = parts["transformer"].config, np.random.default_rng(1)
+    text = {}
+    for sign in ("", "negative_"):
+        shapes = {
+            "prompt_embeds": (1, 7, config.joint_attention_dim),
+            "pooled_prompt_embeds": (1, config.pooled_projection_dim),
+        }
+        text |= {f"{sign}{name}": rng.standard_normal(x, np.float32) for name, x in shapes.items()}
+    if given == "latents":
+        image = latents_of(16, 1)
+        their_image = torch.tensor(image.transpose(0, 3, 1, 2))
+    else:
+        pixels = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
+        image = their_image = Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.BOX)
+        gaussian = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+        monkeypatch.setattr(gaussian, "sample", lambda found, generator=None: found.mode())
+    shape = (1, 16, HEIGHT // 8, WIDTH // 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    made = ours(
+        **{name: jnp.asarray(array) for name, array in text.items()},
+        latents=jnp.asarray(noise.numpy().transpose(0, 2, 3, 1)),
+        image=image,
+        height=HEIGHT,
+        width=WIDTH,
+        strength=strength,
+        guidance=4.5,
+        steps=STEPS,
+        output="array",
+    ).images
+    expected = theirs(
+        **{name: torch.tensor(array) for name, array in text.items()},
+        image=their_image,
+        strength=strength,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=STEPS,
+        guidance_scale=4.5,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images
+    assert expected.std() > 0.05
+    print(f"pictures differ by {relative_error(made, expected):.1e}")
+    assert relative_error(made, expected) <= 1e-4

@@ -131,7 +131,9 @@ def test_the_command_draws_from_an_image_in_stages_too(tmp_path, picture, capsys
 
 
 @pytest.mark.parametrize("by", ["prompt", "prompts"])
-def test_an_image_that_cannot_be_read_is_refused_before_anything_loads(tmp_path, monkeypatch, by):
+def test_an_image_that_cannot_be_read_is_refused_before_anything_loads(
+    tmp_path, picture, monkeypatch, by
+):
     monkeypatch.setattr(LOADING, lambda *_, **__: pytest.fail("loaded"))
     changes = {}
     if by == "prompts":
@@ -147,7 +149,7 @@ def test_an_image_that_cannot_be_read_is_refused_before_anything_loads(tmp_path,
     pipeline.save(tmp_path / "base")
     size = {"base": str(tmp_path / "base"), "height": 64, "width": 64}
     with pytest.raises(UserError, match="base has no autoencoder, which pictures are made with"):
-        generate(config(tmp_path / "x.png", tmp_path / "text.png", **size, **changes))
+        generate(config(tmp_path / "x.png", picture, **size, **changes))
 
 
 @pytest.mark.parametrize(

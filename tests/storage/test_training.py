@@ -1,19 +1,24 @@
 """Runs whose base, folder and cache are in a bucket."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, load_file
 
+from taca_jax.config.json_text import to_json
 from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_folder
+from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.storage.places import place
 from taca_jax.training import cache_stage
 from taca_jax.training.checkpoints import newest_step
 from taca_jax.training.run import train
 from taca_jax.weights.pipeline_folders import open_pipeline
+from tests.compare import relative_error
+from tests.processes import run_cluster
 from tests.training.tiny import lora_changes, tiny_config, tiny_pipeline
 
 STEPS = 6
@@ -75,15 +80,48 @@ def test_a_run_in_a_bucket_is_that_on_a_disk_resumed_or_not(
     assert logged(bucket) == list(range(1, STEPS + 1))
 
 
-def test_a_cache_in_a_bucket_serves_runs(bucket, base, monkeypatch):
+def test_a_cache_in_a_bucket_serves_runs(bucket, base, pipeline, monkeypatch, tmp_path):
+    """As one on a disk does, also on another machine, which then reads no picture."""
     monkeypatch.setattr(cache_stage, "_PROBE", "a red circle")  # of words that the model knows
     data = DataConfig("generated:shapes/24", 2, 40, encode="cache", cache="gs://bucket/cache")
     train(config_for("gs://bucket/run", base, data=data))
     assert bucket.names("cache/shards/")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     bucket.asked.clear()
     train(config_for("gs://bucket/run2", base, data=data))
     assert not [name for method, name in bucket.asked if method == "POST" and "cache" in name]
+    assert [name for _, name in bucket.asked if name.startswith("cache/shards/")]
     assert bucket.read("run/lora.safetensors") == bucket.read("run2/lora.safetensors")
+    on_disk = replace(data, cache=str(tmp_path / "cache"))
+    train(config_for(tmp_path / "run", pipeline, data=on_disk))
+    same(load(bucket.read("run/lora.safetensors")), load_file(tmp_path / "run/lora.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_folder_and_go_on(bucket, base, local, tmp_path, environment):
+    """Each writes its part of a checkpoint; on other machines they go on with the whole."""
+    config = replace(config_for("gs://bucket/run", base, mesh=MeshConfig(fsdp=2)), steps=3)
+
+    def ran(config, machine):
+        file = tmp_path / f"{machine}.json"
+        file.write_text(to_json(config))
+        copies = {"XDG_CACHE_HOME": str(tmp_path / machine)}
+        words = ("-m", "tests.training.stopped_run", str(file))
+        ours = {**environment, **bucket.environment, **copies}
+        done = run_cluster(*words, processes=2, devices=1, environment=ours)
+        assert [each.returncode for each in done] == [0, 0], [e.stderr[-3000:] for e in done]
+        return done
+
+    ran(config, "one")
+    written = [name for method, name in bucket.asked if method == "POST"]
+    for process in ("process_0", "process_1"):
+        assert [name for name in written if "checkpoints/3/state/" in name and process in name]
+    second = ran(replace(config, resume=True, steps=STEPS), "another")
+    assert "going on after step 3" in second[0].stdout
+    assert logged(bucket) == list(range(1, STEPS + 1))
+    ours = load(bucket.read("run/lora.safetensors"))
+    assert ours.keys() == local.keys()
+    assert max(relative_error(ours[name], local[name]) for name in local) <= 1e-4
 
 
 def test_a_new_model_is_written_to_a_bucket_and_read_from_it(bucket):

@@ -1,19 +1,27 @@
 """Models in a bucket: what of them is copied, and how they are named; pictures drawn into one."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save
 
+import generate as generate_command
 from taca_jax.errors import UserError
+from taca_jax.formats.tensor_files import open_tensors
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.generate import generate
+from taca_jax.pipelines.previews import open_previewer
 from taca_jax.weights.bucket_files import bucket_weights
+from taca_jax.weights.headers import headers_alone
 from taca_jax.weights.hub_files import lora_files, model_files, pipeline_files
 from taca_jax.weights.pipeline_folders import find_tokenizers, open_pipeline
 from taca_jax.weights.shipped import find_weights, is_here
+from tests.refusals import refusal
+from tests.shared import shared_path
 from tests.training.tiny import tiny_pipeline
 
 WEIGHTS = save({"x": np.zeros(2, np.float32)})
@@ -65,6 +73,55 @@ def test_a_lora_is_copied_alone_and_named_among_several(bucket):
     bucket_weights.cache_clear()
     with pytest.raises(UserError, match=r"several weights .*; name one: gs://bucket/runs/a/FILE"):
         find_weights("gs://bucket/runs/a", lora_files)
+
+
+def test_a_tiny_autoencoder_is_named_by_the_beginning_of_its_files(bucket):
+    for net in ("encoder", "decoder"):
+        content = shared_path(f"assets/tae/taef1_{net}.safetensors").read_bytes()
+        bucket.write(f"tae/taef1_{net}.safetensors", content)
+        bucket.write(f"tae/taesd3_{net}.safetensors", content)
+    assert open_previewer("gs://bucket/tae/taef1").config.latent_channels == 16
+    with pytest.raises(UserError, match="gs://bucket/tae/taesd is not there"):
+        open_previewer("gs://bucket/tae/taesd")
+    with headers_alone("gs://bucket/tae/taesd3", model_files) as path:
+        assert open_previewer(path).where == path
+
+
+HEADER_BYTES = 2**17
+
+
+def test_only_headers_are_read(bucket, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save(tmp_path / "tiny")
+    bucket.add_folder(tmp_path / "tiny", "bases/tiny")
+    large = {"x": np.zeros(10 * HEADER_BYTES, np.float32)}
+    large |= {f"a.name.that.is.long.{i}": np.zeros(1, np.float32) for i in range(2000)}
+    bucket.write("large/model.safetensors", save(large))
+    bucket.write("none/model.safetensors", b"version https://git-lfs.github.com/spec/v1\n")
+    with headers_alone("gs://bucket/large", lora_files) as path:
+        assert open_tensors(Path(path)).shapes == {name: x.shape for name, x in large.items()}
+        assert os.stat(path).st_blocks * 512 < 10 * HEADER_BYTES
+    said = "gs://bucket/none/model.safetensors is truncated or damaged"
+    with pytest.raises(UserError, match=said), headers_alone("gs://bucket/none") as path:
+        open_tensors(Path(path))
+    with headers_alone("gs://bucket/bases/tiny") as path:
+        seen = open_pipeline(path).models
+        for model in seen.values():
+            model.check()
+    assert not is_here("gs://bucket/bases/tiny/transformer/model.safetensors")
+    stored = open_pipeline("gs://bucket/bases/tiny").models
+    assert {n: m.config for n, m in seen.items()} == {n: m.config for n, m in stored.items()}
+
+
+def test_mistakes_are_found_before_weights_are_fetched(bucket, tmp_path, monkeypatch):
+    tiny_pipeline().save(tmp_path / "tiny")
+    bucket.add_folder(tmp_path / "tiny", "tiny")
+    words = ["base=gs://bucket/tiny", "lora=none", f"out={tmp_path / 'x.png'}", "prompt=a dot"]
+    words = ["--config", "shapes_taca", *words]
+    line = refusal(monkeypatch, generate_command.main, *words, "height=42")
+    assert line == "error: 42 x 40 pixels: both must be multiples of 4"
+    copies = tmp_path / "copies"
+    assert not [each for each in copied(copies) if each.endswith(".safetensors")]
 
 
 def test_what_is_not_there_is_said(bucket):

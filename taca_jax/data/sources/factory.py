@@ -7,8 +7,8 @@ from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.data.shapes.drawing import IMAGE_SIZE
 from taca_jax.data.shapes.examples import GeneratedShapes
 from taca_jax.data.sources.captions import GivenCaption
-from taca_jax.data.sources.folders import FolderSource
-from taca_jax.data.sources.img2dataset import open_img2dataset
+from taca_jax.data.sources.folders import FolderSource, check_folder
+from taca_jax.data.sources.img2dataset import check_output, open_img2dataset
 from taca_jax.data.sources.mixing import MixedSource
 from taca_jax.data.sources.source import Source
 from taca_jax.data.sources.tars import expand
@@ -31,6 +31,20 @@ def open_source(data: DataConfig, patch: int | None = None) -> Source:
     """
     parts = [_open(name, data, patch) for name in data.source]
     return parts[0] if len(parts) == 1 else MixedSource(parts)
+
+
+def check_there(data: DataConfig) -> None:
+    """Raises UserError as `open_source` does for folders and tars that are not there; no file is
+    read, and no folder listed."""
+    for name in data.source:
+        kind, _, place = name.partition(":")
+        match kind:
+            case "folder":
+                check_folder(places.place(place))
+            case "webdataset":
+                expand(place)
+            case "img2dataset":
+                check_output(places.place(place))
 
 
 def _open(source: str, data: DataConfig, patch: int | None) -> Source:

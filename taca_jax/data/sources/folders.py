@@ -186,11 +186,17 @@ def _content(path: Place) -> bytes:
         raise BadExampleError(f"cannot read {path.name}: {error.strerror}") from error
 
 
-def _names_in(root: Path) -> Iterator[str]:
-    """The paths of all files under a folder."""
-    if not root.is_dir():
+def check_folder(root: Place) -> None:
+    """Raises UserError for a local path that is no folder."""
+    root = root.expanduser()
+    if not in_bucket(root) and not root.is_dir():
         state = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"{root} {state}; data.source=folder:PATH takes a folder of pictures")
+
+
+def _names_in(root: Path) -> Iterator[str]:
+    """The paths of all files under a folder."""
+    check_folder(root)
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error

@@ -29,9 +29,7 @@ def open_img2dataset(
     only read then and needs pyarrow. Raises UserError as FolderSource and TarSource do, and for a
     parquet that cannot be read.
     """
-    root = root.expanduser()
-    if not root.is_dir():
-        raise UserError(f"{root} is not there; data.source=img2dataset:PATH takes an output folder")
+    root = check_output(root)
     if tars := sorted(root.glob("*.tar")):
         return TarSource(
             tars,
@@ -47,6 +45,14 @@ def open_img2dataset(
         lambda folder: _captions(root / f"{folder}.parquet"),
         given,
     )
+
+
+def check_output(root: Place) -> Place:
+    """The output folder. Raises UserError where it is none."""
+    root = root.expanduser()
+    if not root.is_dir():
+        raise UserError(f"{root} is not there; data.source=img2dataset:PATH takes an output folder")
+    return root
 
 
 def _captions(parquet: Place) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ Every object that was drawn is also looked up, to see with what each attribute i
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -238,19 +238,36 @@ def _share(outcomes: Sequence[tuple[int, bool]]) -> dict[str, Any] | None:
     return {**share, "pictures": share.pop("prompts")}
 
 
-def table(rows: dict[str, dict[str, Any]]) -> Table:
-    """The shares by damage, in %, with 95 % intervals of the verdicts."""
-    out = Table(title="What the recogniser says of pictures whose contents are known, %")
-    out.add_column("damage (noise of 255, blur in pixels)")
-    for title in ("true captions accepted", "false ones refused", *ATTRIBUTES):
-        out.add_column(title, justify="right")
+def tables(rows: dict[str, dict[str, Any]]) -> list[Table]:
+    """The shares by damage, in %: of the verdicts with 95 % intervals, and of the attributes."""
+    verdicts = _by_damage(
+        "What the recogniser says of pictures whose contents are known, % (95 % interval)",
+        {"true captions accepted": "accepted", "false ones refused": "refused"},
+        rows,
+        lambda s: f"{100 * s['value']:.2f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})",
+    )
+    attributes = _by_damage(
+        "What it reads right of each object, %",
+        {attribute: attribute for attribute in ATTRIBUTES},
+        rows,
+        lambda s: f"{100 * s['value']:.2f}",
+    )
+    return [verdicts, attributes]
+
+
+def _by_damage(
+    title: str,
+    columns: Mapping[str, str],
+    rows: Mapping[str, Mapping[str, Any]],
+    said: Callable[[Any], str],
+) -> Table:
+    """A row for each damage, and columns by their headings, with what is `said` of a share."""
+    out = Table(title=title, caption="damage: noise of 255, blur in pixels")
+    out.add_column("damage")
+    for heading in columns:
+        out.add_column(heading, justify="right")
     for name, row in rows.items():
-        cells = [
-            f"{100 * s['value']:.2f} ({100 * s['low']:.1f}-{100 * s['high']:.1f})" if s else "-"
-            for s in (row["accepted"], row["refused"])
-        ]
-        cells += [f"{100 * row[attribute]['value']:.2f}" for attribute in ATTRIBUTES]
-        out.add_row(name, *cells)
+        out.add_row(name, *(said(row[key]) if row[key] else "-" for key in columns.values()))
     return out
 
 
@@ -283,10 +300,9 @@ def measure_recogniser(config: RecogniserConfig) -> None:
         raise UserError(f"out={config.out}: its folder does not exist")
     counts = measure(config)
     rows = summary(counts)
-    console = Console(width=max(110, Console().width))
-    console.print(table(rows))
-    for attribute in ATTRIBUTES:
-        console.print(confusion_table(counts, attribute))
+    console = Console()
+    for each in (*tables(rows), *(confusion_table(counts, attribute) for attribute in ATTRIBUTES)):
+        console.print(each)
     if config.out is not None:
         with whole_file(Path(config.out)) as file:
             file.write_text(json.dumps(rows, indent=2) + "\n")

@@ -32,7 +32,6 @@ from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.generate import load_pipeline, local_mesh
 from taca_jax.pipelines.lora_choice import parse_loras
-from taca_jax.pipelines.loras import check_loras_fit
 from taca_jax.taca import TacaConfig
 
 AXES = ("gammas", "thresholds", "schedules", "cond_only", "loras", "gammas_learned", "guidances")
@@ -174,11 +173,9 @@ def sweep(config: SweepConfig) -> None:
 
     out, files = Path(config.out), {"base": config.base}
     check_base(config)
-    stored = check_evaluation(replace(config, lora=None))
+    loras = _loras(settings(config, 1.0))  # the same ones whatever the model's guidance is
+    stored = check_evaluation(replace(config, lora=None), loras=loras)
     points = settings(config, stored.settings.guidance)
-    loras = dict.fromkeys(point.lora for point in points if point.lora is not None)
-    for lora in loras:
-        check_loras_fit(replace(config, lora=lora), stored)
     check_record(out, config, files, free=FREE_FIELDS)
     pipeline = load_pipeline(replace(config, lora=None), local_mesh(config))
     for lora in loras:
@@ -202,9 +199,14 @@ def sweep(config: SweepConfig) -> None:
         rows += _rows(group, _measure(sampler, group, halves), pipeline.settings.guidance)
     with whole_file(out / "sweep.json") as file:
         file.write_text(json.dumps(rows, indent=1) + "\n")
-    Console(width=max(160, Console().width)).print(table(rows))
+    for each in tables(rows):
+        Console().print(each)
     draw_figure(rows, out / "sweep.png")
     print(f"wrote {out / 'sweep.json'} and {out / 'sweep.png'}")
+
+
+def _loras(points: Sequence[Setting]) -> list[str]:
+    return [*dict.fromkeys(point.lora for point in points if point.lora is not None)]
 
 
 def _measure(sampler: Sampler, group: Sequence[Setting], halves: Sequence[Half]) -> list[Alignment]:
@@ -252,27 +254,26 @@ def _rows(
     ]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The settings as a table: % right of each half with 95 % intervals, the paired difference from
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The settings as a table of each half: % right with 95 % intervals, the paired difference from
     the plain base in points, and % right with nothing else drawn."""
-    out = Table(
-        title="Drawn right, % (95 % interval), and the difference from the plain base",
-        caption=EACH_ALONE,
-    )
-    out.add_column("setting")
     halves = [
         name for name, value in rows[0].items() if isinstance(value, dict) and "correct" in value
     ]
-    for half in halves:
-        for heading in (half, "against base", "exact"):
-            out.add_column(heading, justify="right")
+    return [_table(half, rows) for half in halves]
+
+
+def _table(half: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    out = Table(
+        title=f"{half.capitalize()} compositions drawn right, %, and points from the base (95 %)",
+        caption=EACH_ALONE,
+    )
+    out.add_column("setting", overflow="fold")
+    for heading in ("right", "against base", "exact"):
+        out.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = []
-        for half in halves:
-            share, exact = (row[half][measure]["all"] for measure in ("correct", "exact"))
-            cells.append(share_text(share))
-            difference = row[half].get("difference")
-            cells.append("" if difference is None else difference_text(difference["correct"]))
-            cells.append(f"{100 * exact['value']:.1f}")
-        out.add_row(row["name"], *cells)
+        share, exact = (row[half][measure]["all"] for measure in ("correct", "exact"))
+        difference = row[half].get("difference")
+        said = "" if difference is None else difference_text(difference["correct"])
+        out.add_row(row["name"], share_text(share), said, f"{100 * exact['value']:.1f}")
     return out

@@ -35,9 +35,19 @@ def find_weights(
     return path
 
 
-def is_here(path: str | Place) -> bool:
+def is_here(path: str | Place, select: Select = pipeline_files) -> bool:
     """Whether `find_weights` finds something without asking the hub."""
     try:
-        return find_weights(path, download=False).exists()
+        return find_weights(path, select, download=False).exists()
     except UserError:  # a model of the hub that is not in the cache, or not whole
         return False
+
+
+def is_far(path: str | Place, select: Select = pipeline_files) -> bool:
+    """Whether only the hub or a bucket can tell what `path` is, as a thing to open with `select`.
+
+    A bucket is always asked: what was copied from it may have changed there.
+    """
+    if is_bucket_name(path):
+        return True
+    return hub_id(str(path)) is not None and not is_here(path, select)

@@ -31,7 +31,12 @@ def test_true_pictures_are_read_without_an_error_and_damaged_ones_less_well(tmp_
     # Nearly all captions are false without the half object, and are refused.
     assert rows["half"]["refused"]["total"] > 2 * 110
     assert rows["half"]["refused"]["value"] > 0.97
-    assert "half" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    tables = printed.partition("wrote ")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert "100.00 (" in printed
+    for word in ("half", "true captions accepted", "checkered", NOTHING):
+        assert word in printed
     # Every object is counted once for each attribute.
     drawn = {name: sum(row["confusions"]["color"].values()) for name, row in rows.items()}
     assert drawn["none"] == drawn["noise 100"] == drawn["half"] + SMALL.scenes

@@ -173,9 +173,14 @@ def test_results_are_paired_with_the_base_and_a_longer_sweep_goes_on(tmp_path, m
     assert strong["taca"]["gamma"] == 1.5
     printed = capsys.readouterr().out
     assert "4 settings, 12 pictures each" in printed
+    for half in ("Seen", "Held-out"):
+        assert f"{half} compositions drawn right, %, and points from the base" in printed
     assert "+100.0 (" in printed
     assert "p = 0.031" in printed
-    assert "p-values are of each setting alone, not corrected for their number" in printed
+    said = " ".join(printed.split())
+    assert "p-values are of each setting alone, not corrected for their number" in said
+    lines = [line for line in printed.splitlines() if not line.startswith("wrote ")]
+    assert max(map(len, lines)) <= 80
     with Image.open(out / "sweep.png") as figure:
         assert figure.width > 1000
     with pytest.raises(UserError, match="seed is 0 there, 5 here; name another out"):
