@@ -346,14 +346,14 @@ run.train(from_json(TrainConfig, open(sys.argv[1]).read()))
 """
 
 
-def run_script(script, config, environment, tmp_path):
+def run_script(script, config, tmp_path):
     (tmp_path / "config.json").write_text(to_json(config))
-    return run_python("-c", script, str(tmp_path / "config.json"), environment=environment)
+    return run_python("-c", script, str(tmp_path / "config.json"))
 
 
-def test_killed_and_resumed_is_never_stopped(finished, tmp_path, environment):
+def test_killed_and_resumed_is_never_stopped(finished, tmp_path):
     config = base_config(tmp_path / "run", sample_every=4, sample_prompts=PROMPTS)
-    killed = run_script(KILLED, config, environment, tmp_path)
+    killed = run_script(KILLED, config, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with (config.run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a line that the kill cut off
@@ -544,9 +544,9 @@ except UserError as error:
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_while_a_checkpoint_is_written(finished, tmp_path, environment):
+def test_a_disk_that_fills_while_a_checkpoint_is_written(finished, tmp_path):
     config = base_config(tmp_path / "run")
-    full = run_script(FULL, config, environment, tmp_path)
+    full = run_script(FULL, config, tmp_path)
     assert full.returncode == 1
     # On stdout, because Orbax's threads have a word about each array on stderr.
     (line,) = full.stdout.splitlines()
