@@ -13,25 +13,32 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TIMEOUT = 900
 
+Environment = Mapping[str, str | None] | None
+
 OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 """The environment of a process whose compiled programs are looked at."""
 
+NOT_KEPT = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+"""That of one that compiles for chips which are not here: JAX could not read its programs again."""
+
 
 def run_python(
-    *arguments: str, environment: Mapping[str, str] | None = None, devices: int | None = None
+    *arguments: str, environment: Environment = None, devices: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python on the CPU in the repository's root, with these arguments.
 
-    `environment` is added to ours; `devices` are how many virtual ones JAX finds, by default one.
+    `environment` is added to ours, less what is None in it; `devices` are how many virtual ones JAX
+    finds, by default one.
     """
     return ended(start_python(*arguments, environment=environment, devices=devices))
 
 
 def start_python(
-    *arguments: str, environment: Mapping[str, str] | None = None, devices: int | None = None
+    *arguments: str, environment: Environment = None, devices: int | None = None
 ) -> subprocess.Popen[str]:
     """As `run_python`, without waiting for it."""
-    ours = os.environ | {"JAX_PLATFORMS": "cpu"} | dict(environment or {})
+    wanted = os.environ | {"JAX_PLATFORMS": "cpu"} | dict(environment or {})
+    ours = {name: value for name, value in wanted.items() if value is not None}
     if devices is not None:
         count = f"--xla_force_host_platform_device_count={devices}"
         ours["XLA_FLAGS"] = f"{ours.get('XLA_FLAGS', '')} {count}"
@@ -46,7 +53,7 @@ def start_python(
 
 
 def run_cluster(
-    *arguments: str, processes: int, devices: int, environment: Mapping[str, str] | None = None
+    *arguments: str, processes: int, devices: int, environment: Environment = None
 ) -> list[subprocess.CompletedProcess[str]]:
     """Runs Python as so many processes, with so many virtual devices each, joined over gloo."""
     with socket.socket() as free:

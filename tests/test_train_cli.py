@@ -116,6 +116,16 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     assert err == f"stopped; go on with resume=true out_dir={tmp_path}\n"
 
 
+@pytest.mark.parametrize(("plan", "kept"), [("none", True), ("v5e-1", False)])
+def test_programs_for_chips_that_are_not_here_are_not_kept(monkeypatch, tmp_path, plan, kept):
+    calls = []
+    monkeypatch.setattr("taca_jax.telling.command.keep_programs", lambda: calls.append("kept"))
+    monkeypatch.setattr("taca_jax.training.run.train", lambda *_: calls.append("done"))
+    monkeypatch.setattr("taca_jax.planning.plan.plan", lambda *_: calls.append("done"))
+    train.main(command(plan=plan, out_dir=str(tmp_path)))
+    assert calls == (["kept", "done"] if kept else ["done"])
+
+
 def test_a_run_that_was_told_to_stop_exits_with_0(monkeypatch, capsys, tmp_path):
     def stopped(*_):
         raise StoppedError("told to stop: saved after step 3 of 6")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from taca_jax.config.command_line import parse_cli
-from taca_jax.errors import UserError
+from taca_jax.errors import ending_in_one_line
 from taca_jax.pipelines.config import GenerateConfig
 from taca_jax.pipelines.saved import saved_drawing
 
@@ -26,13 +26,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     from taca_jax.planning.drawing import plan_drawing
     from taca_jax.telling.command import begin
 
-    begin()
-    try:
+    begin(keep=config.plan is None)
+    with ending_in_one_line("stopped; pictures reported as written are complete"):
         if config.plan is None:
             generate(config)
         else:
             plan_drawing(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; pictures reported as written are complete")

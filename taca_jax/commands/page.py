@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from taca_jax.config.command_line import parse_cli
-from taca_jax.errors import UserError
+from taca_jax.errors import ending_in_one_line
 from taca_jax.page.config import PageConfig
 from taca_jax.pipelines.config import GenerateConfig
 
@@ -27,9 +27,5 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     from taca_jax.telling.command import begin
 
     begin()
-    try:
+    with ending_in_one_line("stopped"):
         serve(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")

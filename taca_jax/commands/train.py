@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from taca_jax.config.command_line import parse_cli
-from taca_jax.errors import StoppedError, UserError
+from taca_jax.errors import StoppedError, ending_in_one_line
 from taca_jax.training.config import TrainConfig
 
 
@@ -20,20 +20,17 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     from taca_jax.telling.command import begin
     from taca_jax.training.checks import check_run
 
-    begin()
-    try:
-        if config.plan is None:
-            checked = check_run(config)
-            from taca_jax.training.run import train
-
-            train(config, checked)
-        else:
+    begin(keep=config.plan is None)
+    with ending_in_one_line(f"stopped; go on with resume=true out_dir={config.run_dir}"):
+        if config.plan is not None:
             from taca_jax.planning.plan import plan
 
             plan(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except StoppedError as stopped:
-        print_once(str(stopped), sys.stderr)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; go on with resume=true out_dir={config.run_dir}")
+            return
+        checked = check_run(config)
+        from taca_jax.training.run import train
+
+        try:
+            train(config, checked)
+        except StoppedError as stopped:
+            print_once(str(stopped), sys.stderr)

@@ -16,7 +16,7 @@ from taca_jax.convert.inspection import inspect_weights
 from taca_jax.convert.loras import convert_lora, lora_models
 from taca_jax.convert.models import convert_family, convert_model, convert_scorer
 from taca_jax.convert.verification import verify
-from taca_jax.errors import UserError
+from taca_jax.errors import UserError, ending_in_one_line
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families
 from taca_jax.hub.ids import Select
@@ -360,10 +360,6 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    try:
+    with ending_in_one_line("stopped; nothing was written"):
         made = run()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
     say(made)

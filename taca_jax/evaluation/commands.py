@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from taca_jax.config.command_line import called, parse_cli, say
 from taca_jax.config.fields import nearest
-from taca_jax.errors import UserError
+from taca_jax.errors import ending_in_one_line
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
 from taca_jax.pipelines.saved import saved_drawing
 
@@ -74,12 +74,8 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
 
     program: how the program is called, for the help; by default the file that runs.
     """
-    try:
+    with ending_in_one_line("stopped; the same command keeps what is written and does the rest"):
         run(sys.argv[1:] if argv is None else argv, program or called())
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command keeps what is written and does the rest")
 
 
 def run(argv: Sequence[str], program: str = "taca-eval") -> None:

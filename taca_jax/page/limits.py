@@ -8,7 +8,7 @@ from pathlib import Path
 from taca_jax.errors import UserError
 from taca_jax.page.config import PageConfig
 from taca_jax.pipelines.config import GenerateConfig, SamplingConfig
-from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras
+from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras, written_loras
 from taca_jax.taca import Gate, Schedule
 
 NO_LORA = "none"
@@ -56,12 +56,7 @@ def _chosen(config: PageConfig, name: str, strength: float, gate: Gate | None) -
         replace(each, strength=each.strength * strength, gate=gate or each.gate)
         for each in there[name]
     ]
-    return ",".join(map(_written, choices)) or None
-
-
-def _written(choice: LoRAChoice) -> str:
-    gate = "" if choice.gate is None else f"@{choice.gate}"
-    return f"{choice.path}{gate}:{choice.strength:g}"
+    return written_loras(choices)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from taca_jax.nn.low_bit import Quantization
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.pipelines.batching import with_model_values
 from taca_jax.pipelines.config import GenerateConfig
+from taca_jax.pipelines.lora_choice import LoRAChoice, written_loras
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options
 from taca_jax.storage.places import place
@@ -79,11 +80,11 @@ def with_values_used(config: GenerateConfig, pipeline: Pipeline, batch_size: int
     """The configuration with what it leaves to the model and to the devices, as it is used: steps,
     guidance, size, mesh, stages, batch size, and each LoRA's strength and gate."""
     axes = {} if pipeline.mesh is None else dict(pipeline.mesh.shape)
-    loras = [f"{lora.name}@{lora.gate}:{lora.strength}" for lora in pipeline.loras]
+    loras = [LoRAChoice(lora.name, lora.strength, lora.gate) for lora in pipeline.loras]
     return replace(
         with_model_values(config, pipeline.settings),
         mesh=MeshConfig(**{field.name: axes.get(field.name, 1) for field in fields(MeshConfig)}),
         stages=pipeline.staged,
         batch_size=batch_size,
-        lora=",".join(loras) or None,
+        lora=written_loras(loras),
     )

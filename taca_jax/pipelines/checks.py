@@ -24,7 +24,7 @@ from taca_jax.pipelines.inputs import check_guidance, check_negative
 from taca_jax.pipelines.loras import check_lora, check_loras_fit, fetch_loras
 from taca_jax.pipelines.opening import check_autoencoder, size_in, tokens_in
 from taca_jax.pipelines.previews import OWN, check_own_previewer, open_previewer
-from taca_jax.pipelines.prompt_lists import Lines, pictures_of
+from taca_jax.pipelines.prompt_lists import Lines, pictures_in_list
 from taca_jax.pipelines.text import find_tokenizers, lacks_encoders, load_tokenizers
 from taca_jax.storage.places import Place, in_bucket, place, reach
 from taca_jax.weights.headers import headers_alone
@@ -58,9 +58,9 @@ def check_drawing(config: GenerateConfig) -> StoredPipeline:
 def check_list(config: GenerateConfig, lines: Lines) -> tuple[StoredPipeline, list[GenerateConfig]]:
     """The same for a list of prompts, which each process draws a share of; and its pictures.
 
-    Raises UserError as `check_drawing` and `pictures_of` do.
+    Raises UserError as `check_drawing` and `pictures_in_list` do.
     """
-    pictures = partial(pictures_of, config, lines)
+    pictures = partial(pictures_in_list, config, lines)
     is_folder = not config.out.endswith(".png")
     return _checked(config, [], pictures, jax.local_devices, is_folder=is_folder)
 

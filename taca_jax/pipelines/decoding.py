@@ -57,9 +57,7 @@ def eight_bit(images: Float[np.ndarray, "b H W 3"]) -> UInt8[np.ndarray, "b H W 
     return np.round(images * 255).astype(np.uint8)
 
 
-def pictures_of(
-    autoencoder: Autoencoder, latents: Float[Array, "b h w c"]
-) -> Float[Array, "b H W 3"]:
+def decoded(autoencoder: Autoencoder, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
     """Pictures in [0, 1], float32; devices share them where their number divides evenly."""
     images = autoencoder.decode(constrain_samples(latents)).astype(jnp.float32)
     return jnp.clip((images + 1) / 2, 0, 1)
@@ -69,4 +67,4 @@ def pictures_of(
 def _decode(
     graph: nnx.GraphDef, state: nnx.State, latents: Float[Array, "b h w c"]
 ) -> Float[Array, "b H W 3"]:
-    return pictures_of(nnx.merge(graph, state), latents)
+    return decoded(nnx.merge(graph, state), latents)

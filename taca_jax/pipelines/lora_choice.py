@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -10,6 +11,9 @@ from taca_jax.taca import Gate
 
 FORM = "FILE, FILE:STRENGTH, FILE@taca or FILE@always (or both: FILE@taca:0.8), joined by commas"
 """How LoRAs are written."""
+
+_DIGITS = ".12g"
+"""Of a strength that is written: products such as 3 x 0.1 are without their last bits."""
 
 _ONE = re.compile(
     rf"(?P<path>.+?)(@(?P<gate>{'|'.join(get_args(Gate))}))?(:(?P<strength>[-+.\deE]+|nan|[-+]?inf))?"
@@ -33,6 +37,11 @@ class LoRAChoice:
             raise UserError(f"the strength of LoRA {self.path} is {self.strength}; give a number")
 
 
+def written_loras(choices: Sequence[LoRAChoice]) -> str | None:
+    """The text that `parse_loras` reads these from; None for no LoRA."""
+    return ",".join(map(_written, choices)) or None
+
+
 def parse_loras(text: str) -> tuple[LoRAChoice, ...]:
     """The LoRAs that a text asks for, such as `style.safetensors:0.8,taca.safetensors@taca`.
 
@@ -54,3 +63,8 @@ def parse_loras(text: str) -> tuple[LoRAChoice, ...]:
             raise UserError(f"lora={text} names {match['path']} twice; add up its strengths")
         found[match["path"]] = LoRAChoice(match["path"], strength, gate)
     return tuple(found.values())
+
+
+def _written(choice: LoRAChoice) -> str:
+    gate = "" if choice.gate is None else f"@{choice.gate}"
+    return f"{choice.path}{gate}:{choice.strength:{_DIGITS}}"

@@ -18,7 +18,7 @@ Lines = Mapping[int, GenerateConfig]
 """The command of each line of a list, by its number."""
 
 
-def pictures_of(
+def pictures_in_list(
     config: GenerateConfig, lines: Lines, stored: StoredPipeline
 ) -> list[GenerateConfig]:
     """All pictures of a list in its order, with the values that they are drawn with.

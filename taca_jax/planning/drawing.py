@@ -25,7 +25,7 @@ from taca_jax.parallel.choice import Place
 from taca_jax.parallel.mesh import on
 from taca_jax.pipelines.batching import batch_size
 from taca_jax.pipelines.config import GenerateConfig
-from taca_jax.pipelines.decoding import pictures_of
+from taca_jax.pipelines.decoding import decoded
 from taca_jax.pipelines.opening import Opening, downscale_in, samples_of, size_in, tokens_in
 from taca_jax.planning.plan import GB, OutOfMemoryError, Plan, compiled_plan, devices_of, in_units
 from taca_jax.planning.slices import Slice
@@ -238,7 +238,7 @@ def _decode(
     latents = _array(mesh, *shape, stored.transformer.config.latent_channels)
 
     def decode(state: nnx.State, latents: jax.Array) -> jax.Array:
-        return pictures_of(nnx.merge(graph, state), latents)
+        return decoded(nnx.merge(graph, state), latents)
 
     return jax.jit(decode).lower(state, latents), local_bytes(latents), 0.0
 

@@ -4,17 +4,15 @@ same in XDG_CACHE_HOME."""
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from taca_jax.errors import UserError
 from taca_jax.storage.places import SCHEME, Stat, read_bytes, reason
+from taca_jax.telling.bars import bar
 
 if TYPE_CHECKING:
     from etils import epath
@@ -55,11 +53,10 @@ def fetch(folder: "epath.Path", files: Mapping[str, Stat], *, quiet: bool = Fals
     shown = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
     if not quiet:
         _LOG.warning("fetching %s (%.2f GB) of %s", shown, size / 1e9, folder)
-    with _bar(quiet=quiet) as bar:
-        task = bar.add_task("fetching", total=size)
+    with nullcontext(lambda _: None) if quiet else bar("fetching", size, "bytes") as advance:
         for name, stat in absent.items():
             try:
-                _fetch(folder / name, copy / name, stat, lambda n: bar.advance(task, n))
+                _fetch(folder / name, copy / name, stat, advance)
             except OSError as error:
                 raise UserError(
                     f"{folder / name} could not be fetched ({error.strerror or reason(error)}); "
@@ -84,16 +81,17 @@ def _fetch(path: "epath.Path", file: Path, stat: Stat, advance: Callable[[int], 
     handle = os.open(made, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
 
-        def piece(start: int) -> None:
+        def piece(start: int) -> int:
             size = min(_PIECE, stat.size - start)
             content = read_bytes(path, start, size)
             if len(content) != size:
                 raise OSError("it has changed meanwhile")
             os.pwrite(handle, content, start)
-            advance(size)
+            return size
 
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            list(pool.map(piece, range(0, stat.size, _PIECE)))
+            for size in pool.map(piece, range(0, stat.size, _PIECE)):
+                advance(size)
         os.utime(made, (stat.written, stat.written))
         made.replace(file)
     finally:
@@ -106,15 +104,3 @@ def _date_folders(copy: Path, files: Mapping[str, Stat]) -> None:
     newest = max(stat.written for stat in files.values())
     for folder in {(copy / name).parent for name in files}:
         os.utime(folder, (newest, newest))
-
-
-def _bar(*, quiet: bool) -> Progress:
-    """A bar of bytes, on a terminal only."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not sys.stderr.isatty(),
-    )

@@ -4,9 +4,7 @@ JAX keeps them (its persistent compilation cache). Its own settings hold: JAX_CO
 names the folder, which may be in a bucket, and JAX_ENABLE_COMPILATION_CACHE=false turns it off.
 """
 
-import hashlib
 import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +15,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from taca_jax.parallel.processes import print_once
+from taca_jax.telling.processor import processor
 from taca_jax.telling.start import wrapped
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
@@ -51,17 +50,7 @@ def default_folder() -> Path:
     """Where compiled programs are kept unless the variable says otherwise. Each kind of processor
     has its own: a home may be shared, and programs for the CPU use what their machine can."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "taca_jax" / "compiled" / _processor()
-
-
-def _processor() -> str:
-    """Of this machine's processor its architecture and a digest of its instruction sets."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = [platform.processor()]
-    sets = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return f"{platform.machine()}-{hashlib.sha256(sets.encode()).hexdigest()[:8]}"
+    return cache / "taca_jax" / "compiled" / processor()
 
 
 def keep_programs() -> None:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -221,8 +222,6 @@ def tokenizer_files(found: HubId, names: Sequence[str]) -> Selection:
 
 
 def _read_tokenizer(path: str | Path) -> Any:
-    from transformers import AutoTokenizer, CLIPTokenizer  # slow to import, and needed only here
-
     folder = Path(path)
     if not folder.is_dir():
         if (found := hub_id(str(path))) is None:
@@ -233,15 +232,34 @@ def _read_tokenizer(path: str | Path) -> Any:
         from taca_jax.hub.fetching import fetch  # slow to import, too
 
         folder = fetch(found, tokenizer_files)
+    files = tuple(sorted(_stamp(file) for file in folder.iterdir() if file.is_file()))
+    try:
+        return _reader(folder.absolute(), files)
+    except Exception as error:  # the library raises almost anything for a damaged file
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
+
+
+_Stamp = tuple[str, int, int]
+"""A file's name, size and time."""
+
+
+def _stamp(file: Path) -> _Stamp:
+    found = file.stat()
+    return file.name, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _reader(folder: Path, files: tuple[_Stamp, ...]) -> Any:
+    """Read once, for the checks before a run and for the run itself; again if its files change."""
+    del files
+    from transformers import AutoTokenizer, CLIPTokenizer  # slow to import, and needed only here
+
     bare_clip = all((folder / name).is_file() for name in _BARE_CLIP) and not any(
         (folder / name).is_file() for name in _SAYS_ITS_CLASS
     )
     reader = CLIPTokenizer if bare_clip else AutoTokenizer
-    try:
-        return reader.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the library raises almost anything for a damaged file
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"no tokenizer could be read from {path}: {reason}") from error
+    return reader.from_pretrained(str(folder), local_files_only=True)
 
 
 def _valid(caption: str) -> str:

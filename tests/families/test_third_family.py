@@ -40,7 +40,7 @@ from taca_jax.training.optimizer import OptimizerConfig
 from taca_jax.training.run import train
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
-from tests.processes import OPTIMISED, last_line, run_python
+from tests.processes import NOT_KEPT, OPTIMISED, last_line, run_python
 from tests.random_models import random_model
 from tests.training.tiny import T5, tiny_pipeline
 
@@ -181,7 +181,7 @@ def test_it_is_planned(base):
         "from taca_jax.training.config import TrainConfig;"
         "plan(from_json(TrainConfig, sys.argv[1]))"
     )
-    done = run_python("-c", script, to_json(config), environment=OPTIMISED)
+    done = run_python("-c", script, to_json(config), environment=OPTIMISED | NOT_KEPT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "v5e-4 (v5e:2x2), fsdp 4: 8 pictures of 40 px a step" in done.stdout.replace(
         "data", "fsdp"

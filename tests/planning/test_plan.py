@@ -33,7 +33,7 @@ from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.training.models import open_models
 from taca_jax.training.step import Batch, EncodedBatch
-from tests.processes import OPTIMISED, last_line, run_python
+from tests.processes import NOT_KEPT, OPTIMISED, last_line, run_python
 from tests.random_models import random_model
 from tests.training.test_sd3 import CLIP
 from tests.training.test_sd3 import TINY as SD3
@@ -231,7 +231,7 @@ def test_a_small_plan(folder, changes, encode, request, tmp_path):
     config = config_on(request.getfixturevalue(folder), data=data, **changes)
     (tmp_path / "config.json").write_text(to_json(config))
     arguments = "-c", SCRIPT, str(tmp_path / "config.json")
-    plan = json.loads(last_line(run_python(*arguments, environment=OPTIMISED)))
+    plan = json.loads(last_line(run_python(*arguments, environment=OPTIMISED | NOT_KEPT)))
     assert plan["fits"]
     assert plan["mesh"] == {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}  # it has room
     assert plan["parts"]["trained parameters, optimizer"] > 0

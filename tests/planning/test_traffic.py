@@ -11,7 +11,7 @@ import pytest
 from taca_jax.parallel.chips import CHIPS
 from taca_jax.planning.hlo import Program
 from taca_jax.planning.traffic import Moved, read_traffic
-from tests.processes import last_line, run_python
+from tests.processes import NOT_KEPT, last_line, run_python
 
 TEXT = (Path(__file__).parent / "small_program.hlo").read_text()
 CHIP = replace(
@@ -110,7 +110,7 @@ print(json.dumps(asdict(read_traffic(text, where.chip))))
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_stack_that_is_shared_is_gathered_once():
     """By gathers or in pieces from neighbours, ahead of the loop or not: three quarters of it."""
-    traffic = json.loads(last_line(run_python("-c", SCRIPT)))
+    traffic = json.loads(last_line(run_python("-c", SCRIPT, environment=NOT_KEPT)))
     received = sum(moved["received"] for moved in traffic["collectives"].values())
     assert received == pytest.approx(6 * 512 * 512 * 2 * 3 / 4)
     # At least what comes in and goes out; at most that of each layer.

@@ -7,7 +7,6 @@ import pytest
 from taca_jax.storage import places
 from taca_jax.weights import bucket_files
 from tests.storage.emulator import Emulator, serving
-from tests.training.conftest import compiled_folder, environment  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

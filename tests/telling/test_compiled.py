@@ -15,9 +15,9 @@ PROGRAMS = ("the training step", "the sampling loop", "the text encoders")
 SCRIPT = "tests/telling/one_start.py"
 
 
-def environment(**values) -> dict[str, str]:
-    """With the cache on, unlike in other tests, and Python's search path for the script."""
-    return {"JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONPATH": os.getcwd(), **values}
+def environment(**values) -> dict[str, str | None]:
+    """With the cache where commands have it, and Python's search path for the script."""
+    return {"JAX_COMPILATION_CACHE_DIR": None, "PYTHONPATH": os.getcwd(), **values}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def settings():
         "jax_persistent_cache_min_compile_time_secs",
     )
     before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
     yield jax.config
     for name, value in before.items():
         jax.config.update(name, value)

@@ -11,11 +11,15 @@ import pytest
 from tests.processes import OPTIMISED, last_line, run_python
 
 HBM_BYTES = 16 * 2**30  # of one v5e chip
-ENVIRONMENT = OPTIMISED | {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+ENVIRONMENT = (
+    OPTIMISED
+    | {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    | NOT_KEPT
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu (pip install libtpu)"

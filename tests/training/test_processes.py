@@ -36,14 +36,14 @@ def config_for(out_dir, **changes):
     return tiny_config(out_dir, **(usual | changes))
 
 
-def started(config, *arguments, processes=1, devices=8, environment):
+def started(config, *arguments, processes=1, devices=8):
     """Runs it, and says what the processes left."""
     file = config.run_dir.parent / f"{config.run_dir.name}.json"
     file.write_text(to_json(config))
     command = (*SCRIPT, str(file), *map(str, arguments))
     if processes == 1:
-        return [run_python(*command, devices=devices, environment=environment)]
-    return run_cluster(*command, processes=processes, devices=devices, environment=environment)
+        return [run_python(*command, devices=devices)]
+    return run_cluster(*command, processes=processes, devices=devices)
 
 
 def errors(done):
@@ -51,14 +51,14 @@ def errors(done):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, environment):
+def one(tmp_path_factory):
     """A run of one process on eight devices."""
     config = config_for(
         tmp_path_factory.mktemp("one") / "run",
         sample_every=STEPS,
         sample_prompts=("a red circle",),
     )
-    done = started(config, environment=environment)
+    done = started(config)
     assert done[0].returncode == 0, errors(done)
     return config
 
@@ -81,9 +81,9 @@ def assert_equal(config, other, within=1e-6):
         assert line["loss"] == pytest.approx(expected_line["loss"], rel=1e-5)
 
 
-def test_two_processes_train_as_one_does(one, tmp_path, environment):
+def test_two_processes_train_as_one_does(one, tmp_path):
     config = dataclasses.replace(one, out_dir=str(tmp_path / "run"))
-    done = started(config, processes=2, devices=4, environment=environment)
+    done = started(config, processes=2, devices=4)
     assert [each.returncode for each in done] == [0, 0], errors(done)
     assert_equal(config, one)
     # The first writes and speaks for both, once.
@@ -98,7 +98,7 @@ def test_two_processes_train_as_one_does(one, tmp_path, environment):
     assert len(ours) == len(theirs)
 
 
-def test_two_processes_train_a_lora_on_a_base_that_lies_over_both(one, tmp_path, environment):
+def test_two_processes_train_a_lora_on_a_base_that_lies_over_both(one, tmp_path):
     adapt = {
         "base": str(one.run_dir / "model"),
         "model": None,
@@ -112,7 +112,7 @@ def test_two_processes_train_a_lora_on_a_base_that_lies_over_both(one, tmp_path,
     for processes, mesh in ((1, MeshConfig()), (2, MeshConfig(fsdp=4, tensor=2))):
         config = config_for(tmp_path / f"run{processes}", mesh=mesh, **adapt)
         devices = 8 // processes if processes > 1 else 1
-        done = started(config, processes=processes, devices=devices, environment=environment)
+        done = started(config, processes=processes, devices=devices)
         assert [each.returncode for each in done] == [0] * processes, errors(done)
         assert "LoRA written to" in done[0].stdout
         files.append(load_file(config.run_dir / "lora.safetensors"))
@@ -123,14 +123,14 @@ def test_two_processes_train_a_lora_on_a_base_that_lies_over_both(one, tmp_path,
         assert relative_error(together[name], array) <= 1e-4
 
 
-def test_a_run_goes_on_on_fewer_devices_and_as_other_processes(one, tmp_path, environment):
+def test_a_run_goes_on_on_fewer_devices_and_as_other_processes(one, tmp_path):
     """8 devices, then two processes of two, then one device; each is told to stop at some time."""
     config = config_for(tmp_path / "run")
-    first = started(config, 3, environment=environment)
+    first = started(config, 3)
     assert first[0].returncode == 0, errors(first)
     assert f"told to stop: saved after step 3 of {STEPS}" in first[0].stderr
     config = dataclasses.replace(config, resume=True)
-    second = started(config, 2, processes=2, devices=2, environment=environment)
+    second = started(config, 2, processes=2, devices=2)
     assert [each.returncode for each in second] == [0, 0], errors(second)
     assert "going on after step 3" in second[0].stdout
     assert "told to stop: saved after step " in second[0].stderr
@@ -138,14 +138,14 @@ def test_a_run_goes_on_on_fewer_devices_and_as_other_processes(one, tmp_path, en
     assert "told to stop" not in second[1].stderr
     (*_, stopped) = saved_steps(config.run_dir)
     assert 5 <= stopped < STEPS
-    last = started(config, devices=1, environment=environment)
+    last = started(config, devices=1)
     assert last[0].returncode == 0, errors(last)
     assert f"going on after step {stopped}" in last[0].stdout
     assert_equal(config, one)
 
 
 @pytest.mark.parametrize("damage", ["of one", "of both"])
-def test_two_processes_pass_over_a_damaged_checkpoint(one, tmp_path, environment, damage):
+def test_two_processes_pass_over_a_damaged_checkpoint(one, tmp_path, damage):
     """Also where only one of them reads what is damaged."""
     shutil.copytree(one.run_dir, tmp_path / "run")
     config = dataclasses.replace(one, out_dir=str(tmp_path / "run"), resume=True)
@@ -160,7 +160,7 @@ def test_two_processes_pass_over_a_damaged_checkpoint(one, tmp_path, environment
         eighth = slice(len(content) // 2, len(content) * 5 // 8)
         content[eighth] = bytes(255 - byte for byte in content[eighth])
         largest.write_bytes(content)
-    done = started(config, processes=2, devices=4, environment=environment)
+    done = started(config, processes=2, devices=4)
     assert [each.returncode for each in done] == [0, 0], errors(done)
     assert f"warning: checkpoint {STEPS} cannot be read (" in done[0].stderr
     assert f"going on after step {STEPS - SAVE_EVERY}" in done[0].stdout
@@ -168,13 +168,13 @@ def test_two_processes_pass_over_a_damaged_checkpoint(one, tmp_path, environment
     assert_equal(config, one)
 
 
-def test_a_loss_that_is_no_number_ends_every_process(tmp_path, environment):
+def test_a_loss_that_is_no_number_ends_every_process(tmp_path):
     config = config_for(tmp_path / "run", mesh=MeshConfig(data=-1, fsdp=1))
     config = dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, clip_norm=None),
     )
-    done = started(config, processes=2, devices=4, environment=environment)
+    done = started(config, processes=2, devices=4)
     assert all(each.returncode != 0 for each in done), errors(done)
     (line,) = [line for line in done[0].stderr.splitlines() if line.startswith("error: ")]
     assert line.count("train-") == 8  # the other process's samples too

@@ -346,14 +346,14 @@ run.train(from_json(TrainConfig, open(sys.argv[1]).read()))
 """
 
 
-def run_script(script, config, environment, tmp_path):
+def run_script(script, config, tmp_path):
     (tmp_path / "config.json").write_text(to_json(config))
-    return run_python("-c", script, str(tmp_path / "config.json"), environment=environment)
+    return run_python("-c", script, str(tmp_path / "config.json"))
 
 
-def test_killed_and_resumed_is_never_stopped(finished, tmp_path, environment):
+def test_killed_and_resumed_is_never_stopped(finished, tmp_path):
     config = base_config(tmp_path / "run", sample_every=4, sample_prompts=PROMPTS)
-    killed = run_script(KILLED, config, environment, tmp_path)
+    killed = run_script(KILLED, config, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with (config.run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a line that the kill cut off
@@ -434,26 +434,53 @@ def test_what_does_not_change_the_run_may_change(finished, tmp_path):
     assert from_json(type(config), recorded).data.max_bad_share == 0.9
 
 
-# Orbax drops the reads that are under way when it finds damage, to be complained of when collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["truncate", "flip", "half", "record"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys, damage):
-    config = copied(finished, tmp_path)
-    newest = config.run_dir / "checkpoints" / str(STEPS)
-    if damage == "half":  # a copy that was cut short
+def damage(newest, how):
+    """Damages the files of a checkpoint."""
+    if how == "half":  # a copy that was cut short
         for file in sorted(path for path in newest.rglob("*") if path.is_file())[::2]:
             file.unlink()
-    elif damage == "record":
+    elif how == "record":
         (newest / "record" / "metadata").write_text('{"posi')
     else:
         file = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
         content = bytearray(file.read_bytes())
         middle = len(content) // 2
-        if damage == "truncate":
+        if how == "truncate":
             file.write_bytes(content[:middle])
         else:
             content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle:][:64])
             file.write_bytes(content)
+
+
+# Orbax drops the reads that are under way when it finds damage, to be complained of when collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["truncate", "flip", "half", "record"])
+def test_however_a_checkpoint_is_damaged_it_is_passed_over(tmp_path, how):
+    def state(step):
+        trained = {"kernel": jnp.asarray(np.random.default_rng(step).normal(size=(64, 64)))}
+        return TrainState(jnp.int32(step), jnp.zeros(2, jnp.uint32), trained, (), None)
+
+    with Checkpoints(tmp_path, keep=3, frozen=nnx.State({})) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state(step), {"position": step})
+    damage(tmp_path / "checkpoints" / "3", how)
+    warned = []
+    with Checkpoints(tmp_path, keep=3, frozen=nnx.State({})) as checkpoints:
+        found, data = checkpoints.restore(state(0), warn=warned.append)
+    gc.collect()
+    assert data == {"position": 2}
+    assert np.array_equal(found.trained["kernel"], state(2).trained["kernel"])
+    [line] = warned
+    assert line.startswith("checkpoint 3 cannot be read (")
+    assert line.endswith("); trying the one before")
+    assert saved_steps(tmp_path) == [1, 2]
+    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["3"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_with_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys):
+    config = copied(finished, tmp_path)
+    damage(config.run_dir / "checkpoints" / str(STEPS), "truncate")
     train(config)
     gc.collect()
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
@@ -544,9 +571,9 @@ except UserError as error:
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_while_a_checkpoint_is_written(finished, tmp_path, environment):
+def test_a_disk_that_fills_while_a_checkpoint_is_written(finished, tmp_path):
     config = base_config(tmp_path / "run")
-    full = run_script(FULL, config, environment, tmp_path)
+    full = run_script(FULL, config, tmp_path)
     assert full.returncode == 1
     # On stdout, because Orbax's threads have a word about each array on stderr.
     (line,) = full.stdout.splitlines()
