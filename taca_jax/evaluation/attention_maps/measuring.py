@@ -16,6 +16,7 @@ from taca_jax.evaluation.shapes.recogniser import check
 from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.mesh import on
+from taca_jax.parallel.processes import on_host
 from taca_jax.pipelines.config import Variant
 from taca_jax.pipelines.decoding import eight_bit
 from taca_jax.pipelines.loras import acting_loras
@@ -197,13 +198,15 @@ def _draw(
     )
     assert out.trajectory is not None
     grid = [side // pipeline.config.patch_size for side in noise.shape[1:3]]
+    # All from the host: JAX would compile once more for latents that are bound to a device.
+    before = np.concatenate([on_host(noise)[None], on_host(out.trajectory.latents[:-1])])
     heads, maps = [], []
-    for step, latents in enumerate([noise, *out.trajectory.latents[:-1]]):
+    for step, latents in enumerate(before):
         with on(pipeline.mesh):
             shares = shares_of_step(
                 pipeline.transformer,
                 batch.text,
-                latents,
+                jnp.asarray(latents),
                 jax.tree.map(lambda x, step=step: x[step], plan),
                 batch.words,
                 layer=config.layer,
@@ -215,8 +218,8 @@ def _draw(
     return _Drawn(
         heads=np.stack(heads),
         maps=np.stack(maps),
-        x0=np.asarray(out.trajectory.x0[:, : batch.count]),
-        final=np.asarray(out.latents[: batch.shown]),
+        x0=on_host(out.trajectory.x0[:, : batch.count]),
+        final=on_host(out.latents[: batch.shown]),
     )
 
 
