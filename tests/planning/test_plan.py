@@ -186,13 +186,16 @@ def test_stable_diffusion_is_planned_for():
 SCRIPT = """
 import json, sys
 from taca_jax.config.json_text import from_json
-from taca_jax.planning.plan import make_plan
+from taca_jax.planning.plan import encoding_plans, make_plan
 from taca_jax.planning.slices import Slice
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import open_models
 models = open_models(from_json(TrainConfig, open(sys.argv[1]).read()))
 plan = make_plan(models, Slice.of("v5e-4"))
-print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.flops,
+cached = models.config.data.encode == "cache"
+before = encoding_plans(models, Slice.of("v5e-4")) if cached else {}
+print(json.dumps({"before": {name: [each.parts, each.program] for name, each in before.items()},
+                  "parts": plan.parts, "program": plan.program, "flops": plan.flops,
                   "repeated": plan.repeated, "received": plan.traffic.together.received,
                   "seconds": plan.seconds, "hidden": plan.hidden, "fits": plan.fits,
                   "mesh": dict(plan.mesh.shape)}))
@@ -239,3 +242,10 @@ def test_a_small_plan(folder, changes, encode, request, tmp_path):
     assert min(plan["program"], plan["flops"], plan["received"], *plan["seconds"].values()) > 0
     assert (plan["repeated"] == plan["flops"] / 2) == ("remat" in changes)
     assert 0 <= plan["hidden"] <= 1
+    assert list(plan["before"]) == (
+        ["encoding pictures", "encoding captions"] if encode == "cache" else []
+    )
+    for parts, program in plan["before"].values():
+        assert parts["text encoders"] > 0  # which are in memory in both
+        assert parts["autoencoder"] == 0  # of pixels
+        assert program > 0
