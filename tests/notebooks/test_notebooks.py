@@ -52,9 +52,9 @@ def test_outputs_are_stripped(path):
 @by_name
 def test_it_needs_nothing_but_the_public_api(path):
     for source in cells(path, "code"):
-        for line in re.findall(r"^\s*(?:from|import) .*taca_jax.*", source, re.M):
+        for line in re.findall(r"^ *(?:from|import) .*taca_jax.*", source, re.M):
             assert line == "import taca_jax as tj"
-        for program in re.findall(r"^\s*%run (.*?)--config", source, re.M):
+        for program in re.findall(r"^ *%run (.*?)--config", source, re.M):
             assert program in {f"-m taca_jax {each} " for each in PROGRAMS}
 
 
