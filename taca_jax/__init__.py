@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from taca_jax.pipelines.config import GenerateConfig as GenerateConfig
     from taca_jax.pipelines.pipeline import Pipeline as Pipeline
     from taca_jax.taca import TacaConfig as TacaConfig
+    from taca_jax.telling.memory import memory as memory
     from taca_jax.text.config import TextConfig as TextConfig
     from taca_jax.training.config import TrainConfig as TrainConfig
     from taca_jax.training.features import FeaturesConfig as FeaturesConfig
@@ -38,6 +39,7 @@ _HOMES = {
     "TrainConfig": "taca_jax.training.config",
     "UserError": "taca_jax.errors",
     "joint_attention": "taca_jax.attention",
+    "memory": "taca_jax.telling.memory",
     **dict.fromkeys(families.__all__, "taca_jax.families"),
 }
 

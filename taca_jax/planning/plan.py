@@ -28,6 +28,7 @@ from taca_jax.parallel.mesh import on
 from taca_jax.planning.slices import Slice
 from taca_jax.planning.traffic import Traffic, read_traffic
 from taca_jax.training.config import TrainConfig
+from taca_jax.training.encoding import latents_program, text_program
 from taca_jax.training.models import RunModels, open_models
 from taca_jax.training.step import Batch, EncodedBatch, Trainer, TrainState, make_trainer
 from taca_jax.weights.abstract import local_bytes
@@ -101,7 +102,15 @@ def plan(config: TrainConfig) -> None:
     except OutOfMemoryError as error:
         reason = str(error)
     else:
-        Console().print(table(found))
+        before = encoding_plans(models, where) if config.data.encode == "cache" else {}
+        Console().print(table(found, before))
+        for name, each in before.items():
+            if not each.fits:
+                raise UserError(
+                    f"{name} takes {each.memory / GB:.1f} GB, which do not fit a chip's "
+                    f"{where.chip.memory / GB:.1f} GB; try quantize_text=int8, or a smaller "
+                    "data.batch_size"
+                )
         if found.fits:
             return
         reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
@@ -226,8 +235,44 @@ def compiled_plan(
     )
 
 
-def table(plan: Plan) -> Table:
-    """The plan as a table to print."""
+def encoding_plans(models: RunModels, where: Slice) -> dict[str, Plan]:
+    """Plans of what encodes a batch of pictures, and of captions, before training starts
+    (data.encode=cache). All encoders are in memory then, and the transformer is not.
+
+    Raises OutOfMemoryError as `make_plan` does.
+    """
+    config, side = models.config, models.config.data.resolution
+    mesh = choose_mesh(config.mesh, devices_of(where), models.parameter_bytes)
+    models = models.on_mesh(mesh)
+    model, autoencoder = models.abstract()
+    text_encoder, dtype, places = model.text_encoder, jnp.dtype(config.dtype), batch_sharding(mesh)
+    programs = {
+        "encoding pictures": (latents_program, autoencoder, jnp.uint8, (side, side, 3)),
+        "encoding captions": (text_program, text_encoder, jnp.int32, (models.token_ids,)),
+    }
+    states = {"text encoders": nnx.state(text_encoder), "autoencoder": nnx.state(autoencoder)}
+    sizes = {name: local_bytes(state) for name, state in states.items()}
+    plans = {}
+    with on(mesh):
+        for name, (program, encoder, kind, shape) in programs.items():
+            state = nnx.state(encoder)
+            batch = jax.ShapeDtypeStruct((config.data.batch_size, *shape), kind, sharding=places)
+            run = jax.jit(program(encoder, dtype), out_shardings=places)
+            inputs = local_bytes(batch)
+            plan = compiled_plan(
+                run.lower(state, batch),
+                *(where, mesh),
+                batch=config.data.batch_size,
+                resolution=side,
+                parts={"encoder": local_bytes(state), "inputs": inputs},
+                flops=0.0,
+            )
+            plans[name] = replace(plan, parts={**sizes, "inputs": inputs})
+    return plans
+
+
+def table(plan: Plan, before: Mapping[str, Plan] | None = None) -> Table:
+    """The plan as a table to print, with the memory of what is done before the first step."""
     chip = plan.where.chip
     axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.shape.items() if n > 1) or "one chip"
     out = Table(
@@ -243,6 +288,11 @@ def table(plan: Plan) -> Table:
     out.add_row(
         "together", f"{in_units(plan.memory, 'B')}, {share:.0%} of its memory", end_section=True
     )
+    for name, each in (before or {}).items():
+        share = each.memory / chip.memory
+        out.add_row(f"{name}, before", f"{in_units(each.memory, 'B')}, {share:.0%}")
+    if before:
+        out.add_section()
     out.add_row("the transformer's arithmetic, all chips", in_units(plan.flops, "FLOP"))
     if plan.repeated:
         out.add_row("done again to save memory", in_units(plan.repeated, "FLOP"))

@@ -62,6 +62,8 @@ def keep_programs() -> None:
     given = settings.jax_compilation_cache_dir
     if given == OFF:
         jax.config.update("jax_compilation_cache_dir", None)
+        # For good, since in a notebook other commands follow in this process.
+        jax.config.update("jax_enable_compilation_cache", False)
     if given == OFF or not settings.jax_enable_compilation_cache:
         return
     folder = given or str(default_folder())

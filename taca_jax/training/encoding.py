@@ -17,7 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
 
+from taca_jax.autoencoders.kinds import Autoencoder
 from taca_jax.autoencoders.vae import AutoencoderKL
 from taca_jax.data.cache.writer import CacheWriter, Caption
 from taca_jax.data.loader import BATCHES_AHEAD, FILES_PER_CHUNK, MAX_THREADS
@@ -29,6 +31,7 @@ from taca_jax.data.threads import usable_cores
 from taca_jax.parallel.batches import batch_sharding, local_rows, own_rows, put_rows
 from taca_jax.parallel.processes import most_of_all
 from taca_jax.telling.bars import shown
+from taca_jax.text.encoders import TextEncoder
 from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.models import InputModels
 
@@ -52,27 +55,15 @@ class Encoders:
         self.channels = autoencoder.config.latent_channels
         self.tokenizer: Tokenizer = models.tokenizer
         self._mesh = mesh
-        ae_graph, self._autoencoder = nnx.split(autoencoder)
-        text_graph, self._text_encoder = nnx.split(models.text_encoder)
+        self._autoencoder = nnx.state(autoencoder)
+        self._text_encoder = nnx.state(models.text_encoder)
         dtype = jnp.dtype(dtype)
         # Models with parameters compute in `dtype`, even if they return float32.
         latents_dtype = dtype if jax.tree.leaves(self._autoencoder) else jnp.dtype(jnp.float32)
         self.latents_dtype: str = latents_dtype.name
-
-        def latents(state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
-            model = nnx.merge(ae_graph, state)
-            images = images.astype(jnp.float32) / 127.5 - 1
-            kl = isinstance(model, AutoencoderKL)
-            found = model.moments(images) if kl else (model.encode(images),)
-            return tuple(each.astype(latents_dtype) for each in found)
-
-        def text(state: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            found = nnx.merge(text_graph, state)(tokens)
-            return found.txt.astype(dtype), found.pooled.astype(jnp.float32)
-
         places = None if mesh is None else batch_sharding(mesh)
-        self._latents = jax.jit(latents, out_shardings=places)
-        self._text = jax.jit(text, out_shardings=places)
+        self._latents = jax.jit(latents_program(autoencoder, latents_dtype), out_shardings=places)
+        self._text = jax.jit(text_program(models.text_encoder, dtype), out_shardings=places)
 
     def start(self, images: np.ndarray, tokens: np.ndarray) -> "Encoding":
         """Starts encoding this process's rows of a batch, and any number of captions.
@@ -99,6 +90,37 @@ class Encoders:
             txt, pooled = map(_ours, self._text(self._text_encoder, put_rows(part, self._mesh)))
             found.append(Caption(txt=txt[0], pooled=pooled[0]))
         return found
+
+
+def latents_program(
+    autoencoder: Autoencoder, dtype: DTypeLike
+) -> Callable[[nnx.State, UInt8[Array, "b H W 3"]], tuple[Float[Array, "b h w c"], ...]]:
+    """What encodes pictures, given the autoencoder's state: mean and log variance of the latents,
+    or for one that has no variance the latents alone, in `dtype`."""
+    graph = nnx.graphdef(autoencoder)
+
+    def latents(state: nnx.State, images: jax.Array) -> tuple[jax.Array, ...]:
+        model = nnx.merge(graph, state)
+        images = images.astype(jnp.float32) / 127.5 - 1
+        kl = isinstance(model, AutoencoderKL)
+        found = model.moments(images) if kl else (model.encode(images),)
+        return tuple(each.astype(dtype) for each in found)
+
+    return latents
+
+
+def text_program(
+    text_encoder: TextEncoder, dtype: DTypeLike
+) -> Callable[[nnx.State, Int[Array, "b t"]], tuple[Float[Array, "b n k"], Float[Array, "b p"]]]:
+    """What encodes token ids, given the text encoder's state: embeddings in `dtype`, and pooled
+    ones in float32."""
+    graph = nnx.graphdef(text_encoder)
+
+    def text(state: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = nnx.merge(graph, state)(tokens)
+        return found.txt.astype(dtype), found.pooled.astype(jnp.float32)
+
+    return text
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from taca_jax.weights.pipeline_folders import open_autoencoder, open_pipeline
 from taca_jax.weights.shipped import find_weights, is_here
 from tests.pipelines.test_originals import assert_same_pipeline
 from tests.shared import shared_path
-from tests.weights.small_flux import write_diffusers, write_files, write_tokenizers
+from tests.weights.diffusers_folders import write_tokenizers
+from tests.weights.small_flux import write_diffusers, write_files
 
 DUPLICATES = (
     "README.md",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
-from taca_jax.evaluation.attention_maps.measuring import measure
+from taca_jax.evaluation.attention_maps.measuring import measure, read_batches
 from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
@@ -157,9 +157,10 @@ def test_a_words_map_is_that_of_the_analysis_of_attention(studio, settings, draw
     )
     ways = [Variant("plain", None, 1.0), Variant("TACA", TACA, 1.0)]
     studio.draw(settings, lambda *_: None)  # has its LoRA attached
+    batches = read_batches(studio.pipeline, analysis, ["circles"])
     expected = [
         measure(
-            *(studio.pipeline, analysis, way, ["circles"]), are_shapes=False, advance=lambda: None
+            *(studio.pipeline, analysis, way, batches), are_shapes=False, advance=lambda: None
         ).maps
         for way in ways
     ]

@@ -6,6 +6,7 @@ The plan itself is made in a process of its own, which libtpu, once loaded, woul
 import importlib.util
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.planning import plan as plan_module
 from taca_jax.planning.plan import _batch, in_units
 from taca_jax.planning.slices import Slice, slice_names
+from taca_jax.planning.traffic import Traffic
 from taca_jax.taca import TacaConfig
 from taca_jax.text.config import TextConfig
 from taca_jax.training.models import open_models
@@ -157,6 +159,40 @@ def test_whole_parameters_that_do_not_fit_are_to_be_shared(base, monkeypatch):
         plan_module.plan(config_on(base, plan="v5e-8"))
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_encoding_before_the_first_step_is_planned_for_too(base, monkeypatch, capsys, fits):
+    def plan_of(where, memory):
+        return plan_module.Plan(
+            where=where,
+            mesh=SimpleNamespace(shape={}),
+            batch=1,
+            resolution=40,
+            parts={"encoder": memory},
+            program=0,
+            flops=1.0,
+            repeated=0.0,
+            traffic=Traffic(),
+            compile_seconds=1.0,
+            text="",
+        )
+
+    needs = 12 * 10**9 if fits else 20 * 10**9
+    monkeypatch.setattr(plan_module, "make_plan", lambda _, where: plan_of(where, 1))
+    monkeypatch.setattr(
+        plan_module, "encoding_plans", lambda _, where: {"encoding pictures": plan_of(where, needs)}
+    )
+    cached = DataConfig(
+        source=("generated:shapes/64",), batch_size=1, resolution=40, encode="cache"
+    )
+    config = config_on(base, plan="v5e-1", data=cached)
+    if fits:
+        plan_module.plan(config)
+        assert re.search(r"encoding pictures, before +│ +12 GB, 70%", capsys.readouterr().out)
+    else:
+        with pytest.raises(UserError, match=r"encoding pictures takes 20.0 GB, .* chip's 17.2 GB"):
+            plan_module.plan(config)
+
+
 def test_stable_diffusion_is_planned_for():
     """Its published shapes: as many parameters as the original, and as many tokens."""
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=1))
@@ -186,13 +222,16 @@ def test_stable_diffusion_is_planned_for():
 SCRIPT = """
 import json, sys
 from taca_jax.config.json_text import from_json
-from taca_jax.planning.plan import make_plan
+from taca_jax.planning.plan import encoding_plans, make_plan
 from taca_jax.planning.slices import Slice
 from taca_jax.training.config import TrainConfig
 from taca_jax.training.models import open_models
 models = open_models(from_json(TrainConfig, open(sys.argv[1]).read()))
 plan = make_plan(models, Slice.of("v5e-4"))
-print(json.dumps({"parts": plan.parts, "program": plan.program, "flops": plan.flops,
+cached = models.config.data.encode == "cache"
+before = encoding_plans(models, Slice.of("v5e-4")) if cached else {}
+print(json.dumps({"before": {name: [each.parts, each.program] for name, each in before.items()},
+                  "parts": plan.parts, "program": plan.program, "flops": plan.flops,
                   "repeated": plan.repeated, "received": plan.traffic.together.received,
                   "seconds": plan.seconds, "hidden": plan.hidden, "fits": plan.fits,
                   "mesh": dict(plan.mesh.shape)}))
@@ -239,3 +278,10 @@ def test_a_small_plan(folder, changes, encode, request, tmp_path):
     assert min(plan["program"], plan["flops"], plan["received"], *plan["seconds"].values()) > 0
     assert (plan["repeated"] == plan["flops"] / 2) == ("remat" in changes)
     assert 0 <= plan["hidden"] <= 1
+    assert list(plan["before"]) == (
+        ["encoding pictures", "encoding captions"] if encode == "cache" else []
+    )
+    for parts, program in plan["before"].values():
+        assert parts["text encoders"] > 0  # which are in memory in both
+        assert parts["autoencoder"] == 0  # of pixels
+        assert program > 0

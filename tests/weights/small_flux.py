@@ -1,6 +1,5 @@
 """A small FLUX with its encoders and tokenizers: as a diffusers folder, and as single files."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -9,10 +8,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from taca_jax.autoencoders import vae_diffusers, vae_original
 from taca_jax.families.flux import bfl
@@ -23,6 +18,7 @@ from taca_jax.text import clip_layout, t5_layout
 from tests import models as tiny
 from tests.models import in_layout
 from tests.random_models import random_model
+from tests.weights.diffusers_folders import write_folder
 
 VAE = tiny.vae_of(FLUX_VAE)
 CLIP = replace(tiny.CLIP, projection_dim=None)
@@ -63,8 +59,6 @@ IN_NEWER_FOLDERS = {
     "text_encoder_2": "text_encoders/d.safetensors",
 }
 
-WORDS = ("<pad>", "</s>", "a", "red", "blue", "circle", "square")
-
 
 def know_the_small_clip(monkeypatch) -> None:
     """Shapes do not show a CLIP's heads; those of the released ones are known by their sizes."""
@@ -88,56 +82,7 @@ def write_files(root: Path, names: Mapping[str, str]) -> Path:
     return root
 
 
-def write_tokenizers(root: Path) -> None:
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "</s>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    for name in ("tokenizer", "tokenizer_2"):
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
-        )
-        fast.save_pretrained(str(root / name))
-
-
 def write_diffusers(root: Path) -> Path:
     """The same weights as a folder of diffusers, with tokenizers and an index."""
-    for part, (config, _, table) in PARTS.items():
-        name = "model" if part.startswith("text") else "diffusion_pytorch_model"
-        (root / part).mkdir(parents=True)
-        tensors = in_layout(table, _model(part, jnp.float32))
-        write_tensors(root / part / f"{name}.safetensors", tensors)
-        (root / part / "config.json").write_text(json.dumps(_settings(config)))
-    index = {part: ["library", "Class"] for part in (*PARTS, "tokenizer", "tokenizer_2")}
-    (root / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **index}))
-    write_tokenizers(root)
-    return root
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    if config is FLUX:
-        return flux_diffusers.settings_of(FLUX)
-    if config is VAE:
-        return vae_diffusers.settings_of(VAE)
-    if config is CLIP:
-        return {
-            "model_type": "clip_text_model",
-            "vocab_size": CLIP.vocab_size,
-            "max_position_embeddings": CLIP.max_tokens,
-            "hidden_size": CLIP.dim,
-            "intermediate_size": CLIP.ff_dim,
-            "num_attention_heads": CLIP.num_heads,
-            "num_hidden_layers": CLIP.num_layers,
-            "hidden_act": CLIP.activation,
-            "eos_token_id": 2,  # as in the released configs
-        }
-    return {
-        "model_type": "t5",
-        "feed_forward_proj": "gated-gelu",
-        "vocab_size": T5.vocab_size,
-        "d_model": T5.dim,
-        "d_ff": T5.ff_dim,
-        "num_heads": T5.num_heads,
-        "d_kv": T5.head_dim,
-        "num_layers": T5.num_layers,
-        "relative_attention_num_buckets": T5.relative_buckets,
-        "relative_attention_max_distance": T5.relative_max_distance,
-    }
+    models = {part: (_model(part, jnp.float32), table) for part, (_, _, table) in PARTS.items()}
+    return write_folder(root, "FluxPipeline", models)

@@ -14,6 +14,7 @@ from taca_jax.weights.loose_files import loose_files
 from taca_jax.weights.original_pipelines import open_original
 from taca_jax.weights.pipeline_folders import open_pipeline
 from tests.pipelines.test_originals import assert_same_pipeline
+from tests.weights.diffusers_folders import write_tokenizers
 from tests.weights.small_flux import (
     IN_FOLDERS,
     IN_NEWER_FOLDERS,
@@ -22,7 +23,6 @@ from tests.weights.small_flux import (
     write_diffusers,
     write_file,
     write_files,
-    write_tokenizers,
 )
 
 

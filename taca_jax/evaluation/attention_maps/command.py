@@ -13,10 +13,10 @@ from taca_jax.data.shapes.captions import parse_caption
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.attention_maps.measuring import (
+    Batch,
     Measured,
-    conditioning,
     measure,
-    tokens_of_words,
+    read_batches,
 )
 from taca_jax.evaluation.attention_maps.shares import shares_of_step
 from taca_jax.evaluation.plots import need_matplotlib
@@ -49,10 +49,11 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
     assert config.taca is not None  # its class checks that
     out, files = Path(config.out), model_files(config)
     check_evaluation(config, config.prompts)
-    check_record(out, config, files)
-    pipeline = load_pipeline(config, local_mesh(config))
+    check_record(out, config, files, free={"stages"})
+    pipeline = load_pipeline(config, local_mesh(config), stages=config.stages)
     words = words_of(config.prompts[0]) if config.word is None else [config.word]
-    _check(pipeline, config, words)
+    batches = read_batches(pipeline, config, words)
+    _check(pipeline, config, batches[0])
     write_record(out, config, files)
     timesteps = pipeline.timesteps(config.height, config.width, config.steps)
     are_shapes = _are_shapes(pipeline, config.prompts)
@@ -62,10 +63,9 @@ def run(config: AttentionConfig) -> dict[str, Measured]:
         if path.exists():
             found[variant.name] = Measured.load(path)
         else:
-            batches = -(-len(config.prompts) * config.num_images // config.batch_size)
-            with step_bar(batches * len(timesteps), None) as advance:
+            with step_bar(len(batches) * len(timesteps), None) as advance:
                 found[variant.name] = measure(
-                    *(pipeline, config, variant, words),
+                    *(pipeline, config, variant, batches),
                     are_shapes=are_shapes,
                     advance=advance or (lambda: None),
                 )
@@ -104,20 +104,18 @@ def _compared(config: AttentionConfig) -> str:
     return own if own in without_lora else without_lora[-1]
 
 
-def _check(pipeline: Pipeline, config: AttentionConfig, words: Sequence[str]) -> None:
-    """Raises UserError, before anything is drawn, for prompts that the model cannot read, words
-    that the first of them lacks, a picture's size or a layer that the model does not have."""
+def _check(pipeline: Pipeline, config: AttentionConfig, batch: Batch) -> None:
+    """Raises UserError, before anything is drawn, for a picture's size or a layer that the model
+    does not have."""
     assert config.taca is not None
-    text = conditioning(pipeline, config.prompts[:1], config.guidance)
-    pipeline.encode_prompts(config.prompts)
     sigmas = pipeline.sigmas(config.height, config.width, 1)
     plan = make_plan(sigmas, config.taca, loras=pipeline.loras)
     jax.eval_shape(
         partial(shares_of_step, pipeline.transformer, layer=config.layer),
-        text,
-        pipeline.noise(1, config.height, config.width),
+        batch.text,
+        pipeline.noise(len(batch.prompts), config.height, config.width),
         jax.tree.map(lambda x: x[0], plan),
-        tokens_of_words(pipeline, config.prompts[0], words, 1),
+        batch.words,
     )
 
 

@@ -19,6 +19,8 @@ class AttentionConfig(SamplingConfig):
       over its pictures; none draws that of every word.
     layer: the layer that maps show, counted from 0; none is the mean of all.
     batch_size: pictures drawn at a time.
+    stages: text encoders, transformer and autoencoder take turns in memory; none does so only where
+      not all of them fit.
     out: the folder of figures and numbers; an analysis that was interrupted there is completed.
 
     Raises UserError for values out of range.
@@ -31,6 +33,7 @@ class AttentionConfig(SamplingConfig):
     word: str | None = None
     layer: int | None = None
     batch_size: int = 8
+    stages: bool | None = None
     out: str = "runs/attention"
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """The figures of an analysis of attention, as PNG files."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ Found = Mapping[str, Measured]
 
 _DPI = 150
 _CELL = 1.6  # inches of a picture's side in a figure
+_LETTERS_AN_INCH = 10  # of a title, at most
 _FILM_SIDE = 256  # pixels, at most, of a picture's side in the film
 _EARLY_STEPS = 4  # whose maps are drawn, at most
 
@@ -159,7 +161,8 @@ def _words(found: Found, compared: str, words: Sequence[str], path: Path) -> Pat
     both = {name: found[name] for name in dict.fromkeys([next(iter(found)), compared])}
     pictures = len(next(iter(both.values())).drawn)
     figure, grid = _cells(pictures * len(both), 1 + len(words))
-    figure.suptitle("share of attention, mean of all steps: brighter is more; % at the brightest")
+    title = "share of attention, mean of all steps: brighter is more; % at the brightest"
+    figure.suptitle(textwrap.fill(title, int(_LETTERS_AN_INCH * figure.get_figwidth())))
     grid[0, 0].set_title("picture", fontsize=9)
     for column, word in enumerate(words, start=1):
         grid[0, column].set_title(word, fontsize=9)

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from taca_jax.autoencoders.tiling import TILING
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.attention_maps.shares import shares_of_step
 from taca_jax.evaluation.shapes.recogniser import check
 from taca_jax.formats.atomic import whole_file
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.parallel.mesh import on
+from taca_jax.parallel.processes import on_host
 from taca_jax.pipelines.config import Variant
-from taca_jax.pipelines.decoding import decode, eight_bit
+from taca_jax.pipelines.decoding import eight_bit
 from taca_jax.pipelines.loras import acting_loras
-from taca_jax.pipelines.pipeline import Pipeline
-from taca_jax.sampling.loop import make_plan
+from taca_jax.pipelines.pipeline import Embeds, Pipeline
+from taca_jax.sampling.loop import Plan, make_plan
 from taca_jax.text.words import ids_of_word
 
 _SHOWN = 2
@@ -75,11 +75,71 @@ class Measured:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are drawn together, and what is read of their prompts.
+
+    prompts: of each sample; the last batch is filled up with copies, so that all batches run the
+    same compiled program. first: the number of its first picture. count: of samples that are no
+    copies. shown: the first pictures, of which maps are kept. words: of the first prompt, the text
+    tokens of each; in other prompts' pictures none.
+    """
+
+    prompts: list[str]
+    first: int
+    count: int
+    shown: int
+    embeds: Embeds
+    text: Conditioning
+    words: Bool[Array, "b w t"]
+
+
+def read_batches(pipeline: Pipeline, config: AttentionConfig, words: Sequence[str]) -> list[Batch]:
+    """All batches of an analysis, in the order of their pictures: nothing is drawn, and of a
+    pipeline in stages only the text encoders are read.
+
+    Raises UserError for prompts that the model cannot read, and words that the first one lacks.
+    """
+    prompts = [prompt for prompt in config.prompts for _ in range(config.num_images)]
+    size = min(config.batch_size, len(prompts))
+    batches = []
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        count = len(batch)
+        batch += batch[-1:] * (size - count)
+        text = conditioning(pipeline, batch, config.guidance)
+        of_first = max(0, min(config.num_images - first, count))
+        marked = [
+            tokens_of_words(pipeline, config.prompts[0], words, of_first),
+            jnp.zeros((size - of_first, len(words), text.txt.shape[1]), bool),
+        ]
+        batches.append(
+            Batch(
+                *(batch, first, count, min(_SHOWN, config.num_images, count)),
+                embeds=pipeline.embeds(batch, config.negative_prompt, guidance=config.guidance),
+                text=text,
+                words=jnp.concatenate(marked),
+            )
+        )
+    return batches
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A batch in one variant before decoding. Arrays are as in Measured, with latents in place of
+    pictures; `x0` has those of all steps and samples."""
+
+    heads: Float[np.ndarray, "n p g l h"]
+    maps: Float[np.ndarray, "n k g r c"]
+    x0: Float[np.ndarray, "n p h w c"]
+    final: Float[np.ndarray, "k h w c"]
+
+
 def measure(
     pipeline: Pipeline,
     config: AttentionConfig,
     variant: Variant,
-    words: Sequence[str],
+    batches: Sequence[Batch],
     *,
     are_shapes: bool,
     advance: Callable[[], None],
@@ -87,101 +147,89 @@ def measure(
     """Draws all pictures in one variant, picture i from the same noise as in any other.
 
     They are those of an unobserved run, bit for bit: they are drawn by the same program, and the
-    latents of each step then go through the transformer once more. words: of the first prompt.
-    are_shapes: whether prompts and pictures are of the shapes data, so that claims can be checked.
-    `advance` is called after each step of each batch.
+    latents of each step then go through the transformer once more. A pipeline in stages reads its
+    transformer once, and then its autoencoder. are_shapes: whether prompts and pictures are of the
+    shapes data, so that claims can be checked. `advance` is called after each step of each batch.
     """
-    prompts = [prompt for prompt in config.prompts for _ in range(config.num_images)]
-    batches = [
-        _measure_batch(
-            *(pipeline, config, variant, prompts, words, start),
-            are_shapes=are_shapes,
-            advance=advance,
-        )
-        for start in range(0, len(prompts), config.batch_size)
-    ]
-    # What is shown is in the first batch; these are of all pictures.
-    return replace(
-        batches[0],
-        heads=np.concatenate([batch.heads for batch in batches], axis=1),
-        claims=np.concatenate([batch.claims for batch in batches], axis=1),
+    sigmas = pipeline.sigmas(config.height, config.width, config.steps)
+    loras = acting_loras(pipeline.transformer, pipeline.loras, variant.lora_strength)
+    plan = make_plan(sigmas, variant.taca, loras=loras)
+    drawn = [_draw(pipeline, config, variant, plan, batch, advance) for batch in batches]
+    steps, first = len(sigmas) - 1, drawn[0]  # what is shown is in the first batch
+    shown = len(first.final)
+    film_steps = _spread(steps, _FILM)
+    return Measured(
+        gamma=np.asarray(plan.gamma),
+        heads=np.concatenate([each.heads for each in drawn], axis=1),
+        maps=first.maps,
+        film_steps=film_steps,
+        film=np.stack([_pictures(pipeline, first.x0[step, :shown]) for step in film_steps]),
+        drawn=_pictures(pipeline, first.final),
+        claims=np.concatenate(
+            [
+                _claims(pipeline, each, batch) if are_shapes else np.zeros((0, batch.count))
+                for each, batch in zip(drawn, batches, strict=True)
+            ],
+            axis=1,
+        ).astype(np.float32),
     )
 
 
-def _measure_batch(
+def _draw(
     pipeline: Pipeline,
     config: AttentionConfig,
     variant: Variant,
-    prompts: Sequence[str],
-    words: Sequence[str],
-    start: int,
-    *,
-    are_shapes: bool,
+    plan: Plan,
+    batch: Batch,
     advance: Callable[[], None],
-) -> Measured:
-    """The pictures from `start` on, as many as a batch has."""
-    batch = list(prompts[start : start + config.batch_size])
-    count = len(batch)
-    # The last batch is padded, so that all batches run the same compiled program.
-    batch += batch[-1:] * (min(config.batch_size, len(prompts)) - count)
-    of_first = max(0, min(config.num_images - start, count))
-    shown = min(_SHOWN, config.num_images, count)
-    noise = pipeline.noise(len(batch), config.height, config.width, config.seed + start)
+) -> _Drawn:
+    size, seed = len(batch.prompts), config.seed + batch.first
+    noise = pipeline.noise(size, config.height, config.width, seed)
     out = pipeline(
-        batch,
-        config.negative_prompt,
+        **batch.embeds,
         steps=config.steps,
         guidance=config.guidance,
         taca=variant.taca,
         lora_strength=variant.lora_strength,
         latents=noise,
-        output="array",
+        output="latents",
         trajectory=True,
         progress=False,
     )
     assert out.trajectory is not None
-    assert isinstance(out.images, np.ndarray)
-    sigmas = pipeline.sigmas(config.height, config.width, config.steps)
-    loras = acting_loras(pipeline.transformer, pipeline.loras, variant.lora_strength)
-    plan = make_plan(sigmas, variant.taca, loras=loras)
-    text = conditioning(pipeline, batch, config.guidance)
-    groups = jnp.concatenate(
-        [
-            tokens_of_words(pipeline, config.prompts[0], words, of_first),
-            jnp.zeros((len(batch) - of_first, len(words), text.txt.shape[1]), bool),
-        ]
-    )
-    grid = [side // pipeline.transformer.config.patch_size for side in noise.shape[1:3]]
+    grid = [side // pipeline.config.patch_size for side in noise.shape[1:3]]
+    # All from the host: JAX would compile once more for latents that are bound to a device.
+    before = np.concatenate([on_host(noise)[None], on_host(out.trajectory.latents[:-1])])
     heads, maps = [], []
-    for step, latents in enumerate([noise, *out.trajectory.latents[:-1]]):
+    for step, latents in enumerate(before):
         with on(pipeline.mesh):
             shares = shares_of_step(
                 pipeline.transformer,
-                text,
-                latents,
+                batch.text,
+                jnp.asarray(latents),
                 jax.tree.map(lambda x, step=step: x[step], plan),
-                groups,
+                batch.words,
                 layer=config.layer,
             )
-        heads.append(np.asarray(shares.heads[:count]))
-        places = np.asarray(shares.places[:shown])
+        heads.append(np.asarray(shares.heads[: batch.count]))
+        places = np.asarray(shares.places[: batch.shown])
         maps.append(places.reshape(*places.shape[:2], *grid))
         advance()
-    film_steps = _spread(len(heads), _FILM)
-    x0 = out.trajectory.x0
-    film = [_pictures(pipeline, x0[step, :shown]) for step in film_steps]
-    claims = []
-    for step in range(len(heads) if are_shapes else 0):
-        pictures = _pictures(pipeline, x0[step, :count])
-        claims.append([_right(*pair) for pair in zip(batch[:count], pictures, strict=True)])
-    return Measured(
-        gamma=np.asarray(plan.gamma),
+    return _Drawn(
         heads=np.stack(heads),
         maps=np.stack(maps),
-        film_steps=film_steps,
-        film=np.stack(film),
-        drawn=eight_bit(out.images[:shown]),
-        claims=np.array(claims, np.float32).reshape(-1, count),
+        x0=on_host(out.trajectory.x0[:, : batch.count]),
+        final=on_host(out.latents[: batch.shown]),
+    )
+
+
+def _claims(pipeline: Pipeline, drawn: _Drawn, batch: Batch) -> Float[np.ndarray, "n p"]:
+    prompts = batch.prompts[: batch.count]
+    return np.array(
+        [
+            [_right(*pair) for pair in zip(prompts, _pictures(pipeline, x0), strict=True)]
+            for x0 in drawn.x0
+        ]
     )
 
 
@@ -205,7 +253,7 @@ def conditioning(
 ) -> Conditioning:
     """The positive prompts as a call of the pipeline gives them to its transformer."""
     text = pipeline.encode_prompts(prompts)
-    if not pipeline.family.embeds_guidance(pipeline.transformer.config):
+    if not pipeline.family.embeds_guidance(pipeline.config):
         return text
     strength = pipeline.settings.guidance if guidance is None else guidance
     return replace(text, guidance=jnp.full(len(prompts), strength, jnp.float32))
@@ -216,9 +264,12 @@ def _spread(count: int, most: int) -> Int[np.ndarray, " n"]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def _pictures(pipeline: Pipeline, latents: Float[Array, "b h w c"]) -> UInt8[np.ndarray, "b H W 3"]:
-    assert pipeline.autoencoder is not None  # final pictures have been decoded
-    return eight_bit(decode(pipeline.autoencoder, latents, TILING))
+def _pictures(
+    pipeline: Pipeline, latents: Float[np.ndarray, "b h w c"]
+) -> UInt8[np.ndarray, "b H W 3"]:
+    images = pipeline.decode(jnp.asarray(latents), output="array")
+    assert isinstance(images, np.ndarray)  # for output="array"
+    return eight_bit(images)
 
 
 def _right(prompt: str, picture: UInt8[np.ndarray, "H W 3"]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from taca_jax.evaluation.attention_maps.measuring import Measured, tokens_of_wor
 from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.pipelines.pipeline import Pipeline
+from taca_jax.pipelines.stages import Staged
 from taca_jax.taca import TacaConfig
 from taca_jax.text.words import words_of
 from taca_jax.weights.lora_files import write_lora
@@ -118,9 +120,9 @@ def test_an_interrupted_analysis_is_completed(analysis, monkeypatch):
     (arrays / "gamma-1.5.npz").unlink()
     measured = []
 
-    def counted(pipeline, config, variant, words, **options):
+    def counted(pipeline, config, variant, batches, **options):
         measured.append(variant.name)
-        return command_measure(pipeline, config, variant, words, **options)
+        return command_measure(pipeline, config, variant, batches, **options)
 
     command_measure = command.measure
     monkeypatch.setattr(command, "measure", counted)
@@ -133,6 +135,24 @@ def test_an_interrupted_analysis_is_completed(analysis, monkeypatch):
             assert np.array_equal(
                 getattr(Measured.load(arrays / f"{name.replace(' ', '-')}.npz"), field), array
             )
+
+
+def test_in_stages_text_is_read_once_and_all_is_the_same(analysis, tmp_path, monkeypatch):
+    config, found = analysis
+    reads = []
+
+    def read(staged):
+        reads.append(staged.config)
+        return staged_read(staged)
+
+    staged_read = Staged.read
+    monkeypatch.setattr(Staged, "read", read)
+    again = command.run(replace(config, stages=True, out=str(tmp_path / "out")))
+    kinds = [type(each).__name__ for each in reads]
+    assert kinds == ["NoneType", *2 * ["FluxConfig", "PixelsConfig"]]
+    for name, each in found.items():
+        for field, array in vars(each).items():
+            assert np.array_equal(getattr(again[name], field), array)
 
 
 def test_another_analysis_and_other_files_are_left_alone(analysis, base, tmp_path):
