@@ -8,6 +8,7 @@ from flax import nnx
 
 from taca_jax.attention import observing
 from taca_jax.parallel.mesh import constrain_tokens
+from taca_jax.parallel.rules import ShardingTable, are_gathered, gather
 
 Remat = Literal["none", "full"]
 """What the backward pass recomputes: nothing, or each block from its inputs."""
@@ -32,6 +33,22 @@ def make_stack(make: Callable[..., Block], layers: int, *, rngs: nnx.Rngs, **opt
     return create(rngs)
 
 
+def gathered(params: nnx.State, sharding: ShardingTable, name: str) -> nnx.State:
+    """The parameters of the part of a model called `name`, to run it with (`rules.gather`)."""
+
+    def whole(path: tuple[Any, ...], variable: Any) -> Any:
+        array = gather(sharding, ".".join(map(str, (name, *path))), variable.get_value())
+        return variable.replace(array)
+
+    return nnx.map_state(whole, params)
+
+
+def _not_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A checkpoint policy that keeps everything but gathered parameters, of which each device would
+    then have all: they are gathered again, and cast again."""
+    return primitive.name not in ("sharding_constraint", "convert_element_type")
+
+
 def run_stack(
     stack: nnx.Module,
     call: Callable[..., Any],
@@ -40,12 +57,16 @@ def run_stack(
     each: Any = None,
     remat: Remat = "none",
     layers: slice | None = None,
+    sharding: ShardingTable | None = None,
+    name: str = "blocks",
 ) -> Any:
     """Applies `carry = call(block, carry)` for every block; traced once unless there are few.
 
     layers: applies these blocks only.
     each: arrays with a leading layer axis; then it is `call(block, carry, each[layer])`.
     carry: token arrays [b, s, d], whose sharding is constrained as `parallel.mesh` says.
+    sharding: of the model's parameters, of which the stack is `name`: each block is gathered whole
+      before it runs. Without it that is left to XLA.
 
     The blocks' attentions can be observed (`attention.observing`).
     """
@@ -56,12 +77,16 @@ def run_stack(
 
     def body(carry: Any, layer: Any) -> tuple[Any, Any]:
         params, *own = layer
+        if sharding is not None:
+            params = gathered(params, sharding, name)
         carry, seen = observing.layer(lambda: call(nnx.merge(graph, params), carry, *own))
         return jax.tree.map(constrain_tokens, carry), seen
 
     each_layer = (state,) if each is None else (state, each)
     if remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
+    elif sharding is not None and are_gathered():
+        body = jax.checkpoint(body, prevent_cse=False, policy=_not_parameters)
     unroll = max(1, depth) if depth <= UNROLLED and remat == "none" else 1
     carry = jax.tree.map(constrain_tokens, carry)
     carry, seen = jax.lax.scan(body, carry, each_layer, unroll=unroll)
