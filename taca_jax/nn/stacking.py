@@ -7,11 +7,26 @@ import jax
 from flax import nnx
 
 from taca_jax.attention import observing
+from taca_jax.attention.keeping import ATTENTION
 from taca_jax.parallel.mesh import constrain_tokens
 from taca_jax.parallel.rules import ShardingTable, are_gathered, gather
 
-Remat = Literal["none", "full"]
-"""What the backward pass recomputes: nothing, or each block from its inputs."""
+Remat = Literal["none", "attention+qkv+mlp", "attention+qkv", "attention", "full"]
+"""What the backward pass recomputes: nothing, or each block from its inputs, but for what is kept:
+its attention (output and softmax sums), the products that make queries, keys and values, and those
+that the MLP begins with. `full` keeps nothing. From the most memory to the least."""
+
+RematChoice = Literal["auto", Remat]
+"""`auto` leaves it to the memory of the devices."""
+
+QKV_PRODUCTS, MLP_PRODUCTS = "qkv", "mlp"
+"""Names of products that can be kept, as `keeping.ATTENTION` is."""
+_KEPT: dict[Remat, tuple[str, ...]] = {
+    "attention+qkv+mlp": (ATTENTION, QKV_PRODUCTS, MLP_PRODUCTS),
+    "attention+qkv": (ATTENTION, QKV_PRODUCTS),
+    "attention": (ATTENTION,),
+    "full": (),
+}
 
 UNROLLED = 4
 """Stacks of at most this many blocks are unrolled unless blocks are recomputed. In a loop the
@@ -83,8 +98,9 @@ def run_stack(
         return jax.tree.map(constrain_tokens, carry), seen
 
     each_layer = (state,) if each is None else (state, each)
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
+    if remat != "none":
+        policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     elif sharding is not None and are_gathered():
         body = jax.checkpoint(body, prevent_cse=False, policy=_not_parameters)
     unroll = max(1, depth) if depth <= UNROLLED and remat == "none" else 1

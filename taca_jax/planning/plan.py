@@ -179,7 +179,7 @@ def make_plan(models: RunModels, where: Slice) -> Plan:
             parts=_parts(state, trainer, batch),
             flops=models.step_flops,
             repeated=samples * forward_flops(models.transformer, **models.tokens)
-            if config.remat == "full"
+            if models.remat == "full"
             else 0.0,
         )
 

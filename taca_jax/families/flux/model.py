@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation, joint_attention
+from taca_jax.attention.keeping import keepable
 from taca_jax.errors import UserError
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
@@ -29,7 +30,7 @@ from taca_jax.nn.layers import (
 )
 from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.rope import Rotation, joint_rotation, rotate
-from taca_jax.nn.stacking import make_stack
+from taca_jax.nn.stacking import MLP_PRODUCTS, make_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
@@ -238,7 +239,7 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = jnp.split(vectors, 3, axis=-1)
         y = modulate(x, shift, scale)
         attended = attend(*self.qkv(y, scale_by), inputs)
-        mlp = nnx.gelu(self.mlp_in(y, scale_by), approximate=True)
+        mlp = nnx.gelu(keepable(self.mlp_in(y, scale_by), MLP_PRODUCTS), approximate=True)
         out = self.out(jnp.concatenate([attended, mlp], axis=-1), scale_by)
         return x + gate[:, None] * out
 
