@@ -22,6 +22,8 @@ from taca_jax.nn.layers import (
     LoRAScale,
     RMSNorm,
     from_tiles,
+    gated,
+    gelu,
     modulate,
     to_tiles,
 )
@@ -121,11 +123,11 @@ class Stream(nnx.Module):
         """The residual stream after the attention's output projection and the MLP; `extra` is added
         between the two."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate, *_ = modulation
-        x = x + gate[:, None] * keepable(self.out(attended, lora_scale), MLP_PRODUCTS)
+        x = gated(x, gate, keepable(self.out(attended, lora_scale), MLP_PRODUCTS))
         x = x if extra is None else x + extra
         y = self.mlp_in(modulate(x, mlp_shift, mlp_scale), lora_scale)
         y = keepable(y, MLP_PRODUCTS)
-        return x + mlp_gate[:, None] * self.mlp_out(nnx.gelu(y, approximate=True), lora_scale)
+        return gated(x, mlp_gate, self.mlp_out(gelu(y), lora_scale))
 
 
 def join(txt: Float[Array, "b t h d"], img: Float[Array, "b i h d"]) -> Float[Array, "b s h d"]:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from taca_jax.nn.fusion import gradient_written_once, written_once
 from taca_jax.nn.low_bit import low_bit_matmul
 
 TIMESTEP_CHANNELS = 256
@@ -183,7 +184,20 @@ def modulate(
     x: Float[Array, "b s d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
 ) -> Float[Array, "b s d"]:
     """The adaptive norm of DiT: layer_norm(x) * (1 + scale) + shift."""
-    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+    y = layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+    return written_once(gradient_written_once(y))
+
+
+def gated(
+    x: Float[Array, "b s d"], gate: Float[Array, "b d"], y: Float[Array, "b s d"]
+) -> Float[Array, "b s d"]:
+    """The residual sum of DiT: x + gate * y, where y is a product."""
+    return x + gate[:, None] * gradient_written_once(y)
+
+
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """GELU between an MLP's two products, by tanh as the originals have it."""
+    return written_once(nnx.gelu(gradient_written_once(x), approximate=True))
 
 
 def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:

@@ -25,6 +25,8 @@ from taca_jax.nn.layers import (
     Linear,
     LoRAScale,
     MLPEmbedder,
+    gated,
+    gelu,
     modulate,
     timestep_embedding,
 )
@@ -239,9 +241,9 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = jnp.split(vectors, 3, axis=-1)
         y = modulate(x, shift, scale)
         attended = attend(*self.qkv(y, scale_by), inputs)
-        mlp = nnx.gelu(keepable(self.mlp_in(y, scale_by), MLP_PRODUCTS), approximate=True)
+        mlp = gelu(keepable(self.mlp_in(y, scale_by), MLP_PRODUCTS))
         out = self.out(jnp.concatenate([attended, mlp], axis=-1), scale_by)
-        return x + gate[:, None] * out
+        return gated(x, gate, out)
 
 
 def attend(
