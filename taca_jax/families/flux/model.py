@@ -242,8 +242,7 @@ class SingleBlock(nnx.Module):
         y = modulate(x, shift, scale)
         attended = attend(*self.qkv(y, scale_by), inputs)
         mlp = gelu(keepable(self.mlp_in(y, scale_by), MLP_PRODUCTS))
-        out = self.out(jnp.concatenate([attended, mlp], axis=-1), scale_by)
-        return gated(x, gate, out)
+        return gated(x, gate, self.out((attended, mlp), scale_by))
 
 
 def attend(
