@@ -17,7 +17,7 @@ from taca_jax.autoencoders.kinds import Autoencoder, AutoencoderConfig
 from taca_jax.autoencoders.pixels import PixelsConfig
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
-from taca_jax.families.flops import forward_flops
+from taca_jax.families.flops import forward_flops, further_flops
 from taca_jax.formats.lora.factors import fill_adapter
 from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
@@ -165,12 +165,24 @@ class RunModels:
         """FLOPs of the transformer in one optimizer step, over all devices.
 
         The forward pass, the gradients of activations and, if all parameters are trained, the
-        gradients of weights take the same number each. Neither rematerialisation nor LoRA factors
-        are counted.
+        gradients of weights take the same number each, as others count too. `further_flops` and
+        LoRA factors are left out.
         """
         times = 2 if self.config.adapts else 3
-        samples = self.config.data.batch_size * self.config.grad_accumulation
-        return forward_flops(self.transformer, **self.tokens) * times * samples
+        return forward_flops(self.transformer, **self.tokens) * times * self.step_samples
+
+    @property
+    def further_flops(self) -> float:
+        """FLOPs that the step's program does beyond those (`families.flops.further_flops`)."""
+        further = further_flops(
+            self.transformer, self.remat, all_trained=not self.config.adapts, **self.tokens
+        )
+        return further * self.step_samples
+
+    @property
+    def step_samples(self) -> int:
+        """The samples of an optimizer step, over all devices."""
+        return self.config.data.batch_size * self.config.grad_accumulation
 
     def load_transformer(self) -> Any:
         """The transformer, with LoRA factors as they begin if the run trains them."""
