@@ -4,9 +4,10 @@
 
 Every row compiles the real program for its slice (some minutes each). Memory is the compiler's
 figure for one chip; FLOPs are the transformer's, on all chips; the least time is the roofline's,
-with the resource that limits it: matrix units, memory or wires; hidden is the share of the wires'
-time that the schedule overlaps with work; compiling is CPU time, of all cores together. --programs
-writes the compiled programs' text.
+with the resource that limits it: matrix units, memory or wires; the estimated time is the sum of
+the compiler's estimates of the program's operations, and the share of the peak (MFU) is at that;
+hidden is the share of the wires' time that the schedule overlaps with work; compiling is CPU time,
+of all cores together. --programs writes the compiled programs' text.
 """
 
 import argparse
@@ -135,7 +136,7 @@ ROWS: tuple[Row, ...] = (
 """Unless a row says otherwise, text encoders and autoencoder run in the step."""
 HEADER = (
     "| program at 1024 px | slice | chip memory | fits | FLOPs of a step | least time, set by "
-    "| wires: received, hidden | CPU time to compile |"
+    "| estimated time, of the peak | wires: received, hidden | CPU time to compile |"
 )
 
 
@@ -151,6 +152,7 @@ def described(row: Row, plan: Plan) -> str:
             "yes" if plan.fits else "no",
             f"{plan.flops / 1e12:,.0f} T",
             f"{plan.seconds[plan.bound]:.2f} s, {plan.bound}",
+            f"{plan.estimated:.2f} s, {plan.utilisation:.0%}",
             f"{wires / GB:.1f} GB, {plan.hidden:.0%}" if wires else "none",
             f"{plan.compile_seconds:.0f} s |",
         )
@@ -168,7 +170,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory": plan.memory,
         "fits": plan.fits,
         "flops": plan.flops,
-        "repeated": plan.repeated,
+        "further": plan.further,
+        "remat": plan.remat,
+        "estimated": plan.estimated,
+        "utilisation": plan.utilisation,
         "seconds": plan.seconds,
         "bound": plan.bound,
         "hidden": plan.hidden,
@@ -195,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             plan = row.make(where)
         except OutOfMemoryError as error:
-            print(f"| {row.words} | {row.where} | {error} | no | | | | |", flush=True)
+            print(f"| {row.words} | {row.where} | {error} | no | | | | | |", flush=True)
             continue
         print(described(row, plan), flush=True)
         if arguments.json is not None:

@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
     data=DataConfig(source="folder:pictures", batch_size=16, resolution=1024, caption_dropout=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100, weight_decay=0.01),
     dtype="bfloat16",
-    remat="full",
+    remat="auto",
     timestep_sampling="uniform",
     guidance=3.5,
     save_every=500,

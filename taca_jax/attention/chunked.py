@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from taca_jax.attention.keeping import keepable
 from taca_jax.attention.log_sums import LogSums
 
 MAX_SCORES = 2**22
@@ -85,9 +86,8 @@ def _forward(
         return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
     row = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
-    out, high, share = _over_heads(
-        some_heads, piece, (q, row, row), gamma, q, k, v, unroll=FORWARD_UNROLL
-    )
+    found = _over_heads(some_heads, piece, (q, row, row), gamma, q, k, v, unroll=FORWARD_UNROLL)
+    out, high, share = keepable(found)
     return out, (_Saved(q, k, v, out, high, share), gamma)
 
 

@@ -124,6 +124,7 @@ class Family:
     attention_pairs: (config, image tokens, text tokens) -> query-key pairs in a forward pass, over
     all layers. layer_tokens: (path of a linear layer, image tokens, text tokens) -> the number of
     tokens of a sample that it processes.
+    last_products: regular expression of the layers whose products nothing else in a block reads.
     embeds_guidance: whether the guidance scale is an input of the transformer.
     skippable_layers: the number of layers that skip-layer guidance can choose from; 0 if it is not
     supported.
@@ -148,6 +149,7 @@ class Family:
     lora: LoRANames
     attention_pairs: Callable[[Config, int, int], int]
     layer_tokens: Callable[[str, int, int], int]
+    last_products: str = r".*\.mlp_out"
     embeds_guidance: Callable[[Config], bool] = lambda _: False
     skippable_layers: Callable[[Config], int] = lambda _: 0
     check_grid: Callable[[Config, int, int], None] = lambda *_: None

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation
+from taca_jax.attention.keeping import keepable
 from taca_jax.nn.kinds import TransformerConfig
 from taca_jax.nn.layers import (
     ZEROS,
@@ -21,9 +22,12 @@ from taca_jax.nn.layers import (
     LoRAScale,
     RMSNorm,
     from_tiles,
+    gated,
+    gelu,
     modulate,
     to_tiles,
 )
+from taca_jax.nn.stacking import MLP_PRODUCTS, QKV_PRODUCTS
 from taca_jax.parallel.mesh import constrain_vectors
 
 NORM_EPSILON = 1e-6
@@ -70,7 +74,8 @@ class QKV(nnx.Module):
         def heads(y: jax.Array) -> Float[Array, "b s h d"]:
             return y.reshape(*y.shape[:2], self.num_heads, -1)
 
-        q, k, v = (heads(linear(x, lora_scale)) for linear in (self.q, self.k, self.v))
+        products = [linear(x, lora_scale) for linear in (self.q, self.k, self.v)]
+        q, k, v = map(heads, keepable(products, QKV_PRODUCTS))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (
                 from_tiles(norm(to_tiles(y)), y.shape[1])
@@ -118,10 +123,11 @@ class Stream(nnx.Module):
         """The residual stream after the attention's output projection and the MLP; `extra` is added
         between the two."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate, *_ = modulation
-        x = x + gate[:, None] * self.out(attended, lora_scale)
+        x = gated(x, gate, keepable(self.out(attended, lora_scale), MLP_PRODUCTS))
         x = x if extra is None else x + extra
         y = self.mlp_in(modulate(x, mlp_shift, mlp_scale), lora_scale)
-        return x + mlp_gate[:, None] * self.mlp_out(nnx.gelu(y, approximate=True), lora_scale)
+        y = keepable(y, MLP_PRODUCTS)
+        return gated(x, mlp_gate, self.mlp_out(gelu(y), lora_scale))
 
 
 def join(txt: Float[Array, "b t h d"], img: Float[Array, "b i h d"]) -> Float[Array, "b s h d"]:

@@ -1,5 +1,6 @@
 """Layers that the MM-DiTs share."""
 
+import functools
 import math
 from typing import TypedDict, Unpack
 
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from taca_jax.nn.fusion import gradient_written_once, written_once
 from taca_jax.nn.low_bit import low_bit_matmul
 
 TIMESTEP_CHANNELS = 256
@@ -73,6 +75,14 @@ def _matmul_backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def _matmul_parts(parts: list[jax.Array], kernel: Float[Array, "i o"]) -> Float[Array, "*s o"]:
+    """x @ kernel, where the channels of the parts side by side are x."""
+    ends = np.cumsum([part.shape[-1] for part in parts[:-1]])
+    rows = jnp.split(kernel, ends) if len(parts) > 1 else [kernel]
+    products = [matmul(part, own) for part, own in zip(parts, rows, strict=True)]
+    return functools.reduce(jnp.add, products)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where factors are attached.
 
@@ -108,21 +118,30 @@ class Linear(nnx.Module):
         self.dtype = options["dtype"]
 
     def __call__(
-        self, x: Float[Array, "b *s i"], lora_scale: LoRAScale | None = None
+        self,
+        x: Float[Array, "b *s i"] | tuple[Float[Array, "b *s _"], ...],
+        lora_scale: LoRAScale | None = None,
     ) -> Float[Array, "b *s o"]:
-        x = x.astype(self.dtype)
-        if self.kernel_scale is None:
-            y = matmul(x, self.kernel[...].astype(self.dtype))
-        else:
-            y = low_bit_matmul(x, self.kernel[...], self.kernel_scale[...])
+        """y of x, or of arrays whose channels, side by side, are x: each has its own rows of the
+        kernel, so that none is copied."""
+        parts = [part.astype(self.dtype) for part in (x if isinstance(x, tuple) else (x,))]
+        y = self._product(parts)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:
-            down = matmul(x, self.lora_a[...].astype(self.dtype))
+            down = _matmul_parts(parts, self.lora_a[...].astype(self.dtype))
             gate = self._by_rank(lora_scale) * self.lora_alpha_over_rank
-            gate = gate.reshape(len(gate), *(1,) * (x.ndim - 2), -1).astype(self.dtype)
+            gate = gate.reshape(len(gate), *(1,) * (down.ndim - 2), -1).astype(self.dtype)
             y = y + matmul(down * gate, self.lora_b[...].astype(self.dtype))
         return y
+
+    def _product(self, parts: list[jax.Array]) -> Float[Array, "b *s o"]:
+        """x @ kernel."""
+        if self.kernel_scale is None:
+            return _matmul_parts(parts, self.kernel[...].astype(self.dtype))
+        # Blocks of inputs that share a scale may lie across the parts.
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return low_bit_matmul(x, self.kernel[...], self.kernel_scale[...])
 
     def _by_rank(self, lora_scale: LoRAScale) -> Float[Array, "b r"]:
         """The strength of each of r, or one for all of r if it is that of all LoRAs alike.
@@ -183,7 +202,20 @@ def modulate(
     x: Float[Array, "b s d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
 ) -> Float[Array, "b s d"]:
     """The adaptive norm of DiT: layer_norm(x) * (1 + scale) + shift."""
-    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+    y = layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+    return written_once(gradient_written_once(y))
+
+
+def gated(
+    x: Float[Array, "b s d"], gate: Float[Array, "b d"], y: Float[Array, "b s d"]
+) -> Float[Array, "b s d"]:
+    """The residual sum of DiT: x + gate * y, where y is a product."""
+    return x + gate[:, None] * gradient_written_once(y)
+
+
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """GELU between an MLP's two products, by tanh as the originals have it."""
+    return written_once(nnx.gelu(gradient_written_once(x), approximate=True))
 
 
 def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:

@@ -3,7 +3,8 @@
 Sources: black-forest-labs/flux, model.py; Stability-AI/sd3.5, mmditx.py.
 """
 
-from typing import Unpack
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation
-from taca_jax.nn.kinds import TransformerConfig
+from taca_jax.nn.kinds import TransformerConfig, kind_of
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
     ZEROS,
@@ -24,7 +25,7 @@ from taca_jax.nn.layers import (
     timestep_embedding,
     unpatchify,
 )
-from taca_jax.nn.stacking import Remat
+from taca_jax.nn.stacking import Remat, gathered, run_stack
 from taca_jax.parallel.mesh import constrain_vectors
 
 
@@ -85,10 +86,36 @@ class MMDiT(nnx.Module):
         ):
             if given != expected:
                 raise ValueError(f"{name} has {given} channels; this model expects {expected}")
-        vec = self.time_in(timestep_embedding(timestep), lora_scale)
-        vec = vec + self.vector_in(pooled, lora_scale)
-        img = self.img_in(patchify(latents, config.patch_size), lora_scale)
-        return img, self.txt_in(txt, lora_scale), vec
+        vec = self.gathered("time_in")(timestep_embedding(timestep), lora_scale)
+        vec = vec + self.gathered("vector_in")(pooled, lora_scale)
+        img = self.gathered("img_in")(patchify(latents, config.patch_size), lora_scale)
+        return img, self.gathered("txt_in")(txt, lora_scale), vec
+
+    def run_blocks(
+        self,
+        stack: str,
+        call: Callable[..., Any],
+        carry: Any,
+        *,
+        each: Any = None,
+        layers: slice | None = None,
+    ) -> Any:
+        """`run_stack` of the model's stack of that name."""
+        return run_stack(
+            getattr(self, stack),
+            call,
+            carry,
+            each=each,
+            remat=self.remat,
+            layers=layers,
+            sharding=kind_of(self.config).sharding,
+            name=stack,
+        )
+
+    def gathered(self, name: str) -> Any:
+        """The layer or block of that name, which is in no stack, gathered as `run_blocks` does."""
+        graph, params = nnx.split(getattr(self, name))
+        return nnx.merge(graph, gathered(params, kind_of(self.config).sharding, name))
 
     def velocity(
         self,
@@ -98,7 +125,7 @@ class MMDiT(nnx.Module):
         size: tuple[int, int],
     ) -> Float[Array, "b H W c"]:
         """The output of the image tokens as latents of `size`, float32; `vec` is after its SiLU."""
-        vectors = constrain_vectors(self.final_mod(vec, lora_scale))
+        vectors = constrain_vectors(self.gathered("final_mod")(vec, lora_scale))
         shift, scale = jnp.split(vectors, 2, axis=-1)
-        out = self.final_out(modulate(img, shift, scale), lora_scale)
+        out = self.gathered("final_out")(modulate(img, shift, scale), lora_scale)
         return unpatchify(out.astype(jnp.float32), self.config.patch_size, *size)

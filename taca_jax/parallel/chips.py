@@ -20,6 +20,8 @@ class Chip:
     clock: Hz.
     cores: cores that run one program between them.
     core_flop_per_cycle: bfloat16 FLOPs that one core's matrix units do in a cycle, per core.
+    attention_share: of flops, the share at which our attention kernels run, by the static cycles of
+        their compiled code (`benchmarks.attention_tpu`); v4's are taken to be v5p's.
     kernel_vmem: bytes of VMEM that one kernel may take, per core. XLA keeps the rest (of 16 MiB on
         v4, 128 on v5e and v6e, 64 on v5p) for what surrounds the kernel.
     """
@@ -32,6 +34,7 @@ class Chip:
     clock: float
     cores: int
     core_flop_per_cycle: int
+    attention_share: float
     kernel_vmem: int
 
 
@@ -51,6 +54,7 @@ CHIPS = {
             clock=1.05e9,
             cores=2,
             core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
+            attention_share=0.97,
             kernel_vmem=15 * _MIB,
         ),
         Chip(
@@ -62,6 +66,7 @@ CHIPS = {
             clock=1.5e9,
             cores=1,
             core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
+            attention_share=0.97,
             kernel_vmem=100 * _MIB,
         ),
         Chip(
@@ -73,6 +78,7 @@ CHIPS = {
             clock=1.75e9,
             cores=2,
             core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
+            attention_share=0.97,
             kernel_vmem=56 * _MIB,
         ),
         Chip(
@@ -84,6 +90,7 @@ CHIPS = {
             clock=1.75e9,
             cores=1,
             core_flop_per_cycle=4 * 256 * 256 * _FLOP_PER_CELL,
+            attention_share=0.62,
             kernel_vmem=100 * _MIB,
         ),
     )

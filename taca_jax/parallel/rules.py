@@ -3,14 +3,16 @@
 A table maps layers, by regular expression, to the mesh axes over which the inputs and the outputs
 of their kernels are split. The other parameters follow: a bias is split over `tensor` if its
 kernel's outputs are; LoRA's A is split as the inputs and B as the outputs, both over `fsdp` too, as
-are the scales of a quantised kernel; the layer axis of stacked blocks is never split. XLA gathers a
-kernel that is split over `fsdp` where it is used, layer by layer.
+are the scales of a quantised kernel; the layer axis of stacked blocks is never split. What is split
+over `fsdp` is gathered where it is used, layer by layer (`gather`).
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,3 +75,48 @@ def parameter_sharding(
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(mesh, parameter_spec(table, path, shape, mesh))
+
+
+def are_gathered() -> bool:
+    """Whether parameters are split over `fsdp` on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside a shard_map an array is already one device's shard.
+    return not mesh.empty and mesh.shape.get(_FSDP, 1) > 1 and not mesh.manual_axes
+
+
+def gather(table: ShardingTable, path: str, parameter: jax.Array) -> jax.Array:
+    """One layer's parameter, to be used: each device has all of what `fsdp` splits of it, and its
+    gradient is split again as it arises. `path` and raises: as `parameter_spec`.
+
+    Left to itself XLA's partitioner turns gathering and product into a loop over the pieces, which
+    on TPUs reads and writes the whole output in each turn: three times a step's memory traffic.
+    """
+    if not are_gathered():
+        return parameter
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = tuple(1 if axis == _FSDP else size for axis, size in mesh.shape.items())
+    without_fsdp = AbstractMesh(sizes, mesh.axis_names)
+    split, whole = (
+        parameter_spec(table, path, parameter.shape, each) for each in (mesh, without_fsdp)
+    )
+    if not jnp.issubdtype(parameter.dtype, jnp.floating):  # codes, which have no gradient
+        return jax.lax.with_sharding_constraint(parameter, whole)
+    return _gathered(parameter, split, whole)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(parameter: jax.Array, split: P, whole: P) -> jax.Array:
+    del split
+    return jax.lax.with_sharding_constraint(parameter, whole)
+
+
+def _split_gradient(split: P, whole: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Whole first: the product that makes it would be a loop over the pieces too. Of the sum over
+    # devices and its part the compiler makes one operation.
+    gradient = jax.lax.with_sharding_constraint(gradient, whole)
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gathered.defvjp(
+    lambda parameter, split, whole: (_gathered(parameter, split, whole), None), _split_gradient
+)

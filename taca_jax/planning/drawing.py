@@ -156,6 +156,10 @@ def table(
     count = evaluation_count(sampler, steps)
     twice = "" if count == steps else f", {count} evaluations"
     out.add_row(f"least time of {steps} steps{twice}", "", "", in_units(count * least, "s"))
+    out.add_row("estimated time of a step, by the compiler", "", "", in_units(step.estimated, "s"))
+    out.add_row("of the chips' peak (MFU), at that", "", "", f"{step.utilisation:.0%}")
+    rate = drawing.pictures / (count * step.estimated)
+    out.add_row(f"pictures of {steps} steps a second, at that", "", "", f"{rate:.3g}")
     seconds = sum(plan.compile_seconds for plan in plans.values())
     out.add_row("compiled in", "", "", f"{seconds:.0f} s of CPU time")
     return out

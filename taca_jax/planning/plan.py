@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taca_jax.errors import UserError
-from taca_jax.families.flops import forward_flops
+from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.batches import batch_sharding
 from taca_jax.parallel.choice import choose_mesh, settled
 from taca_jax.parallel.mesh import on
@@ -41,9 +41,10 @@ class Plan:
     """A program compiled for a slice; bytes and seconds are those of one chip.
 
     batch: samples. parts: bytes of the arguments, by part. program: bytes that the compiled program
-    needs in addition, mostly activations. flops: of the transformer, for all samples. repeated:
-    FLOPs that rematerialisation adds. compile_seconds: CPU time, all cores together. text: of the
-    compiled program.
+    needs in addition, mostly activations. flops: of the transformer, for all samples. further:
+    FLOPs that the program does beyond those (`families.flops.further_flops`). remat: what its
+    backward pass recomputes, if it has one. compile_seconds: CPU time, all cores together. text: of
+    the compiled program.
     """
 
     where: Slice
@@ -53,7 +54,8 @@ class Plan:
     parts: Mapping[str, int]
     program: int
     flops: float
-    repeated: float
+    further: float
+    remat: Remat | None
     traffic: Traffic
     compile_seconds: float
     text: str = field(repr=False)
@@ -71,7 +73,7 @@ class Plan:
         """Lower bounds of the program's time, one for each resource."""
         chip = self.where.chip
         return {
-            "matrix units": (self.flops + self.repeated) / self.where.chips / chip.flops,
+            "matrix units": (self.flops + self.further) / self.where.chips / chip.flops,
             "memory": self.traffic.memory / chip.memory_bandwidth,
             "wires": self.traffic.together.received / chip.wire_bandwidth,
         }
@@ -80,6 +82,18 @@ class Plan:
     def bound(self) -> str:
         """The resource with the largest lower bound."""
         return max(self.seconds, key=self.seconds.__getitem__)
+
+    @property
+    def estimated(self) -> float:
+        """Seconds of the compiled program, by the compiler's own estimate of each of its operations
+        and the cycles of our attention kernels. A real step is often faster: estimates of
+        elementwise operations are up to six times too high."""
+        return self.traffic.seconds
+
+    @property
+    def utilisation(self) -> float:
+        """The model's FLOPs in the estimated time, as a share of what the chips can do (MFU)."""
+        return self.flops / self.where.chips / self.where.chip.flops / self.estimated
 
     @property
     def hidden(self) -> float:
@@ -133,6 +147,7 @@ def plan(config: TrainConfig) -> None:
         smaller += ["quantize=nf4"] if config.quantize != "nf4" else []
         smaller += ["quantize_text=int8"] if config.quantize_text == "none" else []
         smaller += ["data.encode=cache"] if config.data.encode == "online" else []
+    smaller += ["remat=full"] if config.remat != "full" else []
     instead = f" (or with less: {', '.join(smaller)})" if smaller else ""
     raise UserError(f"{reason}; {nearest}{instead}")
 
@@ -178,18 +193,16 @@ def make_plan(models: RunModels, where: Slice) -> Plan:
         state = trainer.abstract_state(trained)
         step: Any = trainer.step
         lowered = step.lower(state, trainer.frozen, batch)
-        samples = config.data.batch_size * config.grad_accumulation
         return compiled_plan(
             lowered,
             where,
             mesh,
-            batch=samples,
+            batch=models.step_samples,
             resolution=config.data.resolution,
             parts=_parts(state, trainer, batch),
             flops=models.step_flops,
-            repeated=samples * forward_flops(models.transformer, **models.tokens)
-            if config.remat == "full"
-            else 0.0,
+            further=models.further_flops,
+            remat=models.remat,
         )
 
 
@@ -202,7 +215,8 @@ def compiled_plan(
     resolution: int,
     parts: Mapping[str, int],
     flops: float,
-    repeated: float = 0.0,
+    further: float = 0.0,
+    remat: Remat | None = None,
 ) -> Plan:
     """The plan of any lowered program; see Plan for the arguments.
 
@@ -228,7 +242,8 @@ def compiled_plan(
         parts=parts,
         program=max(total - sum(parts.values()), 0),
         flops=flops,
-        repeated=repeated,
+        further=further,
+        remat=remat,
         traffic=read_traffic(text, where.chip),
         compile_seconds=seconds,
         text=text,
@@ -294,8 +309,10 @@ def table(plan: Plan, before: Mapping[str, Plan] | None = None) -> Table:
     if before:
         out.add_section()
     out.add_row("the transformer's arithmetic, all chips", in_units(plan.flops, "FLOP"))
-    if plan.repeated:
-        out.add_row("done again to save memory", in_units(plan.repeated, "FLOP"))
+    if plan.further:
+        out.add_row("recomputed, and attention's gradients", in_units(plan.further, "FLOP"))
+    if plan.remat is not None:
+        out.add_row("recomputed in the backward pass (remat)", plan.remat)
     out.add_row("read from memory and written", in_units(plan.traffic.memory, "B"))
     for kind, moved in sorted(plan.traffic.collectives.items()):
         out.add_row(
@@ -310,6 +327,9 @@ def table(plan: Plan, before: Mapping[str, Plan] | None = None) -> Table:
     out.add_row("bound by", f"the {plan.bound}")
     if plan.seconds["wires"]:
         out.add_row("wires' time hidden by the schedule", f"{plan.hidden:.0%}")
+    out.add_row("estimated time, by the compiler", in_units(plan.estimated, "s"))
+    out.add_row("pictures a second, at that", f"{plan.batch / plan.estimated:.3g}")
+    out.add_row("of the chips' peak (MFU), at that", f"{plan.utilisation:.0%}")
     out.add_row("compiled in", f"{plan.compile_seconds:.0f} s of CPU time")
     return out
 

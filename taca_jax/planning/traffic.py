@@ -4,8 +4,7 @@ They are read from the program's text, with the body of a loop counted as often 
 Following the schedule shows which collectives overlap with compute: the wires and the chip's
 compute units each do one thing after the other, an asynchronous collective is under way from its
 start, and the units wait for it at its end. The time of each instruction is the compiler's own
-estimate. The compiler has none for our own kernels, which count as zero here, so that in fact
-somewhat more is hidden.
+estimate, and that of our attention kernels follows from their FLOPs and `Chip.attention_share`.
 """
 
 import math
@@ -17,6 +16,7 @@ from taca_jax.planning.hlo import Instruction, Program, Shape
 from taca_jax.planning.slices import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _FREE = frozenset(
@@ -99,7 +99,7 @@ def read_traffic(text: str, chip: Chip) -> Traffic:
     a collective, and ValueError unless it is a scheduled program.
     """
     program = Program.parse(text)
-    return _Reader(program, chip).of(program.entry)
+    return Reader(program, chip).of(program.entry)
 
 
 @dataclass
@@ -121,7 +121,9 @@ class _UnderWay:
         self.arrivals = {channel: max(at - end, 0.0) for channel, at in self.arrivals.items()}
 
 
-class _Reader:
+class Reader:
+    """Reads one program, part by part."""
+
     def __init__(self, program: Program, chip: Chip):
         self.program = program
         self.chip = chip
@@ -171,11 +173,16 @@ class _Reader:
                         else:
                             until = max(until, arrival)
                 late = max(until - total.seconds, 0.0)
-                cycles = _CYCLES.search(instruction.rest)
-                busy = 0.0 if cycles is None else int(cycles[1]) / self.chip.clock
-                total += Traffic({}, self._memory(instruction), late + busy, late)
+                busy = self.seconds(instruction)
+                total += Traffic({}, self.memory(instruction), late + busy, late)
         under_way.restart(total.seconds)
         return total
+
+    def seconds(self, instruction: Instruction) -> float:
+        """How long the compute units take for an instruction."""
+        if (cycles := _CYCLES.search(instruction.rest)) is not None:
+            return int(cycles[1]) / self.chip.clock
+        return (kernel_flops(instruction) or 0.0) / (self.chip.flops * self.chip.attention_share)
 
     def _collectives(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """The collectives in an instruction, each with "start" or "done", or "" if synchronous.
@@ -215,7 +222,7 @@ class _Reader:
             "all-to-all": (n - 1) / n,
         }[kind]
 
-    def _memory(self, instruction: Instruction) -> float:
+    def memory(self, instruction: Instruction) -> float:
         """Bytes that an instruction reads from HBM and writes to it."""
         kind, _, end = instruction.opcode.rpartition("-")
         if instruction.opcode in _FREE or end == "done" or kind in KINDS:
@@ -284,6 +291,14 @@ class _Reader:
                 size = min(size, sum(each.size for each in part))
             written += size
         return written
+
+
+def kernel_flops(instruction: Instruction) -> float | None:
+    """The FLOPs that a kernel of ours says it takes; None for any other instruction."""
+    if instruction.opcode != "custom-call":
+        return None
+    found = _KERNEL_FLOPS.search(instruction.rest)
+    return None if found is None else float(found[1])
 
 
 def _channel(collective: Instruction) -> str:

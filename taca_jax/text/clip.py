@@ -217,7 +217,11 @@ class CLIPTextEncoder(nnx.Module):
             )
         x = self.token_embed(tokens) + self.position_embed(jnp.arange(count))
         x, before = run_stack(
-            self.blocks, lambda block, carry: (block(carry[0]), carry[0]), (x, x), remat=remat
+            self.blocks,
+            lambda block, carry: (block(carry[0]), carry[0]),
+            (x, x),
+            remat=remat,
+            sharding=CLIP_KIND.sharding,
         )
         last = self.final_norm(x).astype(self.dtype)
         marked = tokens if config.end_token is None else tokens == config.end_token

@@ -184,7 +184,13 @@ class T5Encoder(nnx.Module):
         if mask is not None:
             bias = bias + jnp.where(mask[:, None, None, :], 0.0, jnp.finfo(jnp.float32).min)
         x = self.token_embed(tokens)
-        x = run_stack(self.blocks, lambda block, x: block(x, bias), x, remat=remat)
+        x = run_stack(
+            self.blocks,
+            lambda block, x: block(x, bias),
+            x,
+            remat=remat,
+            sharding=T5_KIND.sharding,
+        )
         return self.final_norm(x).astype(self.dtype)
 
     def _position_bias(self, length: int) -> Float[Array, "1 h t t"]:

@@ -22,6 +22,8 @@ def say_models(models: RunModels) -> None:
     dtype = config.dtype if config.adapts else "float32"
     formats = dtype, config.quantize, config.quantize_text
     say_fact("base", describe_base(name, models.stored, *formats))
+    if config.remat == "auto":
+        say_fact("remat", models.remat)
 
 
 def say_data(config: TrainConfig, buckets: Sequence[Bucket]) -> None:

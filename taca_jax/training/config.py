@@ -20,7 +20,7 @@ from taca_jax.evaluation.shapes.config import EvalConfig
 from taca_jax.nn.kinds import TransformerConfig
 from taca_jax.nn.lora import LoRAConfig
 from taca_jax.nn.low_bit import Quantization
-from taca_jax.nn.stacking import Remat
+from taca_jax.nn.stacking import RematChoice
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.sampling.loop import MAX_SEED
 from taca_jax.storage.places import Place, is_bucket_name, place
@@ -96,7 +96,10 @@ class TrainConfig:
     grad_accumulation: forward passes, of data.batch_size samples each, per optimizer step.
     dtype: of activations and frozen parameters; trained ones, softmax and loss are float32.
     attention: the implementation of the joint attention: `auto` takes the fastest for the device.
-    remat: `full` recomputes activations in the backward pass, block by block, to save memory.
+    remat: what the backward pass recomputes of each block to save memory: none of it; all but its
+      attention (`attention`), and the products that make queries, keys and values
+      (`attention+qkv`), and those that the MLP begins with (`attention+qkv+mlp`); or all (`full`).
+      `auto` recomputes as little as the devices' memory allows, and all where that is not known.
     timestep_sampling: `uniform`, or `logit_normal` (more in the middle), before any truncation.
     timestep_shift: above 1 draws noisier timesteps: SD3's and FLUX's shift, in training.
     guidance: the guidance scale given to models that embed one; others do not use it.
@@ -143,7 +146,7 @@ class TrainConfig:
     grad_accumulation: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Implementation = "auto"
-    remat: Remat = "none"
+    remat: RematChoice = "none"
     timestep_sampling: TimestepSampling = "logit_normal"
     timestep_shift: float = 1.0
     guidance: float = 1.0

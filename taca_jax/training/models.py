@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 
 from taca_jax.autoencoders.kinds import Autoencoder, AutoencoderConfig
 from taca_jax.autoencoders.pixels import PixelsConfig
-from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
-from taca_jax.families.flops import forward_flops
+from taca_jax.families.flops import forward_flops, further_flops
 from taca_jax.formats.lora.factors import fill_adapter
 from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import AttachedLoRA, add_lora
+from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.batches import samples_together
 from taca_jax.parallel.mesh import MeshConfig, check_heads, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
@@ -36,6 +36,8 @@ from taca_jax.training.config import TrainConfig
 from taca_jax.training.features import LABELS, Readout
 from taca_jax.training.learned_gamma import LearnedGamma
 from taca_jax.training.lora_start import open_start
+from taca_jax.training.remat import choose_remat
+from taca_jax.training.sizes import check_sizes
 from taca_jax.weights.abstract import abstract_on_mesh, local_bytes
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.lora_files import LoRAFile
@@ -97,7 +99,8 @@ class RunModels:
     """The models of a run, which fit together; none of them is loaded yet.
 
     reading: how captions are read. autoencoder: its config. start: the LoRA file to start from, if
-    any. mesh: the devices to load them on; None is the first device.
+    any. mesh: the devices to load them on; None is the first device. remat: what the transformer's
+    backward pass recomputes; with config.remat=auto that is settled by the mesh.
     """
 
     config: TrainConfig
@@ -107,6 +110,7 @@ class RunModels:
     autoencoder: AutoencoderConfig
     start: LoRAFile | None = None
     mesh: Mesh | None = None
+    remat: Remat = "full"
 
     def on_mesh(self, mesh: Mesh | None) -> "RunModels":
         """The same models, to be loaded on a mesh.
@@ -122,7 +126,7 @@ class RunModels:
                 "(mesh.context, mesh.tensor)"
             )
         check_heads(mesh, self.transformer.num_heads)
-        return replace(self, mesh=mesh)
+        return replace(self, mesh=mesh, remat=choose_remat(self, mesh))
 
     @property
     def transformer(self) -> Any:
@@ -161,12 +165,24 @@ class RunModels:
         """FLOPs of the transformer in one optimizer step, over all devices.
 
         The forward pass, the gradients of activations and, if all parameters are trained, the
-        gradients of weights take the same number each. Neither rematerialisation nor LoRA factors
-        are counted.
+        gradients of weights take the same number each, as others count too. `further_flops` and
+        LoRA factors are left out.
         """
         times = 2 if self.config.adapts else 3
-        samples = self.config.data.batch_size * self.config.grad_accumulation
-        return forward_flops(self.transformer, **self.tokens) * times * samples
+        return forward_flops(self.transformer, **self.tokens) * times * self.step_samples
+
+    @property
+    def further_flops(self) -> float:
+        """FLOPs that the step's program does beyond those (`families.flops.further_flops`)."""
+        further = further_flops(
+            self.transformer, self.remat, all_trained=not self.config.adapts, **self.tokens
+        )
+        return further * self.step_samples
+
+    @property
+    def step_samples(self) -> int:
+        """The samples of an optimizer step, over all devices."""
+        return self.config.data.batch_size * self.config.grad_accumulation
 
     def load_transformer(self) -> Any:
         """The transformer, with LoRA factors as they begin if the run trains them."""
@@ -226,7 +242,6 @@ class RunModels:
 
     def abstract(self) -> tuple[TextToImage, Any]:
         """The model to train and its autoencoder, as abstract models on the mesh."""
-        transformer = abstract_on_mesh(self.transformer, self._transformer_options, self._add_lora)
         configs = [self.stored.models[folder].config for folder in self.reading.folders]
         encoders = [
             abstract_on_mesh(config, encoder_options(config, self.text_options))
@@ -235,12 +250,21 @@ class RunModels:
         autoencoder = abstract_on_mesh(self.autoencoder, self._options(trained=False))
         readout, gamma = nnx.eval_shape(self.new_readout), nnx.eval_shape(self.new_gamma)
         text_encoder = self.reading.join(encoders, 0)
+        transformer = self.abstract_transformer()
         return TextToImage(transformer, text_encoder, readout, gamma), autoencoder
+
+    def abstract_transformer(self) -> Any:
+        """The transformer, with LoRA factors if the run trains them, as an abstract model."""
+        return abstract_on_mesh(self.transformer, self._transformer_options, self._add_lora)
 
     def parameter_bytes(self, device: Any) -> int:
         """The most bytes that parameters, gradients and optimizer state need on a single `device`
         at a time."""
-        model, autoencoder = replace(self, mesh=make_mesh(MeshConfig(), [device])).abstract()
+        return replace(self, mesh=make_mesh(MeshConfig(), [device])).step_bytes()
+
+    def step_bytes(self) -> int:
+        """The same on each device of the mesh."""
+        model, autoencoder = self.abstract()
         transformer = local_bytes(nnx.state(model.transformer))
         encoders = local_bytes(nnx.state([model.text_encoder, autoencoder]))
         trained = nnx.state(model, LoRAParam if self.config.adapts else nnx.Param)
@@ -261,7 +285,7 @@ class RunModels:
         return replace(
             self._options(trained=not config.adapts),
             quantize=config.quantize,
-            remat=config.remat,
+            remat=self.remat,
             attention=config.attention,
         )
 
@@ -316,9 +340,10 @@ def open_models(config: TrainConfig, *, published: bool = False, begins: bool = 
         lacking.append("an autoencoder (autoencoder=FOLDER)")
     if reading is None or autoencoder is None:
         raise UserError(f"base={config.base} lacks {' and '.join(lacking)}, which training needs")
-    _check_sizes(config, stored.transformer.config, autoencoder)
+    check_sizes(config, stored.transformer.config, autoencoder)
     start = open_start(config.lora, family, stored.transformer.config) if begins else None
-    return RunModels(config, stored, family, reading, autoencoder.config, start)
+    remat: Remat = "full" if config.remat == "auto" else config.remat
+    return RunModels(config, stored, family, reading, autoencoder.config, start, remat=remat)
 
 
 def _new_pipeline(config: TrainConfig) -> StoredPipeline:
@@ -360,32 +385,3 @@ def _initializer(config: Any, seed: int) -> Callable[[LoadOptions], Any]:
         return kind.module(config, rngs=nnx.Rngs(seed), dtype=options.dtype, **extra)
 
     return make
-
-
-def _check_sizes(config: TrainConfig, transformer: Any, autoencoder: StoredModel) -> None:
-    """Raises UserError unless transformer, autoencoder and pictures fit together."""
-    latents = autoencoder.config
-    if kind_of(latents).role != "autoencoder":
-        kind = kind_of(latents)
-        raise UserError(
-            f"autoencoder={config.autoencoder} holds a {kind.module.__name__}; give the folder of "
-            "an autoencoder"
-        )
-    given, expected = latents.latent_channels, transformer.latent_channels
-    if given != expected:
-        raise UserError(
-            f"the autoencoder has {given} latent channels, the transformer expects {expected}; "
-            "give the autoencoder=FOLDER that belongs to it"
-        )
-    if config.data.latents == "sample" and not isinstance(latents, VAEConfig):
-        name = kind_of(latents).module.__name__
-        raise UserError(
-            f"data.latents is sample; this autoencoder ({name}) makes one latent of a picture: set "
-            "data.latents=mean"
-        )
-    resolution = config.data.resolution
-    multiple = latents.downscale * transformer.patch_size
-    if resolution % multiple:
-        raise UserError(
-            f"data.resolution is {resolution}; this model takes multiples of {multiple} pixels"
-        )

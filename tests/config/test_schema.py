@@ -69,7 +69,7 @@ KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
         (ADAPT, {"seed": str(2**31)}, "seed is 2147483648; it must be 0 to"),
         (ADAPT, {"autoencoder": ""}, "autoencoder is empty; it must be pixels or a folder"),
         (ADAPT, {"dtype": "float16"}, "dtype=float16: expected one of float32, bfloat16"),
-        (ADAPT, {"remat": "some"}, "remat=some: expected one of none, full"),
+        (ADAPT, {"remat": "some"}, "remat=some: expected one of auto, none"),
         (ADAPT, {"base": "none"}, "base and model are both none; give base=FOLDER"),
         (SCRATCH, {"base": "there"}, "base=there says what the model is; leave model out"),
         (SCRATCH, {"lora.rank": "4"}, "lora adapts a trained model; give base=FOLDER"),

@@ -15,6 +15,7 @@ from taca_jax.nn.layers import (
     Linear,
     LoRAParam,
     MLPEmbedder,
+    Quantized,
     RMSNorm,
     layer_norm,
     matmul,
@@ -53,6 +54,25 @@ class TestLinear:
         update = 0.5 * layer.lora_a[...] @ layer.lora_b[...]
         expected = layer(x) + scale[:, None, None] * (x @ update)
         np.testing.assert_allclose(layer(x, scale), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("quantization", ["none", "int8"])
+    def test_arrays_side_by_side_need_not_be_joined(self, quantization):
+        """A single block's `out` reads attention's output and the MLP's; gradients too."""
+        layer, x, scale = adapted(), noise(2, 3, 6), jnp.array([1.0, 0.5])
+        if quantization == "int8":
+            layer.kernel_scale = Quantized(jnp.full((1, 4), 0.02))
+            layer.kernel = Quantized(jnp.arange(24, dtype=jnp.int8).reshape(6, 4))
+        parts = tuple(jnp.split(x, [2, 5], axis=-1))
+        np.testing.assert_allclose(layer(parts, scale), layer(x, scale), rtol=1e-5, atol=1e-6)
+
+        def gradient(given):
+            def square(layer):
+                return (layer(given, scale) ** 2).sum()
+
+            return jax.tree.leaves(nnx.grad(square, argnums=nnx.DiffState(0, LoRAParam))(layer))
+
+        for ours, theirs in zip(gradient(parts), gradient(x), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
     def test_a_scale_of_zero_is_the_base_bit_for_bit(self):
         layer, x = adapted(), noise(3, 5, 6)

@@ -63,12 +63,12 @@ PROGRAMS = ("generate", "train", "eval attention")
 
 @pytest.mark.parametrize(
     "page",
-    [*NOTEBOOKS, ROOT / "README.md", ROOT / "docs/tutorials/colab.md"],
+    [*NOTEBOOKS, ROOT / "docs/tutorials/colab.md"],
     ids=lambda path: path.name,
 )
 def test_addresses_are_those_of_the_repository(page):
     """If it fails because pyproject.toml was given the repository's address, replace OWNER/taca_jax
-    in the notebooks, README.md and docs/tutorials/colab.md."""
+    in the notebooks and docs/tutorials/colab.md."""
     owner_and_name = r"([\w.-]+/[\w.-]+?)"
     text = page.read_text()
     links = re.findall(

@@ -1,8 +1,10 @@
 """Where parameters lie: the tables against whole models."""
 
 import math
+import re
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
@@ -15,7 +17,7 @@ from taca_jax.families.sd3.model import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model, flat_params, kind_of
 from taca_jax.nn.quantization import quantize
 from taca_jax.parallel.mesh import AXES
-from taca_jax.parallel.rules import parameter_spec
+from taca_jax.parallel.rules import IN, OUT, gather, parameter_spec
 from taca_jax.scorers.blip import BLIP_VQA
 from taca_jax.scorers.clip import CLIP_VIT_B_32
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
@@ -138,3 +140,41 @@ def test_what_follows_from_a_line_of_the_table(path, shape, expected):
 def test_a_parameter_that_no_line_is_about_is_an_error():
     with pytest.raises(LookupError, match="0 lines of the sharding table are about triple_blocks"):
         spec_of(FLUX_DEV, "triple_blocks.q.kernel", (4, 4), mesh_of(fsdp=2))
+
+
+def gathered_specs(function, *arrays):
+    """The specs to which a function constrains arrays on a mesh of fsdp 4 and tensor 2."""
+    with jax.sharding.use_abstract_mesh(mesh_of(fsdp=4, tensor=2)):
+        text = str(jax.make_jaxpr(function)(*arrays))
+    return re.findall(r"spec=(P\([^)]*\))", text)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "dtype", "whole", "split"),
+    [
+        ("in.kernel", (8, 16), "float32", "P(None, 'tensor')", "P('fsdp', 'tensor')"),
+        ("out.kernel", (8, 16), "float32", "P('tensor', None)", "P('tensor', 'fsdp')"),
+        ("in.lora_a", (8, 4), "float32", "P(None, None)", "P('fsdp', None)"),
+        ("out.lora_b", (4, 16), "float32", "P(None, None)", "P(None, 'fsdp')"),
+        ("in.kernel", (8, 16), "int8", "P(None, 'tensor')", None),
+    ],
+)
+def test_a_parameter_is_gathered_over_fsdp_alone_and_its_gradient_split(
+    path, shape, dtype, whole, split
+):
+    """Products with pieces would be windowed loops on TPUs; `tensor` keeps its pieces."""
+    table, parameter = {"in": IN, "out": OUT}, jnp.ones(shape, dtype)
+
+    def use(parameter):
+        return (gather(table, path, parameter) ** 2).sum()
+
+    assert gathered_specs(use, parameter) == [whole]
+    if split is not None:
+        assert gathered_specs(jax.grad(use), parameter) == [whole, whole, split]
+
+
+def test_without_fsdp_nothing_is_gathered():
+    with jax.sharding.use_abstract_mesh(mesh_of(data=4, tensor=2)):
+        assert "constraint" not in str(
+            jax.make_jaxpr(lambda x: gather({"a": IN}, "a.kernel", x))(jnp.ones((8, 16)))
+        )

@@ -121,6 +121,16 @@ def test_full_size_blocks_hand_tensors_to_the_kernels_as_they_lie(topology):
     assert found == {"forward": 2, "backward": 2, "turned": 0}
 
 
+@pytest.mark.slow
+def test_shared_parameters_are_gathered_and_not_passed_around_in_loops():
+    """Nothing in a step of two blocks needs a loop; a partitioner's windowed products do."""
+    found = compile_in_a_process("compile_gathered")
+    assert found["while"] == 0
+    assert found["all-gather"] + found["all-gather-start"] > 0
+    # Those that the compiler makes of small sums.
+    assert found["collective-permute-start"] < 50
+
+
 def test_the_kernels_keep_their_cycles():
     """For FLUX's 24 heads at 1024 px on v6e. Small changes can spoil the compiler's schedule."""
     found = compile_in_a_process("count_cycles", "v6e:1x1", "1,128,512,4096")

@@ -9,7 +9,7 @@ from flax import nnx
 
 from configs import flux_taca, sd35_taca
 from taca_jax.data.config import DataConfig
-from taca_jax.families.flops import forward_flops
+from taca_jax.families.flops import forward_flops, further_flops
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.families.sd3.model import SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model
@@ -54,6 +54,33 @@ def test_the_count_is_that_of_xla(name):
 def test_of_the_full_size_model_it_is_what_others_count():
     """MaxDiffusion's 3 x 74.4 TFLOP an image at 1024 px, forward and both gradients."""
     assert forward_flops(FLUX_DEV, image=4096, text=512) == pytest.approx(74.4e12, rel=0.05)
+
+
+def test_what_a_step_does_beyond_forward_and_gradients():
+    """Of FLUX.1-dev at 1024 px, by hand: without remat half again attention's FLOPs, of forward and
+    gradients together five products of nine; then what each step of remat does not keep."""
+    tokens = {"image": 4096, "text": 512}
+    hidden, joint, double, single = 3072, 4096 + 512, 19, 38
+    attention = 4 * hidden * joint**2 * (double + single)
+    square = 2 * hidden**2 * joint  # a product of the hidden width, for all tokens
+    products = {
+        "qkv": (double + single) * 3 * square,
+        "mlp": double * square + (double + single) * 4 * square,
+    }
+
+    def further(remat, *, all_trained=False):
+        return further_flops(FLUX_DEV, remat, all_trained=all_trained, **tokens)
+
+    once = further("none")
+    assert once == 1.5 * attention
+    # Modulations see one token, and are 0.1 % of the products.
+    rest = pytest.approx(0, abs=2e-3 * sum(products.values()))
+    assert further("attention+qkv+mlp") - once == rest
+    assert further("attention+qkv") - once - products["mlp"] == rest
+    assert further("attention") - once - sum(products.values()) == rest
+    assert further("full") - further("attention") == attention
+    last = double * 4 * square + single * 5 * square  # mlp_out, and a single block's out
+    assert further("full", all_trained=True) - further("full") == last
 
 
 def test_a_step_is_forward_and_its_gradients():

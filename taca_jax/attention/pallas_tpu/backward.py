@@ -35,6 +35,9 @@ from taca_jax.attention.pallas_tpu.tiles import (
     run_schedule,
 )
 
+PRODUCTS = 5
+"""Of each query and key: the score again, and the gradients of weight, value, query and key."""
+
 
 def backward(
     q: Float[Array, "b q c"],
@@ -73,6 +76,7 @@ def backward(
         if problem.blocks.transposed
         else (problem.padded_keys, problem.column)
     )
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, high)][:outputs]
     return pl.pallas_call(
         partial(_kernel, problem=problem, wants_gamma=wants_gamma),
         grid=(batch, columns, problem.steps),
@@ -81,7 +85,7 @@ def backward(
             *(query_spec, key_spec, key_spec, query_spec, query_spec, sums_spec, sums_spec),
         ],
         out_specs=[query_spec, key_spec, key_spec, sums_spec][:outputs],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, high)][:outputs],
+        out_shape=results,
         scratch_shapes=[
             pltpu.VMEM((problem.column, rows), jnp.float32),
             pltpu.VMEM(summed, jnp.float32),
@@ -91,6 +95,7 @@ def backward(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=problem.vmem,
         ),
+        cost_estimate=problem.cost(batch, columns, PRODUCTS, q, k, v, out, d_out, *results),
         name="taca_attention_backward",
         interpret=interpret,
     )(first_query, gamma, q, k, v, out, d_out, high, log_total)

@@ -41,6 +41,9 @@ from taca_jax.attention.pallas_tpu.tiles import (
 Sums = Literal["none", "all", "all and text"]
 _OUTPUTS: dict[Sums, int] = {"none": 1, "all": 3, "all and text": 4}
 
+PRODUCTS = 2
+"""Of each query and key: the score, and the weight times the value."""
+
 OVERFLOW = 2.0**100
 """A denominator above this may stand beside a numerator that has overflowed, since float32 ends at
 2^128; values up to 2^27 times larger than the denominator's terms are safe below it."""
@@ -77,20 +80,22 @@ def forward(
     sums_spec = pl.BlockSpec((1, problem.group, 1, rows), lambda b, c, i: (b, c, 0, i))
     shape = (batch, columns * problem.group, 1, problem.queries)
     outputs = _OUTPUTS[sums]
+    results = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        *[jax.ShapeDtypeStruct(shape, jnp.float32)] * (outputs - 1),
+    ]
     return pl.pallas_call(
         partial(_kernel, problem=problem),
         grid=(batch, columns, problem.steps),
         in_specs=[smem, smem, query_spec, key_spec, key_spec],
         out_specs=[query_spec, *[sums_spec] * (outputs - 1)],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            *[jax.ShapeDtypeStruct(shape, jnp.float32)] * (outputs - 1),
-        ],
+        out_shape=results,
         scratch_shapes=[pltpu.VMEM((problem.column, rows), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=problem.vmem,
         ),
+        cost_estimate=problem.cost(batch, columns, PRODUCTS, q, k, v, *results),
         name="taca_attention_forward",
         interpret=interpret,
     )(first_query, gamma, q, k, v)

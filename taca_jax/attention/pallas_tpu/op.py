@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from taca_jax.attention.keeping import keepable
 from taca_jax.attention.log_sums import LogSums
 from taca_jax.attention.pallas_tpu.backward import backward
 from taca_jax.attention.pallas_tpu.blocks import BlockSizes, default_blocks
@@ -187,7 +188,7 @@ def _attention_forward(
 ) -> tuple[jax.Array, tuple]:
     static.problem("backward")  # raises, where it does not fit, before anything is computed
     inputs = tuple(x.value for x in (q, k, v, gamma, first_query))
-    out, *sums = _forward(*inputs, static, "all")
+    out, *sums = keepable(_forward(*inputs, static, "all"))
     # The residuals must be arrays: an empty tuple says yes, None says no.
     wants_gamma = () if gamma.perturbed else None
     return out, (inputs, out, sums, wants_gamma)

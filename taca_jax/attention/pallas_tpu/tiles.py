@@ -162,6 +162,19 @@ class Problem:
         """What a product of q and k is multiplied by to be a logit in base 2."""
         return LOG2_E / math.sqrt(self.head_dim)
 
+    def cost(self, batch: int, columns: int, products: int, *arrays: Any) -> pl.CostEstimate:
+        """What a kernel takes that computes so many products for each query and key, between these
+        arrays in main memory; for the compiler's schedule, and for plans.
+
+        FLOPs are the matrix unit's, which fills heads up to a whole column of lanes.
+        """
+        pairs = batch * columns * self.group * self.queries * self.keys
+        return pl.CostEstimate(
+            flops=2 * products * pairs * round_up(self.column, LANES),
+            transcendentals=pairs,
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+        )
+
     def schedule(self) -> tuple[list[Tile], list[Tile], int, list[Tile]]:
         """All tiles in order: some that are unrolled; some to repeat, and how often; and the rest.
 

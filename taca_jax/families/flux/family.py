@@ -105,6 +105,7 @@ FLUX = Family(
     ),
     attention_pairs=_attention_pairs,
     layer_tokens=partial(layer_tokens, joint=re.compile(r"single_blocks\..*")),
+    last_products=r"double_blocks\.(img|txt)\.mlp_out|single_blocks\.out",
     embeds_guidance=lambda config: config.guidance_embed,
     with_features=FluxTransformer.with_features,
 )

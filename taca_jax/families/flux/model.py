@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation, joint_attention
+from taca_jax.attention.keeping import keepable
 from taca_jax.errors import UserError
 from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
@@ -24,12 +25,14 @@ from taca_jax.nn.layers import (
     Linear,
     LoRAScale,
     MLPEmbedder,
+    gated,
+    gelu,
     modulate,
     timestep_embedding,
 )
 from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.rope import Rotation, joint_rotation, rotate
-from taca_jax.nn.stacking import make_stack, run_stack
+from taca_jax.nn.stacking import MLP_PRODUCTS, make_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
@@ -161,7 +164,8 @@ class FluxTransformer(MMDiT):
         text_len = txt.shape[1]
         img, txt, vec = self.embed(latents, timestep, txt, pooled, lora_scale)
         if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance * 1000), lora_scale)
+            guidance_in = self.gathered("guidance_in")
+            vec = vec + guidance_in(timestep_embedding(guidance * 1000), lora_scale)
         inputs = FluxInputs(
             vec=nnx.silu(vec),  # the first step of every modulation
             rotation=joint_rotation(
@@ -176,20 +180,13 @@ class FluxTransformer(MMDiT):
             lora_scale=lora_scale,
             attention=attention or self.attention,
         )
-        img, txt = run_stack(
-            self.double_blocks,
-            lambda block, x: block(x[0], x[1], inputs),
-            (img, txt),
-            remat=self.remat,
+        img, txt = self.run_blocks(
+            "double_blocks", lambda block, x: block(x[0], x[1], inputs), (img, txt)
         )
 
         def run_single(joint: Float[Array, "b s d"], layers: slice | None) -> Float[Array, "b s d"]:
-            return run_stack(
-                self.single_blocks,
-                lambda block, x: block(x, inputs),
-                joint,
-                remat=self.remat,
-                layers=layers,
+            return self.run_blocks(
+                "single_blocks", lambda block, x: block(x, inputs), joint, layers=layers
             )
 
         joint = jnp.concatenate([txt, img], axis=1)
@@ -244,9 +241,8 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = jnp.split(vectors, 3, axis=-1)
         y = modulate(x, shift, scale)
         attended = attend(*self.qkv(y, scale_by), inputs)
-        mlp = nnx.gelu(self.mlp_in(y, scale_by), approximate=True)
-        out = self.out(jnp.concatenate([attended, mlp], axis=-1), scale_by)
-        return x + gate[:, None] * out
+        mlp = gelu(keepable(self.mlp_in(y, scale_by), MLP_PRODUCTS))
+        return gated(x, gate, self.out((attended, mlp), scale_by))
 
 
 def attend(

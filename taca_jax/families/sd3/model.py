@@ -21,7 +21,7 @@ from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import ZEROS, LayerOptions, Linear, LoRAScale, modulate
 from taca_jax.nn.mmdit import MMDiT
-from taca_jax.nn.stacking import make_stack, run_stack
+from taca_jax.nn.stacking import make_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import EMBEDDING, FSDP, IN, OUT, WHOLE
 
@@ -138,22 +138,20 @@ class SD3Transformer(MMDiT):
 
         start, end = config.num_dual_layers, config.num_layers - 1
         for stack, layers in (
-            (self.dual_blocks, slice(0, start)),
-            (self.joint_blocks, slice(start, end)),
+            ("dual_blocks", slice(0, start)),
+            ("joint_blocks", slice(start, end)),
         ):
-            if stack is not None:
-                img, txt = run_stack(
+            if getattr(self, stack) is not None:
+                img, txt = self.run_blocks(
                     stack,
                     lambda block, x, skipped=None: _unless(
                         skipped, lambda x: block(x[0], x[1], inputs), x
                     ),
                     (img, txt),
                     each=None if skip is None else skip[layers],
-                    remat=self.remat,
                 )
-        img = _unless(
-            None if skip is None else skip[-1], lambda x: self.last_block(x, txt, inputs), img
-        )
+        last_block = self.gathered("last_block")
+        img = _unless(None if skip is None else skip[-1], lambda x: last_block(x, txt, inputs), img)
         return self.velocity(img, inputs.vec, lora_scale, (height, width))
 
 

@@ -317,8 +317,9 @@ class TestGradients:
 
         return nnx.to_pure_dict(grad(model))
 
-    def test_remat_changes_no_gradient(self):
-        kept, again = self.grads("none"), self.grads("full")
+    @pytest.mark.parametrize("remat", ["full", "attention", "attention+qkv+mlp"])
+    def test_remat_changes_no_gradient(self, remat):
+        kept, again = self.grads("none"), self.grads(remat)
         paths = jax.tree_util.tree_leaves_with_path(kept)
         for (path, a), b in zip(paths, jax.tree.leaves(again), strict=True):
             assert jnp.linalg.norm(a) > 0, path

@@ -13,7 +13,7 @@ from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import modulate
 from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.rope import Rotation, joint_rotation, rotate
-from taca_jax.nn.stacking import make_stack, run_stack
+from taca_jax.nn.stacking import make_stack
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
 
@@ -85,9 +85,7 @@ class MiniTransformer(MMDiT):
             lora_scale=lora_scale,
             attention=attention or self.attention,
         )
-        img, _ = run_stack(
-            self.blocks, lambda block, x: block(x[0], x[1], inputs), (img, txt), remat=self.remat
-        )
+        img, _ = self.run_blocks("blocks", lambda block, x: block(x[0], x[1], inputs), (img, txt))
         return self.velocity(img, inputs.vec, lora_scale, (height, width))
 
 

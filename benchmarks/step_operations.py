@@ -1,0 +1,65 @@
+"""Where the time of a compiled step goes, operation by operation; no TPU is necessary.
+
+    python -m benchmarks.tpu_plans --rows r64x4-v6e-16 --programs FOLDER
+    python -m benchmarks.step_operations FOLDER/r64x4-v6e-16.hlo.gz v6e [--least 0.5]
+
+For each operation of the program that takes --least percent of the step or more: thousands of
+cycles by the compiler's estimate (up to six times too high for elementwise operations; our
+attention kernels' by their measured cycles), how often it runs in a step, its share of the step;
+its limit in thousands of cycles, at the peak of the matrix units or of the memory; MB that it reads
+and writes; and what of the model it comes from. Estimates of products and kernels are within some
+percent of the cycles of their code.
+"""
+
+import argparse
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+
+from taca_jax.parallel.chips import CHIPS
+from taca_jax.planning.operations import Operation, operations
+
+HEADER = "| operation | k cycles | times | share | limit | MB | shape | from |"
+LONGEST_SOURCE = 80
+
+
+def described(each: Operation, whole: float, chip: str) -> str:
+    """An operation as a row of Markdown; `whole` is the step's time in seconds."""
+    clock = CHIPS[chip].clock
+    return " | ".join(
+        (
+            f"| {each.name}",
+            f"{each.seconds * clock / 1e3:,.0f}",
+            f"{each.times}",
+            f"{each.times * each.seconds / whole:.1%}",
+            f"{each.limit(CHIPS[chip]) * clock / 1e3:,.0f}",
+            f"{each.moved / 1e6:,.0f}",
+            " x ".join(map(str, each.shape)),
+            f"{each.source[-LONGEST_SOURCE:]} |",
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("program", type=Path, help="its text, as tpu_plans --programs writes it")
+    parser.add_argument("chip", choices=CHIPS)
+    parser.add_argument("--least", type=float, default=0.5, help="percent of the step")
+    arguments = parser.parse_args(argv)
+    opened = gzip.open if arguments.program.suffix == ".gz" else open
+    with opened(arguments.program, "rt") as file:
+        found = operations(file.read(), CHIPS[arguments.chip])
+    whole = sum(each.times * each.seconds for each in found)
+    limit = sum(each.times * each.limit(CHIPS[arguments.chip]) for each in found)
+    print(f"{whole:.3f} s together; at each operation's limit {limit:.3f} s")
+    print(HEADER)
+    print("|---" * (HEADER.count("|") - 1) + "|")
+    for each in found:
+        if each.times * each.seconds * 100 >= arguments.least * whole:
+            print(described(each, whole, arguments.chip))
+
+
+if __name__ == "__main__":
+    main()
