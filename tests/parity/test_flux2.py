@@ -16,9 +16,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import taca_jax as tj
+from taca_jax.autoencoders import patched_vae_layout
 from taca_jax.autoencoders.patched_vae import EPSILON, PatchedVAE
 from taca_jax.convert.cli import main
 from taca_jax.families.flux2 import diffusers as flux2_diffusers
+from taca_jax.families.flux2.family import FLUX2_VAE
 from taca_jax.families.flux2.model import (
     FLUX2_DEV,
     KLEIN_BASE_4B,
@@ -30,7 +32,8 @@ from taca_jax.families.flux2.text import Flux2Text
 from taca_jax.formats.lora.peft import tensors_of
 from taca_jax.nn.kinds import shapes_of
 from taca_jax.nn.layers import LoRAParam, patchify
-from taca_jax.text.qwen3 import CHAT
+from taca_jax.text import qwen3_layout
+from taca_jax.text.qwen3 import CHAT, QWEN3_4B, QWEN3_8B
 from taca_jax.text.tokenizers import FolderTokenizer
 from taca_jax.weights.folders import load_model
 from taca_jax.weights.loading import LoadOptions
@@ -285,3 +288,40 @@ def arguments(config: Flux2Config) -> dict:
     """What diffusers' class takes for a config."""
     settings = flux2_diffusers.settings_of(config)
     return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(("ours", "layers"), [(QWEN3_4B, 36), (QWEN3_8B, 36)])
+def test_full_size_text_encoders_are_the_originals_up_to_what_is_read(ours, layers):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.dim,
+        intermediate_size=ours.ff_dim,
+        num_hidden_layers=layers,
+        num_attention_heads=ours.num_heads,
+        num_key_value_heads=ours.num_kv_heads,
+        head_dim=ours.head_dim,
+    )
+    with torch.device("meta"):
+        theirs = transformers.Qwen3Model(config)
+    table = qwen3_layout.table_of(ours)
+    given = {
+        f"model.{name}": tuple(tensor.shape)
+        for name, tensor in theirs.state_dict().items()
+        if not table.is_ignored(f"model.{name}")
+    }
+    assert layout_shapes(table, ours) == given
+
+
+def test_the_full_size_autoencoder_has_exactly_the_parameters_of_the_original():
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers", minversion="0.37")
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKLFlux2()
+    given = {
+        name: tuple(tensor.shape)
+        for name, tensor in theirs.state_dict().items()
+        if not patched_vae_layout.TABLE.is_ignored(name)
+    }
+    assert layout_shapes(patched_vae_layout.TABLE, FLUX2_VAE) == given
