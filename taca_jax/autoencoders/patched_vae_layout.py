@@ -17,6 +17,8 @@ from taca_jax.formats.tensor_files import Tensors
 
 CLASS = "AutoencoderKLFlux2"
 
+ORIGINAL = "an autoencoder of patches in its original layout"
+
 _MEAN, _VARIANCE = "bn.running_mean", "bn.running_var"
 _IGNORED = (r"bn\.num_batches_tracked",)
 
@@ -34,7 +36,7 @@ def _rules(encoder: str, decoder: str) -> tuple[Rule, ...]:
 
 
 TABLE = Table(
-    "FLUX.2's autoencoder in diffusers' layout",
+    "an autoencoder of patches in diffusers' layout",
     (*vae_diffusers.TABLE.rules, *_rules("", "")),
     _IGNORED,
 )
@@ -89,7 +91,7 @@ def original_table_of(config: PatchedVAEConfig) -> Table:
     """The key table of the original layout."""
     others = vae_original.table_of(config.inner)
     return Table(
-        "FLUX.2's autoencoder in its original layout",
+        ORIGINAL,
         (*others.rules, *_rules("encoder.", "decoder.")),
         _IGNORED,
     )

@@ -101,8 +101,8 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     )
     conversion(
         "qwen3",
-        "The layers of a Qwen3 that FLUX.2 [klein] reads, from a transformers folder or a single "
-        "file to a model folder.",
+        "The layers of a Qwen3 that are read, from a transformers folder or a single file to a "
+        "model folder.",
         "the folder with config.json and the safetensors, or the weights alone "
         "(qwen_3_4b.safetensors), from which the sizes are read",
         partial(convert_model, qwen3),

@@ -204,7 +204,7 @@ def _t5(where: str, tensors: TensorFiles) -> list[str]:
 
 
 def _qwen3(where: str, tensors: TensorFiles) -> list[str]:
-    return _inferred(where, "a Qwen3 in transformers' layout", tensors, qwen3_layout.inferred)
+    return _inferred(where, qwen3_layout.NAME, tensors, qwen3_layout.inferred)
 
 
 def _clip(where: str, tensors: TensorFiles) -> list[str]:
@@ -224,8 +224,8 @@ def _inferred(
 
 def _autoencoder(where: str, tensors: TensorFiles) -> list[str]:
     if patched_vae_layout.is_patched(tensors):
-        name = "FLUX.2's autoencoder in its original layout"
-        return _inferred(where, name, tensors, patched_vae_layout.inferred)
+        layout = patched_vae_layout
+        return _inferred(where, layout.ORIGINAL, tensors, layout.inferred)
     config = vae_original.inferred(tensors, like=families()[0].autoencoder)
     fields = _config(config, without=("scaling_factor", "shift_factor"))
     return [

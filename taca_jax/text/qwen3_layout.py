@@ -7,6 +7,7 @@ from taca_jax.formats.tensor_files import Tensors, layers_of, shape_of
 from taca_jax.text.qwen3 import READS, Qwen3Config
 
 MODEL_TYPE = "qwen3"
+NAME = "a Qwen3 in transformers' layout"
 
 _LAYER = "model.layers.{layer}"
 _FIRST = "model.layers.0"
@@ -26,7 +27,7 @@ def table_of(config: Qwen3Config) -> Table:
     """The key table of an encoder of this config; layers behind its last one are not needed."""
     kept = "|".join(map(str, range(config.num_layers)))
     return Table(
-        "a Qwen3 in transformers' layout",
+        NAME,
         (
             Rule("model.embed_tokens.weight", "token_embed.embedding"),
             *(
@@ -117,6 +118,6 @@ def inferred(tensors: Tensors) -> Qwen3Config:
 def _check_layers(count: int, where: str) -> None:
     if count < READS[-1]:
         raise UserError(
-            f"{where} is a Qwen3 of {count} layers; FLUX.2 reads those up to {READS[-1]}, of 4B "
-            "and 8B"
+            f"{where} is a Qwen3 of {count} layers; those up to {READS[-1]} are read, which 4B and "
+            "8B have"
         )

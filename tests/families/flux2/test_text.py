@@ -126,7 +126,7 @@ def test_settings_that_are_not_ours():
     config = qwen3_layout.config_of(Settings(Path("x"), fields))
     assert config == replace(QWEN3, vocab_size=9)
     for change, words in (
-        ({"num_hidden_layers": 24}, "a Qwen3 of 24 layers; FLUX.2 reads those up to 27"),
+        ({"num_hidden_layers": 24}, "a Qwen3 of 24 layers; those up to 27 are read"),
         ({"num_key_value_heads": 3}, "4 heads of 4 channels, and 3 of keys"),
         ({"model_type": "qwen2"}, "model_type 'qwen2'; only 'qwen3'"),
     ):
