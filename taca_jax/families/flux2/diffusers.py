@@ -14,6 +14,8 @@ from taca_jax.sampling.schedule import FlowSchedule
 CLASS = "Flux2Transformer2DModel"
 NORM_EPSILON = 1e-6
 PIPELINE_FILE = "model_index.json"
+PIPELINES = ("Flux2KleinPipeline", "Flux2Pipeline")
+"""Those that draw from text; others edit with reference images, which is not supported."""
 SCHEDULE = FlowSchedule(mu="empirical")
 """The noise levels of every released model."""
 
@@ -66,7 +68,7 @@ def config_of(settings: Settings) -> Flux2Config:
 
     Whether the model is distilled, diffusers says in the model_index.json of the pipeline; of a
     transformer alone it is not known, and taken for a base model. Raises UserError for another
-    class, and for options that no FLUX.2 uses.
+    class, for a pipeline that edits with reference images, and for options that no FLUX.2 uses.
     """
     settings.expect("_class_name", CLASS)
     settings.expect("patch_size", 1)
@@ -93,7 +95,9 @@ def _is_distilled(settings: Settings) -> bool:
     folder = settings.where.parent.parent
     if not (folder / PIPELINE_FILE).is_file():
         return False
-    return read_settings(folder, PIPELINE_FILE).get("is_distilled", False)
+    index = read_settings(folder, PIPELINE_FILE)
+    index.expect("_class_name", *PIPELINES)
+    return index.get("is_distilled", False)
 
 
 def settings_of(config: Flux2Config) -> dict[str, Any]:

@@ -70,6 +70,14 @@ def test_the_pipeline_says_whether_a_model_is_distilled(tmp_path, distilled):
     assert (stored.settings.steps, stored.settings.guidance) == expected
 
 
+def test_pipelines_that_edit_with_reference_images_are_refused(tmp_path):
+    index = {"_class_name": "Flux2KleinKVPipeline", "is_distilled": True}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    where = tmp_path / "transformer" / "config.json"
+    with pytest.raises(UserError, match=r"Flux2KleinKVPipeline'; only 'Flux2KleinPipeline' or"):
+        diffusers.config_of(Settings(where, diffusers.settings_of(FLUX2)))
+
+
 def test_schedule():
     assert FlowSchedule(mu="empirical") == diffusers.SCHEDULE
     fields = {
