@@ -1,5 +1,6 @@
 """The FLUX.2 pipeline: what it shares with FLUX.1's is tested there."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from taca_jax.families.flux2.family import FLUX2 as FAMILY
 from taca_jax.families.flux2.model import FLUX2_DEV, KLEIN_4B, KLEIN_BASE_4B, Flux2Config
 from taca_jax.weights.pipeline_folders import PipelineSettings
 from tests.families.flux2.tiny import FLUX2
+from tests.processes import last_line, run_python
 from tests.random_models import random_model
 
 
@@ -83,3 +85,11 @@ def test_guidance_is_an_input_of_dev_alone():
         transformer(latents, time, txt)
     with pytest.raises(ValueError, match="no guidance embedding"):
         random_model(FLUX2)(latents, time, txt, guidance=np.ones(1))
+
+
+def test_meshes_draw_as_one_device_does(tmp_path):
+    """Over `tensor` too, where the parts of a single block's projection are not a device's own."""
+    script = ("-m", "tests.families.flux2.drawn_on_mesh", str(tmp_path / "p"))
+    found = json.loads(last_line(run_python(*script, devices=8)))
+    assert found.keys() == {"fsdp", "mixed"}
+    assert max(found.values()) < 2e-5
