@@ -6,6 +6,7 @@ go through `python -m convert` and the public loaders, as a user's do.
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -32,16 +33,19 @@ from taca_jax.families.flux2.text import Flux2Text
 from taca_jax.formats.lora.peft import tensors_of
 from taca_jax.nn.kinds import shapes_of
 from taca_jax.nn.layers import LoRAParam, patchify
+from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.text import qwen3_layout
 from taca_jax.text.qwen3 import CHAT, QWEN3_4B, QWEN3_8B
 from taca_jax.text.tokenizers import FolderTokenizer
-from taca_jax.weights.folders import load_model
+from taca_jax.weights.folders import load_model, save_model
 from taca_jax.weights.loading import LoadOptions
-from taca_jax.weights.lora_files import read_lora
+from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
+from tests.families.flux2.tiny import FLUX2
 from tests.golden import nhwc
 from tests.models import layout_shapes
 from tests.parity.lora_gradients import by_layer
+from tests.random_models import random_model, randomise
 from tests.shared import shared_path
 
 
@@ -325,3 +329,68 @@ def test_the_full_size_autoencoder_has_exactly_the_parameters_of_the_original():
         if not patched_vae_layout.TABLE.is_ignored(name)
     }
     assert layout_shapes(patched_vae_layout.TABLE, FLUX2_VAE) == given
+
+
+def in_diffusers(model: Flux2Transformer, folder):
+    """diffusers' model of our weights, exported by the command to a folder that it loads itself."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers", minversion="0.37")
+    save_model(folder / "ours", model)
+    main(["export", "--src", str(folder / "ours"), "--dst", str(folder / "theirs")])
+    return diffusers.Flux2Transformer2DModel.from_pretrained(folder / "theirs").eval()
+
+
+def diffusers_velocity(theirs, inputs, guidance=None) -> np.ndarray:
+    import torch
+
+    latents, timestep, txt = inputs
+    _, height, width, _ = latents.shape
+    ids = np.zeros((height, width, 4), np.float32)
+    ids[..., 1] = np.arange(height)[:, None]
+    ids[..., 2] = np.arange(width)
+    txt_ids = np.zeros((txt.shape[1], 4), np.float32)
+    txt_ids[:, 3] = np.arange(txt.shape[1])
+    with torch.no_grad():
+        return theirs(
+            hidden_states=torch.tensor(packed(latents)),
+            timestep=torch.tensor(np.asarray(timestep) / 1000),
+            encoder_hidden_states=torch.tensor(np.asarray(txt)),
+            guidance=None if guidance is None else torch.tensor(np.asarray(guidance)),
+            txt_ids=torch.tensor(txt_ids),
+            img_ids=torch.tensor(ids.reshape(-1, 4)),
+            return_dict=False,
+        )[0].numpy()
+
+
+def random_inputs():
+    keys = jax.random.split(jax.random.key(1), 2)
+    return (
+        jax.random.normal(keys[0], (2, 3, 4, FLUX2.latent_channels)),
+        jnp.array([250.0, 990.0]),
+        jax.random.normal(keys[1], (2, 5, FLUX2.txt_dim)),
+    )
+
+
+@pytest.mark.parametrize("guidance_embed", [True, False], ids=["dev", "klein"])
+def test_exported_weights_compute_the_same_in_diffusers(tmp_path, guidance_embed):
+    model, inputs = random_model(replace(FLUX2, guidance_embed=guidance_embed)), random_inputs()
+    guidance = jnp.array([1.0, 4.0]) if guidance_embed else None
+    expected = diffusers_velocity(in_diffusers(model, tmp_path), inputs, guidance)
+    assert relative_error(tokens_of(model, inputs, guidance=guidance), expected) <= 1e-5
+
+
+def test_a_lora_of_ours_does_the_same_in_diffusers(tmp_path):
+    pytest.importorskip("peft")
+    model, inputs = random_model(FLUX2), random_inputs()
+    theirs = in_diffusers(model, tmp_path)
+    plain = diffusers_velocity(theirs, inputs)
+    # Every linear layer, final_mod among them, whose halves diffusers stores the other way round;
+    # alpha is not the rank.
+    add_lora(model, LoRAConfig(rank=4, alpha=6.0), (r".*",), rngs=nnx.Rngs(2))
+    randomise(model, LoRAParam, scale=0.1)
+    write_lora(tmp_path / "lora.safetensors", model)
+    theirs.load_lora_adapter(tmp_path / "lora.safetensors")
+    expected = diffusers_velocity(theirs, inputs)
+    ours = tokens_of(model, inputs, lora_scale=jnp.ones(2))
+    assert relative_error(expected, plain) > 0.05
+    assert relative_error(ours, expected) <= 1e-5
