@@ -112,6 +112,11 @@ ROWS: tuple[Row, ...] = (
         "FLUX.2 [klein] base 4B LoRA r=32, bf16, 1 image/chip",
         partial(training, flux2_taca.CONFIG, rank=32),
     ),
+    Row(
+        "klein-9b-v5e-4",
+        "FLUX.2 [klein] base 9B LoRA r=32, bf16, 1 image/chip",
+        partial(training, replace(flux2_taca.CONFIG, base="flux2-klein-base-9b"), rank=32),
+    ),
     Row("sample-v5e-1", "FLUX.1-dev sampling, int8, T5 apart", partial(sampling, quantize="int8")),
     Row(
         "r16-v5e-1",
