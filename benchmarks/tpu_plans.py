@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax.numpy as jnp
 
-from configs import flux_taca, sd35_taca
+from configs import flux2_taca, flux_taca, sd35_taca
 from taca_jax.nn.low_bit import Quantization
 from taca_jax.parallel.mesh import MeshConfig
 from taca_jax.pipelines.opening import Opening
@@ -107,6 +107,16 @@ ROWS: tuple[Row, ...] = (
         "sd35-online-v5e-1",
         "SD3.5-Medium LoRA r=64, bf16, 1 image/chip, T5 in int8",
         partial(training, SD35_RUN, quantize_text="int8"),
+    ),
+    Row(
+        "klein-online-v5e-1",
+        "FLUX.2 [klein] base 4B LoRA r=32, bf16, 1 image/chip",
+        partial(training, flux2_taca.CONFIG, rank=32),
+    ),
+    Row(
+        "klein-9b-v5e-4",
+        "FLUX.2 [klein] base 9B LoRA r=32, bf16, 1 image/chip",
+        partial(training, replace(flux2_taca.CONFIG, base="flux2-klein-base-9b"), rank=32),
     ),
     Row("sample-v5e-1", "FLUX.1-dev sampling, int8, T5 apart", partial(sampling, quantize="int8")),
     Row(

@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
+from taca_jax.autoencoders import (
+    patched_vae_layout,
+    tiny_vae_layout,
+    vae_diffusers,
+    vae_original,
+)
 from taca_jax.autoencoders.tiny_vae import TinyVAEConfig
 from taca_jax.autoencoders.vae import VAEConfig
 from taca_jax.families.flux import bfl
 from taca_jax.families.flux import diffusers as flux_diffusers
 from taca_jax.families.flux.model import FluxConfig
+from taca_jax.families.flux2 import bfl as flux2_bfl
+from taca_jax.families.flux2 import diffusers as flux2_diffusers
 from taca_jax.families.sd3 import diffusers as sd3_diffusers
 from taca_jax.families.sd3 import stability
 from taca_jax.families.sd3.model import SD3Config
@@ -21,11 +28,12 @@ from taca_jax.formats.engine import exported
 from taca_jax.formats.key_table import Table
 from taca_jax.formats.tensor_files import ArrayTensors, Tensors
 from taca_jax.nn.kinds import flat_params, shapes_of
-from taca_jax.text import clip_layout, t5_layout
+from taca_jax.text import clip_layout, qwen3_layout, t5_layout
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.t5 import T5Config
 from taca_jax.weights.loading import LoadOptions
 from taca_jax.weights.originals import Original
+from tests.families.flux2 import tiny as flux2
 
 FLUX = FluxConfig(
     patch_size=2,
@@ -98,6 +106,11 @@ LAYOUTS = {
     "flux, Black Forest Labs": (bfl.TABLE, FLUX),
     "sd3": (sd3_diffusers.table_of(SD3), SD3),
     "sd3, Stability AI": (stability.table_of(SD3), SD3),
+    "flux2": (flux2_diffusers.TABLE, flux2.FLUX2),
+    "flux2, Black Forest Labs": (flux2_bfl.TABLE, flux2.FLUX2),
+    "qwen3": (qwen3_layout.table_of(flux2.QWEN3), flux2.QWEN3),
+    "patched_vae": (patched_vae_layout.TABLE, flux2.VAE),
+    "patched_vae, original": (patched_vae_layout.original_table_of(flux2.VAE), flux2.VAE),
     "t5": (t5_layout.TABLE, T5),
     "clip": (clip_layout.TABLE, CLIP),
     "vae": (vae_diffusers.TABLE, VAE),

@@ -54,5 +54,7 @@ def _scaled(name: str, noise: np.ndarray) -> np.ndarray:
             return 1 + 0.1 * noise
         case "bias":
             return 0.1 * noise
+        case "variance":
+            return 0.5 + noise**2
         case _:
             return noise

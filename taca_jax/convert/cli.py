@@ -24,7 +24,7 @@ from taca_jax.telling.quiet import plain_log
 from taca_jax.text.clip import Activation
 from taca_jax.weights.hub_files import lora_files, model_files, pipeline_files
 from taca_jax.weights.lora_files import Layout as LoRALayout
-from taca_jax.weights.originals import blip_vqa, clip, clip_score, t5, tiny_vae, vae
+from taca_jax.weights.originals import blip_vqa, clip, clip_score, qwen3, t5, tiny_vae, vae
 from taca_jax.weights.run_folders import is_run
 from taca_jax.weights.shipped import find_weights
 
@@ -98,6 +98,14 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         "the folder with config.json and the safetensors, or the weights alone "
         "(t5xxl_fp16.safetensors), from which the sizes are read",
         partial(convert_model, t5),
+    )
+    conversion(
+        "qwen3",
+        "The layers of a Qwen3 that are read, from a transformers folder or a single file to a "
+        "model folder.",
+        "the folder with config.json and the safetensors, or the weights alone "
+        "(qwen_3_4b.safetensors), from which the sizes are read",
+        partial(convert_model, qwen3),
     )
     made = conversion(
         "clip",

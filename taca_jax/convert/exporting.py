@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from taca_jax.autoencoders import vae_diffusers, vae_original
+from taca_jax.autoencoders import patched_vae_layout, vae_diffusers, vae_original
+from taca_jax.autoencoders.patched_vae import PATCHED_VAE_KIND
 from taca_jax.autoencoders.vae import VAE_KIND
 from taca_jax.convert.models import counting
 from taca_jax.convert.writing import check_free, progress
@@ -38,9 +39,16 @@ class _Format:
     prefix: str = ""
 
 
-_AUTOENCODER = _Format(
-    vae_diffusers.settings_of, lambda _: vae_diffusers.TABLE, vae_original.table_of
-)
+_AUTOENCODERS = {
+    VAE_KIND.name: _Format(
+        vae_diffusers.settings_of, lambda _: vae_diffusers.TABLE, vae_original.table_of
+    ),
+    PATCHED_VAE_KIND.name: _Format(
+        patched_vae_layout.settings_of,
+        lambda _: patched_vae_layout.TABLE,
+        patched_vae_layout.original_table_of,
+    ),
+}
 
 
 def _formats() -> dict[str, _Format]:
@@ -54,7 +62,7 @@ def _formats() -> dict[str, _Format]:
         )
         for family in families()
     }
-    return transformers | {VAE_KIND.name: _AUTOENCODER}
+    return transformers | _AUTOENCODERS
 
 
 def export(src: Path, dst: Path, to: Layout, dtype: str | None, shard_bytes: int) -> list[str]:

@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
+from taca_jax.autoencoders import (
+    patched_vae_layout,
+    tiny_vae_layout,
+    vae_diffusers,
+    vae_original,
+)
 from taca_jax.convert.loras import doubts
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
@@ -22,21 +27,20 @@ from taca_jax.hub.ids import hub_id
 from taca_jax.nn.kinds import kind_of
 from taca_jax.scorers import blip_layout
 from taca_jax.scorers import clip_layout as clip_score_layout
-from taca_jax.text import clip_layout, t5_layout
+from taca_jax.text import clip_layout, qwen3_layout, t5_layout
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
 from taca_jax.weights.hub_files import pipeline_files
 from taca_jax.weights.loose_files import loose_files
 from taca_jax.weights.lora_files import load_adapter
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS
 from taca_jax.weights.originals import (
+    ENCODERS,
     Original,
     autoencoder_prefixes,
     blip_vqa,
-    clip,
     clip_score,
     family_in,
     others,
-    t5,
     tiny_vae,
     transformer,
     vae,
@@ -49,9 +53,9 @@ def _readers() -> dict[str, Callable[[Path], Original]]:
     return {
         **{family.diffusers.class_name: transformer for family in families()},
         vae_diffusers.CLASS: vae,
+        patched_vae_layout.CLASS: vae,
         tiny_vae_layout.CLASS: tiny_vae,
-        "t5": t5,
-        "clip_text_model": clip,
+        **ENCODERS,
         clip_score_layout.MODEL_TYPE: clip_score,
         blip_layout.MODEL_TYPE: blip_vqa,
     }
@@ -180,6 +184,8 @@ def _models(tensors: TensorFiles) -> Iterator[tuple[str, TensorFiles, Describe]]
         found = under(tensors, prefix)
         if t5_layout.is_t5(found):
             yield prefix, found, _t5
+        if qwen3_layout.is_qwen3(found):
+            yield prefix, found, _qwen3
         if clip_layout.is_clip(found):
             yield prefix, found, _clip
 
@@ -195,6 +201,10 @@ def _transformer(family: Family, where: str, tensors: TensorFiles) -> list[str]:
 
 def _t5(where: str, tensors: TensorFiles) -> list[str]:
     return _inferred(where, t5_layout.TABLE.name, tensors, t5_layout.inferred)
+
+
+def _qwen3(where: str, tensors: TensorFiles) -> list[str]:
+    return _inferred(where, qwen3_layout.NAME, tensors, qwen3_layout.inferred)
 
 
 def _clip(where: str, tensors: TensorFiles) -> list[str]:
@@ -213,6 +223,9 @@ def _inferred(
 
 
 def _autoencoder(where: str, tensors: TensorFiles) -> list[str]:
+    if patched_vae_layout.is_patched(tensors):
+        layout = patched_vae_layout
+        return _inferred(where, layout.ORIGINAL, tensors, layout.inferred)
     config = vae_original.inferred(tensors, like=families()[0].autoencoder)
     fields = _config(config, without=("scaling_factor", "shift_factor"))
     return [

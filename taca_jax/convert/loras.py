@@ -64,6 +64,7 @@ def doubts(file: LoRAFile) -> list[str]:
     named = " or ".join(f"--model {family.name}" for family in others)
     said = (
         f"guessed to be of {file.family.title}: its layers are in other families' models alike, "
-        f"and its widths in no released model; for another, `convert lora` takes {named}"
+        f"and its widths in no released model or in several; for another, `convert lora` takes "
+        f"{named}"
     )
     return [said]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from taca_jax.autoencoders.patched_vae import PATCHED_VAE_KIND
 from taca_jax.autoencoders.tiny_vae import TINY_VAE_KIND
 from taca_jax.autoencoders.vae import VAE_KIND, VAEConfig
 from taca_jax.convert.models import source_of
@@ -20,6 +21,7 @@ from taca_jax.nn.kinds import kind_of, shapes_of
 from taca_jax.scorers.blip import BLIP_KIND
 from taca_jax.scorers.clip import CLIP_SCORE_KIND
 from taca_jax.text.clip import CLIP_KIND
+from taca_jax.text.qwen3 import QWEN3_KIND
 from taca_jax.text.t5 import T5_KIND
 from taca_jax.weights.folders import CONFIG, PIPELINE_FILE, load_config, open_parameters
 from taca_jax.weights.original_pipelines import PIPELINE_PARTS, is_diffusers
@@ -28,6 +30,7 @@ from taca_jax.weights.originals import (
     blip_vqa,
     clip,
     clip_score,
+    qwen3,
     t5,
     tiny_vae,
     transformer,
@@ -64,6 +67,8 @@ def _source(src: Path, config: Any) -> Original:
     if kind.role == "transformer":
         return transformer(src, family_of(config), **(_unknown_fields(config) if single else {}))
     readers: Mapping[str, Callable[[Path], Original]] = {
+        PATCHED_VAE_KIND.name: vae,
+        QWEN3_KIND.name: qwen3,
         VAE_KIND.name: lambda src: vae(src, _latents(config) if single else None),
         T5_KIND.name: t5,
         CLIP_KIND.name: lambda src: clip(

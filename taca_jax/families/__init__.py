@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taca_jax.families.flux.pipeline import FluxPipeline
+    from taca_jax.families.flux2.pipeline import Flux2Pipeline
     from taca_jax.families.sd3.pipeline import SD3Pipeline
 
-__all__ = ["FluxPipeline", "SD3Pipeline"]
+__all__ = ["Flux2Pipeline", "FluxPipeline", "SD3Pipeline"]
 
 _HOMES = {
+    "Flux2Pipeline": "taca_jax.families.flux2.pipeline",
     "FluxPipeline": "taca_jax.families.flux.pipeline",
     "SD3Pipeline": "taca_jax.families.sd3.pipeline",
 }

@@ -23,8 +23,8 @@ Config = Any
 class CallDefaults:
     """Defaults of a pipeline call.
 
-    text_length: tokens that T5 reads. resolution: pixels per side. steps: of sampling. guidance:
-    the guidance scale, embedded or classifier-free.
+    text_length: tokens that T5, or Qwen3, reads. resolution: pixels per side. steps: of sampling.
+    guidance: the guidance scale, embedded or classifier-free.
     """
 
     text_length: int

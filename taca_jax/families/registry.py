@@ -8,6 +8,7 @@ from typing import Any
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family, Published
 from taca_jax.families.flux.family import FLUX
+from taca_jax.families.flux2.family import FLUX2
 from taca_jax.families.sd3.family import SD3
 from taca_jax.nn.kinds import kind_of
 
@@ -54,3 +55,4 @@ def published_models() -> dict[str, tuple[Family, Published]]:
 
 register(FLUX)
 register(SD3)
+register(FLUX2)

@@ -47,16 +47,21 @@ class BlockInputs:
 class QKV(nnx.Module):
     """Queries, keys and values of one stream.
 
-    norms: whether queries and keys are RMS-normalised per head.
+    norms: whether queries and keys are RMS-normalised per head. bias: whether projections have one.
     """
 
     def __init__(
-        self, config: TransformerConfig, *, norms: bool = True, **options: Unpack[LayerOptions]
+        self,
+        config: TransformerConfig,
+        *,
+        norms: bool = True,
+        bias: bool = True,
+        **options: Unpack[LayerOptions],
     ):
         self.num_heads = config.num_heads
-        self.q = Linear(config.hidden, config.hidden, **options)
-        self.k = Linear(config.hidden, config.hidden, **options)
-        self.v = Linear(config.hidden, config.hidden, **options)
+        self.q = Linear(config.hidden, config.hidden, bias=bias, **options)
+        self.k = Linear(config.hidden, config.hidden, bias=bias, **options)
+        self.v = Linear(config.hidden, config.hidden, bias=bias, **options)
         self.q_norm: RMSNorm | None = nnx.data(None)
         self.k_norm: RMSNorm | None = nnx.data(None)
         if norms:

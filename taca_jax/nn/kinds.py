@@ -25,7 +25,7 @@ class TransformerConfig(Variants):
     latent_channels: of the autoencoder.
     num_heads, head_dim: of attention.
     mlp_ratio: width of the MLPs' hidden layer, relative to the blocks'.
-    txt_dim, pooled_dim: width of the token and of the pooled text embeddings.
+    txt_dim, pooled_dim: width of the token and of the pooled text embeddings; 0 if there is none.
     """
 
     patch_size: int

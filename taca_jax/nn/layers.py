@@ -235,9 +235,16 @@ def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:
 class MLPEmbedder(nnx.Module):
     """Linear, SiLU, Linear: embeds the time, guidance and pooled text for the modulation vector."""
 
-    def __init__(self, in_features: int, features: int, **options: Unpack[LayerOptions]):
-        self.linear_1 = Linear(in_features, features, **options)
-        self.linear_2 = Linear(features, features, **options)
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        *,
+        bias: bool = True,
+        **options: Unpack[LayerOptions],
+    ):
+        self.linear_1 = Linear(in_features, features, bias=bias, **options)
+        self.linear_2 = Linear(features, features, bias=bias, **options)
 
     def __call__(
         self, x: Float[Array, "b i"], lora_scale: LoRAScale | None = None

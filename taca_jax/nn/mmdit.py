@@ -4,7 +4,7 @@ Sources: black-forest-labs/flux, model.py; Stability-AI/sd3.5, mmditx.py.
 """
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -35,8 +35,12 @@ class MMDiT(nnx.Module):
 
     Parameters are created in `param_dtype`, computation is in `dtype`; norms, softmax and the time
     embedding are always float32. `remat` says what the backward pass recomputes, `attention` is the
-    implementation of the joint attention unless a call names another.
+    implementation of the joint attention unless a call names another. Without a pooled embedding
+    (`pooled_dim` 0) the time alone modulates.
     """
+
+    bias: ClassVar[bool] = True
+    """Whether the linear layers have biases."""
 
     def __init__(
         self,
@@ -54,12 +58,17 @@ class MMDiT(nnx.Module):
         self.attention: Implementation = attention
         options: LayerOptions = {"rngs": rngs, "param_dtype": param_dtype, "dtype": dtype}
         hidden, features = config.hidden, config.latent_channels * config.patch_size**2
-        self.img_in = Linear(features, hidden, **options)
-        self.txt_in = Linear(config.txt_dim, hidden, **options)
-        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, **options)
-        self.vector_in = MLPEmbedder(config.pooled_dim, hidden, **options)
-        self.final_mod = Linear(hidden, 2 * hidden, kernel_init=ZEROS, **options)
-        self.final_out = Linear(hidden, features, kernel_init=ZEROS, **options)
+        bias = self.bias
+        self.img_in = Linear(features, hidden, bias=bias, **options)
+        self.txt_in = Linear(config.txt_dim, hidden, bias=bias, **options)
+        self.time_in = MLPEmbedder(TIMESTEP_CHANNELS, hidden, bias=bias, **options)
+        self.vector_in = nnx.data(
+            MLPEmbedder(config.pooled_dim, hidden, bias=bias, **options)
+            if config.pooled_dim
+            else None
+        )
+        self.final_mod = Linear(hidden, 2 * hidden, bias=bias, kernel_init=ZEROS, **options)
+        self.final_out = Linear(hidden, features, bias=bias, kernel_init=ZEROS, **options)
         self.add_layers(**options)
 
     def add_layers(self, **options: Unpack[LayerOptions]) -> None:
@@ -87,7 +96,8 @@ class MMDiT(nnx.Module):
             if given != expected:
                 raise ValueError(f"{name} has {given} channels; this model expects {expected}")
         vec = self.gathered("time_in")(timestep_embedding(timestep), lora_scale)
-        vec = vec + self.gathered("vector_in")(pooled, lora_scale)
+        if self.vector_in is not None:
+            vec = vec + self.gathered("vector_in")(pooled, lora_scale)
         img = self.gathered("img_in")(patchify(latents, config.patch_size), lora_scale)
         return img, self.gathered("txt_in")(txt, lora_scale), vec
 

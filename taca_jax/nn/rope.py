@@ -28,9 +28,9 @@ def joint_rotation(
     Axis 0 (the image's index) is always zero; axes 1 and 2 are the row and the column.
     Angles are computed in float64, as the originals do. Source: flux/math.py, `rope`.
     """
-    index = _table(np.zeros(1), axes_dim[0], theta)
-    row = _table(np.arange(rows), axes_dim[1], theta)
-    column = _table(np.arange(columns), axes_dim[2], theta)
+    index = position_table(np.zeros(1), axes_dim[0], theta)
+    row = position_table(np.arange(rows), axes_dim[1], theta)
+    column = position_table(np.arange(columns), axes_dim[2], theta)
 
     def grid(part: int) -> Float[Array, "s d"]:
         # Only the small tables are constants of the program; the grid is computed on the device.
@@ -85,7 +85,7 @@ def _by_product(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, 
     return from_tiles(y, x.shape[1])
 
 
-def _table(
+def position_table(
     position: np.ndarray, dim: int, theta: float
 ) -> tuple[Float[Array, "p d"], Float[Array, "p d"]]:
     """The cosines, and the sines negated on even channels, of each position and channel."""

@@ -14,13 +14,12 @@ from taca_jax.families.registry import family_of
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.sampling.loop import MAX_SEED, SkipLayers
 
-NO_DOWNSCALE = 8
-"""Pixels per latent position where there is no autoencoder; that of all published autoencoders."""
 
-
-def downscale_of(autoencoder: Any | None) -> int:
-    """Pixels per latent position of an autoencoder's config, or where there is none."""
-    return NO_DOWNSCALE if autoencoder is None else autoencoder.downscale
+def downscale_of(transformer: Any, autoencoder: Any | None) -> int:
+    """Pixels per latent position of an autoencoder's config; where there is none, of that which the
+    transformer's family has."""
+    known = family_of(transformer).autoencoder if autoencoder is None else autoencoder
+    return known.downscale
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Prompt:
         shapes do not fit the transformer.
         """
         name, embeds, pooled = self.name, self.embeds, self.pooled
+        if embeds is not None and pooled is None and not config.pooled_dim:
+            pooled = jnp.zeros((len(embeds), 0))
         if (embeds is None) != (pooled is None) or (embeds is None) == (self.text is None):
             pooled_name = name.replace("prompt", "pooled_prompt_embeds")
             raise UserError(f"give either {name}, or {name}_embeds with {pooled_name}")

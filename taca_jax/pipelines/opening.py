@@ -45,7 +45,8 @@ def samples_of(stored: StoredPipeline, pictures: int = 1, guidance: float | None
 def downscale_in(stored: StoredPipeline) -> int:
     """Pixels per latent position."""
     autoencoder = stored.models.get(AUTOENCODER)
-    return downscale_of(None if autoencoder is None else autoencoder.config)
+    own = None if autoencoder is None else autoencoder.config
+    return downscale_of(stored.transformer.config, own)
 
 
 def size_in(stored: StoredPipeline, height: int | None, width: int | None) -> tuple[int, int]:

@@ -143,7 +143,7 @@ class Pipeline(PipelineModels):
 
     @property
     def _downscale(self) -> int:
-        return downscale_of(self.autoencoder_config)
+        return downscale_of(self.config, self.autoencoder_config)
 
     def encode_images(
         self,

@@ -48,7 +48,7 @@ def lacks_encoders(family: Family) -> UserError:
 def load_tokenizers(stored: StoredPipeline, reading: TextReading) -> Tokenizer:
     """The tokenizers of a pipeline, joined. Raises UserError where one is missing."""
     named = find_tokenizers(stored, reading)  # of several none is read if one is missing
-    tokenizers = tuple(load_tokenizer(*each) for each in named)
+    tokenizers = tuple(load_tokenizer(*each, reading.frame) for each in named)
     return tokenizers[0] if len(tokenizers) == 1 else JoinedTokenizer(tokenizers)
 
 

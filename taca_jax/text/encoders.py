@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from taca_jax.errors import UserError
 from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.kinds import kind_of
 from taca_jax.text.clip import CLIPConfig, CLIPTextEncoder
-from taca_jax.text.t5 import T5Config, T5Encoder
+from taca_jax.text.t5 import T5Encoder
 
 FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """Folders of a pipeline's text encoders, named as in diffusers; their config.json has the kind."""
@@ -77,12 +78,14 @@ class TextReading:
 
     folders: of the encoders that it uses, in the order of their token ids.
     join: (those encoders, the last tokenizer's padding id) -> one TextEncoder.
-    tokens: how many text tokens the transformer reads.
+    tokens: how many text tokens the transformer reads. frame: what a tokenizer of files puts before
+    and after each prompt.
     """
 
     folders: tuple[str, ...]
     join: Callable[[Sequence[Any], int], TextEncoder]
     tokens: int
+    frame: tuple[str, str] = ("", "")
 
 
 class StoredEncoder(Protocol):
@@ -98,7 +101,7 @@ class StoredEncoder(Protocol):
 class StoredEncoders:
     """The text encoders of a pipeline by folder, not loaded.
 
-    where: the pipeline, for messages. text_length: tokens that T5 reads.
+    where: the pipeline, for messages. text_length: tokens that T5 reads, or Qwen3.
     """
 
     where: str
@@ -109,7 +112,7 @@ class StoredEncoders:
         """The encoders with this class of config. Raises UserError for more than `most`."""
         found = {}
         for folder, model in self.models.items():
-            if not isinstance(model.config, CLIPConfig | T5Config):
+            if kind_of(model.config).role != "text_encoder":
                 kind = type(model.config).__name__
                 raise UserError(f"{model.where} holds no text encoder but a {kind}")
             if isinstance(model.config, config):
@@ -132,5 +135,5 @@ def check_width(encoder: StoredEncoder, expected: int) -> None:
 
 
 def token_count(config: Any, text_length: int) -> int:
-    """The token ids that an encoder reads: as many as CLIP has positions, `text_length` for T5."""
+    """The token ids that an encoder reads: as many as CLIP has positions, else `text_length`."""
     return config.max_tokens if isinstance(config, CLIPConfig) else text_length

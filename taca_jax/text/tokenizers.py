@@ -18,6 +18,8 @@ LOGGER = logging.getLogger(__name__)
 
 
 Span = tuple[int, int]
+Frame = tuple[str, str]
+"""What stands before and after each caption that is read, such as a chat template."""
 
 
 class Tokenizer(Protocol):
@@ -117,11 +119,12 @@ class FolderTokenizer:
     """A Hugging Face tokenizer from a local folder, or by its hub id (`google/t5-v1_1-xxl`, or
     `owner/repo:tokenizer_2`).
 
-    For CLIP, vocab.json and merges.txt are enough. Raises UserError if there is no tokenizer, it
-    cannot be read, or the hub does not give it.
+    For CLIP, vocab.json and merges.txt are enough. A caption is read within its `frame`, and is cut
+    with it. Raises UserError if there is no tokenizer, it cannot be read, or the hub does not give
+    it.
     """
 
-    def __init__(self, path: str | Path, length: int):
+    def __init__(self, path: str | Path, length: int, frame: Frame = ("", "")):
         self._tokenizer = _read_tokenizer(path)
         if self._tokenizer.pad_token_id is None and _PAD in self._tokenizer.get_vocab():
             self._tokenizer.pad_token = _PAD  # a tokenizer.json alone does not say which token pads
@@ -129,12 +132,13 @@ class FolderTokenizer:
             raise UserError(f"the tokenizer in {path} has no padding token; T5's has one")
         self.where = f"the tokenizer in {path}"
         self.length = length
+        self.frame = frame
         self.vocab_size: int = len(self._tokenizer)
         self.pad_id: int = self._tokenizer.pad_token_id
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         encoded = self._tokenizer(
-            [_valid(caption) for caption in captions],
+            [self._framed(caption) for caption in captions],
             padding="max_length",
             truncation=True,
             max_length=self.length,
@@ -143,6 +147,8 @@ class FolderTokenizer:
         return encoded["input_ids"].astype(np.int32)
 
     def cuts(self, captions: Sequence[str]) -> list[str]:
+        if any(self.frame):
+            return [line for caption in captions for line in self._cut_in_frame(caption)]
         valid = [_valid(caption) for caption in captions]
         lines = []
         # verbose=False: some tokenizers warn about texts longer than their model reads.
@@ -156,14 +162,31 @@ class FolderTokenizer:
         return lines
 
     def spans(self, caption: str) -> list[Span]:
+        found = self._spans_of_ids(caption, truncation=True, max_length=self.length)
+        return _filled(found, self.length)
+
+    def _framed(self, caption: str) -> str:
+        before, after = self.frame
+        return f"{before}{_valid(caption)}{after}"
+
+    def _spans_of_ids(self, caption: str, **options: Any) -> list[Span]:
         # transformers 5 has tokenizers of this kind only, which know where their ids come from.
         encoded = self._tokenizer(
-            _valid(caption),
-            truncation=True,
-            max_length=self.length,
-            return_offsets_mapping=True,
+            self._framed(caption), return_offsets_mapping=True, verbose=False, **options
         )
-        return _filled([(start, stop) for start, stop in encoded.offset_mapping], self.length)
+        start, end = len(self.frame[0]), len(_valid(caption))
+        within = (
+            (max(first - start, 0), min(last - start, end))
+            for first, last in encoded.offset_mapping
+        )
+        return [(first, last) if first < last else (0, 0) for first, last in within]
+
+    def _cut_in_frame(self, caption: str) -> list[str]:
+        rest = [span for span in self._spans_of_ids(caption)[self.length :] if span != (0, 0)]
+        if not rest:
+            return []
+        text = _valid(caption)[rest[0][0] :]
+        return [_cut_line(self.where, self.length, caption, text, len(rest))]
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's files to a folder that FolderTokenizer can read."""
@@ -194,8 +217,11 @@ class JoinedTokenizer:
         return [span for part in self.parts for span in part.spans(caption)]
 
 
-def load_tokenizer(name: str, length: int) -> WordTokenizer | ByteTokenizer | FolderTokenizer:
-    """The tokenizer called `shapes` or `bytes`, or that of a local folder or a hub id.
+def load_tokenizer(
+    name: str, length: int, frame: Frame = ("", "")
+) -> WordTokenizer | ByteTokenizer | FolderTokenizer:
+    """The tokenizer called `shapes` or `bytes`, or that of a local folder or a hub id, which alone
+    reads captions within a frame.
 
     Raises UserError if there is none.
     """
@@ -203,7 +229,7 @@ def load_tokenizer(name: str, length: int) -> WordTokenizer | ByteTokenizer | Fo
         return WordTokenizer(length)
     if name == "bytes":
         return ByteTokenizer(length)
-    return FolderTokenizer(name, length)
+    return FolderTokenizer(name, length, frame)
 
 
 def announce_cuts(tokenizer: Tokenizer, captions: Sequence[str]) -> None:

@@ -17,8 +17,13 @@ from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.registry import families
 from taca_jax.formats.tensor_files import TensorFiles, open_tensors
-from taca_jax.text import clip_layout, t5_layout
-from taca_jax.weights.originals import Original, bare_encoder, family_in, original_vae
+from taca_jax.weights.originals import (
+    Original,
+    bare_encoder,
+    family_in,
+    is_encoder,
+    original_vae,
+)
 
 OF_TRANSFORMERS = ("unet", "diffusion_models")
 PLACES = (*OF_TRANSFORMERS, "clip", "text_encoders", "vae")
@@ -131,7 +136,7 @@ def loose_files(root: Path) -> LooseFiles:
             transformers.append((found[0], tensors))
         elif vae_original.is_autoencoder(tensors):
             autoencoders.append(tensors)
-        elif t5_layout.is_t5(tensors) or clip_layout.is_known(tensors):
+        elif is_encoder(tensors):
             encoders.append(tensors)
     return LooseFiles(
         root, tuple(transformers), tuple(autoencoders), tuple(encoders), tuple(unread)

@@ -182,7 +182,8 @@ def recognise(tensors: TensorFiles, dialects: Sequence[Dialect]) -> Dialect:
 def recognise_family(tensors: TensorFiles) -> tuple[Family, bool]:
     """The family that a file is for, and whether that is a guess.
 
-    If several families have its layers, the widths of their released models decide.
+    If several families have its layers, their released models decide: their widths, and if those
+    are the same, the sizes of all layers.
     """
     counts = {
         family: max(_known(tensors, dialect) for dialect in family.lora.dialects(None))
@@ -193,7 +194,21 @@ def recognise_family(tensors: TensorFiles) -> tuple[Family, bool]:
         return likeliest[0], False
     sizes = {size for shape in tensors.shapes.values() for size in shape}
     fitting = [family for family in likeliest if sizes & _widths(family)]
+    if len(fitting) > 1:
+        fitting = [family for family in fitting if _fits_released(tensors, family)]
     return (fitting[0], False) if len(fitting) == 1 else (likeliest[0], True)
+
+
+def _fits_released(tensors: TensorFiles, family: Family) -> bool:
+    """Whether a file's factors fit a released model of the family."""
+    for model in family.published.values():
+        try:
+            file = parse_lora(headers_of(tensors), family, model.transformer)
+            check_fits(file.adapter, kernel_shapes(model.transformer), tensors.where)
+        except UserError:
+            continue
+        return True
+    return False
 
 
 def _widths(family: Family) -> set[int]:

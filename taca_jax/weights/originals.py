@@ -5,7 +5,7 @@ inferred from shapes. Only headers are read here.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from taca_jax.autoencoders import tiny_vae_layout, vae_diffusers, vae_original
+from taca_jax.autoencoders import (
+    patched_vae_layout,
+    tiny_vae_layout,
+    vae_diffusers,
+    vae_original,
+)
 from taca_jax.autoencoders.tiny_vae import TAEF1
 from taca_jax.errors import UserError
 from taca_jax.families.base import Family
@@ -33,7 +38,7 @@ from taca_jax.formats.tensor_files import (
 from taca_jax.nn.kinds import shapes_of
 from taca_jax.scorers import blip_layout
 from taca_jax.scorers import clip_layout as clip_score_layout
-from taca_jax.text import clip_layout, t5_layout
+from taca_jax.text import clip_layout, qwen3_layout, t5_layout
 from taca_jax.text.clip import Activation
 from taca_jax.weights.folders import CONFIG
 from taca_jax.weights.loading import Index, LoadOptions, StoredParameters, load_parameters
@@ -177,16 +182,46 @@ def bare_clip(
     return Original(clip_layout.table_of(tensors), config, unscaled(tensors))
 
 
+def qwen3(src: Path) -> Original:
+    """A Qwen3 in transformers' layout: its folder, or a file of weights only."""
+    tensors = open_tensors(src)
+    if not (src / CONFIG).is_file():
+        return bare_qwen3(tensors)
+    config = qwen3_layout.config_of(read_settings(src))
+    return Original(qwen3_layout.table_of(config), config, tensors)
+
+
+def bare_qwen3(tensors: TensorFiles) -> Original:
+    config = qwen3_layout.inferred(tensors)
+    return Original(qwen3_layout.table_of(config), config, unscaled(tensors))
+
+
+def is_encoder(tensors: TensorFiles) -> bool:
+    """Whether these are of a text encoder that `bare_encoder` opens."""
+    known = (t5_layout.is_t5, qwen3_layout.is_qwen3, clip_layout.is_known)
+    return any(each(tensors) for each in known)
+
+
 def bare_encoder(tensors: TensorFiles) -> Original:
-    """A CLIP or a T5 without a config.json, recognised by the names of its tensors."""
-    return bare_t5(tensors) if t5_layout.is_t5(tensors) else bare_clip(tensors)
+    """A text encoder without a config.json, recognised by the names of its tensors."""
+    if t5_layout.is_t5(tensors):
+        return bare_t5(tensors)
+    return bare_qwen3(tensors) if qwen3_layout.is_qwen3(tensors) else bare_clip(tensors)
+
+
+ENCODERS: Mapping[str, Callable[[Path], Original]] = {
+    "clip_text_model": clip,
+    "t5": t5,
+    qwen3_layout.MODEL_TYPE: qwen3,
+}
+"""Functions that open a text encoder's folder, by the type in its config.json."""
 
 
 def text_encoder(src: Path) -> Original:
-    """A CLIP or a T5 in transformers' layout, according to the folder's config.json."""
+    """A text encoder in transformers' layout, according to the folder's config.json."""
     settings = read_settings(src)
-    settings.expect("model_type", "clip_text_model", "t5")
-    return t5(src) if settings["model_type"] == "t5" else clip(src)
+    settings.expect("model_type", *ENCODERS)
+    return ENCODERS[settings["model_type"]](src)
 
 
 def autoencoder_prefixes() -> Iterator[tuple[str, Family | None]]:
@@ -206,7 +241,11 @@ def vae(src: Path, latents: str | None = None) -> Original:
     """
     if (src / CONFIG).is_file():
         check_not_given(src, latents=latents)
-        config = vae_diffusers.config_of(read_settings(src))
+        settings = read_settings(src)
+        if settings.get("_class_name", None) == patched_vae_layout.CLASS:
+            config = patched_vae_layout.config_of(settings)
+            return Original(patched_vae_layout.TABLE, config, open_tensors(src))
+        config = vae_diffusers.config_of(settings)
         return Original(vae_diffusers.TABLE, config, open_tensors(src))
     tensors = open_tensors(src)
     for prefix, family in autoencoder_prefixes():
@@ -221,7 +260,11 @@ def vae(src: Path, latents: str | None = None) -> Original:
 
 
 def original_vae(tensors: TensorFiles, family: Family | None) -> Original:
-    """An autoencoder in the original layout, with the family's scale and shift of latents."""
+    """An autoencoder in the original layout, with the family's scale and shift of latents; FLUX.2's
+    has its own."""
+    if patched_vae_layout.is_patched(tensors):
+        patched = patched_vae_layout.inferred(tensors)
+        return Original(patched_vae_layout.original_table_of(patched), patched, tensors)
     if family is None:
         known = ", ".join(each.name for each in families())
         raise UserError(

@@ -22,7 +22,7 @@ def parsed(line: str):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "no command given; there are flux, sd3, t5"),
+        ("", "no command given; there are flux, sd3, flux2, t5"),
         ("fulx", "unknown command fulx; there are flux"),
         ("--src a flux", "unknown command --src; there are "),
         ("flux --dts x", "unknown option of flux: --dts; did you mean --dst?"),

@@ -93,7 +93,7 @@ def test_what_is_not_exported(tmp_path, capsys):
     original_t5(tmp_path / "src")
     run("t5", "--src", tmp_path / "src", "--dst", tmp_path / "made")
     where = ("--src", tmp_path / "made", "--dst", tmp_path / "back")
-    assert "is a t5; export writes flux, sd3, vae" in refused(capsys, "export", *where)
+    assert "is a t5; export writes flux, sd3, flux2, vae" in refused(capsys, "export", *where)
     assert "--shard-gb is 0" in refused(capsys, "export", *where, "--shard-gb", "0")
     where = ("--src", tmp_path / "src", "--dst", tmp_path / "back")
     assert "original weights need" in refused(capsys, "export", *where)

@@ -92,7 +92,9 @@ def test_nearly_all_of_a_full_size_model_is_quantised(config, billions, at_least
 
 
 def test_other_models_and_odd_sizes_are_refused():
-    with pytest.raises(UserError, match="kind vae are not quantised; only flux, sd3, t5 are"):
+    with pytest.raises(
+        UserError, match="kind vae are not quantised; only flux, flux2, qwen3, sd3, t5 are"
+    ):
         next(quantized_layers(nnx.Module(), VAE_KIND))
     with pytest.raises(UserError, match="q has 1000 inputs; nf4 takes 16 to 64 together"):
         shapes("nf4", "q", (1000, 8))

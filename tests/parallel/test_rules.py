@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from taca_jax.autoencoders.tiny_vae import TAEF1
 from taca_jax.families.flux.family import FLUX_VAE
 from taca_jax.families.flux.model import FLUX_DEV, FLUX_SCHNELL
+from taca_jax.families.flux2.family import FLUX2_VAE
+from taca_jax.families.flux2.model import KLEIN_BASE_4B
 from taca_jax.families.sd3.model import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model, flat_params, kind_of
 from taca_jax.nn.quantization import quantize
@@ -21,6 +23,7 @@ from taca_jax.parallel.rules import IN, OUT, gather, parameter_spec
 from taca_jax.scorers.blip import BLIP_VQA
 from taca_jax.scorers.clip import CLIP_VIT_B_32
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
+from taca_jax.text.qwen3 import QWEN3_4B
 from taca_jax.text.t5 import T5_XXL
 
 FULL_SIZE = {
@@ -28,6 +31,8 @@ FULL_SIZE = {
     "schnell": FLUX_SCHNELL,
     "SD3.5-Medium": SD35_MEDIUM,
     "SD3.5-Large": SD35_LARGE,
+    "klein-4B": KLEIN_BASE_4B,
+    "Qwen3-4B": QWEN3_4B,
     "T5-XXL": T5_XXL,
     "CLIP-L": CLIP_L,
     "CLIP-bigG": CLIP_BIGG,
@@ -62,7 +67,9 @@ def local_size(shape, spec, mesh):
     return math.prod(shape) // parts
 
 
-@pytest.mark.parametrize("config", [*FULL_SIZE.values(), *SCORERS, SD3_MEDIUM, FLUX_VAE, TAEF1])
+@pytest.mark.parametrize(
+    "config", [*FULL_SIZE.values(), *SCORERS, SD3_MEDIUM, FLUX_VAE, FLUX2_VAE, TAEF1]
+)
 def test_the_table_of_a_kind_is_about_every_parameter(config):
     for path, shape in shapes_of(config).items():
         spec_of(config, path, shape, mesh_of(fsdp=2, tensor=2))

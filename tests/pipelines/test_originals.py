@@ -137,7 +137,7 @@ def test_stability_ais_own_file():
 
 def test_what_is_damaged_or_of_nothing_known_is_said(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"a": np.zeros(1, np.float32)})
-    known = r"\(FLUX\.1, Stable Diffusion 3\)"
+    known = r"\(FLUX\.1, Stable Diffusion 3, FLUX\.2\)"
     with pytest.raises(UserError, match=f"holds no transformer that is known {known}: it has a;"):
         Pipeline.from_pretrained(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="nor is it an original, which is a diffusers folder with"):

@@ -11,6 +11,7 @@ from configs import flux_taca, sd35_taca
 from taca_jax.data.config import DataConfig
 from taca_jax.families.flops import forward_flops, further_flops
 from taca_jax.families.flux.model import FLUX_DEV
+from taca_jax.families.flux2.model import KLEIN_BASE_4B
 from taca_jax.families.sd3.model import SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model
 from taca_jax.nn.lora import LoRAConfig
@@ -24,6 +25,9 @@ ONE_LAYER = {
     "flux": replace(FLUX_DEV, num_heads=4, num_double_blocks=1, num_single_blocks=1, txt_dim=256),
     "sd3": replace(
         SD35_MEDIUM, num_heads=8, num_layers=3, num_dual_layers=1, position_size=16, txt_dim=256
+    ),
+    "flux2": replace(
+        KLEIN_BASE_4B, num_heads=4, num_double_blocks=1, num_single_blocks=1, txt_dim=256
     ),
 }
 SIDE, TEXT, BATCH = 16, 48, 2

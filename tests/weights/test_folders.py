@@ -142,7 +142,10 @@ def test_no_config_is_no_model(tmp_path, model):
     (tmp_path / "config.json").write_text('{"kind": "flux", ')
     assert "is not JSON" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"kind": "sdxl"}')
-    known = "blip_vqa, clip, clip_score, flux, pixels, sd3, t5, tiny_vae, vae"
+    known = (
+        "blip_vqa, clip, clip_score, flux, flux2, patched_vae, pixels, qwen3, sd3, t5, "
+        "tiny_vae, vae"
+    )
     assert f"says kind 'sdxl'; expected one of {known}" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     assert "taca-convert" in message(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 
 from taca_jax.errors import UserError
 from taca_jax.families.flux.family import FLUX as FLUX_FAMILY
+from taca_jax.families.flux2.family import FLUX2 as FLUX2_FAMILY
 from taca_jax.families.registry import families
 from taca_jax.families.sd3.family import SD3 as SD3_FAMILY
 from taca_jax.formats.tensor_files import TensorFiles, open_tensors, write_tensors
@@ -70,14 +71,18 @@ def test_what_does_not_fit_is_said_before_anything_is_read(original, monkeypatch
 
 @pytest.mark.parametrize(
     ("original", "family"),
-    [("flux, Black Forest Labs", FLUX_FAMILY), ("sd3, Stability AI", SD3_FAMILY)],
+    [
+        ("flux, Black Forest Labs", FLUX_FAMILY),
+        ("sd3, Stability AI", SD3_FAMILY),
+        ("flux2, Black Forest Labs", FLUX2_FAMILY),
+    ],
     indirect=["original"],
 )
 def test_a_file_tells_its_family(original, family):
     source, _ = original
     assert family_in(source.tensors) == (family, source.tensors)
-    (other,) = (each for each in families() if each is not family)
-    assert family_in(source.tensors, (other,)) is None
+    others = [each for each in families() if each is not family]
+    assert family_in(source.tensors, others) is None
 
 
 @pytest.mark.parametrize("original", ["t5"], indirect=True)

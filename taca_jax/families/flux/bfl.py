@@ -63,7 +63,12 @@ TABLE = Table(
 
 def is_flux(tensors: Tensors) -> bool:
     """Whether the names, without a prefix, are of this layout."""
-    return {"double_blocks.0.img_attn.qkv.weight", "img_in.weight"} <= tensors.shapes.keys()
+    # FLUX.2 has no modulation of its own in each block.
+    return {
+        "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_mod.lin.weight",
+        "img_in.weight",
+    } <= tensors.shapes.keys()
 
 
 def inferred(tensors: Tensors, axes_dim: tuple[int, int, int] | None = None) -> FluxConfig:

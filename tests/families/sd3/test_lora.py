@@ -164,9 +164,15 @@ def test_a_guess_is_said(tmp_path, capsys):
     assert "guessed" not in capsys.readouterr().out
     families = {name: load_adapter(tmp_path / name).family for name in "ab"}
     assert families == {"a": FLUX, "b": SD3}
-    for hidden, kind in ((SD35_MEDIUM.hidden, "sd3"), (3072, "flux")):
-        main(["inspect", str(released(tmp_path, hidden, "0.attn.to_q"))])
+    # FLUX.1 and FLUX.2 [klein] 4B are of one width; only FLUX.1 has so many blocks.
+    for hidden, layer, kind in (
+        (SD35_MEDIUM.hidden, "0.attn.to_q", "sd3"),
+        (3072, "18.attn.to_q", "flux"),
+    ):
+        main(["inspect", str(released(tmp_path, hidden, layer))])
         said = capsys.readouterr().out
         assert f"of {kind}: PEFT LoRA" in said
         assert "guessed" not in said
+    main(["inspect", str(released(tmp_path, 3072, "0.attn.to_q"))])
+    assert "guessed to be of FLUX.1" in capsys.readouterr().out
     assert deltas(load_adapter(src, SD3)).keys() != deltas(load_adapter(src, FLUX)).keys()
