@@ -74,7 +74,7 @@ def test_its_presets_are_found_without_the_checkout(wheel, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["flux_taca", "sd35_taca", "shapes_taca"]
+    assert done.stdout.split() == ["flux2_taca", "flux_taca", "sd35_taca", "shapes_taca"]
     where = "import taca_jax.presets.shapes_taca as preset; print(preset.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True

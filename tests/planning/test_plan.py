@@ -170,8 +170,9 @@ def test_encoding_before_the_first_step_is_planned_for_too(base, monkeypatch, ca
             parts={"encoder": memory},
             program=0,
             flops=1.0,
-            repeated=0.0,
-            traffic=Traffic(),
+            further=0.0,
+            remat=None,
+            traffic=Traffic(seconds=1.0),
             compile_seconds=1.0,
             text="",
         )

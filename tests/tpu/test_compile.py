@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.processes import OPTIMISED, last_line, run_python
+from tests.processes import NOT_KEPT, OPTIMISED, last_line, run_python
 
 HBM_BYTES = 16 * 2**30  # of one v5e chip
 ENVIRONMENT = (
