@@ -12,11 +12,12 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
+from tests.shared import shared_path  # noqa: E402
 from tests.weights import small_flux, small_sd3  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ("flux_taca", "quickstart_shapes", "sd35_medium_taca")
+NAMES = ("flux2_klein_taca", "flux_taca", "quickstart_shapes", "sd35_medium_taca")
 UNKNOWN = "https://github.com/OWNER/taca_jax"
 """Stands in for the repository's address until pyproject.toml's `project.urls` has a Repository."""
 
@@ -126,10 +127,15 @@ NEEDED = ("BASE = ", "RESULTS = ", "PICTURES = ", "RUN = ")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "small"), [("flux_taca", small_flux), ("sd35_medium_taca", small_sd3)]
+    ("name", "small"),
+    [
+        ("flux2_klein_taca", lambda _: shared_path("golden/flux2")),
+        ("flux_taca", small_flux.write_diffusers),
+        ("sd35_medium_taca", small_sd3.write_diffusers),
+    ],
 )
 def test_the_notebook_of_a_released_model_runs_and_goes_on(tmp_path, monkeypatch, name, small):
-    base = small.write_diffusers(tmp_path / "base")
+    base = small(tmp_path / "base")
     run(read(name), tmp_path, str(base), monkeypatch)
     results = tmp_path / "taca_results" / name
     for file in ("plain", "taca", "taca_lora"):
