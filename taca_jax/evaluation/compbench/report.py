@@ -18,7 +18,8 @@ from taca_jax.evaluation.compbench.results import Run, differences, means, read_
 from taca_jax.evaluation.means import Mean, MeanDifference
 from taca_jax.formats.atomic import whole_file
 
-_WIDTH = 160
+_CATEGORIES_A_TABLE = 3
+"""As many as 80 columns hold with their intervals."""
 
 
 def report(config: ReportConfig) -> None:
@@ -32,10 +33,11 @@ def report(config: ReportConfig) -> None:
     if config.out is not None:
         with whole_file(Path(config.out)) as file:
             file.write_text(json.dumps(tree, indent=1) + "\n")
-    console = Console(width=max(_WIDTH, Console().width))
-    console.print(table(runs))
+    console = Console()
+    for each in tables(runs):
+        console.print(each)
     for line in notes(runs):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _distinct(folders: Sequence[str]) -> Sequence[str]:
@@ -59,12 +61,18 @@ def summary(runs: Mapping[str, Run]) -> dict[str, Any]:
     return {"published": {"source": SOURCE, "rows": PUBLISHED}, "runs": rows}
 
 
-def table(runs: Mapping[str, Run]) -> Table:
-    """The published means, those of the runs with 95 % intervals, and the differences of runs."""
+def tables(runs: Mapping[str, Run]) -> list[Table]:
+    """The published means, those of the runs with 95 % intervals, and the differences of runs; a
+    few categories in each table."""
     further = [
         each for each in METRICS if each not in TABLE and any(each in r for r in runs.values())
     ]
     columns = [*TABLE, *further]
+    starts = range(0, len(columns), _CATEGORIES_A_TABLE)
+    return [_table(runs, columns[start:][:_CATEGORIES_A_TABLE]) for start in starts]
+
+
+def _table(runs: Mapping[str, Run], columns: Sequence[str]) -> Table:
     out = Table(title="T2I-CompBench: mean scores (95 % intervals; prompts are the units)")
     out.add_column("")
     for column in columns:

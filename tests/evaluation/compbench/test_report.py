@@ -67,6 +67,9 @@ def test_runs_with_intervals_and_their_difference(runs, capsys):
     assert (gap["total"], gap["prompts"]) == (6, 3)
     assert taca["means"]["color"]["value"] == pytest.approx(base["means"]["color"]["value"] + 0.2)
     assert "+0.2000" in said
+    drawn = [line for line in said.splitlines() if line[:1] in "┏┃┡│├└"]
+    assert max(map(len, drawn)) <= 80
+    assert "taca against base" in said
     assert f"{base['means']['numeracy']['value']:.4f}" in said
     assert "base, spatial: 6 pictures of 3 prompts; scored by another program" in said
 
