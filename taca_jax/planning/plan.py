@@ -292,7 +292,7 @@ def table(plan: Plan, before: Mapping[str, Plan] | None = None) -> Table:
     axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.shape.items() if n > 1) or "one chip"
     out = Table(
         title=f"{plan.where.name} ({plan.where.topology}), {axes}: "
-        f"{plan.batch} pictures of {plan.resolution} px a step"
+        f"{plan.batch} picture{'s' if plan.batch > 1 else ''} of {plan.resolution} px a step"
     )
     out.add_column("on each chip")
     out.add_column("", justify="right")
