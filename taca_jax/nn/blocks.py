@@ -4,6 +4,7 @@ Sources: black-forest-labs/flux, modules/layers.py; Stability-AI/sd3.5, mmditx.p
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -21,16 +22,19 @@ from taca_jax.nn.layers import (
     Linear,
     LoRAScale,
     RMSNorm,
-    from_tiles,
     gated,
     gelu,
     modulate,
-    to_tiles,
 )
+from taca_jax.nn.norm_rotate import join, norm_rotate
+from taca_jax.nn.rope import Rotation
 from taca_jax.nn.stacking import MLP_PRODUCTS, QKV_PRODUCTS
 from taca_jax.parallel.mesh import constrain_vectors
 
 NORM_EPSILON = 1e-6
+
+Products = tuple[Float[Array, "b s h d"], Float[Array, "b s h d"], Float[Array, "b s h d"]]
+"""Of one stream: what queries, keys and values are made of."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,28 @@ class QKV(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b s d"], lora_scale: LoRAScale | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Each [b, s, h, d]."""
+    ) -> Products:
+        """Each [b, s, h, d], before norms (`joint_qkv`)."""
 
         def heads(y: jax.Array) -> Float[Array, "b s h d"]:
             return y.reshape(*y.shape[:2], self.num_heads, -1)
 
         products = [linear(x, lora_scale) for linear in (self.q, self.k, self.v)]
         q, k, v = map(heads, keepable(products, QKV_PRODUCTS))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = (
-                from_tiles(norm(to_tiles(y)), y.shape[1])
-                for norm, y in ((self.q_norm, q), (self.k_norm, k))
-            )
         return q, k, v
+
+
+def joint_qkv(
+    streams: Sequence[QKV], products: Sequence[Products], rotation: Rotation | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [b, s, h, d] of the joint sequence of some streams, given the
+    products of each: queries and keys normalised if streams have norms, and rotated."""
+    q, k, v = zip(*products, strict=True)
+    q_norms, k_norms = ([getattr(qkv, name) for qkv in streams] for name in ("q_norm", "k_norm"))
+    if q_norms[0] is None:
+        assert rotation is None  # no family has one without the other
+        return join(q), join(k), join(v)
+    return norm_rotate(q, q_norms, rotation), norm_rotate(k, k_norms, rotation), join(v)
 
 
 class Stream(nnx.Module):
@@ -133,13 +145,6 @@ class Stream(nnx.Module):
         y = self.mlp_in(modulate(x, mlp_shift, mlp_scale), lora_scale)
         y = keepable(y, MLP_PRODUCTS)
         return gated(x, mlp_gate, self.mlp_out(gelu(y), lora_scale))
-
-
-def join(txt: Float[Array, "b t h d"], img: Float[Array, "b i h d"]) -> Float[Array, "b s h d"]:
-    """The joint sequence, text first; concatenated with merged heads, the TPU's own layout."""
-    merged = (x.reshape(*x.shape[:2], -1) for x in (txt, img))
-    joint = jnp.concatenate([*merged], axis=1)
-    return joint.reshape(*joint.shape[:2], *txt.shape[2:])
 
 
 def layer_tokens(path: str, image: int, text: int, *, joint: re.Pattern[str] | None = None) -> int:

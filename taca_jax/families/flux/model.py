@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from taca_jax.attention import Implementation, joint_attention
 from taca_jax.attention.keeping import keepable
 from taca_jax.errors import UserError
-from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
+from taca_jax.nn.blocks import QKV, BlockInputs, Stream, joint_qkv
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
@@ -31,7 +31,7 @@ from taca_jax.nn.layers import (
     timestep_embedding,
 )
 from taca_jax.nn.mmdit import MMDiT
-from taca_jax.nn.rope import Rotation, joint_rotation, rotate
+from taca_jax.nn.rope import Rotation, joint_rotation
 from taca_jax.nn.stacking import MLP_PRODUCTS, make_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
@@ -218,8 +218,8 @@ class DoubleBlock(nnx.Module):
         img_mod, txt_mod = self.img.modulation(inputs), self.txt.modulation(inputs)
         img_qkv = self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale)
         txt_qkv = self.txt.qkv(modulate(txt, *txt_mod[:2]), inputs.lora_scale)
-        q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
-        attended = attend(q, k, v, inputs)
+        qkv = joint_qkv((self.txt.qkv, self.img.qkv), (txt_qkv, img_qkv), inputs.rotation)
+        attended = attend(*qkv, inputs)
         txt_attended, img_attended = jnp.split(attended, [inputs.text_len], axis=1)
         img = self.img.finish(img, img_attended, img_mod, inputs.lora_scale)
         txt = self.txt.finish(txt, txt_attended, txt_mod, inputs.lora_scale)
@@ -240,7 +240,8 @@ class SingleBlock(nnx.Module):
         vectors = constrain_vectors(self.mod(inputs.vec, scale_by))
         shift, scale, gate = jnp.split(vectors, 3, axis=-1)
         y = modulate(x, shift, scale)
-        attended = attend(*self.qkv(y, scale_by), inputs)
+        qkv = joint_qkv((self.qkv,), (self.qkv(y, scale_by),), inputs.rotation)
+        attended = attend(*qkv, inputs)
         mlp = gelu(keepable(self.mlp_in(y, scale_by), MLP_PRODUCTS))
         return gated(x, gate, self.out((attended, mlp), scale_by))
 
@@ -251,11 +252,9 @@ def attend(
     v: Float[Array, "b s h d"],
     inputs: FluxInputs,
 ) -> Float[Array, "b s k"]:
-    """TACA joint attention of rotated queries and keys, heads merged."""
+    """TACA joint attention, heads merged."""
     out = joint_attention(
-        rotate(q, inputs.rotation),
-        rotate(k, inputs.rotation),
-        v,
+        *(q, k, v),
         text_len=inputs.text_len,
         gamma=inputs.gamma,
         implementation=inputs.attention,

@@ -163,7 +163,7 @@ class ImageAttention(nnx.Module):
         self.out = Linear(config.hidden, config.hidden, **options)
 
     def __call__(self, x: Float[Array, "b s d"], inputs: BlockInputs) -> Float[Array, "b s d"]:
-        qkv = self.qkv(x, inputs.lora_scale)
+        qkv = joint_qkv((self.qkv,), (self.qkv(x, inputs.lora_scale),))
         attended = joint_attention(*qkv, text_len=0, implementation=inputs.attention)
         return self.out(attended.reshape(x.shape), inputs.lora_scale)
 
@@ -181,6 +181,7 @@ class JointBlock(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"]]:
         img_mod, txt_mod = self.img.modulation(inputs), self.txt.modulation(inputs)
         txt_attended, img_attended = attend(
+            (self.txt.qkv, self.img.qkv),
             self.txt.qkv(modulate(txt, *txt_mod[:2]), inputs.lora_scale),
             self.img.qkv(modulate(img, *img_mod[:2]), inputs.lora_scale),
             inputs,
@@ -216,6 +217,7 @@ class LastBlock(nnx.Module):
         vectors = constrain_vectors(self.txt.mod(inputs.vec, lora_scale))
         shift, scale = jnp.split(vectors, 2, axis=-1)
         _, img_attended = attend(
+            (self.txt.qkv, self.img.qkv),
             self.txt.qkv(modulate(txt, shift, scale), lora_scale),
             self.img.qkv(modulate(img, *img_mod[:2]), lora_scale),
             inputs,
@@ -224,14 +226,14 @@ class LastBlock(nnx.Module):
 
 
 def attend(
-    txt_qkv: tuple[jax.Array, jax.Array, jax.Array],
-    img_qkv: tuple[jax.Array, jax.Array, jax.Array],
+    streams: tuple[QKV, QKV],
+    txt_qkv: Products,
+    img_qkv: Products,
     inputs: BlockInputs,
 ) -> tuple[Float[Array, "b t k"], Float[Array, "b s k"]]:
     """TACA joint attention, heads merged: its outputs for the text and for the image."""
-    q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
     out = joint_attention(
-        *(q, k, v),
+        *joint_qkv(streams, (txt_qkv, img_qkv)),
         text_len=inputs.text_len,
         gamma=inputs.gamma,
         implementation=inputs.attention,
