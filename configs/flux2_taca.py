@@ -27,7 +27,7 @@ CONFIG = TrainConfig(
     data=DataConfig(source="folder:pictures", batch_size=1, resolution=1024, caption_dropout=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=100, weight_decay=0.01),
     dtype="bfloat16",
-    remat="full",
+    remat="auto",
     timestep_sampling="uniform",
     save_every=500,
 )

@@ -11,6 +11,7 @@ from taca_jax.formats.key_table import Table
 from taca_jax.formats.lora.dialect import Dialect
 from taca_jax.formats.settings import Settings
 from taca_jax.formats.tensor_files import Tensors
+from taca_jax.nn.blocks import kept_products
 from taca_jax.nn.kinds import ModelKind
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.text.encoders import StoredEncoders, TextReading
@@ -124,6 +125,8 @@ class Family:
     attention_pairs: (config, image tokens, text tokens) -> query-key pairs in a forward pass, over
     all layers. layer_tokens: (path of a linear layer, image tokens, text tokens) -> the number of
     tokens of a sample that it processes.
+    kept_products: (config, path of a linear layer of a block) -> the share of its products that the
+    backward pass can keep, by name (`nn.stacking`).
     last_products: regular expression of the layers whose products nothing else in a block reads.
     embeds_guidance: whether the guidance scale is an input of the transformer.
     skippable_layers: the number of layers that skip-layer guidance can choose from; 0 if it is not
@@ -149,6 +152,9 @@ class Family:
     lora: LoRANames
     attention_pairs: Callable[[Config, int, int], int]
     layer_tokens: Callable[[str, int, int], int]
+    kept_products: Callable[[Config, str], Mapping[str, float]] = lambda _, path: kept_products(
+        path
+    )
     last_products: str = r".*\.mlp_out"
     embeds_guidance: Callable[[Config], bool] = lambda _: False
     skippable_layers: Callable[[Config], int] = lambda _: 0

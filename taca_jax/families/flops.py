@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from taca_jax.families.registry import family_of
 from taca_jax.nn.kinds import abstract_model
 from taca_jax.nn.lora import linears
-from taca_jax.nn.stacking import Remat
+from taca_jax.nn.stacking import KEPT, Remat
 
 
 @functools.cache
@@ -38,16 +38,13 @@ def further_flops(config: Any, remat: Remat, *, all_trained: bool, image: int, t
     further = 1.5 * attention
     if remat == "none":
         return further
-    kept = {"attention+qkv": [_QKV], "attention+qkv+mlp": [_QKV, _MLP]}.get(remat, [])
-    last = [] if all_trained else [family_of(config).last_products]
+    family = family_of(config)
     for path, is_stacked, flops in _layers(config, image, text):
-        if is_stacked and not any(re.fullmatch(pattern, path) for pattern in (*kept, *last)):
-            further += flops
+        if not is_stacked or (not all_trained and re.fullmatch(family.last_products, path)):
+            continue
+        kept = family.kept_products(config, path)
+        further += flops * (1 - sum(kept.get(name, 0.0) for name in KEPT[remat]))
     return further + (attention if remat == "full" else 0.0)
-
-
-_QKV, _MLP = r".*\.qkv\.[qkv]", r".*\.(img|txt)\.out|.*\.mlp_in"
-"""The layers whose products `attention+qkv` and `attention+qkv+mlp` keep (`nn.blocks`)."""
 
 
 def _layers(config: Any, image: int, text: int) -> Iterator[tuple[str, bool, float]]:

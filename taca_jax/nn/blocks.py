@@ -160,3 +160,13 @@ def layer_tokens(path: str, image: int, text: int, *, joint: re.Pattern[str] | N
     if ".txt." in path or path == "txt_in":
         return text
     return image
+
+
+def kept_products(path: str) -> dict[str, float]:
+    """What a policy may keep of the products of the linear layer at `path` of a block: the share of
+    them by its name (`nn.stacking`)."""
+    if re.fullmatch(r".*\.qkv\.[qkv]", path):
+        return {QKV_PRODUCTS: 1.0}
+    if re.fullmatch(r".*\.(img|txt)\.out|.*\.mlp_in", path):
+        return {MLP_PRODUCTS: 1.0}
+    return {}

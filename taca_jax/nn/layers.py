@@ -83,6 +83,11 @@ def _matmul_parts(parts: list[jax.Array], kernel: Float[Array, "i o"]) -> Float[
     return functools.reduce(jnp.add, products)
 
 
+def _columns(parameter: nnx.Variable[jax.Array], ends: tuple[int, ...]) -> list[jax.Array]:
+    """The parameter, its last axis split at `ends`."""
+    return jnp.split(parameter[...], ends, axis=-1) if ends else [parameter[...]]
+
+
 class Linear(nnx.Module):
     """y = x @ kernel + bias, plus lora_scale * (x @ lora_a) @ lora_b where factors are attached.
 
@@ -124,24 +129,37 @@ class Linear(nnx.Module):
     ) -> Float[Array, "b *s o"]:
         """y of x, or of arrays whose channels, side by side, are x: each has its own rows of the
         kernel, so that none is copied."""
-        parts = [part.astype(self.dtype) for part in (x if isinstance(x, tuple) else (x,))]
-        y = self._product(parts)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
-        if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:
-            down = _matmul_parts(parts, self.lora_a[...].astype(self.dtype))
-            gate = self._by_rank(lora_scale) * self.lora_alpha_over_rank
-            gate = gate.reshape(len(gate), *(1,) * (down.ndim - 2), -1).astype(self.dtype)
-            y = y + matmul(down * gate, self.lora_b[...].astype(self.dtype))
+        (y,) = self.in_parts(x, lora_scale)
         return y
 
-    def _product(self, parts: list[jax.Array]) -> Float[Array, "b *s o"]:
-        """x @ kernel."""
+    def in_parts(
+        self,
+        x: Float[Array, "b *s i"] | tuple[Float[Array, "b *s _"], ...],
+        lora_scale: LoRAScale | None = None,
+        *,
+        ends: tuple[int, ...] = (),
+    ) -> list[Float[Array, "b *s _"]]:
+        """The channels of y split at `ends`. Each part is a product with its own columns of the
+        kernel, so that the backward pass can keep one and compute another again."""
+        inputs = [part.astype(self.dtype) for part in (x if isinstance(x, tuple) else (x,))]
+        kernels = _columns(self.kernel, ends)
         if self.kernel_scale is None:
-            return _matmul_parts(parts, self.kernel[...].astype(self.dtype))
-        # Blocks of inputs that share a scale may lie across the parts.
-        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-        return low_bit_matmul(x, self.kernel[...], self.kernel_scale[...])
+            made = [_matmul_parts(inputs, kernel.astype(self.dtype)) for kernel in kernels]
+        else:
+            # Blocks of inputs that share a scale may lie across the inputs.
+            whole = inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs, axis=-1)
+            scales = _columns(self.kernel_scale, ends)
+            made = [low_bit_matmul(whole, *each) for each in zip(kernels, scales, strict=True)]
+        if self.bias is not None:
+            biases = _columns(self.bias, ends)
+            made = [y + bias.astype(self.dtype) for y, bias in zip(made, biases, strict=True)]
+        if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:
+            down = _matmul_parts(inputs, self.lora_a[...].astype(self.dtype))
+            gate = self._by_rank(lora_scale) * self.lora_alpha_over_rank
+            gate = gate.reshape(len(gate), *(1,) * (down.ndim - 2), -1).astype(self.dtype)
+            ups = [factor.astype(self.dtype) for factor in _columns(self.lora_b, ends)]
+            made = [y + matmul(down * gate, up) for y, up in zip(made, ups, strict=True)]
+        return made
 
     def _by_rank(self, lora_scale: LoRAScale) -> Float[Array, "b r"]:
         """The strength of each of r, or one for all of r if it is that of all LoRAs alike.
@@ -216,6 +234,12 @@ def gated(
 def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """GELU between an MLP's two products, by tanh as the originals have it."""
     return written_once(nnx.gelu(gradient_written_once(x), approximate=True))
+
+
+def swiglu(x: Float[Array, "*b 2*d"]) -> Float[Array, "*b d"]:
+    """SwiGLU between an MLP's two products: silu(first half) * second half."""
+    gate, value = jnp.split(gradient_written_once(x), 2, axis=-1)
+    return written_once(nnx.silu(gate) * value)
 
 
 def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:

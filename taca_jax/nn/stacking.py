@@ -21,12 +21,13 @@ RematChoice = Literal["auto", Remat]
 
 QKV_PRODUCTS, MLP_PRODUCTS = "qkv", "mlp"
 """Names of products that can be kept, as `keeping.ATTENTION` is."""
-_KEPT: dict[Remat, tuple[str, ...]] = {
+KEPT: dict[Remat, tuple[str, ...]] = {
     "attention+qkv+mlp": (ATTENTION, QKV_PRODUCTS, MLP_PRODUCTS),
     "attention+qkv": (ATTENTION, QKV_PRODUCTS),
     "attention": (ATTENTION,),
     "full": (),
 }
+"""The names of what is kept, where blocks are recomputed."""
 
 UNROLLED = 4
 """Stacks of at most this many blocks are unrolled unless blocks are recomputed. In a loop the
@@ -99,7 +100,7 @@ def run_stack(
 
     each_layer = (state,) if each is None else (state, each)
     if remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     elif sharding is not None and are_gathered():
         body = jax.checkpoint(body, prevent_cse=False, policy=_not_parameters)

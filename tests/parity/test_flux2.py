@@ -6,18 +6,20 @@ go through `python -m convert` and the public loaders, as a user's do.
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
 import taca_jax as tj
-from taca_jax.autoencoders import patched_vae_layout
+from taca_jax.autoencoders import patched_vae_layout, vae_original
 from taca_jax.autoencoders.patched_vae import EPSILON, PatchedVAE
 from taca_jax.convert.cli import main
 from taca_jax.families.flux2 import diffusers as flux2_diffusers
@@ -31,7 +33,8 @@ from taca_jax.families.flux2.model import (
 )
 from taca_jax.families.flux2.text import Flux2Text
 from taca_jax.formats.lora.peft import tensors_of
-from taca_jax.nn.kinds import shapes_of
+from taca_jax.formats.tensor_files import ArrayTensors
+from taca_jax.nn.kinds import flat_params, shapes_of
 from taca_jax.nn.layers import LoRAParam, patchify
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.text import qwen3_layout
@@ -43,7 +46,7 @@ from taca_jax.weights.lora_files import read_lora, write_lora
 from tests.compare import relative_error
 from tests.families.flux2.tiny import FLUX2
 from tests.golden import nhwc
-from tests.models import layout_shapes
+from tests.models import from_layout, in_layout, layout_shapes
 from tests.parity.lora_gradients import by_layer
 from tests.random_models import random_model, randomise
 from tests.shared import shared_path
@@ -115,6 +118,54 @@ def adapted(folder, lora_file) -> Flux2Transformer:
 def test_what_was_converted_is_what_is_there(folder, source, capsys):
     main(["verify", "--src", str(source), "--dst", str(folder)])
     assert capsys.readouterr().out.count("equal, 0 rounded") == 3
+
+
+def in_black_forest_labs_names(tensors, levels: int) -> dict[str, np.ndarray]:
+    """The autoencoder of a diffusers folder as `ae.safetensors` of the authors has it: names by
+    their published code (flux2, autoencoder.py), 1 x 1 convolutions for the attention's products,
+    and the count of a batch norm that was trained."""
+    changes = (
+        (r"^quant_conv", "encoder.quant_conv"),
+        (r"^post_quant_conv", "decoder.post_quant_conv"),
+        (r"conv_norm_out", "norm_out"),
+        (r"down_blocks\.(\d+)\.resnets", r"down.\1.block"),
+        (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block"),
+        (r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample"),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    )
+    renamed = {"bn.num_batches_tracked": np.array(7, np.int64)}
+    for name, array in tensors.items():
+        for pattern, replacement in changes:
+            name = re.sub(pattern, replacement, name)
+        is_product = "attn_1" in name and array.ndim == 2
+        renamed[name] = array[..., None, None] if is_product else array
+    return renamed
+
+
+def test_the_autoencoder_in_black_forest_labs_names(folder, source):
+    """Read it is the same model, and written it has the names and arrays it had."""
+    diffusers = load_file(source / "vae" / "diffusion_pytorch_model.safetensors")
+    expected = loaded(folder / "autoencoder")
+    theirs = in_black_forest_labs_names(diffusers, len(expected.config.channels))
+    tensors = ArrayTensors("ae.safetensors", theirs)
+    assert vae_original.is_autoencoder(tensors)
+    assert patched_vae_layout.is_patched(tensors)
+    table = patched_vae_layout.original_table_of(expected.config)
+    ours = flat_params(from_layout(table, tensors, expected.config, param_dtype=jnp.float32))
+    for path, param in flat_params(expected).items():
+        read = ours[path].get_value().astype(jnp.bfloat16)  # as the folder was converted
+        np.testing.assert_array_equal(read.astype(jnp.float32), param.get_value(), path)
+    del theirs["bn.num_batches_tracked"]  # which nothing reads
+    written = in_layout(table, expected)
+    assert written.keys() == theirs.keys()
+    for name, array in written.items():
+        exact = theirs[name].astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(array, exact.astype(np.float32), name)
 
 
 def inputs_at_700(golden):

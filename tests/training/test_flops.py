@@ -1,5 +1,6 @@
 """The count of arithmetic against XLA's, and against what is published of the full-size model."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -12,12 +13,16 @@ from taca_jax.data.config import DataConfig
 from taca_jax.families.flops import forward_flops, further_flops
 from taca_jax.families.flux.model import FLUX_DEV
 from taca_jax.families.flux2.model import KLEIN_BASE_4B
+from taca_jax.families.registry import family_of
 from taca_jax.families.sd3.model import SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model
-from taca_jax.nn.lora import LoRAConfig
+from taca_jax.nn.layers import LoRAParam
+from taca_jax.nn.lora import LoRAConfig, add_lora
+from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.chips import CHIPS, chip_of
 from taca_jax.text.config import TextConfig
 from taca_jax.training.models import open_models
+from tests.random_models import random_model
 from tests.training.tiny import tiny_config
 
 # XLA counts a loop's body once: one layer of each kind.
@@ -33,6 +38,17 @@ ONE_LAYER = {
 SIDE, TEXT, BATCH = 16, 48, 2
 
 
+def inputs_of(config):
+    """Latents, timestep, text and pooled text, abstract."""
+    shapes = (
+        (BATCH, SIDE, SIDE, config.latent_channels),
+        (BATCH,),
+        (BATCH, TEXT, config.txt_dim),
+        (BATCH, config.pooled_dim),
+    )
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
 @pytest.mark.parametrize("name", ONE_LAYER)
 def test_the_count_is_that_of_xla(name):
     config = ONE_LAYER[name]
@@ -43,16 +59,39 @@ def test_the_count_is_that_of_xla(name):
         model = nnx.merge(graph, state)
         return model(latents, timestep, txt, pooled, attention="reference", **options)
 
-    shapes = (
-        (BATCH, SIDE, SIDE, config.latent_channels),
-        (BATCH,),
-        (BATCH, TEXT, config.txt_dim),
-        (BATCH, config.pooled_dim),
-    )
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    theirs = jax.jit(forward).lower(state, *inputs).cost_analysis()["flops"]
+    theirs = jax.jit(forward).lower(state, *inputs_of(config)).cost_analysis()["flops"]
     ours = BATCH * forward_flops(config, image=(SIDE // config.patch_size) ** 2, text=TEXT)
     assert ours == pytest.approx(theirs, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_what_is_recomputed_is_that_of_xla(name):
+    """From each step of remat to the next one that keeps more, of a LoRA's gradients. (SD3's last
+    block, whose attention is counted with the others', is not recomputed.)"""
+    config = ONE_LAYER[name]
+    model = random_model(config)
+    add_lora(model, LoRAConfig(rank=1), family_of(config).lora.targets, rngs=nnx.Rngs(0))
+    options = {"guidance": jnp.ones(BATCH)} if name == "flux" else {}
+    policies: tuple[Remat, ...] = ("full", "attention", "attention+qkv", "attention+qkv+mlp")
+
+    def theirs(remat: Remat) -> float:
+        model.remat = remat
+        graph, factors, rest = nnx.split(model, LoRAParam, ...)
+
+        def loss(factors, rest, *inputs):
+            model = nnx.merge(graph, factors, rest)
+            out = model(*inputs, attention="chunked", lora_scale=jnp.ones(BATCH), **options)
+            return jnp.sum(jnp.square(out))
+
+        lowered = jax.jit(jax.grad(loss)).lower(factors, rest, *inputs_of(config))
+        return lowered.cost_analysis()["flops"]
+
+    counted = [theirs(remat) for remat in policies]
+    tokens = {"image": (SIDE // config.patch_size) ** 2, "text": TEXT}
+    ours = [BATCH * further_flops(config, each, all_trained=False, **tokens) for each in policies]
+    for more, less in itertools.pairwise(range(len(policies))):
+        fewer = counted[more] - counted[less]
+        assert fewer == pytest.approx(ours[more] - ours[less], rel=0.1), policies[less]
 
 
 def test_of_the_full_size_model_it_is_what_others_count():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from configs import flux_taca
+from configs import flux2_taca, flux_taca
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.chips import CHIPS
 from taca_jax.training import remat as module
@@ -30,6 +30,20 @@ def test_of_flux_each_step_keeps_what_it_says():
     products = 4 * blocks * array + DOUBLE * array
     assert kept["attention+qkv+mlp"] - kept["attention+qkv"] == products
     assert kept["full"] == pytest.approx(blocks * array, rel=0.1)
+
+
+def test_of_flux2_too():
+    """Whose single blocks have one product for queries, keys, values and MLP, kept in parts."""
+    config = replace(flux2_taca.CONFIG, data=replace(flux2_taca.CONFIG.data, encode="cache"))
+    models = open_models(config, published=True)
+    assert config.remat == "auto"
+    kept = {remat: kept_bytes(models, remat) for remat in (*CANDIDATES, "full")}
+    double, single, array = 5, 20, TOKENS * HIDDEN * BF16
+    blocks, sums = double + single, 2 * TOKENS * HEADS * F32
+    assert kept["attention"] - kept["full"] == blocks * (array + sums)
+    assert kept["attention+qkv"] - kept["attention"] == 3 * blocks * array
+    products = 6 * blocks * array + double * array
+    assert kept["attention+qkv+mlp"] - kept["attention+qkv"] == products
 
 
 KEPT: dict[Remat, float] = {

@@ -1,6 +1,7 @@
 """FLUX.2 as a family of models."""
 
 import re
+from collections.abc import Mapping
 from functools import partial
 
 from taca_jax.autoencoders.patched_vae import PatchedVAEConfig
@@ -23,7 +24,8 @@ from taca_jax.families.flux2.model import (
     Flux2Config,
 )
 from taca_jax.families.flux2.text import read_text
-from taca_jax.nn.blocks import layer_tokens
+from taca_jax.nn.blocks import kept_products, layer_tokens
+from taca_jax.nn.stacking import MLP_PRODUCTS, QKV_PRODUCTS
 from taca_jax.text.qwen3 import QWEN3_4B, QWEN3_8B
 
 FLUX2_VAE = PatchedVAEConfig(
@@ -47,6 +49,13 @@ def _defaults_of(config: Flux2Config) -> CallDefaults:
 
 def _attention_pairs(config: Flux2Config, image: int, text: int) -> int:
     return (config.num_double_blocks + config.num_single_blocks) * (image + text) ** 2
+
+
+def _kept_products(config: Flux2Config, path: str) -> Mapping[str, float]:
+    if path != "single_blocks.qkv_mlp":
+        return kept_products(path)
+    qkv, mlp = 3 * config.hidden, 2 * config.mlp_hidden
+    return {QKV_PRODUCTS: qkv / (qkv + mlp), MLP_PRODUCTS: mlp / (qkv + mlp)}
 
 
 FLUX2 = Family(
@@ -106,5 +115,7 @@ FLUX2 = Family(
     ),
     attention_pairs=_attention_pairs,
     layer_tokens=partial(layer_tokens, joint=re.compile(r"single_blocks\..*")),
+    kept_products=_kept_products,
+    last_products=r"double_blocks\.(img|txt)\.mlp_out|single_blocks\.out",
     embeds_guidance=lambda config: config.guidance_embed,
 )

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from taca_jax.attention import Implementation, joint_attention
+from taca_jax.attention.keeping import keepable
 from taca_jax.errors import UserError
 from taca_jax.families.flux2.positions import joint_rotation
 from taca_jax.nn.blocks import NORM_EPSILON, QKV, BlockInputs, join
@@ -29,13 +30,15 @@ from taca_jax.nn.layers import (
     MLPEmbedder,
     RMSNorm,
     from_tiles,
+    gated,
     modulate,
+    swiglu,
     timestep_embedding,
     to_tiles,
 )
 from taca_jax.nn.mmdit import MMDiT
 from taca_jax.nn.rope import Rotation, rotate
-from taca_jax.nn.stacking import make_stack
+from taca_jax.nn.stacking import MLP_PRODUCTS, QKV_PRODUCTS, make_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
@@ -206,12 +209,6 @@ class Flux2Inputs(BlockInputs):
     rotation: Rotation
 
 
-def swiglu(x: Float[Array, "b s 2*m"]) -> Float[Array, "b s m"]:
-    """silu(first half) * second half."""
-    gate, value = jnp.split(x, 2, axis=-1)
-    return nnx.silu(gate) * value
-
-
 class Flux2Stream(nnx.Module):
     """One modality's part of a double block: its projections and its MLP."""
 
@@ -231,9 +228,10 @@ class Flux2Stream(nnx.Module):
     ) -> Float[Array, "b s d"]:
         """The residual stream after the attention's output projection and the MLP."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = x + gate[:, None] * self.out(attended, lora_scale)
+        x = gated(x, gate, keepable(self.out(attended, lora_scale), MLP_PRODUCTS))
         y = self.mlp_in(modulate(x, mlp_shift, mlp_scale), lora_scale)
-        return x + mlp_gate[:, None] * self.mlp_out(swiglu(y), lora_scale)
+        y = keepable(y, MLP_PRODUCTS)
+        return gated(x, mlp_gate, self.mlp_out(swiglu(y), lora_scale))
 
 
 class DoubleBlock(nnx.Module):
@@ -278,15 +276,17 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: Float[Array, "b s d"], inputs: Flux2Inputs) -> Float[Array, "b s d"]:
         shift, scale, gate = inputs.single_mod
         b, s, hidden = x.shape
-        y = self.qkv_mlp(modulate(x, shift, scale), inputs.lora_scale)
-        *qkv, mlp = jnp.split(y, [hidden, 2 * hidden, 3 * hidden], axis=-1)
+        qkv, mlp = self.qkv_mlp.in_parts(
+            modulate(x, shift, scale), inputs.lora_scale, ends=(3 * hidden,)
+        )
+        qkv = jnp.split(keepable(qkv, QKV_PRODUCTS), 3, axis=-1)
         q, k, v = (each.reshape(b, s, self.num_heads, -1) for each in qkv)
         q, k = (
             from_tiles(norm(to_tiles(each)), s)
             for norm, each in ((self.q_norm, q), (self.k_norm, k))
         )
-        both = jnp.concatenate([attend(q, k, v, inputs), swiglu(mlp)], axis=-1)
-        return x + gate[:, None] * self.out(both, inputs.lora_scale)
+        mlp = swiglu(keepable(mlp, MLP_PRODUCTS))
+        return gated(x, gate, self.out((attend(q, k, v, inputs), mlp), inputs.lora_scale))
 
 
 def attend(

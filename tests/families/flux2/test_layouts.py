@@ -131,20 +131,24 @@ def in_float8(tensors):
     return made
 
 
-@pytest.mark.parametrize("change", [as_stored, in_float8])
-def test_single_files_in_a_folder(tmp_path, change, capsys):
-    """The transformer of the authors, Qwen3 and the autoencoder as ComfyUI has them; both ways."""
+@pytest.mark.parametrize(
+    ("change", "autoencoder"),
+    [(as_stored, "vae/flux2-vae.safetensors"), (in_float8, "ae.safetensors")],
+)
+def test_single_files_in_a_folder(tmp_path, change, autoencoder, capsys):
+    """The transformer of the authors, Qwen3 and the autoencoder as ComfyUI has them, or the latter
+    by the authors' name; both ways."""
     src, dst = tmp_path / "src", tmp_path / "dst"
     whole = replace(QWEN3, num_layers=29)
     tables = {
         "diffusion_models/flux-2-klein.safetensors": (bfl.TABLE, FLUX2, change),
         "text_encoders/qwen_3.safetensors": (qwen3_layout.table_of(whole), whole, change),
-        "vae/flux2-vae.safetensors": (patched_vae_layout.original_table_of(VAE), VAE, dict),
+        autoencoder: (patched_vae_layout.original_table_of(VAE), VAE, dict),
     }
     models = {}
     for name, (table, config, changed) in tables.items():
         models[name] = random_model(config)
-        (src / name).parent.mkdir(parents=True)
+        (src / name).parent.mkdir(parents=True, exist_ok=True)
         tensors = changed(in_layout(table, models[name]))
         if config is VAE:
             tensors["bn.num_batches_tracked"] = np.zeros((), np.int64)
