@@ -75,9 +75,7 @@ class QKV(nnx.Module):
                 for _ in range(2)
             )
 
-    def __call__(
-        self, x: Float[Array, "b s d"], lora_scale: LoRAScale | None
-    ) -> Products:
+    def __call__(self, x: Float[Array, "b s d"], lora_scale: LoRAScale | None) -> Products:
         """Each [b, s, h, d], before norms (`joint_qkv`)."""
 
         def heads(y: jax.Array) -> Float[Array, "b s h d"]:

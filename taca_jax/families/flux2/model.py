@@ -19,7 +19,7 @@ from taca_jax.attention import Implementation, joint_attention
 from taca_jax.attention.keeping import keepable
 from taca_jax.errors import UserError
 from taca_jax.families.flux2.positions import joint_rotation
-from taca_jax.nn.blocks import NORM_EPSILON, QKV, BlockInputs, join
+from taca_jax.nn.blocks import NORM_EPSILON, QKV, BlockInputs, joint_qkv
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import (
     TIMESTEP_CHANNELS,
@@ -29,15 +29,14 @@ from taca_jax.nn.layers import (
     LoRAScale,
     MLPEmbedder,
     RMSNorm,
-    from_tiles,
     gated,
     modulate,
     swiglu,
     timestep_embedding,
-    to_tiles,
 )
 from taca_jax.nn.mmdit import MMDiT
-from taca_jax.nn.rope import Rotation, rotate
+from taca_jax.nn.norm_rotate import norm_rotate
+from taca_jax.nn.rope import Rotation
 from taca_jax.nn.stacking import MLP_PRODUCTS, QKV_PRODUCTS, make_stack
 from taca_jax.parallel.mesh import constrain_vectors
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
@@ -247,8 +246,8 @@ class DoubleBlock(nnx.Module):
         lora_scale = inputs.lora_scale
         img_qkv = self.img.qkv(modulate(img, *inputs.img_mod[:2]), lora_scale)
         txt_qkv = self.txt.qkv(modulate(txt, *inputs.txt_mod[:2]), lora_scale)
-        q, k, v = (join(*x) for x in zip(txt_qkv, img_qkv, strict=True))
-        attended = attend(q, k, v, inputs)
+        qkv = joint_qkv((self.txt.qkv, self.img.qkv), (txt_qkv, img_qkv), inputs.rotation)
+        attended = attend(*qkv, inputs)
         txt_attended, img_attended = jnp.split(attended, [inputs.text_len], axis=1)
         img = self.img.finish(img, img_attended, inputs.img_mod, lora_scale)
         txt = self.txt.finish(txt, txt_attended, inputs.txt_mod, lora_scale)
@@ -281,10 +280,8 @@ class SingleBlock(nnx.Module):
         )
         qkv = jnp.split(keepable(qkv, QKV_PRODUCTS), 3, axis=-1)
         q, k, v = (each.reshape(b, s, self.num_heads, -1) for each in qkv)
-        q, k = (
-            from_tiles(norm(to_tiles(each)), s)
-            for norm, each in ((self.q_norm, q), (self.k_norm, k))
-        )
+        q = norm_rotate((q,), (self.q_norm,), inputs.rotation)
+        k = norm_rotate((k,), (self.k_norm,), inputs.rotation)
         mlp = swiglu(keepable(mlp, MLP_PRODUCTS))
         return gated(x, gate, self.out((attend(q, k, v, inputs), mlp), inputs.lora_scale))
 
@@ -295,11 +292,9 @@ def attend(
     v: Float[Array, "b s h d"],
     inputs: Flux2Inputs,
 ) -> Float[Array, "b s k"]:
-    """TACA joint attention of rotated queries and keys, heads merged."""
+    """TACA joint attention, heads merged."""
     out = joint_attention(
-        rotate(q, inputs.rotation),
-        rotate(k, inputs.rotation),
-        v,
+        *(q, k, v),
         text_len=inputs.text_len,
         gamma=inputs.gamma,
         implementation=inputs.attention,

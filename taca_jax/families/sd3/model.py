@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from taca_jax.attention import Implementation, joint_attention
 from taca_jax.errors import UserError
 from taca_jax.families.sd3.positions import PositionTable
-from taca_jax.nn.blocks import QKV, BlockInputs, Stream, join
+from taca_jax.nn.blocks import QKV, BlockInputs, Products, Stream, joint_qkv
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import ZEROS, LayerOptions, Linear, LoRAScale, modulate
 from taca_jax.nn.mmdit import MMDiT

@@ -48,7 +48,9 @@ def norm_rotate(
     scales = [norm.scale[...] for norm in norms]
     ends = np.cumsum([0, *(part.shape[1] for part in parts)])
     rotations = [
-        None if rotation is None else jax.tree.map(lambda x, i=i: x[ends[i] : ends[i + 1]], rotation)
+        None
+        if rotation is None
+        else jax.tree.map(lambda x, i=i: x[ends[i] : ends[i + 1]], rotation)
         for i in range(len(parts))
     ]
     return _over_mesh(run, parts, scales, rotations)
@@ -81,9 +83,7 @@ def _over_mesh(
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return run(parts, scales, rotations)
     batch = dividing_axes(mesh, BATCH_AXES, parts[0].shape[0])
-    context, head = (
-        axis if _shared_by(axis) > 1 else None for axis in (CONTEXT_AXIS, TENSOR_AXIS)
-    )
+    context, head = (axis if _shared_by(axis) > 1 else None for axis in (CONTEXT_AXIS, TENSOR_AXIS))
     tokens = P(batch, context, head, None)
     # check_vma needs to know over which axes results vary, which Pallas calls do not say.
     shared = jax.shard_map(

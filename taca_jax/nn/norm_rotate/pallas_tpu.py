@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -41,7 +40,7 @@ class _Static:
     rotated: whether there are rotations.
     """
 
-    shapes: tuple[tuple[int, int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
     epsilons: tuple[float, ...]
     rotated: bool
     interpret: bool
@@ -175,12 +174,14 @@ def norm_rotate(
         return jnp.tile(table.astype(jnp.float32), (1, fill))
 
     rows = tuple(filled(scale[None]) for scale in scales)
-    tables = tuple(() if each is None else (filled(each.cos), filled(each.sin)) for each in rotations)
+    tables = tuple(
+        () if each is None else (filled(each.cos), filled(each.sin)) for each in rotations
+    )
     return _norm_rotate(merged, rows, tables, static).reshape(b, -1, heads, head_dim)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _norm_rotate(parts: Any, scales: Any, tables: Any, static: _Static) -> Float[Array, "b s c"]:
+def _norm_rotate(parts: Any, scales: Any, tables: Any, static: _Static) -> jax.Array:
     b, _, width = parts[0].shape
     problems = static.problems(parts[0].dtype.itemsize)
     joined = problems[0].offset is not None
@@ -221,9 +222,7 @@ def _gradients(static: _Static, residuals: tuple, d_out: Any) -> tuple:
         return None, None, None
     d_parts, d_scales = [], []
     problems = static.problems(parts[0].dtype.itemsize)
-    for i, (problem, x, scale, own) in enumerate(
-        zip(problems, parts, scales, tables, strict=True)
-    ):
+    for i, (problem, x, scale, own) in enumerate(zip(problems, parts, scales, tables, strict=True)):
         part, joint, others = problem.specs(width)
         start, d = static.offsets[i], d_out
         if problem.offset is None:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from taca_jax.attention import joint_attention
-from taca_jax.nn.blocks import BlockInputs, Stream, join
+from taca_jax.nn.blocks import BlockInputs, Stream, joint_qkv
 from taca_jax.nn.kinds import ModelKind, TransformerConfig, register
 from taca_jax.nn.layers import modulate
 from taca_jax.nn.mmdit import MMDiT
-from taca_jax.nn.rope import Rotation, joint_rotation, rotate
+from taca_jax.nn.rope import Rotation, joint_rotation
 from taca_jax.nn.stacking import make_stack
 from taca_jax.parallel.rules import FSDP, IN, OUT, WHOLE
 
@@ -40,12 +40,10 @@ class MiniBlock(nnx.Module):
     def __call__(self, img: jax.Array, txt: jax.Array, inputs: MiniInputs):
         mods = self.txt.modulation(inputs), self.img.modulation(inputs)
         streams = (self.txt, txt, mods[0]), (self.img, img, mods[1])
-        qkv = [s.qkv(modulate(x, *mod[:2]), inputs.lora_scale) for s, x, mod in streams]
-        q, k, v = (join(*pair) for pair in zip(*qkv, strict=True))
+        products = [s.qkv(modulate(x, *mod[:2]), inputs.lora_scale) for s, x, mod in streams]
+        q, k, v = joint_qkv((self.txt.qkv, self.img.qkv), products, inputs.rotation)
         attended = joint_attention(
-            rotate(q, inputs.rotation),
-            rotate(k, inputs.rotation),
-            v,
+            *(q, k, v),
             text_len=inputs.text_len,
             gamma=inputs.gamma,
             implementation=inputs.attention,
