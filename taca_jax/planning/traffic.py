@@ -4,7 +4,8 @@ They are read from the program's text, with the body of a loop counted as often 
 Following the schedule shows which collectives overlap with compute: the wires and the chip's
 compute units each do one thing after the other, an asynchronous collective is under way from its
 start, and the units wait for it at its end. The time of each instruction is the compiler's own
-estimate, and that of our attention kernels follows from their FLOPs and `Chip.attention_share`.
+estimate. That of our kernels follows from what they say of themselves: FLOPs, at
+`Chip.attention_share` of the peak, or bytes, whichever takes longer.
 """
 
 import math
@@ -16,7 +17,10 @@ from taca_jax.planning.hlo import Instruction, Program, Shape
 from taca_jax.planning.slices import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_KERNEL_FLOPS = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)')
+_KERNEL_FLOPS, _KERNEL_BYTES = (
+    re.compile(rf'"cost_estimate":\s*\{{[^}}]*"{what}":\s*"?(\d+)')
+    for what in ("flops", "bytes_accessed")
+)
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _FREE = frozenset(
@@ -182,7 +186,13 @@ class Reader:
         """How long the compute units take for an instruction."""
         if (cycles := _CYCLES.search(instruction.rest)) is not None:
             return int(cycles[1]) / self.chip.clock
-        return (kernel_flops(instruction) or 0.0) / (self.chip.flops * self.chip.attention_share)
+        if instruction.opcode != "custom-call":
+            return 0.0
+        flops, moved = kernel_flops(instruction) or 0.0, _said(_KERNEL_BYTES, instruction) or 0.0
+        return max(
+            flops / (self.chip.flops * self.chip.attention_share),
+            moved / self.chip.memory_bandwidth,
+        )
 
     def _collectives(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """The collectives in an instruction, each with "start" or "done", or "" if synchronous.
@@ -297,7 +307,12 @@ def kernel_flops(instruction: Instruction) -> float | None:
     """The FLOPs that a kernel of ours says it takes; None for any other instruction."""
     if instruction.opcode != "custom-call":
         return None
-    found = _KERNEL_FLOPS.search(instruction.rest)
+    return _said(_KERNEL_FLOPS, instruction)
+
+
+def _said(what: re.Pattern[str], kernel: Instruction) -> float | None:
+    """What a kernel says of its cost."""
+    found = what.search(kernel.rest)
     return None if found is None else float(found[1])
 
 

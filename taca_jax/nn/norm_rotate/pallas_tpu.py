@@ -115,12 +115,14 @@ class _Problem:
         arrays: Sequence[Any],
         in_specs: Sequence[Any],
         results: Sequence[tuple[jax.ShapeDtypeStruct, Any]],
+        *,
+        passes: int,
         **options: Any,
     ) -> list[jax.Array]:
-        """Runs a kernel for every block of tokens of every sample."""
+        """Runs a kernel for every block of tokens of every sample; it reads or writes `passes`
+        arrays of the part's size."""
         shapes, specs = zip(*results, strict=True)
         batch, _, width = arrays[0].shape
-        touched = len(in_specs) - 3 * self.rotated  # the arrays of tokens, and the scale
         return pl.pallas_call(
             partial(kernel, problem=self),
             grid=(self.blocks, batch),
@@ -134,7 +136,7 @@ class _Problem:
             cost_estimate=pl.CostEstimate(
                 flops=2 * batch * self.length * width * self.column,
                 transcendentals=batch * self.length * width // self.head_dim,
-                bytes_accessed=batch * self.length * width * arrays[0].dtype.itemsize * touched,
+                bytes_accessed=passes * batch * self.length * width * arrays[0].dtype.itemsize,
             ),
             name=name,
             interpret=self.interpret,
@@ -177,7 +179,8 @@ def norm_rotate(
     tables = tuple(
         () if each is None else (filled(each.cos), filled(each.sin)) for each in rotations
     )
-    return _norm_rotate(merged, rows, tables, static).reshape(b, -1, heads, head_dim)
+    out: Any = _norm_rotate(merged, rows, tables, static)
+    return out.reshape(b, -1, heads, head_dim)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -196,7 +199,13 @@ def _norm_rotate(parts: Any, scales: Any, tables: Any, static: _Static) -> jax.A
             arrays.append(out.pop())
             in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
         out += problem.call(
-            _forward, "norm_rotate_forward", arrays, in_specs, [(result, joint)], **options
+            _forward,
+            "norm_rotate_forward",
+            arrays,
+            in_specs,
+            [(result, joint)],
+            passes=2,
+            **options,
         )
     return join([x[:, :, None] for x in out])[:, :, 0] if len(out) > 1 else out[0]
 
@@ -238,6 +247,7 @@ def _gradients(static: _Static, residuals: tuple, d_out: Any) -> tuple:
             [x, d, scale, *own],
             [part, joint, *others],
             results,
+            passes=3,
         )
         d_parts.append(d_part)
         d_scales.append(sums[0].sum((0, 1)) if sums else jnp.zeros_like(scale))
