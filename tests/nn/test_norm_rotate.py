@@ -1,5 +1,7 @@
 """Norm and rotation of queries and keys: the kernel against plain JAX, in values and gradients."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 from taca_jax.nn.layers import RMSNorm
 from taca_jax.nn.norm_rotate import norm_rotate
 from taca_jax.nn.rope import joint_rotation
+from tests.processes import last_line, run_python
 
 EPSILON = 1e-6
 
@@ -88,3 +91,11 @@ class TestKernel:
         )
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(found, expected)
+
+
+def test_shares_of_a_mesh_are_the_whole():
+    """In a process of its own: the number of devices is decided before JAX starts."""
+    done = run_python("-m", "tests.nn.sharded_norm_rotate", devices=8)
+    found = json.loads(last_line(done))
+    assert found.keys() == {"fsdp", "context", "mixed"}
+    assert max(max(errors) for errors in found.values()) < 1e-6

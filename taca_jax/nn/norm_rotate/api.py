@@ -1,6 +1,6 @@
 """The entry point: chooses what runs, and shares it over a mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -40,11 +40,6 @@ def norm_rotate(
         implementation == "auto" and not (on_tpu and _fits(parts))
     ):
         return reference.norm_rotate(parts, norms, rotation)
-    run = partial(
-        pallas_tpu.norm_rotate,
-        epsilons=tuple(norm.epsilon for norm in norms),
-        interpret=implementation == "pallas_interpret",
-    )
     scales = [norm.scale[...] for norm in norms]
     ends = np.cumsum([0, *(part.shape[1] for part in parts)])
     rotations = [
@@ -53,7 +48,9 @@ def norm_rotate(
         else jax.tree.map(lambda x, i=i: x[ends[i] : ends[i + 1]], rotation)
         for i in range(len(parts))
     ]
-    return _over_mesh(run, parts, scales, rotations)
+    epsilons = [norm.epsilon for norm in norms]
+    interpret = implementation == "pallas_interpret"
+    return _over_mesh(parts, scales, rotations, epsilons, interpret)
 
 
 def _shared_by(axis: str) -> int:
@@ -72,25 +69,34 @@ def _fits(parts: Sequence[jax.Array]) -> bool:
 
 
 def _over_mesh(
-    run: Callable[..., jax.Array],
     parts: Sequence[jax.Array],
     scales: Sequence[jax.Array],
     rotations: Sequence[Rotation | None],
+    epsilons: Sequence[float],
+    interpret: bool,
 ) -> jax.Array:
-    """`run(parts, scales, rotations)` with each device of the mesh that is set doing its share."""
+    """The kernel, with each device of the mesh that is set doing its share."""
     mesh = jax.sharding.get_abstract_mesh()
+    run = partial(pallas_tpu.norm_rotate, interpret=interpret)
     # Within somebody's shard_map this is one device's share already.
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return run(parts, scales, rotations)
+        return run(parts, scales, rotations, epsilons=tuple(epsilons))
     batch = dividing_axes(mesh, BATCH_AXES, parts[0].shape[0])
     context, head = (axis if _shared_by(axis) > 1 else None for axis in (CONTEXT_AXIS, TENSOR_AXIS))
     tokens = P(batch, context, head, None)
-    # check_vma needs to know over which axes results vary, which Pallas calls do not say.
-    shared = jax.shard_map(
-        run, mesh=mesh, in_specs=(tokens, P(), P(context)), out_specs=tokens, check_vma=False
-    )
+
+    def share(each: slice) -> jax.Array:
+        """Of some of the parts."""
+        # check_vma needs to know over which axes results vary, which Pallas calls do not say.
+        return jax.shard_map(
+            partial(run, epsilons=tuple(epsilons[each])),
+            mesh=mesh,
+            in_specs=(tokens, P(), P(context)),
+            out_specs=tokens,
+            check_vma=False,
+        )(list(parts[each]), list(scales[each]), list(rotations[each]))
+
     if context is None:
-        return shared(list(parts), list(scales), list(rotations))
+        return share(slice(None))
     # A device's shares of the parts are not neighbours in the joint sequence.
-    each = zip(parts, scales, rotations, strict=True)
-    return reference.join([shared(*([x] for x in part)) for part in each])
+    return reference.join([share(slice(i, i + 1)) for i in range(len(parts))])
