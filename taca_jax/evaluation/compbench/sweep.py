@@ -12,6 +12,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -45,11 +46,14 @@ def sweep(config: SweepConfig) -> None:
     """Draws and scores all settings, prints a table for each metric, and writes
     `config.out`/sweep.json.
 
-    If there are several processes, all must call this; each draws a share, and the first scores.
-    Raises UserError for problems that the user can fix, before anything is drawn.
+    If there are several processes, all must call this; each draws a share of every setting's
+    pictures, and scores a share of the settings. Raises UserError for problems that the user can
+    fix, before anything is drawn.
     """
     with joined():
         scoring = config.scoring
+        # On CPUs processes must meet within 30 s at first, and checks may take one longer.
+        wait_for_all("a sweep")
         lists = read_lists(config.prompts, config.categories)
         loras = loras_of(settings(config, 1.0))  # the same ones whatever the model's guidance is
         plain = replace(config, lora=None)
@@ -58,16 +62,16 @@ def sweep(config: SweepConfig) -> None:
         runs = {point: pictures_config(config, point) for point in points}
         for each in runs.values():
             check_folder(each, lists)
-        if is_first():
-            _check_scorers(scoring, config, lists)
+        _check_scorers(scoring, config, lists)
         print_once(f"{len(points)} settings, {_count(config, lists)} pictures each")
         loaded = _Loaded()
         for each in runs.values():
             draw(each, lists, loaded.pipeline_of)
         del loaded  # to make room for the scorers
-        if is_first():
-            _score(scoring, config, lists, runs, stored.settings.guidance)
+        _score(scoring, list(runs.values()))
         wait_for_all("all scores")
+        if is_first():
+            _report(config, lists, runs, stored.settings.guidance)
 
 
 def pictures_config(config: SweepConfig, point: Setting) -> PicturesConfig:
@@ -126,27 +130,31 @@ def _count(config: SweepConfig, lists: Lists) -> int:
     return sum(len(prompts[: config.limit]) for prompts in lists.values()) * config.num_images
 
 
-def _score(
-    scoring: ScoreConfig,
+def _score(scoring: ScoreConfig, runs: Sequence[PicturesConfig]) -> None:
+    """Scores this process's share of the settings."""
+    share = runs[jax.process_index() :: jax.process_count()]
+    judges = open_judges(scoring) if share else []
+    for pictures in share:
+        print(f"{pictures.out}:")
+        score_run(Path(pictures.out), judges, scoring.batch_size)
+
+
+def _report(
     config: SweepConfig,
     lists: Lists,
     runs: Mapping[Setting, PicturesConfig],
     own_guidance: float,
 ) -> None:
-    judges = open_judges(scoring)
     rows: list[dict[str, Any]] = []
     first: Run = {}
     for point, pictures in runs.items():
-        folder = Path(pictures.out)
-        print(f"{point.name}:")
-        score_run(folder, judges, scoring.batch_size)
-        run = read_run(folder)
+        run = read_run(Path(pictures.out))
         if point.taca is None:  # the base of its guidance, which is the first of it
             first = run
         rows.append(
             {
                 "name": point.name,
-                "folder": folder.name,
+                "folder": Path(pictures.out).name,
                 "taca": None if point.taca is None else to_tree(point.taca),
                 "lora": point.lora,
                 "guidance": own_guidance if point.guidance is None else point.guidance,
