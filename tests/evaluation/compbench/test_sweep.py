@@ -14,7 +14,6 @@ from taca_jax.evaluation.compbench.prompts import read_lists
 from taca_jax.evaluation.sweeps import Setting
 from taca_jax.taca import TacaConfig
 from tests.evaluation.compbench.runs import PROMPTS, draw, files_in, write_lists
-from tests.processes import run_cluster
 
 BASE, CENTER, STRONG = (
     "base",
@@ -188,12 +187,3 @@ def test_long_names_are_cut_and_stay_distinct():
     names = {sweep_module.folder_name(Setting(TacaConfig(), lora, None)) for lora in loras}
     assert len(names) == 2
     assert max(map(len, names)) < 120
-
-
-@pytest.mark.slow
-def test_two_processes_make_what_one_does(tmp_path, lists, scorers, swept):
-    out = tmp_path / "sweep"
-    command = ["-m", "taca_jax.evaluation", *words(lists, out, scorers)]
-    for done in run_cluster(*command, processes=2, devices=1):
-        assert done.returncode == 0, done.stderr
-    assert files_in(out) == files_in(swept)
