@@ -5,6 +5,7 @@ python train.py --config flux2_taca data.source=folder:PICTURES
 python generate.py --config flux2_taca prompt="a red cube on a blue sphere"   # lora=none: without
 
 Gamma and threshold are FLUX.1's: they are not from the paper, which did not try FLUX.2.
+`python -m taca_jax.evaluation compbench sweep --config flux2_taca lora=none ...` finds better ones.
 """
 
 from taca_jax import (

@@ -61,6 +61,11 @@ COMMANDS: dict[str, Command] = {
         f"{_COMPBENCH}.score:score",
         "scores them by BLIP-VQA and CLIPScore",
     ),
+    "compbench sweep": Command(
+        f"{_COMPBENCH}.config:SweepConfig",
+        f"{_COMPBENCH}.sweep:sweep",
+        "both for many settings of TACA: finds gamma and threshold",
+    ),
     "compbench report": Command(
         f"{_COMPBENCH}.config:ReportConfig",
         f"{_COMPBENCH}.report:report",

@@ -20,6 +20,7 @@ from taca_jax.data.config import DataConfig
 from taca_jax.errors import UserError
 from taca_jax.evaluation.attention_maps.config import AttentionConfig
 from taca_jax.evaluation.compbench.config import PicturesConfig, ReportConfig, ScoreConfig
+from taca_jax.evaluation.compbench.config import SweepConfig as CompbenchSweepConfig
 from taca_jax.evaluation.shapes.config import EvalConfig, ShapesConfig
 from taca_jax.evaluation.shapes.recogniser_error import RecogniserConfig
 from taca_jax.evaluation.shapes.sweep_config import SweepConfig
@@ -46,7 +47,7 @@ MEASURE = ShapesConfig(base="base")
 PICTURES = PicturesConfig(base="base")
 SCORE = ScoreConfig("run", blip="blip")
 REPORT = ReportConfig(("a", "b"))
-COMPBENCH = (PicturesConfig, ScoreConfig, ReportConfig)
+COMPBENCH = (PicturesConfig, CompbenchSweepConfig, ScoreConfig, ReportConfig)
 EVALUATIONS = (ShapesConfig, SweepConfig, AttentionConfig, RecogniserConfig)
 KINDS = (TrainConfig, GenerateConfig, *EVALUATIONS, *COMPBENCH)
 

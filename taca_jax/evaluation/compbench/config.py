@@ -5,7 +5,14 @@ from typing import Literal
 
 from taca_jax.config.fields import check
 from taca_jax.errors import UserError
-from taca_jax.evaluation.compbench.categories import TABLE, Category
+from taca_jax.evaluation.compbench.categories import (
+    BLIP_VQA,
+    CLIP_SCORE,
+    METRICS,
+    TABLE,
+    Category,
+)
+from taca_jax.evaluation.sweeps import AxesConfig
 from taca_jax.pipelines.config import SamplingConfig
 from taca_jax.sampling.loop import MAX_SEED
 
@@ -15,7 +22,8 @@ class PicturesConfig(SamplingConfig):
     """What `compbench generate` draws.
 
     prompts: the folder of upstream's lists, `color_val.txt` and so on: `examples/dataset` of
-      github.com/Karine-Huang/T2I-CompBench.
+      github.com/Karine-Huang/T2I-CompBench; or a file of other prompts, one a line, for the one
+      category whose scorer is to judge them.
     out: the folder to write to; with the same settings it is completed.
     categories: what to draw of color, shape, texture, spatial, 3d_spatial, numeracy, non_spatial
       and complex.
@@ -75,6 +83,50 @@ class ScoreConfig:
             raise UserError("blip and clip are both none; give the folder of at least one scorer")
         check(bool(self.phrases), "phrases", "empty", "spacy, rules or a JSON file")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class SweepConfig(PicturesConfig, AxesConfig):
+    """Many settings of TACA compared on T2I-CompBench: the same prompts, drawn from the same noise.
+
+    out: the folder for the results, with a folder of `compbench generate` for each setting; an
+      interrupted sweep goes on where it was, and so does one to whose axes values were added.
+    categories: what to draw and score: color, shape and texture by BLIP-VQA, non_spatial by
+      CLIPScore.
+    limit: only the first prompts of each list; none takes all. A larger one goes on too.
+    num_images: pictures of each prompt. More prompts say more than more pictures of each.
+    blip: the folder that `taca-convert blip_vqa` made.
+    clip: the folder that `taca-convert clip_score` made.
+    phrases: as `compbench score` takes them.
+
+    Raises UserError for values out of range.
+    """
+
+    out: str = "runs/compbench_sweep"
+    categories: tuple[Category, ...] = ("color", "shape", "texture")
+    limit: int | None = 20
+    num_images: int = 1
+    blip: str | None = None
+    clip: str | None = None
+    phrases: str = "spacy"
+
+    @property
+    def scoring(self) -> ScoreConfig:
+        """How pictures are scored.
+
+        Raises UserError if no scorer is given, and for categories that none of them judges: not
+        where this is made, since a preset has no scorers.
+        """
+        config = ScoreConfig(self.out, blip=self.blip, clip=self.clip, phrases=self.phrases)
+        given = [BLIP_VQA] * (self.blip is not None) + [CLIP_SCORE] * (self.clip is not None)
+        judged = [category for category, metric in METRICS.items() if metric in given]
+        for category in self.categories:
+            if category not in judged:
+                raise UserError(
+                    f"categories has {category}, which no given scorer judges; they judge "
+                    f"{', '.join(judged)}"
+                )
+        return config
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ devices a picture has the same bytes however often the run is stopped, and whoev
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from taca_jax.evaluation.compbench.folders import (
     picture_name,
     write_prompts,
 )
-from taca_jax.evaluation.compbench.prompts import Lists, read_prompts
+from taca_jax.evaluation.compbench.prompts import Lists, read_lists
 from taca_jax.evaluation.record import check_record, model_files, write_record
 from taca_jax.formats.atomic import whole_file
 from taca_jax.parallel.processes import (
@@ -54,36 +55,58 @@ class Batch:
     numbers: range
 
 
+Open = Callable[[PicturesConfig], Pipeline]
+"""Loads the pipeline of a configuration, with its LoRAs."""
+
+
 def generate(config: PicturesConfig) -> None:
     """Draws what is missing in `config.out`. If there are several processes, all must call this.
 
     Each process draws a share of the batches on its own devices. Raises UserError for problems that
     the user can fix, among them a folder that was drawn with other settings or weights.
     """
+    with joined():
+        lists = read_lists(config.prompts, config.categories)
+        check_evaluation(config, all_prompts(lists))
+        check_folder(config, lists)
+        draw(config, lists, lambda config: load_pipeline(config, local_mesh(config)))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """As one of several processes, if this one was started so: if it fails, it ends at once."""
     join_processes()
     try:
-        _generate(config)
+        yield
     except BaseException:
         do_not_wait_at_exit()
         raise
 
 
-def _generate(config: PicturesConfig) -> None:
-    lists: Lists = {each: read_prompts(Path(config.prompts), each) for each in config.categories}
-    check_evaluation(config, [prompt for prompts in lists.values() for prompt in prompts])
-    out, files = Path(config.out), model_files(config)
-    check_record(out, config, files, free=FREE_FIELDS)
-    check_prompts(out, lists, config.num_images)
+def all_prompts(lists: Lists) -> list[str]:
+    return [prompt for prompts in lists.values() for prompt in prompts]
+
+
+def check_folder(config: PicturesConfig, lists: Lists) -> None:
+    """Raises UserError if `config.out` has pictures of other settings, weights or prompts."""
+    check_record(Path(config.out), config, model_files(config), free=FREE_FIELDS)
+    check_prompts(Path(config.out), lists, config.num_images)
+
+
+def draw(config: PicturesConfig, lists: Lists, opened: Open) -> None:
+    """Draws what is missing in `config.out`, which `check_folder` has seen; `opened` is called if
+    this process has something to draw. Raises UserError if pictures are lost meanwhile."""
+    out = Path(config.out)
     missing = _missing(config, lists)
     total = sum(_count(config, prompts) for prompts in lists.values())
     print_once(f"{out}: {_pictures(missing)} of {total} pictures to draw")
     share = list(missing.items())[jax.process_index() :: jax.process_count()]
-    pipeline = load_pipeline(config, local_mesh(config)) if share else None
+    pipeline = opened(config) if share else None
     # Only now, so that a run that cannot start leaves no record behind, and nobody draws before all
     # have listed what is missing.
     wait_for_all("a run that can begin")
     if is_first():
-        write_record(out, config, files)
+        write_record(out, config, model_files(config))
         write_prompts(out, lists, config.num_images)
     if pipeline is not None:
         console = Console(stderr=True)

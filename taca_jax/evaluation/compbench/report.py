@@ -82,26 +82,31 @@ def _table(runs: Mapping[str, Run], columns: Sequence[str]) -> Table:
         out.add_row(f"{name} *", *cells, end_section=name == list(PUBLISHED)[-1])
     for name, run in runs.items():
         found = means(run)
-        out.add_row(escape(name), *(_mean(found.get(each)) for each in columns))
+        out.add_row(escape(name), *(mean_text(found.get(each)) for each in columns))
     for name, run in list(runs.items())[1:]:
         first = next(iter(runs))
         gaps = differences(runs[first], run)
-        out.add_row(escape(f"{name} against {first}"), *(_gap(gaps.get(each)) for each in columns))
+        out.add_row(
+            escape(f"{name} against {first}"), *(gap_text(gaps.get(each)) for each in columns)
+        )
     return out
 
 
-def _mean(mean: Mean | None) -> str:
+def mean_text(mean: Mean | None) -> str:
+    """A mean and, under it, its interval."""
     if mean is None:
         return ""
     interval = "" if mean.low is None else f"\n({mean.low:.4f} to {mean.high:.4f})"
     return f"{mean.value:.4f}{interval}"
 
 
-def _gap(gap: MeanDifference | None) -> str:
+def gap_text(gap: MeanDifference | None) -> str:
+    """A difference and, under it, its interval and p-value."""
     if gap is None:
         return ""
-    interval = f"\n({gap.low:+.4f} to {gap.high:+.4f})\np = {gap.p_value:.2g}"
-    return f"{gap.value:+.4f}{'' if gap.low is None else interval}"
+    if gap.low is None:
+        return f"{gap.value:+.4f}"
+    return f"{gap.value:+.4f}\n({gap.low:+.4f} to {gap.high:+.4f})\np = {gap.p_value:.2g}"
 
 
 def notes(runs: Mapping[str, Run]) -> list[str]:

@@ -1,6 +1,6 @@
 """`compbench score`: scores pictures by BLIP-VQA and CLIPScore, and writes upstream's results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +44,12 @@ def score(config: ScoreConfig) -> None:
     A picture whose file has changed is scored anew. Raises UserError for problems that the user can
     fix, before any picture is scored.
     """
-    run = Path(config.pictures)
+    score_run(Path(config.pictures), open_judges(config), config.batch_size)
+
+
+def score_run(run: Path, judges: Sequence[Judge], batch_size: int) -> None:
+    """`score` of a run's folder by judges that are there."""
     there = categories_in(run)
-    judges = _judges(config)
     work = [
         _open(judge, each, run) for judge in judges for each in judge.categories if each in there
     ]
@@ -54,14 +57,16 @@ def score(config: ScoreConfig) -> None:
         known = ", ".join(each for judge in judges for each in judge.categories)
         raise UserError(f"{run} has no pictures of {known}, which the given scorers judge")
     for each in work:
-        _score(each, config.batch_size)
+        _score(each, batch_size)
     for category in there:
         metric, file = METRICS[category].name, result_file(run / category, METRICS[category])
         if category not in [each.category for each in work] and not file.is_file():
             print(f"{category}: no {metric} yet; `compbench report` expects it in {file}")
 
 
-def _judges(config: ScoreConfig) -> list[Judge]:
+def open_judges(config: ScoreConfig) -> list[Judge]:
+    """The scorers that are given, loaded. Raises UserError for ones that are not there, or not
+    what they should be."""
     judges: list[Judge] = []
     if config.blip is not None:
         judges.append(BLIPJudge(Path(config.blip), config.dtype, config.phrases))

@@ -1,20 +1,17 @@
 """The configurations of the evaluations on shapes."""
 
-import math
 from dataclasses import dataclass
 
-from taca_jax.config.fields import check, show
+from taca_jax.config.fields import check
 from taca_jax.errors import UserError
+from taca_jax.evaluation.sweeps import check_guidances
 from taca_jax.pipelines.config import SamplingConfig
 
 
 def check_size(prefix: str, prompts: int, guidances: tuple[float, ...], batch_size: int) -> None:
     """Raises UserError for values of these fields, in the group `prefix`, that are out of range."""
     check(prompts >= 1, f"{prefix}prompts", prompts, "1 or more per category")
-    for guidance in guidances:
-        check(0 <= guidance < math.inf, f"{prefix}guidances", guidance, "0 or more each")
-    distinct = len(set(guidances)) == len(guidances)
-    check(distinct, f"{prefix}guidances", show(guidances), "distinct numbers")
+    check_guidances(f"{prefix}guidances", guidances)
     check(batch_size >= 1, f"{prefix}batch_size", batch_size, "1 or more")
 
 

@@ -10,9 +10,6 @@ from rich.table import Table
 from taca_jax.evaluation.shapes.alignment import Alignment
 from taca_jax.evaluation.statistics import paired_difference, share_interval
 
-EACH_ALONE = "intervals and p-values are of each setting alone, not corrected for their number"
-"""What a reader of many settings must know."""
-
 LISTED = 3
 """Prompts of each category that `best_prompts` lists."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from taca_jax.evaluation.shapes.halves import HELD_OUT, SEEN
-from taca_jax.evaluation.shapes.report import EACH_ALONE
+from taca_jax.evaluation.sweeps import EACH_ALONE
 from taca_jax.formats.atomic import whole_file
 
 _ROW = 0.32  # inches

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taca_jax.convert.cli import main as convert
 from taca_jax.errors import UserError
 from taca_jax.evaluation.commands import run
 from taca_jax.evaluation.compbench import judges
@@ -16,7 +15,6 @@ from taca_jax.evaluation.compbench.folders import picture_name
 from taca_jax.evaluation.compbench.phrases import by_rules
 from tests.evaluation.weights import change_last_byte
 from tests.scorers import originals
-from tests.shared import shared_path
 
 PROMPTS = {
     "color": ("a green bench and a red car", 'A red, "b" car (on a green bench).', "a car"),
@@ -36,28 +34,6 @@ def pictures(tmp_path_factory) -> Path:
             name = picture_name(prompts[number // 2], number)
             Image.fromarray(pixels).save(folder / category / "samples" / name)
     (folder / "spatial").mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> Path:
-    """Tiny originals, with their tokenizers."""
-    tokenizer = shared_path("assets/clip_tokenizer")
-    folder = tmp_path_factory.mktemp("sources")
-    originals.blip().save_pretrained(folder / "blip")
-    originals.bert_tokenizer(folder / "blip")
-    text = originals.CLIP_TEXT | {"vocab_size": 49408, "max_position_embeddings": 77}
-    originals.clip(text).save_pretrained(folder / "clip")
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(tokenizer / name, folder / "clip")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def scorers(tmp_path_factory, sources) -> Path:
-    folder = tmp_path_factory.mktemp("scorers")
-    for command, name in {"blip_vqa": "blip", "clip_score": "clip"}.items():
-        convert([command, "--src", str(sources / name), "--dst", str(folder / name)])
     return folder
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from taca_jax.config.json_text import to_json
 from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes import sweep as sweep_module
-from taca_jax.evaluation.shapes.sweep import settings, sweep
+from taca_jax.evaluation.shapes.sweep import sweep
 from taca_jax.evaluation.shapes.sweep_config import SweepConfig
+from taca_jax.evaluation.sweeps import settings
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.shipped import find_weights
 from tests.evaluation.shapes.painter import Painter, grey, right
