@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from taca_jax.caches import cache_folder
 from taca_jax.errors import UserError
 from taca_jax.storage.places import SCHEME, Stat, read_bytes, reason
 from taca_jax.telling.bars import bar
@@ -27,9 +28,7 @@ _CONNECTIONS = 8
 
 def copy_of(path: "epath.Path") -> Path:
     """Where the copy of an object or a folder of a bucket is, if it has been fetched."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    name = str(path).removeprefix(SCHEME)
-    return Path(cache).expanduser() / "taca_jax" / "buckets" / name
+    return cache_folder("buckets") / str(path).removeprefix(SCHEME)
 
 
 def fetch(folder: "epath.Path", files: Mapping[str, Stat], *, quiet: bool = False) -> Path:
