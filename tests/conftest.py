@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 from taca_jax.telling.processor import processor
@@ -44,3 +45,18 @@ def pytest_sessionstart(session):
         return
     if sum(file.stat().st_size for file in COMPILED.glob("*-cache")) > MOST_COMPILED_BYTES:
         shutil.rmtree(COMPILED)
+
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Linux gives a process 65,530 mappings of memory, and each compiled program takes three: a
+    single worker that runs all tests would end in a segmentation fault of the compiler."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax  # here, after the variables above are set
+
+        jax.clear_caches()

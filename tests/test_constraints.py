@@ -28,7 +28,9 @@ def pinned(python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_every_requirement_has_a_version_within_its_bounds(python):
     pins = pinned(python)
-    for line in PROJECT["dependencies"]:
+    for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]):
         needed = Requirement(line)
+        if needed.name == "libtpu":  # left to jax[tpu]
+            continue
         version = pins.get(canonicalize_name(needed.name), "none")
         assert needed.specifier.contains(version), f"{line} on Python {python}: {version}"

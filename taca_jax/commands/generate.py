@@ -22,11 +22,12 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
         program=program,
     )
     # These imports take seconds, as in train.py.
-    from taca_jax.pipelines.generate import generate
-    from taca_jax.planning.drawing import plan_drawing
     from taca_jax.telling.command import begin
 
     begin(keep=config.plan is None)
+    from taca_jax.pipelines.generate import generate
+    from taca_jax.planning.drawing import plan_drawing
+
     with ending_in_one_line("stopped; pictures reported as written are complete"):
         if config.plan is None:
             generate(config)

@@ -23,9 +23,10 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
         program=program,
     )
     # These imports take seconds, as in training.
-    from taca_jax.page.serve import serve
     from taca_jax.telling.command import begin
 
     begin()
+    from taca_jax.page.serve import serve
+
     with ending_in_one_line("stopped"):
         serve(config)

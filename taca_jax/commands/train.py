@@ -16,11 +16,12 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     config = parse_cli(sys.argv[1:] if argv is None else argv, TrainConfig, program=program)
     # Imports take seconds: a mistyped key is reported before these, and what is wrong with a run
     # before those that train it.
-    from taca_jax.parallel.processes import print_once
     from taca_jax.telling.command import begin
-    from taca_jax.training.checks import check_run
 
     begin(keep=config.plan is None)
+    from taca_jax.parallel.processes import print_once
+    from taca_jax.training.checks import check_run
+
     with ending_in_one_line(f"stopped; go on with resume=true out_dir={config.run_dir}"):
         if config.plan is not None:
             from taca_jax.planning.plan import plan

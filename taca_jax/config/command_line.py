@@ -153,6 +153,8 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": "the folder in which compiled programs are kept for the next "
     "start, by default ~/.cache/taca_jax/compiled; `none` keeps none",
     "JAX_PLATFORMS": "the devices to use: `tpu`, `cuda` or `cpu`; by default the fastest there are",
+    "XDG_CACHE_HOME": "the folder for what can be made or fetched again, by default ~/.cache: "
+    "compiled programs, the shapes data set, copies of files in buckets",
     "HF_HOME": "the folder of the hub's cache and token; HF_HUB_OFFLINE=1 fetches nothing",
 }
 """Environment variables that the help names."""

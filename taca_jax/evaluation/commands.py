@@ -109,9 +109,8 @@ def run(argv: Sequence[str], program: str = "taca-eval") -> None:
         program=f"{program} {name}",
     )
     # Imported only now: these take seconds, as in train.py.
-    function, begin = _named(command.run), _named("taca_jax.telling.command:begin")
-    begin()
-    function(config)
+    _named("taca_jax.telling.command:begin")()
+    _named(command.run)(config)
 
 
 def _help(program: str) -> str:

@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 from huggingface_hub.utils import disable_progress_bars
+from rich.filesize import decimal
 
 from taca_jax.errors import UserError
 from taca_jax.hub.ids import FORMS, HubId, Select, shown
@@ -129,9 +130,9 @@ def _fetched(found: HubId, select: Select, sizes: Mapping[str, int], commit: str
         if not isinstance(try_to_load_from_cache(found.repo, name, revision=commit), str)
     ]
     if absent:
-        size = sum(sizes[name] for name in absent) / 1e9
+        size = decimal(sum(sizes[name] for name in absent))
         files = f"{len(absent)} files" if len(absent) > 1 else absent[0]
-        _LOG.warning("fetching %s (%.2f GB) of %s", files, size, found.repo)
+        _LOG.warning("fetching %s (%s) of %s", files, size, found.repo)
     return _downloaded(found, selection.files) / selection.opened
 
 

@@ -51,7 +51,9 @@ def write_picture(
     if quiet:
         return
     factor = shown.width // picture.width
-    times = "" if factor == 1 else f" ({picture.width} x {picture.height} pixels, {factor} times)"
+    times = (
+        "" if factor == 1 else f" ({picture.width} x {picture.height} px, enlarged {factor} times)"
+    )
     print(f"wrote {path}{times}{counted}")
 
 

@@ -10,6 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
+from taca_jax.caches import cache_folder
 from taca_jax.errors import UserError
 from taca_jax.storage.places import SCHEME, Stat, read_bytes, reason
 from taca_jax.telling.bars import bar
@@ -27,9 +30,7 @@ _CONNECTIONS = 8
 
 def copy_of(path: "epath.Path") -> Path:
     """Where the copy of an object or a folder of a bucket is, if it has been fetched."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    name = str(path).removeprefix(SCHEME)
-    return Path(cache).expanduser() / "taca_jax" / "buckets" / name
+    return cache_folder("buckets") / str(path).removeprefix(SCHEME)
 
 
 def fetch(folder: "epath.Path", files: Mapping[str, Stat], *, quiet: bool = False) -> Path:
@@ -47,12 +48,12 @@ def fetch(folder: "epath.Path", files: Mapping[str, Stat], *, quiet: bool = Fals
     copy.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(copy).free) < size:
         raise UserError(
-            f"{folder} takes {size / 1e9:.1f} GB in {copy}, where {free / 1e9:.1f} GB are free; "
+            f"{folder} takes {decimal(size)} in {copy}, where {decimal(free)} are free; "
             "make room there, or set XDG_CACHE_HOME to a folder of a larger disk"
         )
     shown = f"{len(absent)} files" if len(absent) > 1 else next(iter(absent))
     if not quiet:
-        _LOG.warning("fetching %s (%.2f GB) of %s", shown, size / 1e9, folder)
+        _LOG.warning("fetching %s (%s) of %s", shown, decimal(size), folder)
     with nullcontext(lambda _: None) if quiet else bar("fetching", size, "bytes") as advance:
         for name, stat in absent.items():
             try:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeVar
 
 import jax
@@ -61,7 +61,7 @@ def bar(what: str, total: int, unit: Unit = "items") -> Iterator[Callable[[int],
         speed_estimate_period=SPEED_SECONDS,
     )
     lines = _Lines(what, total, unit, console)
-    with progress:
+    with progress if console.is_terminal else nullcontext():  # Rich below 15 ends with a blank line
         task = progress.add_task(what, total=total)
 
         def advance(amount: int) -> None:

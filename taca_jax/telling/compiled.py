@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from filelock import FileLock, Timeout
 
+from taca_jax.caches import cache_folder
 from taca_jax.parallel.processes import print_once
 from taca_jax.telling.processor import processor
 from taca_jax.telling.start import wrapped
@@ -49,8 +50,7 @@ _unsaid: list[str] = []
 def default_folder() -> Path:
     """Where compiled programs are kept unless the variable says otherwise. Each kind of processor
     has its own: a home may be shared, and programs for the CPU use what their machine can."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "taca_jax" / "compiled" / processor()
+    return cache_folder("compiled") / processor()
 
 
 def keep_programs() -> None:

@@ -46,9 +46,9 @@ def say_trained(config: TrainConfig, trained: nnx.State) -> None:
     if config.gamma_knots is not None:
         kinds.append(f"gamma by {config.gamma_knots} knots")
     what = " and ".join(kinds) or "all of the model"
-    pictures = config.data.batch_size * config.grad_accumulation
+    batch = config.data.batch_size * config.grad_accumulation
+    pictures = "1 picture" if batch == 1 else f"{batch} pictures"
     say_fact(
         "trains",
-        f"{what}: {count} parameters, {config.steps} steps of {pictures} pictures, into "
-        f"{config.run_dir}",
+        f"{what}: {count} parameters, {config.steps} steps of {pictures}, into {config.run_dir}",
     )

@@ -78,7 +78,8 @@ class RunLog:
         self._last_line = 0.0
 
     def __enter__(self) -> "RunLog":
-        self._progress.start()
+        if self.console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(
@@ -87,7 +88,8 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        if self.console.is_terminal:
+            self._progress.stop()
         self._file.close()
         self._board.close()
         if self._wandb is not None:

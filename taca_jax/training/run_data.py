@@ -63,14 +63,13 @@ def first_captions(data: Examples[Source]) -> list[str]:
 def check_grids(buckets: Sequence[Bucket], models: RunModels) -> None:
     """Raises UserError for a bucket whose pictures the model cannot take."""
     for bucket in buckets:
-        if bucket.size is None:
-            continue
-        rows, columns = (side // models.multiple for side in bucket.size)
+        side = models.config.data.resolution
+        height, width = bucket.size or (side, side)
+        rows, columns = height // models.multiple, width // models.multiple
         try:
             models.family.check_grid(models.transformer, rows, columns)
         except UserError as error:
-            height, width = bucket.size
-            raise UserError(
-                f"a bucket has pictures of {height} x {width} pixels: {error}; lower "
-                "data.max_aspect or data.resolution"
-            ) from None
+            what, keys = "pictures", "data.resolution"
+            if bucket.size is not None:
+                what, keys = "a bucket has pictures", "data.max_aspect or data.resolution"
+            raise UserError(f"{what} of {height} x {width} pixels: {error}; lower {keys}") from None

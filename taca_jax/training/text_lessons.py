@@ -16,15 +16,14 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
-from rich.console import Console
-from rich.progress import track
 
 from taca_jax.data.shapes.captions import CATEGORIES
 from taca_jax.data.shapes.drawing import pick
 from taca_jax.data.shapes.examples import random_description
 from taca_jax.data.shapes.labels import NO_PHRASE, WORD_CLASSES, label_words
 from taca_jax.parallel.mesh import on
-from taca_jax.parallel.processes import is_first, print_once
+from taca_jax.parallel.processes import print_once
+from taca_jax.telling.bars import shown
 from taca_jax.text.encoders import TextEncoder
 from taca_jax.text.tokenizers import Tokenizer
 from taca_jax.training.features import Readout, label_loss
@@ -95,13 +94,7 @@ def _teach(models: RunModels, inputs: InputModels, steps: int) -> float:
     with on(models.mesh):
         state = jax.jit(optimizer.init)(params)
         value = jnp.inf
-        shown = track(
-            range(steps),
-            "teaching the text encoder",
-            console=Console(stderr=True),
-            disable=not is_first(),
-        )
-        for _ in shown:
+        for _ in shown(range(steps), "teaching the text encoder", steps):
             params, state, value = step(params, state, *next(batches))
     nnx.update(lesson, params)
     return float(value)

@@ -85,7 +85,7 @@ def open_folder(src: Path, family: Family | None = None, **fields: Any) -> Origi
         schedule = family.diffusers.schedule_of(settings)
     else:
         schedule = family.schedule_of(config)
-        notes.append(f"{src} has no scheduler; the published noise levels are taken: {schedule}")
+        notes.append(f"{src} has no scheduler; the published noise levels are taken")
     return OriginalPipeline(models, schedule, src, tuple(notes))
 
 

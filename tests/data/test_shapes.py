@@ -341,5 +341,5 @@ def test_unusable_arguments_of_load_are_users_errors(tmp_path, monkeypatch):
         load("tiny", "train", tmp_path / "file")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs 0 MiB in .* 0 MiB are free: give another data_dir"):
+    with pytest.raises(UserError, match=r"needs 0 MiB in .* 0 MiB are free; let XDG_CACHE_HOME"):
         load("tiny", "train", tmp_path)

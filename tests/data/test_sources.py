@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from taca_jax.data.config import DataConfig
-from taca_jax.data.shapes import dataset
 from taca_jax.data.shapes.captions import parse_caption
 from taca_jax.data.sources.bad_examples import BadExampleError, BadExamples
 from taca_jax.data.sources.decoding import read_picture
@@ -49,9 +48,10 @@ def write_table(root, *records):
 
 
 def test_generated_and_stored_shapes_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "DEFAULT_DATA_DIR", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     stored = open_source(DataConfig("tfds:shapes/tiny"))
     drawn = open_source(DataConfig("generated:shapes/64"))
+    assert (tmp_path / "taca_jax" / "tfds" / "shapes").is_dir()
     assert len(stored) == len(drawn) == 64
     for i in (0, 17, 63):
         assert stored[i]["image"].shape == (40, 40, 3)

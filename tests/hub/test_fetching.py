@@ -34,7 +34,7 @@ def test_what_is_selected_is_fetched_once_and_linked(hub, cache, caplog):
     assert (folder / "config.json").is_symlink()
     assert folder.is_relative_to(cache / "models--owner--repo" / "snapshots")
     assert hub.fetched == {"config.json", "a/w[1].safetensors"}
-    assert "fetching 2 files (0.00 GB) of owner/repo" in caplog.text
+    assert "fetching 2 files (4 bytes) of owner/repo" in caplog.text
     asked = len(hub.asked)
     assert fetch(REPO, everything) != fetch(HubId("owner/repo", None, "a"), everything)
     del hub.asked[:asked]

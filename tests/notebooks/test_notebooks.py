@@ -68,8 +68,6 @@ PROGRAMS = ("generate", "train", "eval attention")
     ids=lambda path: path.name,
 )
 def test_addresses_are_those_of_the_repository(page):
-    """If it fails because pyproject.toml was given the repository's address, replace OWNER/taca_jax
-    in the notebooks and docs/tutorials/colab.md."""
     owner_and_name = r"([\w.-]+/[\w.-]+?)"
     text = page.read_text()
     links = re.findall(
@@ -84,6 +82,19 @@ def test_addresses_are_those_of_the_repository(page):
     installed = re.findall(rf"git\+https://github\.com/{owner_and_name}(?:\.git)?[\"'\\]", text)
     assert len(installed) == (page in NOTEBOOKS)
     assert {*installed, *(found for found, _ in links)} == {repository()}
+
+
+def test_no_page_has_another_address():
+    """If it fails because pyproject.toml was given the repository's address, replace OWNER/taca_jax
+    in the files that it names."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*.cff"), *ROOT.glob("docs/**/*.md"), *NOTEBOOKS]
+    other = [
+        str(page.relative_to(ROOT))
+        for page in pages
+        for found in re.findall(r"github(?:\.com)?/([\w.-]+/taca[_-]jax)\b", page.read_text())
+        if found != repository()
+    ]
+    assert not other
 
 
 def run(notebook, folder: Path, stand_in: str, monkeypatch) -> list[str]:

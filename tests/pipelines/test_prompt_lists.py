@@ -100,7 +100,7 @@ def test_what_is_missing_is_drawn_again_to_the_byte(tmp_path, file, whole, monke
     assert len(generate(config(tmp_path, file, progress=False))) == 3
     said = capsys.readouterr().out
     assert "3 prompts; 2 of 3 pictures to draw" in said
-    assert "00003-000.png (40 x 40 pixels, 13 times), 1 of 2\n" in said
+    assert "00003-000.png (40 x 40 px, enlarged 13 times), 1 of 2\n" in said
     assert kept.stat().st_mtime_ns == time
     assert contents(tmp_path) == contents(whole)
     (tmp_path / "00003-000.png").unlink()

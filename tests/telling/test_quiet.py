@@ -30,6 +30,25 @@ def test_logs_and_warnings_are_plain_lines():
     ]
 
 
+@pytest.mark.parametrize("program", ["generate", "page", "train"])
+def test_a_program_sets_logs_up_before_libraries_do(program):
+    """Orbax logs as it is imported, for which absl gives the root logger a handler of its own."""
+    script = f"""
+import logging
+from taca_jax.commands.{program} import main
+from taca_jax.telling import command
+
+def begin(**options):
+    assert not logging.root.handlers
+    raise SystemExit(7)
+
+command.begin = begin
+main(["--config", "shapes_taca", *{{"generate": ["prompt=a"]}}.get("{program}", [])])
+"""
+    done = run_python("-c", script)
+    assert done.returncode == 7, done.stderr
+
+
 @pytest.mark.skipif(quiet.has_tpu_chips(), reason="there is a TPU, or what looks like one")
 def test_libtpu_is_quiet_without_a_tpu():
     pytest.importorskip("libtpu")

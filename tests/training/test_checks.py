@@ -23,6 +23,7 @@ from taca_jax.weights.shipped import find_weights
 from tests.random_models import random_model
 from tests.refusals import refusal
 from tests.training.tiny import lora_changes, tiny_config, tiny_pipeline
+from tests.weights import small_sd3
 from tests.weights.small_flux import write_diffusers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,7 @@ def folder(tmp_path_factory) -> Path:
     for name, gone in lacking.items():
         shutil.copytree(flux, root / name)
         shutil.rmtree(root / name / gone)
+    small_sd3.write_diffusers(root / "sd3")
     save_model(root / "taef1", random_model(TAEF1))
     layer = "transformer.transformer_blocks.0.attn.to_q"
     for width, rank in ((32, 8), (3072, 4)):
@@ -114,6 +116,11 @@ MISTAKES = [
     ),
     (FLUX, {"base": "no_text"}, "base=no_text lacks text encoders (FLUX.1 has CLIP and T5)"),
     (FLUX, {"base": "no_tokenizer"}, "no_tokenizer/tokenizer_2 is not there; it is the tokenizer"),
+    (
+        FLUX,
+        {"base": "sd3", "data.resolution": "128"},
+        "this model has positions for 8 x 8 at most: take a smaller one; lower data.resolution",
+    ),
     (FLUX, {"base": "no_vae"}, "base=no_vae lacks an autoencoder (autoencoder=FOLDER)"),
 ]
 

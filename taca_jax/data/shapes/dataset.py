@@ -19,13 +19,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from taca_jax.caches import cache_folder
 from taca_jax.data.shapes.drawing import IMAGE_SIZE
 from taca_jax.data.shapes.examples import SPLITS, Example, GeneratedShapes
 from taca_jax.errors import UserError
 from taca_jax.loggers import silenced
 from taca_jax.telling.bars import shown
 
-DEFAULT_DATA_DIR = Path("~/.cache/taca_jax/tfds")
 _SEED = 0
 _BYTES_PER_EXAMPLE = 1100  # needed by a build, which writes every example twice
 
@@ -112,9 +112,10 @@ class StoredShapes:
 def load(
     config: Literal["small", "large", "tiny"] = "small",
     split: str = "train",
-    data_dir: str | os.PathLike[str] = DEFAULT_DATA_DIR,
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> StoredShapes:
-    """A split of the data set under `data_dir`, which is built there on first use.
+    """A split of the data set under `data_dir`, by default `~/.cache/taca_jax/tfds`, which is built
+    there on first use.
 
     Other processes wait for the one that builds, and what an interrupted build has left is removed.
     Raises UserError for an unknown config or split, a folder that cannot be written, a disk with
@@ -125,7 +126,7 @@ def load(
         raise UserError(f"shapes config {config!r} is not one of {', '.join(configs)}")
     if split not in SPLITS:
         raise UserError(f"shapes split {split!r} is not one of {', '.join(SPLITS)}")
-    root = Path(data_dir).expanduser()
+    root = Path(data_dir).expanduser() if data_dir else cache_folder("tfds")
     folder = root / Shapes.name / config / str(Shapes.VERSION)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -164,9 +165,9 @@ def _build(config: str, root: Path, folder: Path) -> None:
     if free < needed:
         raise UserError(
             f"the shapes data set {config!r} needs {needed / 2**20:.0f} MiB in {root}, "
-            f"where {free / 2**20:.0f} MiB are free: give another data_dir"
+            f"where {free / 2**20:.0f} MiB are free; let XDG_CACHE_HOME name another disk"
         )
-    counts = ", ".join(f"{getattr(sizes, split)} {split}" for split in SPLITS)
+    counts = ", ".join(f"{getattr(sizes, split):,} {split}" for split in SPLITS)
     print(f"building the shapes data set ({counts} examples), once: {folder}", file=sys.stderr)
     tfds.disable_progress_bar()  # it counts shards and downloads; ours counts examples
     try:

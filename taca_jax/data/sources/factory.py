@@ -96,5 +96,5 @@ def _open_shapes(source: str, kind: str, place: str, data: DataConfig, patch: in
     from taca_jax.data.shapes import dataset  # here for the same reason
 
     # `load` refuses an unknown size.
-    stored = dataset.load(rest or "small", "train", dataset.DEFAULT_DATA_DIR)  # pyright: ignore[reportArgumentType]
+    stored = dataset.load(rest or "small", "train")  # pyright: ignore[reportArgumentType]
     return cast(Source, stored)  # its examples have one caption, where others may have several

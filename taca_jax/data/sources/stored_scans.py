@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from taca_jax.caches import cache_folder
 from taca_jax.errors import UserError
 from taca_jax.formats.atomic import whole_file
 from taca_jax.storage.places import Place, Stat, in_bucket, stats
@@ -30,9 +31,8 @@ def scan_once(
     (`stamp_of`). scan: gives the array, and whether all files could be read; if the system refused
     one, which may pass, the result is not stored.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     digest = hashlib.sha256(repr(rules).encode() + b"\n" + stamp).hexdigest()[:32]
-    folder = Path(cache).expanduser() / "taca_jax" / "data" / digest[:2]
+    folder = cache_folder("data") / digest[:2]
     path = folder / f"{name}-{digest[2:]}.npy"
     try:
         return np.load(path, allow_pickle=False)

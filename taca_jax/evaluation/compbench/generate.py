@@ -15,8 +15,6 @@ from pathlib import Path
 import jax
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from rich.console import Console
-from rich.progress import track
 
 from taca_jax.config.json_text import to_tree
 from taca_jax.errors import UserError
@@ -42,6 +40,7 @@ from taca_jax.pipelines.checks import check_evaluation
 from taca_jax.pipelines.generate import load_pipeline, local_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.writing import png_info
+from taca_jax.telling.bars import shown
 
 FREE_FIELDS = ("prompts", "out", "categories", "limit")
 """Fields that may change while a folder is completed; none of them changes a picture."""
@@ -109,8 +108,7 @@ def draw(config: PicturesConfig, lists: Lists, opened: Open) -> None:
         write_record(out, config, model_files(config))
         write_prompts(out, lists, config.num_images)
     if pipeline is not None:
-        console = Console(stderr=True)
-        for batch, wanted in track(share, "drawing", console=console, disable=not is_first()):
+        for batch, wanted in shown(share, "drawing batches", len(share)):
             _draw(pipeline, config, lists, batch, wanted)
     wait_for_all("all pictures")
     if left := _pictures(_missing(config, lists)):

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from taca_jax.errors import UserError
 from taca_jax.evaluation.compbench.categories import METRICS
@@ -21,6 +19,7 @@ from taca_jax.evaluation.compbench.folders import (
 from taca_jax.evaluation.compbench.journal import JOURNAL, Journal
 from taca_jax.evaluation.compbench.judges import BLIPJudge, CLIPJudge, Judge
 from taca_jax.evaluation.digests import file_digest
+from taca_jax.telling.bars import shown
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,14 @@ def _score(work: Work, batch_size: int) -> None:
     if journal is None:
         print(f"{category}: {work.result} is of another program, and is left as it is")
         return
-    console = Console(stderr=True)
-    looked_at = track(pictures.items(), f"{category}: which pictures are new", console=console)
+    looked_at = shown(pictures.items(), f"{category}: which pictures are new", len(pictures))
     digests = {number: file_digest(path) for number, path in looked_at}
     done = journal.scores_of(digests)
     left = [number for number in pictures if number not in done]
     if left:
         work.result.unlink(missing_ok=True)  # it is not of these pictures
-    for start in track(range(0, len(left), batch_size), category, console=console):
+    starts = range(0, len(left), batch_size)
+    for start in shown(starts, f"{category}: scoring batches", len(starts)):
         numbers = left[start : start + batch_size]
         filled = numbers + numbers[-1:] * (batch_size - len(numbers))  # one shape, one program
         found = work.judge.scores([pictures[n] for n in filled], [prompts[n] for n in filled])

@@ -100,6 +100,7 @@ def _report(
         grid.save(file, format="PNG")
     for name, rows in halves.items():
         _print(table(name, rows))
+    print(f"wrote {folder / 'evaluation.json'} and {folder / 'evaluation.png'}")
     if len(set(at.values())) > 1:
         best = best_guidance(alignments, which)
         print(f"best on seen compositions: guidance {best:g}; the model's own is {own:g}")

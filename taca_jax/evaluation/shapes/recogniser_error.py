@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from scipy import ndimage
 
@@ -27,6 +26,7 @@ from taca_jax.errors import UserError
 from taca_jax.evaluation.shapes.recogniser import FoundObject, judge, read_scene
 from taca_jax.evaluation.statistics import share_interval
 from taca_jax.formats.atomic import whole_file
+from taca_jax.telling.bars import shown
 
 ATTRIBUTES = {"color": COLORS, "shape": SHAPES, "texture": (PLAIN, *SAID_TEXTURES)}
 """What an object has, and the values that each may take."""
@@ -131,7 +131,7 @@ def measure(config: RecogniserConfig) -> dict[Damage, Counts]:
     others = _captions_of_others(scenes)
     return {
         damage: _count(damage, scenes, others, config.seed)
-        for damage in track(kinds, "judging pictures")
+        for damage in shown(kinds, "judging pictures", len(kinds))
     }
 
 

@@ -275,11 +275,10 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: Float[Array, "b s d"], inputs: Flux2Inputs) -> Float[Array, "b s d"]:
         shift, scale, gate = inputs.single_mod
         b, s, hidden = x.shape
-        qkv, mlp = self.qkv_mlp.in_parts(
-            modulate(x, shift, scale), inputs.lora_scale, ends=(3 * hidden,)
+        *qkv, mlp = self.qkv_mlp.in_parts(
+            modulate(x, shift, scale), inputs.lora_scale, ends=(hidden, 2 * hidden, 3 * hidden)
         )
-        qkv = jnp.split(keepable(qkv, QKV_PRODUCTS), 3, axis=-1)
-        q, k, v = (each.reshape(b, s, self.num_heads, -1) for each in qkv)
+        q, k, v = (each.reshape(b, s, self.num_heads, -1) for each in keepable(qkv, QKV_PRODUCTS))
         q = norm_rotate((q,), (self.q_norm,), inputs.rotation)
         k = norm_rotate((k,), (self.k_norm,), inputs.rotation)
         mlp = swiglu(keepable(mlp, MLP_PRODUCTS))

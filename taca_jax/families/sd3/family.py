@@ -59,7 +59,7 @@ def _check_grid(config: SD3Config, rows: int, columns: int) -> None:
     if max(rows, columns) > size:
         raise UserError(
             f"the picture is {rows} x {columns} tokens; this model has positions for {size} x "
-            f"{size} at most: draw a smaller one"
+            f"{size} at most: take a smaller one"
         )
 
 
