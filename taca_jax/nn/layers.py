@@ -11,8 +11,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from taca_jax.attention.keeping import keepable
 from taca_jax.nn.fusion import gradient_written_once, written_once
 from taca_jax.nn.low_bit import low_bit_matmul
+from taca_jax.nn.stacking import LORA_PRODUCTS
 
 TIMESTEP_CHANNELS = 256
 """Sinusoidal channels of a time or guidance embedding, in FLUX and SD3 alike."""
@@ -155,6 +157,7 @@ class Linear(nnx.Module):
             made = [y + bias.astype(self.dtype) for y, bias in zip(made, biases, strict=True)]
         if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:
             down = _matmul_parts(inputs, self.lora_a[...].astype(self.dtype))
+            down = keepable(down, LORA_PRODUCTS)
             gate = self._by_rank(lora_scale) * self.lora_alpha_over_rank
             gate = gate.reshape(len(gate), *(1,) * (down.ndim - 2), -1).astype(self.dtype)
             ups = [factor.astype(self.dtype) for factor in _columns(self.lora_b, ends)]

@@ -14,17 +14,18 @@ from taca_jax.parallel.rules import ShardingTable, are_gathered, gather
 Remat = Literal["none", "attention+qkv+mlp", "attention+qkv", "attention", "full"]
 """What the backward pass recomputes: nothing, or each block from its inputs, but for what is kept:
 its attention (output and softmax sums), the products that make queries, keys and values, and those
-that the MLP begins with. `full` keeps nothing. From the most memory to the least."""
+that the MLP begins with. `full` keeps nothing; all others keep LoRAs' inner products, which take
+little room but whole inputs to compute. From the most memory to the least."""
 
 RematChoice = Literal["auto", Remat]
 """`auto` leaves it to the memory of the devices."""
 
-QKV_PRODUCTS, MLP_PRODUCTS = "qkv", "mlp"
+QKV_PRODUCTS, MLP_PRODUCTS, LORA_PRODUCTS = "qkv", "mlp", "lora"
 """Names of products that can be kept, as `keeping.ATTENTION` is."""
 KEPT: dict[Remat, tuple[str, ...]] = {
-    "attention+qkv+mlp": (ATTENTION, QKV_PRODUCTS, MLP_PRODUCTS),
-    "attention+qkv": (ATTENTION, QKV_PRODUCTS),
-    "attention": (ATTENTION,),
+    "attention+qkv+mlp": (ATTENTION, LORA_PRODUCTS, QKV_PRODUCTS, MLP_PRODUCTS),
+    "attention+qkv": (ATTENTION, LORA_PRODUCTS, QKV_PRODUCTS),
+    "attention": (ATTENTION, LORA_PRODUCTS),
     "full": (),
 }
 """The names of what is kept, where blocks are recomputed."""
