@@ -25,6 +25,7 @@ from taca_jax.nn.layers import (
     gated,
     gelu,
     modulate,
+    of_one_input,
 )
 from taca_jax.nn.norm_rotate import join, norm_rotate
 from taca_jax.nn.rope import Rotation
@@ -81,7 +82,7 @@ class QKV(nnx.Module):
         def heads(y: jax.Array) -> Float[Array, "b s h d"]:
             return y.reshape(*y.shape[:2], self.num_heads, -1)
 
-        products = [linear(x, lora_scale) for linear in (self.q, self.k, self.v)]
+        products = of_one_input((self.q, self.k, self.v), x, lora_scale)
         q, k, v = map(heads, keepable(products, QKV_PRODUCTS))
         return q, k, v
 

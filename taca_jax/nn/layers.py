@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import jax
@@ -140,28 +141,36 @@ class Linear(nnx.Module):
         lora_scale: LoRAScale | None = None,
         *,
         ends: tuple[int, ...] = (),
+        inner: Float[Array, "b *s r"] | None = None,
     ) -> list[Float[Array, "b *s _"]]:
         """The channels of y split at `ends`. Each part is a product with its own columns of the
-        kernel, so that the backward pass can keep one and compute another again."""
+        kernel, so that the backward pass can keep one and compute another again.
+
+        inner: x @ lora_a, where it is there already.
+        """
         inputs = [part.astype(self.dtype) for part in (x if isinstance(x, tuple) else (x,))]
         kernels = _columns(self.kernel, ends)
+        # What x is made of is left to the narrow products of a LoRA below, whose backward pass then
+        # makes x again on its way in.
+        written = [written_once(part) for part in inputs]
         if self.kernel_scale is None:
-            made = [_matmul_parts(inputs, kernel.astype(self.dtype)) for kernel in kernels]
+            made = [_matmul_parts(written, kernel.astype(self.dtype)) for kernel in kernels]
         else:
             # Blocks of inputs that share a scale may lie across the inputs.
-            whole = inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs, axis=-1)
+            whole = written[0] if len(written) == 1 else jnp.concatenate(written, axis=-1)
             scales = _columns(self.kernel_scale, ends)
             made = [low_bit_matmul(whole, *each) for each in zip(kernels, scales, strict=True)]
         if self.bias is not None:
             biases = _columns(self.bias, ends)
             made = [y + bias.astype(self.dtype) for y, bias in zip(made, biases, strict=True)]
         if self.lora_a is not None and self.lora_b is not None and lora_scale is not None:
-            down = _matmul_parts(inputs, self.lora_a[...].astype(self.dtype))
-            down = keepable(down, LORA_PRODUCTS)
+            if inner is None:
+                inner = _matmul_parts(inputs, self.lora_a[...].astype(self.dtype))
+            inner = keepable(inner, LORA_PRODUCTS)
             gate = self._by_rank(lora_scale) * self.lora_alpha_over_rank
-            gate = gate.reshape(len(gate), *(1,) * (down.ndim - 2), -1).astype(self.dtype)
+            gate = gate.reshape(len(gate), *(1,) * (inner.ndim - 2), -1).astype(self.dtype)
             ups = [factor.astype(self.dtype) for factor in _columns(self.lora_b, ends)]
-            made = [y + matmul(down * gate, up) for y, up in zip(made, ups, strict=True)]
+            made = [y + matmul(inner * gate, up) for y, up in zip(made, ups, strict=True)]
         return made
 
     def _by_rank(self, lora_scale: LoRAScale) -> Float[Array, "b r"]:
@@ -175,6 +184,23 @@ class Linear(nnx.Module):
         if given != attached:
             raise ValueError(f"lora_scale has strengths of {given} LoRAs; {attached} are attached")
         return lora_scale[:, np.repeat(np.arange(attached), self.lora_ranks)]
+
+
+def of_one_input(
+    layers: Sequence[Linear], x: Float[Array, "b *s i"], lora_scale: LoRAScale | None = None
+) -> list[Float[Array, "b *s _"]]:
+    """y of x of each of some layers, of one dtype, which read x once for all of their LoRAs."""
+    x = x.astype(layers[0].dtype)
+    factors = [None if each.lora_a is None else each.lora_a[...] for each in layers]
+    present = [a.astype(x.dtype) for a in factors if a is not None]
+    if lora_scale is None or len(present) < 2:
+        return [layer(x, lora_scale) for layer in layers]
+    ends = np.cumsum([a.shape[-1] for a in present[:-1]])
+    inner = iter(jnp.split(matmul(x, jnp.concatenate(present, axis=-1)), ends, axis=-1))
+    return [
+        layer.in_parts(x, lora_scale, inner=None if a is None else next(inner))[0]
+        for layer, a in zip(layers, factors, strict=True)
+    ]
 
 
 class RMSNorm(nnx.Module):
@@ -236,13 +262,13 @@ def gated(
 
 def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """GELU between an MLP's two products, by tanh as the originals have it."""
-    return written_once(nnx.gelu(gradient_written_once(x), approximate=True))
+    return nnx.gelu(gradient_written_once(x), approximate=True)
 
 
 def swiglu(x: Float[Array, "*b 2*d"]) -> Float[Array, "*b d"]:
     """SwiGLU between an MLP's two products: silu(first half) * second half."""
     gate, value = jnp.split(gradient_written_once(x), 2, axis=-1)
-    return written_once(nnx.silu(gate) * value)
+    return nnx.silu(gate) * value
 
 
 def timestep_embedding(value: Float[Array, " b"]) -> Float[Array, "b c"]:

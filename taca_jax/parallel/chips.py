@@ -24,6 +24,8 @@ class Chip:
         their compiled code (`benchmarks.attention_tpu`); v4's are taken to be v5p's.
     kernel_vmem: bytes of VMEM that one kernel may take, per core. XLA keeps the rest (of 16 MiB on
         v4, 128 on v5e and v6e, 64 on v5p) for what surrounds the kernel.
+    operation_vmem: bytes of VMEM that one of XLA's own operations may take, per core, in programs
+        of whole steps; None is XLA's default.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Chip:
     core_flop_per_cycle: int
     attention_share: float
     kernel_vmem: int
+    operation_vmem: int | None = None
 
 
 _MIB, _GIB = 2**20, 2**30

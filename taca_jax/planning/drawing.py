@@ -20,6 +20,7 @@ from taca_jax.autoencoders.tiling import Tiling
 from taca_jax.errors import UserError
 from taca_jax.families.flops import forward_flops
 from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.fusion import step_options
 from taca_jax.parallel.batches import filled_size
 from taca_jax.parallel.choice import Place
 from taca_jax.parallel.mesh import on
@@ -226,7 +227,8 @@ def _draw(
 
     flops = forward_flops(config, image=image, text=tokens)
     flops *= drawing.pictures * times
-    return jax.jit(draw).lower(state, *inputs), local_bytes(inputs), flops
+    run = jax.jit(draw, compiler_options=step_options())
+    return run.lower(state, *inputs), local_bytes(inputs), flops
 
 
 def _decode(

@@ -8,17 +8,19 @@ schedule, all LoRA strengths and all solvers.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from taca_jax.errors import UserError
 from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.fusion import step_options
 from taca_jax.nn.layers import LoRAScale
 from taca_jax.nn.lora import AttachedLoRA
 from taca_jax.sampling.solvers import Sampler, evaluations
@@ -200,7 +202,10 @@ def denoise(
         empty = jnp.zeros((int(plan.step[-1]) + 1, *x.shape), jnp.float32)
         seen = Trajectory(latents=empty, x0=empty)
     now: State = (Sampled(latents=x, x0=x, trajectory=seen), jnp.zeros_like(x))
-    run = partial(_denoise, graph, state, plan, positive, negative, cfg_scale, skip)
+    # Within a program that is being compiled, that one's options hold.
+    inner = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state))
+    program = _compiled() if inner else _compiled(*step_options().items())
+    run = partial(program, graph, state, plan, positive, negative, cfg_scale, skip)
     if watch is None:
         now = run(now, 0, len(plan.sigma))
     else:
@@ -223,7 +228,12 @@ def _beside(state: nnx.State, now: State) -> State:
     return now
 
 
-@jax.jit(static_argnames=("graph",))
+@cache
+def _compiled(*options: tuple[str, str]) -> Callable[..., State]:
+    """`_denoise` with those options of the compiler."""
+    return jax.jit(_denoise, static_argnames=("graph",), compiler_options=dict(options))
+
+
 def _denoise(
     graph: nnx.GraphDef,
     state: nnx.State,

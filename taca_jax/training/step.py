@@ -16,6 +16,7 @@ from taca_jax.autoencoders.kinds import Autoencoder, AutoencoderConfig
 from taca_jax.autoencoders.vae import AutoencoderKL, VAEConfig, to_latents
 from taca_jax.families.registry import family_of
 from taca_jax.nn.conditioning import Conditioning
+from taca_jax.nn.fusion import step_options
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.taca import active, gamma_at
 from taca_jax.training.config import TrainConfig
@@ -354,7 +355,8 @@ def make_trainer(
         def begin_here(trained: nnx.State) -> TrainState:
             return jax.device_put(begin(trained), jax.devices()[0])
 
-        return Trainer(frozen, None, begin_here, jax.jit(step, donate_argnums=0)), trained
+        run = jax.jit(step, donate_argnums=0, compiler_options=step_options())
+        return Trainer(frozen, None, begin_here, run), trained
     shardings = state_shardings(
         jax.eval_shape(begin, trained), trained, sharding_tables(model), mesh
     )
@@ -362,5 +364,10 @@ def make_trainer(
         frozen,
         shardings,
         jax.jit(begin, out_shardings=shardings),
-        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=step_options(),
+        ),
     ), trained

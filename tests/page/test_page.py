@@ -26,7 +26,7 @@ from taca_jax.page.studio import Studio
 from taca_jax.pipelines.config import GenerateConfig, Variant
 from taca_jax.pipelines.grids import enlarged
 from taca_jax.pipelines.lora_choice import LoRAChoice
-from taca_jax.sampling.loop import _denoise
+from taca_jax.sampling.loop import _compiled
 from taca_jax.taca import TacaConfig
 from taca_jax.weights.lora_files import write_lora
 from tests.random_models import randomise
@@ -90,9 +90,9 @@ def settings(config) -> GenerateConfig:
 
 @pytest.fixture(scope="module")
 def drawing(studio, settings):
-    compiled = _denoise._cache_size()
+    compiled = _compiled()._cache_size()
     drawing = studio.draw(settings, lambda *_: None)
-    assert _denoise._cache_size() == compiled + 1  # for both columns, and for each step
+    assert _compiled()._cache_size() == compiled + 1  # for both columns, and for each step
     return drawing
 
 
@@ -118,7 +118,7 @@ def test_both_columns_are_what_the_pipeline_draws(studio, settings, drawing):
 
 
 def test_one_program_draws_all_that_is_asked_for(studio, settings, drawing):
-    compiled, seen = _denoise._cache_size(), []
+    compiled, seen = _compiled()._cache_size(), []
     other = f"{studio.config.lora_folder}/other.safetensors"
     for changes in (
         {"prompt": "a green cross", "seed": 6},
@@ -131,7 +131,7 @@ def test_one_program_draws_all_that_is_asked_for(studio, settings, drawing):
         drawn = studio.draw(replace(settings, **changes), lambda *_: None)
         seen.append(pixels(drawn.columns[1].picture))
         assert (seen[-1] != pixels(drawing.columns[1].picture)).any()
-    assert _denoise._cache_size() == compiled
+    assert _compiled()._cache_size() == compiled
     plain, gated = (drawn.tolist() for drawn in (seen[4], seen[5]))
     assert plain != gated  # the LoRA of the last drawing acts, the one before it does not
 

@@ -11,7 +11,7 @@ from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora, linears, remove_lora
 from taca_jax.pipelines.lora_choice import LoRAChoice, parse_loras
-from taca_jax.sampling.loop import _denoise
+from taca_jax.sampling.loop import _compiled
 from taca_jax.taca import MAX_TIMESTEP, TacaConfig
 from taca_jax.weights.lora_files import load_adapter, write_lora
 from taca_jax.weights.shipped import find_weights
@@ -126,14 +126,14 @@ def test_each_acts_at_its_strength_exactly_when_it_is_to(pipeline, folder, taca)
 def test_one_program_serves_all_strengths(pipeline, folder):
     pipeline.load_lora([folder / "style", folder / "own"])
     whole = latents(pipeline)
-    compiled = _denoise._cache_size()
+    compiled = _compiled()._cache_size()
     halved = latents(pipeline, lora_strength=(0.5, 1.0))
     off = latents(pipeline, lora_strength=0.0)
     plain = latents(pipeline, None)
     assert error(halved, whole) > 1e-3
     pipeline.load_lora(folder / "own", strength=0.25)
     assert error(latents(pipeline), whole) > 1e-3
-    assert _denoise._cache_size() == compiled
+    assert _compiled()._cache_size() == compiled
     pipeline.unload_lora()
     assert error(latents(pipeline), off) <= 1e-5
     assert error(plain, latents(pipeline, None)) > 1e-3  # the style is on without TACA too

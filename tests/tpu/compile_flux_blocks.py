@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from taca_jax.families.flux.model import FLUX_DEV, FluxTransformer
+from taca_jax.nn.fusion import step_options
 
 BATCH, TEXT, SIDE = 2, 512, 128
 BLOCKS = dataclasses.replace(FLUX_DEV, num_double_blocks=1, num_single_blocks=1)
@@ -56,7 +57,8 @@ def main(topology: str) -> None:
         return jax.grad(loss)(latents)
 
     with jax.set_mesh(mesh):
-        program = jax.jit(gradient).lower(state, latents, number, text, pooled, number).compile()
+        run = jax.jit(gradient, compiler_options=step_options())
+        program = run.lower(state, latents, number, text, pooled, number).compile()
     length = TEXT + (SIDE // BLOCKS.patch_size) ** 2
     code = program.as_text()
     found = {

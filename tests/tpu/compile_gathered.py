@@ -16,6 +16,7 @@ from jax.experimental import topologies
 
 from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.families.flux.model import FLUX_DEV
+from taca_jax.nn.fusion import step_options
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.parallel.batches import batch_sharding
@@ -59,7 +60,7 @@ def main() -> None:
 
     placed = jax.tree.map(lambda x: x.sharding, trained)
     with on(mesh):
-        program = jax.jit(gradient, out_shardings=placed)
+        program = jax.jit(gradient, out_shardings=placed, compiler_options=step_options())
         code = program.lower(trained, frozen, inputs, number).compile().as_text()
     kinds = ("while", "collective-permute-start", "all-gather", "all-gather-start")
     print(json.dumps({kind: len(re.findall(rf"\b{kind}\(", code)) for kind in kinds}))

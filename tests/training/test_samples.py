@@ -51,9 +51,9 @@ def distance(one, other):
 def test_plain_and_trained_stand_side_by_side_also_before_the_first_step(
     base, tmp_path, drawn, capsys
 ):
-    before = loop._denoise._cache_size()
+    before = loop._compiled()._cache_size()
     train(config_for(base, tmp_path))
-    assert loop._denoise._cache_size() == before + 1  # one program for all columns and steps
+    assert loop._compiled()._cache_size() == before + 1  # one program for all columns and steps
     files = sorted(file.name for file in (tmp_path / "samples").iterdir())
     assert files == ["0000000.png", "0000002.png", "0000004.png"]
     said = capsys.readouterr().err
