@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
 
 from taca_jax.nn.layers import Linear
 from taca_jax.nn.stacking import make_stack, run_stack
-from taca_jax.parallel.mesh import AXES
 from taca_jax.parallel.rules import IN
+from tests.meshes import abstract_mesh
 
 LAYERS, WIDTH, SAMPLES, TOKENS = 6, 8, 4, 2
 
@@ -36,8 +35,8 @@ def test_no_device_keeps_parameters_that_it_has_gathered(param_dtype, remat):
 
         return jax.vjp(run, state, x)[1]
 
-    mesh = AbstractMesh(tuple({"fsdp": 4}.get(axis, 1) for axis in AXES), AXES)
-    with jax.sharding.use_abstract_mesh(mesh):
-        left = jax.eval_shape(pull, state, jnp.ones((SAMPLES, TOKENS, WIDTH), jnp.bfloat16))
+    x = jnp.ones((SAMPLES, TOKENS, WIDTH), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(fsdp=4)):
+        left = jax.eval_shape(pull, state, x)
     kernels = [x for x in jax.tree.leaves(left) if x.shape == (LAYERS, WIDTH, WIDTH)]
     assert [x.dtype.name for x in kernels] == [param_dtype]

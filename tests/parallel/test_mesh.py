@@ -2,10 +2,10 @@
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
 
 from taca_jax.errors import UserError
 from taca_jax.parallel.mesh import AXES, MeshConfig, dividing_axes, make_mesh
+from tests.meshes import abstract_mesh
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_one_device_is_a_mesh_of_ones(config):
 
 
 def test_axes_are_taken_while_they_divide():
-    mesh = AbstractMesh((2, 4, 1, 1), AXES)
+    mesh = abstract_mesh(data=2, fsdp=4)
     assert dividing_axes(mesh, ("data", "fsdp"), 16) == ("data", "fsdp")
     assert dividing_axes(mesh, ("data", "fsdp"), 6) == ("data",)
     assert dividing_axes(mesh, ("data", "fsdp"), 3) is None

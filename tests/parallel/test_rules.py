@@ -7,7 +7,6 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from taca_jax.autoencoders.tiny_vae import TAEF1
@@ -18,13 +17,13 @@ from taca_jax.families.flux2.model import KLEIN_BASE_4B
 from taca_jax.families.sd3.model import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from taca_jax.nn.kinds import abstract_model, flat_params, kind_of
 from taca_jax.nn.quantization import quantize
-from taca_jax.parallel.mesh import AXES
 from taca_jax.parallel.rules import IN, OUT, gather, parameter_spec
 from taca_jax.scorers.blip import BLIP_VQA
 from taca_jax.scorers.clip import CLIP_VIT_B_32
 from taca_jax.text.clip import CLIP_BIGG, CLIP_L
 from taca_jax.text.qwen3 import QWEN3_4B
 from taca_jax.text.t5 import T5_XXL
+from tests.meshes import abstract_mesh
 
 FULL_SIZE = {
     "dev": FLUX_DEV,
@@ -38,10 +37,6 @@ FULL_SIZE = {
     "CLIP-bigG": CLIP_BIGG,
 }
 SCORERS = (CLIP_VIT_B_32, BLIP_VQA)
-
-
-def mesh_of(**sizes):
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
 @cache
@@ -72,14 +67,14 @@ def local_size(shape, spec, mesh):
 )
 def test_the_table_of_a_kind_is_about_every_parameter(config):
     for path, shape in shapes_of(config).items():
-        spec_of(config, path, shape, mesh_of(fsdp=2, tensor=2))
+        spec_of(config, path, shape, abstract_mesh(fsdp=2, tensor=2))
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 @pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 4, "tensor": 4}, {"fsdp": 256}])
 def test_full_size_models_are_shared_evenly(name, sizes):
     """All but norms, biases and what is too small to be cut: a chip holds its share, or nearly."""
-    config, mesh = FULL_SIZE[name], mesh_of(**sizes)
+    config, mesh = FULL_SIZE[name], abstract_mesh(**sizes)
     if name == "SD3.5-Large" and mesh.size == 256:
         pytest.skip("its 2,432 channels divide by 128 at most")
     shapes = shapes_of(config)
@@ -99,7 +94,7 @@ QUANTIZED = [name for name, config in FULL_SIZE.items() if kind_of(config).quant
 @pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 4, "tensor": 2}, {"fsdp": 64}])
 def test_quantised_models_are_shared_as_evenly(name, quantization, sizes):
     """Codes as the kernels that they are of, and their scales too."""
-    config, mesh = FULL_SIZE[name], mesh_of(**sizes)
+    config, mesh = FULL_SIZE[name], abstract_mesh(**sizes)
     plain, quantised = shapes_of(config), shapes_of(config, quantization)
     for path, shape in quantised.items():
         spec = spec_of(config, path, shape, mesh)
@@ -114,13 +109,13 @@ def test_quantised_models_are_shared_as_evenly(name, quantization, sizes):
 
 def test_data_parallel_parameters_are_whole():
     for path, shape in shapes_of(FLUX_DEV).items():
-        spec = spec_of(FLUX_DEV, path, shape, mesh_of(data=8, context=2))
+        spec = spec_of(FLUX_DEV, path, shape, abstract_mesh(data=8, context=2))
         assert not any(spec), path
 
 
 def test_the_autoencoder_is_whole_everywhere():
     for path, shape in shapes_of(FLUX_VAE).items():
-        assert not any(spec_of(FLUX_VAE, path, shape, mesh_of(fsdp=8))), path
+        assert not any(spec_of(FLUX_VAE, path, shape, abstract_mesh(fsdp=8))), path
 
 
 @pytest.mark.parametrize(
@@ -141,17 +136,17 @@ def test_the_autoencoder_is_whole_everywhere():
     ],
 )
 def test_what_follows_from_a_line_of_the_table(path, shape, expected):
-    assert spec_of(FLUX_DEV, path, shape, mesh_of(fsdp=8, tensor=2)) == expected
+    assert spec_of(FLUX_DEV, path, shape, abstract_mesh(fsdp=8, tensor=2)) == expected
 
 
 def test_a_parameter_that_no_line_is_about_is_an_error():
     with pytest.raises(LookupError, match="0 lines of the sharding table are about triple_blocks"):
-        spec_of(FLUX_DEV, "triple_blocks.q.kernel", (4, 4), mesh_of(fsdp=2))
+        spec_of(FLUX_DEV, "triple_blocks.q.kernel", (4, 4), abstract_mesh(fsdp=2))
 
 
 def gathered_specs(function, *arrays):
     """The specs to which a function constrains arrays on a mesh of fsdp 4 and tensor 2."""
-    with jax.sharding.use_abstract_mesh(mesh_of(fsdp=4, tensor=2)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(fsdp=4, tensor=2)):
         text = str(jax.make_jaxpr(function)(*arrays))
     return re.findall(r"spec=(P\([^)]*\))", text)
 
@@ -181,7 +176,8 @@ def test_a_parameter_is_gathered_over_fsdp_alone_and_its_gradient_split(
 
 
 def test_without_fsdp_nothing_is_gathered():
-    with jax.sharding.use_abstract_mesh(mesh_of(data=4, tensor=2)):
+    parameter = jnp.ones((8, 16))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(data=4, tensor=2)):
         assert "constraint" not in str(
-            jax.make_jaxpr(lambda x: gather({"a": IN}, "a.kernel", x))(jnp.ones((8, 16)))
+            jax.make_jaxpr(lambda x: gather({"a": IN}, "a.kernel", x))(parameter)
         )

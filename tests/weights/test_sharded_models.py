@@ -5,14 +5,13 @@ import math
 from dataclasses import replace
 
 import pytest
-from jax.sharding import AbstractMesh
 
 from taca_jax.families.flux.model import FLUX_KIND
 from taca_jax.nn.kinds import shapes_of
-from taca_jax.parallel.mesh import AXES
 from taca_jax.parallel.rules import parameter_spec
 from taca_jax.weights.folders import save_model
 from tests.models import FLUX
+from tests.meshes import abstract_mesh
 from tests.processes import run_cluster, run_python
 from tests.random_models import random_model
 
@@ -70,7 +69,7 @@ def test_one_process_with_eight_devices(source, tmp_path):
 def test_two_processes_with_four_devices_each(source, tmp_path):
     """Of kernels whose rows are shared each reads its half; where columns are, all rows."""
     done = run_cluster(*SCRIPT, str(source), str(tmp_path), processes=2, devices=DEVICES // 2)
-    mesh = AbstractMesh(tuple(DEVICES if axis == "fsdp" else 1 for axis in AXES), AXES)
+    mesh = abstract_mesh(fsdp=DEVICES)
     halves = 0
     for found in findings(done, tmp_path):
         check_brought(found)

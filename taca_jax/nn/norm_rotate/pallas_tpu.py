@@ -197,7 +197,8 @@ def _norm_rotate(parts: Any, scales: Any, tables: Any, static: _Static) -> jax.A
         if joined and out:  # this part's blocks are written into the parts before it
             options = {"input_output_aliases": {len(arrays): 0}}
             arrays.append(out.pop())
-            in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
+            # The interpreter (of jax 0.12) pads arrays to whole blocks where they have blocks only.
+            in_specs.append(joint if problem.interpret else pl.BlockSpec(memory_space=pl.ANY))
         out += problem.call(
             _forward,
             "norm_rotate_forward",
