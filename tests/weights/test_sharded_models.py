@@ -10,8 +10,8 @@ from taca_jax.families.flux.model import FLUX_KIND
 from taca_jax.nn.kinds import shapes_of
 from taca_jax.parallel.rules import parameter_spec
 from taca_jax.weights.folders import save_model
-from tests.models import FLUX
 from tests.meshes import abstract_mesh
+from tests.models import FLUX
 from tests.processes import run_cluster, run_python
 from tests.random_models import random_model
 
