@@ -25,7 +25,7 @@ class Chip:
     kernel_vmem: bytes of VMEM that one kernel may take, per core. XLA keeps the rest (of 16 MiB on
         v4, 128 on v5e and v6e, 64 on v5p) for what surrounds the kernel.
     operation_vmem: bytes of VMEM that one of XLA's own operations may take, per core, in programs
-        of whole steps; None is XLA's default.
+        of whole steps, chosen by `benchmarks.flux_blocks`; None is XLA's default.
     """
 
     name: str
@@ -71,6 +71,7 @@ CHIPS = {
             core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
             attention_share=0.97,
             kernel_vmem=100 * _MIB,
+            operation_vmem=64 * _MIB,
         ),
         Chip(
             name="v5p",
@@ -83,6 +84,7 @@ CHIPS = {
             core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
             attention_share=0.97,
             kernel_vmem=56 * _MIB,
+            operation_vmem=32 * _MIB,
         ),
         Chip(
             name="v6e",
@@ -95,6 +97,7 @@ CHIPS = {
             core_flop_per_cycle=4 * 256 * 256 * _FLOP_PER_CELL,
             attention_share=0.62,
             kernel_vmem=100 * _MIB,
+            operation_vmem=64 * _MIB,
         ),
     )
 }

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from taca_jax.nn import fusion, layers
+from taca_jax.nn.lora import attach
+from taca_jax.parallel.chips import CHIPS
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8), np.float32))
 
@@ -30,12 +33,35 @@ def test_a_barrier_is_in_one_direction_alone_and_on_tpus_alone(kind):
 
 
 def test_values_and_gradients_are_those_without(kind):
-    def plain(x):
-        return jax.nn.gelu(x, approximate=True)
+    """Of an MLP, and of its LoRA, which makes what it reads itself."""
+    options = {"param_dtype": jnp.float32, "dtype": jnp.float32, "bias": False}
+    layer = layers.Linear(8, 4, rngs=nnx.Rngs(0), **options)
+    a, b = np.random.default_rng(1).standard_normal((2, 8, 2)).astype(np.float32)
+    attach(layer, jnp.asarray(a), jnp.asarray(b[:4].T), 1.0)
+    strength = jnp.array([0.5, 1.0])
+    graph, state = nnx.split(layer)
 
-    del kind
-    np.testing.assert_array_equal(layers.gelu(X), plain(X))
-    ours, theirs = (
-        jax.grad(lambda x, gelu=gelu: (gelu(x) ** 2).sum())(X) for gelu in (layers.gelu, plain)
-    )
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    def ours(state, x):
+        return nnx.merge(graph, state)(layers.gelu(x), strength)
+
+    def plain(state, x):
+        layer, y = nnx.merge(graph, state), jax.nn.gelu(x, approximate=True)
+        own = (y @ layer.lora_a[...] * strength[:, None]) @ layer.lora_b[...]
+        return y @ layer.kernel[...] + own
+
+    def gradients(function):
+        return jax.grad(lambda *given: (function(*given) ** 2).sum(), (0, 1))(state, X)
+
+    np.testing.assert_allclose(ours(state, X), plain(state, X), rtol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, map(gradients, (ours, plain))), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    on_tpu = int(kind.startswith("TPU"))
+    assert barriers(lambda x: ours(state, x)) == on_tpu  # the kernel's product alone is told
+
+
+@pytest.mark.parametrize("chip", [None, *CHIPS.values()], ids=["none", *CHIPS])
+def test_a_step_gets_room_in_vector_memory_on_chips_where_it_is_faster(chip, monkeypatch):
+    monkeypatch.setattr(fusion, "this_chip", lambda: chip)
+    room = chip and chip.operation_vmem
+    options = {"xla_tpu_scoped_vmem_limit_kib": str(room // 1024)} if room else {}
+    assert fusion.step_options() == options

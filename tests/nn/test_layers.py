@@ -20,6 +20,7 @@ from taca_jax.nn.layers import (
     layer_norm,
     matmul,
     modulate,
+    of_one_input,
     patchify,
     timestep_embedding,
     unpatchify,
@@ -73,6 +74,33 @@ class TestLinear:
 
         for ours, theirs in zip(gradient(parts), gradient(x), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    def test_layers_of_one_input_read_it_once_for_their_loras(self):
+        """Values and gradients are those of each layer alone; factors may differ in rank, or be
+        missing."""
+        layers = [adapted(seed=seed) for seed in range(3)]
+        layers[1].lora_a, layers[1].lora_b = LoRAParam(noise(6, 3)), LoRAParam(noise(3, 4))
+        layers.insert(2, Linear(6, 4, rngs=nnx.Rngs(3), **F32))
+        graph, state = nnx.split(layers)
+        x, scale = noise(2, 5, 6), jnp.array([1.0, 0.5])
+
+        def together(state, x):
+            return of_one_input(nnx.merge(graph, state), x, scale)
+
+        def apart(state, x):
+            return [layer(x, scale) for layer in nnx.merge(graph, state)]
+
+        def gradients(function):
+            return jax.grad(lambda *a: sum((y**2).sum() for y in function(*a)), (0, 1))(state, x)
+
+        for function in (lambda run: run(state, x), gradients):
+            ours, theirs = (jax.tree.leaves(function(run)) for run in (together, apart))
+            for one, other in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        products = [
+            str(jax.make_jaxpr(run)(state, x)).count("dot_general") for run in (together, apart)
+        ]
+        assert products == [4 + 1 + 3, 4 + 3 + 3]
 
     def test_a_scale_of_zero_is_the_base_bit_for_bit(self):
         layer, x = adapted(), noise(3, 5, 6)
