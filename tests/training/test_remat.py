@@ -24,7 +24,8 @@ def test_of_flux_each_step_keeps_what_it_says():
     kept = {remat: kept_bytes(models, remat) for remat in (*CANDIDATES, "full")}
     blocks, array = DOUBLE + SINGLE, TOKENS * HIDDEN * BF16
     sums = 2 * TOKENS * HEADS * F32
-    assert kept["attention"] - kept["full"] == blocks * (array + sums)
+    lora = 4 * TOKENS * CONFIG.lora.rank * BF16  # x A of q, k, v and out
+    assert kept["attention"] - kept["full"] == blocks * (array + sums + lora)
     assert kept["attention+qkv"] - kept["attention"] == 3 * blocks * array
     # In double blocks the attention's projection too, which the MLP reads.
     products = 4 * blocks * array + DOUBLE * array
@@ -40,7 +41,8 @@ def test_of_flux2_too():
     kept = {remat: kept_bytes(models, remat) for remat in (*CANDIDATES, "full")}
     double, single, array = 5, 20, TOKENS * HIDDEN * BF16
     blocks, sums = double + single, 2 * TOKENS * HEADS * F32
-    assert kept["attention"] - kept["full"] == blocks * (array + sums)
+    lora = (4 * double + 2 * single) * TOKENS * config.lora.rank * BF16
+    assert kept["attention"] - kept["full"] == blocks * (array + sums) + lora
     assert kept["attention+qkv"] - kept["attention"] == 3 * blocks * array
     products = 6 * blocks * array + double * array
     assert kept["attention+qkv+mlp"] - kept["attention+qkv"] == products
