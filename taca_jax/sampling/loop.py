@@ -203,9 +203,9 @@ def denoise(
         seen = Trajectory(latents=empty, x0=empty)
     now: State = (Sampled(latents=x, x0=x, trajectory=seen), jnp.zeros_like(x))
     # Within a program that is being compiled, that one's options hold.
-    inner = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state))
-    program = _compiled() if inner else _compiled(*step_options().items())
-    run = partial(program, graph, state, plan, positive, negative, cfg_scale, skip)
+    given = (state, plan, positive, negative, cfg_scale, skip)
+    inner = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((given, now)))
+    run = partial(_compiled(*({} if inner else step_options()).items()), graph, *given)
     if watch is None:
         now = run(now, 0, len(plan.sigma))
     else:

@@ -11,6 +11,7 @@ from taca_jax.families.flux.lora import ATTENTION_TARGETS
 from taca_jax.nn.conditioning import Conditioning
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import AttachedLoRA, LoRAConfig, add_lora
+from taca_jax.sampling import loop
 from taca_jax.sampling.loop import denoise, make_plan
 from taca_jax.sampling.schedule import FlowSchedule
 from taca_jax.taca import TacaConfig
@@ -158,6 +159,20 @@ def test_the_model_is_told_each_steps_state():
     velocity = np.diff(latents, axis=0) / np.diff(SIGMAS)[:, None, None, None, None]
     for column, values in enumerate([1000 * plan.sigma, plan.gamma, plan.lora_scale[:, 0]]):
         np.testing.assert_allclose(velocity[:, 0, 0, 0, column], values, rtol=1e-3, atol=1e-3)
+
+
+def test_it_runs_within_another_program_whose_compiler_options_hold(monkeypatch):
+    """JAX refuses options of a program within a program, whichever of its arrays are traced."""
+    monkeypatch.setattr(loop, "step_options", lambda: {"xla_cpu_enable_fast_min_max": True})
+    plan = make_plan(SIGMAS, TacaConfig(), loras=[with_taca()])
+    start = jnp.zeros((BATCH, 4, 4, 4))
+
+    def end(start):
+        return denoise(Records(), start, plan, text())[0]
+
+    alone = end(start)
+    for inside in (jax.jit(end)(start), jax.jit(lambda: end(start))()):
+        np.testing.assert_allclose(inside, alone, rtol=1e-6)
 
 
 def test_guidance_runs_both_prompts_each_with_its_state():
