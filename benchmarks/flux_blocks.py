@@ -119,13 +119,9 @@ def compiled(name: str, chip: str, images: int, remat: Remat, *, sampling: bool)
         return out, pull(d_out)
 
     with jax.set_mesh(mesh):
-        if sampling:
-            run = jax.jit(forward, compiler_options=step_options())
-            program = run.lower(placed(trained), streams, *rest)
-        else:
-            run = jax.jit(both, compiler_options=step_options())
-            program = run.lower(placed(trained), streams, streams, *rest)
-        return program.compile().as_text() or ""
+        run = jax.jit(forward if sampling else both, compiler_options=step_options())
+        d_out = () if sampling else (streams,)
+        return run.lower(placed(trained), streams, *d_out, *rest).compile().as_text() or ""
 
 
 def measured(

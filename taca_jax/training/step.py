@@ -349,14 +349,19 @@ def make_trainer(
     enough.
     """
     trained, frozen = split_model(config, model, autoencoder)
-    begin, step = partial(first_state, config), partial(train_step, config)
+    begin = partial(first_state, config)
+    compiled = partial(
+        jax.jit,
+        partial(train_step, config),
+        donate_argnums=0,
+        compiler_options=step_options(),
+    )
     if mesh is None:
         # Committed to a device, as a step's results are; else the second step would recompile.
         def begin_here(trained: nnx.State) -> TrainState:
             return jax.device_put(begin(trained), jax.devices()[0])
 
-        run = jax.jit(step, donate_argnums=0, compiler_options=step_options())
-        return Trainer(frozen, None, begin_here, run), trained
+        return Trainer(frozen, None, begin_here, compiled()), trained
     shardings = state_shardings(
         jax.eval_shape(begin, trained), trained, sharding_tables(model), mesh
     )
@@ -364,10 +369,5 @@ def make_trainer(
         frozen,
         shardings,
         jax.jit(begin, out_shardings=shardings),
-        jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-            compiler_options=step_options(),
-        ),
+        compiled(out_shardings=(shardings, None)),
     ), trained
