@@ -8,6 +8,7 @@ from flax import nnx
 
 from taca_jax.attention import observing
 from taca_jax.attention.keeping import ATTENTION
+from taca_jax.nn.fusion import channels_together
 from taca_jax.parallel.mesh import constrain_tokens
 from taca_jax.parallel.rules import ShardingTable, are_gathered, gather
 
@@ -66,6 +67,10 @@ def _not_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("sharding_constraint", "convert_element_type")
 
 
+def _carried(tokens: jax.Array) -> jax.Array:
+    return channels_together(constrain_tokens(tokens))
+
+
 def run_stack(
     stack: nnx.Module,
     call: Callable[..., Any],
@@ -97,7 +102,7 @@ def run_stack(
         if sharding is not None:
             params = gathered(params, sharding, name)
         carry, seen = observing.layer(lambda: call(nnx.merge(graph, params), carry, *own))
-        return jax.tree.map(constrain_tokens, carry), seen
+        return jax.tree.map(_carried, carry), seen
 
     each_layer = (state,) if each is None else (state, each)
     if remat != "none":
@@ -106,7 +111,7 @@ def run_stack(
     elif sharding is not None and are_gathered():
         body = jax.checkpoint(body, prevent_cse=False, policy=_not_parameters)
     unroll = max(1, depth) if depth <= UNROLLED and remat == "none" else 1
-    carry = jax.tree.map(constrain_tokens, carry)
+    carry = jax.tree.map(_carried, carry)
     carry, seen = jax.lax.scan(body, carry, each_layer, unroll=unroll)
     observing.record(seen)
     return carry

@@ -26,6 +26,7 @@ class Chip:
         v4, 128 on v5e and v6e, 64 on v5p) for what surrounds the kernel.
     operation_vmem: bytes of VMEM that one of XLA's own operations may take, per core, in programs
         of whole steps, chosen by `benchmarks.flux_blocks`; None is XLA's default.
+    sparse_cores: cores beside the TensorCores that can move arrays between chips meanwhile.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Chip:
     attention_share: float
     kernel_vmem: int
     operation_vmem: int | None = None
+    sparse_cores: int = 0
 
 
 _MIB, _GIB = 2**20, 2**30
@@ -59,6 +61,7 @@ CHIPS = {
             core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
             attention_share=0.97,
             kernel_vmem=15 * _MIB,
+            sparse_cores=4,
         ),
         Chip(
             name="v5e",
@@ -85,6 +88,7 @@ CHIPS = {
             attention_share=0.97,
             kernel_vmem=56 * _MIB,
             operation_vmem=32 * _MIB,
+            sparse_cores=4,
         ),
         Chip(
             name="v6e",
@@ -98,6 +102,7 @@ CHIPS = {
             attention_share=0.62,
             kernel_vmem=100 * _MIB,
             operation_vmem=64 * _MIB,
+            sparse_cores=2,
         ),
     )
 }

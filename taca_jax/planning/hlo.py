@@ -62,6 +62,9 @@ class Instruction:
             if branches is not None:
                 return tuple(_OPERAND.findall(branches[1]))
             names = ("true_computation", "false_computation")
+        elif self.opcode == "custom-call-start":
+            listed = re.search(r"called_computations=\{([^}]*)\}", self.rest)
+            return () if listed is None else tuple(_OPERAND.findall(listed[1]))
         else:
             names = ("to_apply" if self.opcode == "call" else "calls",)
         return tuple(filter(None, map(self.attribute, names)))

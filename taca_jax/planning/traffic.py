@@ -32,6 +32,8 @@ _FREE = frozenset(
 """Instructions that move no data themselves."""
 _HANDED_ON = frozenset({"tuple", *KINDS})
 """Operations in a fusion that only pass data on: collectives are counted once, on arrival."""
+_CALL = "custom-call"
+"""What the opcodes of an asynchronous call begin with."""
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -198,10 +200,16 @@ class Reader:
         """The collectives in an instruction, each with "start" or "done", or "" if synchronous.
 
         An asynchronous collective that is fused with other work appears in each such instruction.
+        One that a SparseCore carries out is a call, which gets its operands by an update.
         """
         base, _, end = instruction.opcode.rpartition("-")
         if instruction.opcode in KINDS:
             yield "", instruction
+        elif base == _CALL and end in ("update", "done"):
+            for called in self._call(instruction).called:
+                for each in self.program.computations[called]:
+                    if each.opcode in KINDS:
+                        yield "start" if end == "update" else "done", each
         elif base in KINDS:
             start = instruction
             if end == "done":
@@ -214,6 +222,12 @@ class Reader:
             for each in inside:
                 if each.opcode in KINDS:
                     yield "start" if starts else "done" if ends else "", each
+
+    def _call(self, instruction: Instruction) -> Instruction:
+        """The start of an asynchronous call, from its update or its end."""
+        while not instruction.opcode.endswith("-start"):
+            instruction = self.program.instructions[instruction.operands[0]]
+        return instruction
 
     def _received(self, collective: Instruction, within: Instruction) -> tuple[str, float]:
         """The kind of a collective and the bytes that a chip receives by the optimal algorithm."""
@@ -235,7 +249,7 @@ class Reader:
     def memory(self, instruction: Instruction) -> float:
         """Bytes that an instruction reads from HBM and writes to it."""
         kind, _, end = instruction.opcode.rpartition("-")
-        if instruction.opcode in _FREE or end == "done" or kind in KINDS:
+        if instruction.opcode in _FREE or end == "done" or kind in (*KINDS, _CALL):
             return 0.0
         if end == "start":  # its results are operand, result, and flags
             return float(_hbm_bytes(instruction.shapes[:2]))

@@ -59,9 +59,31 @@ def test_values_and_gradients_are_those_without(kind):
     assert barriers(lambda x: ours(state, x)) == on_tpu  # the kernel's product alone is told
 
 
+VMEM = "xla_tpu_scoped_vmem_limit_kib"
+
+
 @pytest.mark.parametrize("chip", [None, *CHIPS.values()], ids=["none", *CHIPS])
-def test_a_step_gets_room_in_vector_memory_on_chips_where_it_is_faster(chip, monkeypatch):
+@pytest.mark.parametrize("jax_version", [(0, 10, 2), (0, 12, 0)])
+def test_a_step_is_compiled_for_what_the_chip_has(chip, jax_version, monkeypatch):
     monkeypatch.setattr(fusion, "this_chip", lambda: chip)
+    monkeypatch.setattr(fusion.jax, "__version_info__", jax_version)
     room = chip and chip.operation_vmem
-    options = {"xla_tpu_scoped_vmem_limit_kib": str(room // 1024)} if room else {}
-    assert fusion.step_options() == options
+    options = dict(fusion.step_options())
+    assert options.pop(VMEM, None) == (str(room // 1024) if room else None)
+    moved_by_others = chip is not None and chip.sparse_cores and jax_version >= (0, 12)
+    assert [*options.values()] == (["true", "true"] if moved_by_others else [])
+    assert all(name.endswith("all_gather") for name in options)
+
+
+def test_what_libtpu_was_told_is_left_to_it(monkeypatch):
+    monkeypatch.setattr(fusion, "this_chip", lambda: CHIPS["v6e"])
+    assert VMEM in fusion.step_options()
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{VMEM}=16384")
+    assert VMEM not in fusion.step_options()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite"])
+def test_the_last_axis_lies_together_on_tpus(kind, monkeypatch):
+    monkeypatch.setattr(fusion, "device_kind", lambda: kind)
+    text = str(jax.make_jaxpr(lambda x: fusion.channels_together(x) * 2)(X))
+    assert ("layout_constraint" in text) == kind.startswith("TPU")

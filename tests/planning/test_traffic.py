@@ -3,6 +3,7 @@ makes."""
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,36 @@ from taca_jax.planning.traffic import Moved, read_traffic
 from tests.processes import NOT_KEPT, last_line, run_python
 
 TEXT = (Path(__file__).parent / "small_program.hlo").read_text()
+GATHER_BY_CALL = """
+  %moving = ((), (), (s32[8]{0})) custom-call-start(), called_computations={%by_sparse_core}
+  %given.1 = ((bf16[1,100,10]{2,1,0:S(1)}), bf16[1,400,10]{2,1,0:S(1)}, (s32[8]{0})) \
+custom-call-update(%moving, %mine)
+  %step = bf16[1,100,10]{2,1,0:S(1)} fusion(%mine), calls=%elsewhere, "estimated_cycles":"40"
+  %arrived = bf16[1,400,10]{2,1,0:S(1)} custom-call-done(%given.1)
+"""
+CALLED = """
+%elsewhere (mine.1: bf16[1,100,10]) -> bf16[1,100,10] {
+  ROOT %mine.1 = bf16[1,100,10]{2,1,0:S(1)} parameter(0)
+}
+
+%by_sparse_core (part.3: bf16[1,100,10]) -> bf16[1,400,10] {
+  %part.3 = bf16[1,100,10]{2,1,0} parameter(0)
+  ROOT %gather.3 = bf16[1,400,10] all-gather(%part.3), channel_id=7, replica_groups=[1,4]<=[4]
+}, execution_thread="sparsecore"
+
+"""
+BY_CALL = re.sub(r"\n  %going.*%arrived[^\n]*\n", GATHER_BY_CALL, TEXT, flags=re.DOTALL)
+BY_CALL = BY_CALL.replace("%body (", f"{CALLED.lstrip()}%body (")
+"""TEXT with its gather done by SparseCores, in a call, and not in three fusions."""
+either = pytest.mark.parametrize("text", [TEXT, BY_CALL], ids=["in fusions", "by a call"])
 CHIP = replace(
     CHIPS["v5e"], memory=1e9, flops=1e12, memory_bandwidth=1e9, wire_bandwidth=100.0, clock=1.0
 )
 
 
-def test_loops_count_as_often_as_they_run():
-    traffic = read_traffic(TEXT, CHIP)
+@either
+def test_loops_count_as_often_as_they_run(text):
+    traffic = read_traffic(text, CHIP)
     layer = 100 * 10 * 2
     assert traffic.collectives == {
         "all-gather": Moved(5, 5 * 3 * layer, 5 * 3 * layer),
@@ -34,22 +58,24 @@ def test_a_loop_may_say_itself_how_often_it_runs():
     assert read_traffic(said, CHIP).collectives["all-gather"].count == 7
 
 
-def test_waiting_is_what_does_not_hide_behind_cycles():
+@either
+def test_waiting_is_what_does_not_hide_behind_cycles(text):
     """A gather takes 60 s on these wires, of which the units spend 40 on something else."""
-    traffic = read_traffic(TEXT, CHIP)
+    traffic = read_traffic(text, CHIP)
     reduce = 480 / CHIP.wire_bandwidth
     assert traffic.waited == pytest.approx(5 * (60 - 40) + reduce)
     assert traffic.seconds == pytest.approx(5 * 60 + reduce)
 
 
-def test_of_a_stack_only_the_layer_that_is_taken_is_read():
+@either
+def test_of_a_stack_only_the_layer_that_is_taken_is_read(text):
     """Each turn reads one and counts on; what is gathered stays in the vector memory. The kernel at
     the end reads all, and its 80 numbers are written, read, written and received."""
     layer = 100 * 10 * 2
     counting = 4 * 4  # which layer, and the sum of two numbers
     numbers = 80 * 4
     at_the_end = 5 * layer + numbers + 2 * numbers + 2 * 3 / 4 * numbers
-    assert read_traffic(TEXT, CHIP).memory == 5 * (layer + counting) + at_the_end
+    assert read_traffic(text, CHIP).memory == 5 * (layer + counting) + at_the_end
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Compiles a double and a single FLUX.1 block at full width, with LoRA factors and their gradients,
-for four v6e chips that share parameters. Prints JSON: how many loops the program has, and how many
-collective-permutes and all-gathers.
+for four v6e chips that share parameters. Prints JSON: how many loops the program has, how many
+collective-permutes and all-gathers, and what shares of the gathered bytes move asynchronously and
+of the time on the wires is hidden.
 
 python -m tests.tpu.compile_gathered
 """
@@ -20,7 +21,9 @@ from taca_jax.nn.fusion import step_options
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.parallel.batches import batch_sharding
+from taca_jax.parallel.chips import CHIPS
 from taca_jax.parallel.mesh import MeshConfig, make_mesh, on
+from taca_jax.planning.traffic import read_traffic
 from taca_jax.weights.abstract import abstract_on_mesh
 from taca_jax.weights.loading import LoadOptions
 
@@ -63,7 +66,11 @@ def main() -> None:
         program = jax.jit(gradient, out_shardings=placed, compiler_options=step_options())
         code = program.lower(trained, frozen, inputs, number).compile().as_text()
     kinds = ("while", "collective-permute-start", "all-gather", "all-gather-start")
-    print(json.dumps({kind: len(re.findall(rf"\b{kind}\(", code)) for kind in kinds}))
+    found: dict[str, float] = {kind: len(re.findall(rf"\b{kind}\(", code)) for kind in kinds}
+    traffic = read_traffic(code, CHIPS["v6e"])
+    found["asynchronous"] = traffic.collectives["all-gather"].asynchronous_share
+    found["hidden"] = 1 - traffic.waited * CHIPS["v6e"].wire_bandwidth / traffic.together.received
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
