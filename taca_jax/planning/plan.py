@@ -188,8 +188,8 @@ def make_plan(models: RunModels, where: Slice) -> Plan:
     encoder = autoencoder
     if config.data.encode == "cache":
         model.text_encoder, encoder = None, autoencoder.config
-    trainer, trained = make_trainer(config, model, encoder, mesh)
     with on(mesh):
+        trainer, trained = make_trainer(config, model, encoder, mesh)
         state = trainer.abstract_state(trained)
         step: Any = trainer.step
         lowered = step.lower(state, trainer.frozen, batch)

@@ -346,8 +346,10 @@ def make_trainer(
 
     On a mesh, which must be the current one, the state is sharded by the models' tables. Parameters
     may be ShapeDtypeStructs, to compile only. If batches come encoded, the autoencoder's config is
-    enough.
+    enough. Raises ValueError if another mesh is the current one.
     """
+    if mesh is not None and jax.sharding.get_abstract_mesh() != mesh.abstract_mesh:
+        raise ValueError("the mesh of a trainer must be the current one")
     trained, frozen = split_model(config, model, autoencoder)
     begin = partial(first_state, config)
     compiled = partial(

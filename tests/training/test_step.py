@@ -14,6 +14,7 @@ from taca_jax.families.flux.text import FluxText
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import LoRAConfig, add_lora
 from taca_jax.nn.quantization import quantize
+from taca_jax.parallel.mesh import MeshConfig, make_mesh
 from taca_jax.taca import TacaConfig
 from taca_jax.text.clip import CLIPConfig
 from taca_jax.text.t5 import T5_KIND
@@ -280,3 +281,12 @@ def test_a_model_that_reads_with_clip_and_t5_trains():
 
     x0, tokens = jnp.zeros((2, 40, 40, 3)), jnp.zeros((2, 4 + 16), int)
     assert jax.eval_shape(jax.grad(loss), state, x0, tokens) == jax.eval_shape(lambda: state)
+
+
+def test_a_trainer_is_made_on_its_mesh():
+    """What compiles for the devices of another mesh would be told nothing of this one's."""
+    config, pipeline = lora_config(), tiny_pipeline()
+    model = TextToImage(pipeline.transformer, pipeline.text_encoder)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(ValueError, match="must be the current one"):
+        make_trainer(config, model, pipeline.autoencoder, mesh)
