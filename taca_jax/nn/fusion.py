@@ -13,6 +13,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from taca_jax.attention.pallas_tpu.target import device_kind, this_chip
+from taca_jax.parallel.chips import Chip
 
 _JAX_READS_SPARSE_CALLS = (0, 12)
 """The first version of JAX that was seen to read compiled programs in which SparseCores are called,
@@ -30,11 +31,18 @@ def step_options() -> dict[str, str]:
     options = {}
     if chip.operation_vmem is not None:
         options["xla_tpu_scoped_vmem_limit_kib"] = str(chip.operation_vmem // 1024)
-    if chip.sparse_cores and jax.__version_info__ >= _JAX_READS_SPARSE_CALLS:
+    if chip.gathers == "SparseCores" and gathers_meanwhile(chip):
         for gather in ("all_gather", "2d_all_gather"):
             options[f"xla_tpu_enable_sparse_core_collective_offload_{gather}"] = "true"
     given = os.environ.get("LIBTPU_INIT_ARGS", "")
     return {name: value for name, value in options.items() if name not in given}
+
+
+def gathers_meanwhile(chip: Chip | None) -> bool:
+    """Whether `step_options` let parameters be gathered while a chip works."""
+    if chip is None or chip.gathers is None:
+        return False
+    return chip.gathers == "products" or jax.__version_info__ >= _JAX_READS_SPARSE_CALLS
 
 
 @jax.custom_vjp

@@ -1,6 +1,7 @@
 """What the generations of TPU can do: every figure about a chip stands here."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Chip:
         v4, 128 on v5e and v6e, 64 on v5p) for what surrounds the kernel.
     operation_vmem: bytes of VMEM that one of XLA's own operations may take, per core, in programs
         of whole steps, chosen by `benchmarks.flux_blocks`; None is XLA's default.
-    sparse_cores: cores beside the TensorCores that can move arrays between chips meanwhile.
+    gathers: what can gather parameters from other chips while matrix units work: "products", into
+        which XLA fuses the pieces of a gather, or "SparseCores", cores beside the TensorCores; None
+        if nothing was seen to.
     """
 
     name: str
@@ -40,7 +43,7 @@ class Chip:
     attention_share: float
     kernel_vmem: int
     operation_vmem: int | None = None
-    sparse_cores: int = 0
+    gathers: Literal["products", "SparseCores"] | None = None
 
 
 _MIB, _GIB = 2**20, 2**30
@@ -61,7 +64,6 @@ CHIPS = {
             core_flop_per_cycle=4 * 128 * 128 * _FLOP_PER_CELL,
             attention_share=0.97,
             kernel_vmem=15 * _MIB,
-            sparse_cores=4,
         ),
         Chip(
             name="v5e",
@@ -75,6 +77,7 @@ CHIPS = {
             attention_share=0.97,
             kernel_vmem=100 * _MIB,
             operation_vmem=64 * _MIB,
+            gathers="products",
         ),
         Chip(
             name="v5p",
@@ -88,7 +91,7 @@ CHIPS = {
             attention_share=0.97,
             kernel_vmem=56 * _MIB,
             operation_vmem=32 * _MIB,
-            sparse_cores=4,
+            gathers="SparseCores",
         ),
         Chip(
             name="v6e",
@@ -102,7 +105,7 @@ CHIPS = {
             attention_share=0.62,
             kernel_vmem=100 * _MIB,
             operation_vmem=64 * _MIB,
-            sparse_cores=2,
+            gathers="SparseCores",
         ),
     )
 }

@@ -1,8 +1,7 @@
 """Chooses a mesh, where the configuration leaves open whether parameters are sharded.
 
-In training, sharded parameters are gathered in every block. The compiler for v5e overlaps that with
-compute, the one for v5p does not. Replicated parameters, where they fit, need only the gradients of
-the trained parameters to be communicated.
+In training, sharded parameters are gathered in every block. Replicated parameters, where they fit,
+need only the gradients of the trained parameters to be communicated.
 
 In drawing there are few samples, often one: what is left of the devices splits each picture.
 """

@@ -23,7 +23,6 @@ from rich.table import Table
 from taca_jax.errors import UserError
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.batches import batch_sharding
-from taca_jax.parallel.choice import choose_mesh, settled
 from taca_jax.parallel.mesh import on
 from taca_jax.planning.slices import Slice
 from taca_jax.planning.traffic import Traffic, read_traffic
@@ -128,8 +127,7 @@ def plan(config: TrainConfig) -> None:
         if found.fits:
             return
         reason = f"{found.memory / GB:.1f} GB do not fit a chip's {where.chip.memory / GB:.1f} GB"
-    mesh = settled(config.mesh, where.chip, lambda: models.parameter_bytes(jax.devices()[0]))
-    if where.chips > 1 and mesh != config.mesh:
+    if config.mesh.open and models.choose_mesh(devices_of(where)).shape["data"] > 1:
         shared = replace(config, mesh=replace(config.mesh, fsdp=-1))
         if _fits(replace(models, config=shared), where):
             raise UserError(f"{reason}; mesh.fsdp=-1, which shares parameters, fits")
@@ -181,7 +179,7 @@ def make_plan(models: RunModels, where: Slice) -> Plan:
     program is so large that the compiler gives up.
     """
     config = models.config
-    mesh = choose_mesh(config.mesh, devices_of(where), models.parameter_bytes)
+    mesh = models.choose_mesh(devices_of(where))
     models = models.on_mesh(mesh)
     model, autoencoder = models.abstract()
     batch = _batch(models, autoencoder)
@@ -257,7 +255,7 @@ def encoding_plans(models: RunModels, where: Slice) -> dict[str, Plan]:
     Raises OutOfMemoryError as `make_plan` does.
     """
     config, side = models.config, models.config.data.resolution
-    mesh = choose_mesh(config.mesh, devices_of(where), models.parameter_bytes)
+    mesh = models.choose_mesh(devices_of(where))
     models = models.on_mesh(mesh)
     model, autoencoder = models.abstract()
     text_encoder, dtype, places = model.text_encoder, jnp.dtype(config.dtype), batch_sharding(mesh)

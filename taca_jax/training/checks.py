@@ -18,7 +18,6 @@ from taca_jax.data.sources.source import Source
 from taca_jax.evaluation.shapes.base import check_pixels
 from taca_jax.formats.atomic import check_writable
 from taca_jax.nn.lora import adapted_paths
-from taca_jax.parallel.choice import choose_mesh
 from taca_jax.parallel.processes import do_not_wait_at_exit, is_first, join_processes
 from taca_jax.pipelines.text import find_tokenizers, load_tokenizers
 from taca_jax.storage.places import reach
@@ -115,7 +114,7 @@ def _checked_models(models: RunModels) -> CheckedRun:
     if config.evaluate is not None:
         check_pixels(models.stored.settings.resolution, "set evaluate=none")
     data = _checked_data(models)
-    mesh = choose_mesh(config.mesh, jax.devices(), models.parameter_bytes)
+    mesh = models.choose_mesh(jax.devices())
     models = models.on_mesh(None if mesh.size == 1 else mesh)
     tokenizer = load_tokenizers(models.stored, models.reading)
     if config.sample_every:

@@ -4,10 +4,10 @@
 base is in the RunModels that it returns. Planning makes abstract models of them instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,11 +19,14 @@ from taca_jax.errors import UserError
 from taca_jax.families.base import Family
 from taca_jax.families.flops import forward_flops, further_flops
 from taca_jax.formats.lora.factors import fill_adapter
+from taca_jax.nn.fusion import gathers_meanwhile
 from taca_jax.nn.kinds import kind_of
 from taca_jax.nn.layers import LoRAParam
 from taca_jax.nn.lora import AttachedLoRA, add_lora
 from taca_jax.nn.stacking import Remat
 from taca_jax.parallel.batches import samples_together
+from taca_jax.parallel.chips import chip_of
+from taca_jax.parallel.choice import choose_mesh
 from taca_jax.parallel.mesh import MeshConfig, check_heads, make_mesh
 from taca_jax.pipelines.pipeline import Pipeline
 from taca_jax.pipelines.text import encoder_options, load_text
@@ -127,6 +130,22 @@ class RunModels:
             )
         check_heads(mesh, self.transformer.num_heads)
         return replace(self, mesh=mesh, remat=choose_remat(self, mesh))
+
+    def choose_mesh(self, devices: Sequence[Any]) -> Mesh:
+        """The mesh of the run on `devices`: that of `parallel.choice`; but where it would replicate
+        parameters that could be gathered while the devices work, and shared ones leave room to
+        recompute less, they are shared.
+
+        Raises UserError as `make_mesh` and `on_mesh` do.
+        """
+        mesh = choose_mesh(self.config.mesh, devices, self.parameter_bytes)
+        shared = make_mesh(self.config.mesh, devices)
+        if mesh == shared or not gathers_meanwhile(chip_of(devices[0].device_kind)):
+            return mesh
+        order = get_args(Remat)  # from what recomputes least
+        if order.index(self.on_mesh(shared).remat) < order.index(self.on_mesh(mesh).remat):
+            return shared
+        return mesh
 
     @property
     def transformer(self) -> Any:

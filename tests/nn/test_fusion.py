@@ -70,9 +70,10 @@ def test_a_step_is_compiled_for_what_the_chip_has(chip, jax_version, monkeypatch
     room = chip and chip.operation_vmem
     options = dict(fusion.step_options())
     assert options.pop(VMEM, None) == (str(room // 1024) if room else None)
-    moved_by_others = chip is not None and chip.sparse_cores and jax_version >= (0, 12)
-    assert [*options.values()] == (["true", "true"] if moved_by_others else [])
+    by_others = chip is not None and chip.gathers == "SparseCores" and jax_version >= (0, 12)
+    assert [*options.values()] == (["true", "true"] if by_others else [])
     assert all(name.endswith("all_gather") for name in options)
+    assert fusion.gathers_meanwhile(chip) == (by_others or (chip and chip.name == "v5e") or False)
 
 
 def test_what_libtpu_was_told_is_left_to_it(monkeypatch):

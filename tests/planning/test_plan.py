@@ -155,8 +155,9 @@ def test_whole_parameters_that_do_not_fit_are_to_be_shared(base, monkeypatch):
         return SimpleNamespace(fits=models.config.mesh.fsdp == -1)
 
     monkeypatch.setattr(plan_module, "make_plan", make_plan)
+    data = replace(config_on(base).data, batch_size=8)
     with pytest.raises(UserError, match=r"too large; mesh\.fsdp=-1, which shares parameters, fits"):
-        plan_module.plan(config_on(base, plan="v5e-8"))
+        plan_module.plan(config_on(base, plan="v5e-8", data=data))
 
 
 @pytest.mark.parametrize("fits", [True, False])

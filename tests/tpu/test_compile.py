@@ -135,6 +135,14 @@ def test_shared_parameters_are_gathered_and_not_passed_around_in_loops():
         assert found["hidden"] > 0.9
 
 
+@pytest.mark.slow
+def test_parameters_are_shared_where_less_is_recomputed_for_it():
+    found = compile_in_a_process("choose_meshes", "v5p-8:4", "v5p-16:1")
+    shared = [1, 4, "attention+qkv+mlp"], [4, 1, "attention+qkv"]
+    assert found["v5p-8"] == shared[jax.__version_info__ < (0, 12)]
+    assert found["v5p-16"] == [8, 1, "attention+qkv+mlp"]
+
+
 def test_the_kernels_keep_their_cycles():
     """For FLUX's 24 heads at 1024 px on v6e. Small changes can spoil the compiler's schedule."""
     found = compile_in_a_process("count_cycles", "v6e:1x1", "1,128,512,4096")
